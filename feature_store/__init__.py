@@ -1,0 +1,1 @@
+"""Feast: definitions from the spec, materialisation, packed online and offline reads."""

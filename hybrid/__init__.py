@@ -1,0 +1,24 @@
+"""Hybrid Towers: models that join what a server knows with what only a device knows.
+
+Importing this package loads no heavy library.
+"""
+
+from hybrid.features import Bucketize, Categorical, Hash, Log1p, Numeric
+from hybrid.spec import Clear, Entity, HybridModel, Label, Noised, Privacy, Server, Training, View
+
+__all__ = [
+    "Bucketize",
+    "Categorical",
+    "Clear",
+    "Entity",
+    "Hash",
+    "HybridModel",
+    "Label",
+    "Log1p",
+    "Noised",
+    "Numeric",
+    "Privacy",
+    "Server",
+    "Training",
+    "View",
+]

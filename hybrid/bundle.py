@@ -1,0 +1,183 @@
+"""The device bundle: what ships to devices for one version, signed by the control plane.
+
+One zip file: `manifest.json`, `manifest.sig` (Ed25519, RFC 8032, over the
+manifest's bytes) and the programs, whose SHA-256 the manifest holds. A device
+trusts the public key of its host app, never one that comes with a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hybrid.errors import BundleError, ConfigError
+from hybrid.features import Features
+from hybrid.spec import Clear, Noised
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+MAX_BYTES = 32 << 20
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip's own zero: equal contents are equal bytes
+
+
+class Program(BaseModel):
+    """One program file of a bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: str
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """What a bundle is and promises.
+
+    Attributes:
+        format: of the bundle; a reader refuses another.
+        model, version, definition_hash: the pair's device side.
+        features: the device features; their tables turn raw values into inputs.
+        server_embedding, device_embedding: sizes.
+        merge, release: where the embeddings meet, and how the device's leaves.
+        programs: "embed": (1, features) -> (1, device_embedding);
+            "predict": (1, features), (1, server_embedding) -> (1,) probability.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    model: str
+    version: int
+    definition_hash: str
+    features: Features
+    server_embedding: int
+    device_embedding: int
+    merge: Literal["server", "device"]
+    release: Annotated[Clear | Noised, Field(discriminator="kind")] | None
+    programs: dict[str, Program]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose signature and programs were verified."""
+
+    manifest: Manifest
+    programs: dict[str, bytes]
+
+
+def write_bundle(target: Path, manifest: Manifest, programs: dict[str, bytes], key: Ed25519PrivateKey) -> Manifest:
+    """Signs and writes a bundle in one step; the same contents give the same bytes.
+
+    Args:
+        target: the file; replaced atomically.
+        manifest: its `programs` is filled from `programs`.
+        programs: name -> bytes.
+        key: the control plane's.
+
+    Returns:
+        The manifest as written.
+    """
+    listed = {
+        name: Program(file=f"{name}.pte", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        for name, data in programs.items()
+    }
+    manifest = manifest.model_copy(update={"programs": listed})
+    text = manifest.model_dump_json().encode()
+    files = {"manifest.json": text, "manifest.sig": key.sign(text)}
+    files |= {listed[name].file: data for name, data in programs.items()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_suffix(".new")
+    draft.write_bytes(buffer.getvalue())
+    draft.replace(target)
+    return manifest
+
+
+def read_bundle(data: bytes, trusted: Ed25519PublicKey) -> Bundle:
+    """Verifies a bundle against the host app's key; nothing is read from it before that.
+
+    Raises:
+        BundleError: too large, truncated, wrongly signed, of another format, or
+            a program that is not the one the manifest signed.
+    """
+    from cryptography.exceptions import InvalidSignature
+
+    if len(data) > MAX_BYTES:
+        raise BundleError(f"a bundle has at most {MAX_BYTES} bytes, got {len(data)}")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+                raise BundleError(f"a bundle unpacks to at most {MAX_BYTES} bytes")
+            text, signature = archive.read("manifest.json"), archive.read("manifest.sig")
+            trusted.verify(signature, text)
+            manifest = Manifest.model_validate_json(text)
+            programs = {name: archive.read(program.file) for name, program in manifest.programs.items()}
+    except InvalidSignature:
+        raise BundleError("the bundle is not signed by the key this device trusts") from None
+    except ValidationError as error:
+        raise BundleError(f"the bundle's manifest is of another format: {error.error_count()} fields differ") from None
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise BundleError(f"the bundle is damaged or truncated ({type(error).__name__})") from None
+    except Exception as error:  # zlib.error has no public base class of its own
+        if type(error).__module__ != "zlib":
+            raise
+        raise BundleError("the bundle is damaged (its compressed data is invalid)") from None
+    for name, program in manifest.programs.items():
+        if hashlib.sha256(programs[name]).hexdigest() != program.sha256:
+            raise BundleError(f"program {name!r} is not the one that was signed")
+    return Bundle(manifest, programs)
+
+
+def signing_key(folder: Path) -> Ed25519PrivateKey:
+    """The control plane's key in `folder`, made at first use with its public half beside it.
+
+    Raises:
+        ConfigError: the key file can be read by others, or holds no Ed25519 key.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    file = folder / "bundle-signing.pem"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = Ed25519PrivateKey.generate()
+        encoding, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
+        private = made.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password)
+        public = made.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+            handle.write(private)
+        (folder / "bundle-signing.pub").write_bytes(public)
+    if file.stat().st_mode & 0o077:
+        raise ConfigError(f"{file.name} must be readable by its owner only (chmod 600)")
+    key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{file.name} must hold an Ed25519 key")
+    return key
+
+
+def trusted_key(file: Path) -> Ed25519PublicKey:
+    """The public key that a host app gives its devices.
+
+    Raises:
+        ConfigError: the file holds no Ed25519 public key.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        key = serialization.load_pem_public_key(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"trusted key {str(file)!r} cannot be read: {type(error).__name__}") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"trusted key {file.name!r} must be Ed25519")
+    return key

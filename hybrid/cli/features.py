@@ -1,0 +1,5 @@
+"""The `hybrid features` commands: apply, materialize, read."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,5 @@
+"""Commands about models: register, models, show."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,5 @@
+"""The `hybrid population` commands: import, list."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,5 @@
+"""`hybrid promote`: exports a version and points an alias at it."""
+
+import typer
+
+app = typer.Typer()

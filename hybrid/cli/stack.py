@@ -1,0 +1,5 @@
+"""The local stack: up, status, down."""
+
+import typer
+
+app = typer.Typer()

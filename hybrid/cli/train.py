@@ -1,0 +1,5 @@
+"""`hybrid train`."""
+
+import typer
+
+app = typer.Typer()

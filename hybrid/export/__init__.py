@@ -1,0 +1,1 @@
+"""From a trained version to what runs it: Triton and device programs."""

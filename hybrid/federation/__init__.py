@@ -1,0 +1,1 @@
+"""Federated training: populations, the vectorised engine, Flower apps and strategy."""

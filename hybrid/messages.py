@@ -1,0 +1,217 @@
+"""What crosses Kafka: Arrow record batches of many rows, one per record, and dead letters.
+
+A record that cannot be read is a value too: `from_bytes` raises `BadMessage`,
+and the worker sends a `DeadLetter` and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from hybrid.errors import HybridError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class BadMessage(HybridError):
+    """Bytes that are not a message of the expected schema."""
+
+
+@dataclass(frozen=True)
+class BatchMessage:
+    """Rows of one (model, version), columnar: Arrow IPC, schema-versioned by the topic's name.
+
+    Subclasses list their columns in `COLUMNS`; scalars travel as schema metadata.
+    """
+
+    TOPIC: ClassVar[str]
+    COLUMNS: ClassVar[dict[str, str]]  # field -> "uuid" | "text" | "float32" | "int64" | "vector"
+
+    model: str
+    version: int
+    reply_partition: int
+
+    def __len__(self) -> int:
+        return len(getattr(self, next(iter(self.COLUMNS))))
+
+    def to_bytes(self) -> bytes:
+        """One Arrow IPC stream with one record batch."""
+        import pyarrow as pa
+
+        arrays = [_to_arrow(kind, getattr(self, name)) for name, kind in self.COLUMNS.items()]
+        scalars = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in self.COLUMNS}
+        schema = pa.schema(
+            [pa.field(name, array.type, nullable=False) for name, array in zip(self.COLUMNS, arrays, strict=True)],
+            metadata=scalars,
+        )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Reads what `to_bytes` wrote, every column checked once.
+
+        Raises:
+            BadMessage: not Arrow, not this schema, or not one batch.
+        """
+        import pyarrow as pa
+
+        try:
+            with pa.ipc.open_stream(data) as reader:
+                batch = reader.read_next_batch()
+                metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+            batch.validate(full=True)
+            columns: dict[str, Any] = {
+                name: _from_arrow(kind, batch.column(name)) for name, kind in cls.COLUMNS.items()
+            }
+            scalars: dict[str, Any] = {
+                f.name: int(metadata[f.name]) if f.type == "int" else metadata[f.name]
+                for f in fields(cls)
+                if f.name not in cls.COLUMNS
+            }
+        except (pa.ArrowException, KeyError, ValueError, TypeError, StopIteration, OverflowError, OSError) as error:
+            # The class alone: Arrow's messages can quote the bytes, which hold embeddings.
+            raise BadMessage(f"not a {cls.TOPIC} record: {type(error).__name__}") from None
+        return cls(**scalars, **columns)
+
+
+@dataclass(frozen=True)
+class DeviceEmbeddings(BatchMessage):
+    """Requests of one model version on their way to the merge worker.
+
+    Partitioned by a hash of the first `request_id`. At least once: a redelivery
+    keeps its ids, and consumers drop repeats by them. A new column comes with a
+    default; any other change is a new topic, `.v2`. Kept for one hour.
+
+    Attributes:
+        model, version: the pair these rows belong to.
+        reply_partition: of the predictions topic that the waiting gateway reads.
+        request_id: (n,) 16 bytes each, drawn by the gateway, one per row.
+        entity: (n,) Feast join keys as text.
+        request: (n, r) request features as slots; r may be 0.
+        embedding: (n, d) as released (clear or noised).
+        event_ms: (n,) Unix time in UTC, the gateway's clock.
+    """
+
+    TOPIC: ClassVar[str] = "hybrid.device-embeddings.v1"
+    COLUMNS: ClassVar[dict[str, str]] = {
+        "request_id": "uuid",
+        "entity": "text",
+        "request": "vector",
+        "embedding": "vector",
+        "event_ms": "int64",
+    }
+
+    request_id: NDArray[np.void]
+    entity: NDArray[np.object_]
+    request: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+    event_ms: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Predictions(BatchMessage):
+    """Answers of the merge worker on their way back to the gateway that asked.
+
+    Written to partition `reply_partition`. At least once: the gateway drops an
+    answer that nobody waits for. Kept for one hour.
+
+    Attributes:
+        request_id: (n,) 16 bytes each, as asked.
+        status: (n,) "ok" or the code of the `ServingError` that says why not.
+        prediction: (n,) probability of the label; NaN unless status is "ok".
+        feature_age_ms: (n,) age of the server features when merged; -1 where there are none.
+    """
+
+    TOPIC: ClassVar[str] = "hybrid.predictions.v1"
+    COLUMNS: ClassVar[dict[str, str]] = {
+        "request_id": "uuid",
+        "status": "text",
+        "prediction": "float32",
+        "feature_age_ms": "int64",
+    }
+
+    request_id: NDArray[np.void]
+    status: NDArray[np.object_]
+    prediction: NDArray[np.float32]
+    feature_age_ms: NDArray[np.int64]
+
+
+class DeadLetter(BaseModel):
+    """A record that could not be processed: where it lies and why, and none of its bytes.
+
+    Attributes:
+        topic, partition, offset: of the record.
+        reason: one sentence, without values.
+        length, sha256: of its bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    topic: str
+    partition: int
+    offset: int
+    reason: str
+    length: int
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes, *, topic: str, partition: int, offset: int, reason: str) -> DeadLetter:
+        """Builds it from the record's bytes, which it does not keep."""
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(topic=topic, partition=partition, offset=offset, reason=reason, length=len(data), sha256=digest)
+
+    @staticmethod
+    def topic_for(topic: str) -> str:
+        """The dead-letter topic of `topic`."""
+        return f"{topic}.dead"
+
+
+def _to_arrow(kind: str, values: NDArray[Any]) -> pa.Array:
+    import pyarrow as pa
+
+    if kind == "uuid":
+        raw = np.ascontiguousarray(values, dtype="V16")
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(raw), [None, pa.py_buffer(raw)])
+    if kind == "vector":
+        flat = np.ascontiguousarray(values, dtype=np.float32)
+        width = flat.shape[1]
+        buffers, child = [None], pa.array(flat.ravel(), pa.float32())
+        return pa.FixedSizeListArray.from_buffers(pa.list_(pa.float32(), width), len(flat), buffers, children=[child])
+    return pa.array(values, _scalar_type(kind))
+
+
+def _from_arrow(kind: str, array: pa.Array) -> NDArray[Any]:
+    import pyarrow as pa
+
+    if array.null_count:
+        raise ValueError("nulls")
+    if kind == "uuid":
+        if array.type != pa.binary(16):
+            raise TypeError("not 16 bytes")
+        return np.frombuffer(array.buffers()[1], dtype="V16", count=len(array), offset=16 * array.offset)
+    if kind == "vector":
+        if not pa.types.is_fixed_size_list(array.type) or array.type.value_type != pa.float32():
+            raise TypeError("not a float32 vector")
+        flat = array.flatten()
+        if flat.null_count:
+            raise ValueError("nulls")
+        return flat.to_numpy(zero_copy_only=True).reshape(len(array), array.type.list_size)  # type: ignore[no-any-return]
+    if array.type != _scalar_type(kind):
+        raise TypeError(f"not {kind}")
+    return array.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+
+
+def _scalar_type(kind: str) -> pa.DataType:
+    import pyarrow as pa
+
+    return {"text": pa.string(), "float32": pa.float32(), "int64": pa.int64()}[kind]

@@ -1,0 +1,266 @@
+"""The torch form of a hybrid model: its encoders, towers and head, and the check of the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hybrid.errors import ConfigError
+from hybrid.features import Bucketize, Features, Log1p, Numeric, Transform
+from hybrid.spec import HybridModel
+
+ROWS = 3  # of the probe batches below: more than one, so that rows that mix are seen
+
+
+class Transforms(nn.Module):
+    """inputs -> slots, all columns at once, in float32; the torch form of `Features.slots`."""
+
+    mean: Tensor
+    std: Tensor
+    clip: Tensor
+    edges: Tensor
+    buckets: Tensor
+    is_numeric: Tensor
+    is_log: Tensor
+    is_bucket: Tensor
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        transforms = list(features.transforms.values())
+        numeric = [t if isinstance(t, Numeric) else None for t in transforms]
+        edges = [list(t.edges) if isinstance(t, Bucketize) else [] for t in transforms]
+        depth = max(map(len, edges), default=0)
+        self._constant("mean", [t.mean if t else 0.0 for t in numeric])
+        self._constant("std", [t.std if t else 1.0 for t in numeric])
+        self._constant("clip", [t.clip if t else 0.0 for t in numeric])
+        self._constant("is_numeric", [float(t is not None) for t in numeric])
+        self._constant("is_log", [float(isinstance(t, Log1p)) for t in transforms])
+        self._constant("is_bucket", [float(isinstance(t, Bucketize)) for t in transforms])
+        self._constant("buckets", [float(len(e)) for e in edges])
+        # Padded with NaN, which no value reaches.
+        self._constant("edges", [e + [np.nan] * (depth - len(e)) for e in edges])
+        self.logs = any(isinstance(t, Log1p) for t in transforms)
+        self.numbers = any(t is not None for t in numeric)
+
+    def _constant(self, name: str, values: list[Any]) -> None:
+        self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(n, features) -> (n, features)."""
+        slots = inputs
+        if self.numbers:
+            slots = torch.where(self.is_numeric > 0, self._normalised(inputs), slots)
+        if self.edges.shape[1]:
+            index = (inputs.unsqueeze(-1) >= self.edges).to(torch.float32).sum(-1)
+            index = torch.where(inputs != inputs, self.buckets + 1.0, index)
+            slots = torch.where(self.is_bucket > 0, index, slots)
+        return slots
+
+    def _normalised(self, inputs: Tensor) -> Tensor:
+        infinite = inputs.abs() == torch.inf
+        scaled = torch.where(infinite, torch.nan, inputs)
+        if self.logs:
+            scaled = torch.where(self.is_log > 0, torch.log1p(scaled.clamp(min=0.0)), scaled)
+        normal = (scaled - self.mean) / self.std
+        return torch.minimum(torch.maximum(normal, -self.clip), self.clip)
+
+
+class Encoder(nn.Module):
+    """slots -> encoded columns, in one gather and one comparison; the torch form of `Features.encode`."""
+
+    source: Tensor
+    equals: Tensor
+    is_value: Tensor
+    is_missing: Tensor
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        columns = [c for place, t in enumerate(features.transforms.values()) for c in _columns(place, t)]
+        source, equals, kind = zip(*columns, strict=True) if columns else ((), (), ())
+        self.register_buffer("source", torch.tensor(source, dtype=torch.int64), persistent=False)
+        self.register_buffer("equals", torch.tensor(equals, dtype=torch.float32), persistent=False)
+        self.register_buffer("is_value", torch.tensor([k == "value" for k in kind]).float(), persistent=False)
+        self.register_buffer("is_missing", torch.tensor([k == "missing" for k in kind]).float(), persistent=False)
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """(n, features) -> (n, width)."""
+        gathered = torch.index_select(slots, 1, self.source)
+        missing = (gathered != gathered).to(torch.float32)
+        value = torch.where(gathered != gathered, torch.zeros_like(gathered), gathered)
+        # `equals` is NaN for columns that are no index, so that nothing equals it.
+        return (gathered == self.equals).to(torch.float32) + value * self.is_value + missing * self.is_missing
+
+
+def _columns(place: int, transform: Transform) -> list[tuple[int, float, str]]:
+    if transform.cardinality:
+        return [(place, float(index), "index") for index in range(transform.cardinality)]
+    return [(place, np.nan, "value"), (place, np.nan, "missing")]
+
+
+class ServerProgram(nn.Module):
+    """What Triton runs: (n, server + request features) slots -> (n, a) embedding."""
+
+    def __init__(self, features: Features, tower: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.tower = Encoder(features), tower
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Encodes, then embeds."""
+        return self.tower(self.encoder(slots))  # type: ignore[no-any-return]
+
+
+class DeviceProgram(nn.Module):
+    """What a device runs: (n, device features) inputs -> (n, b) embedding."""
+
+    def __init__(self, features: Features, tower: nn.Module) -> None:
+        super().__init__()
+        self.transforms, self.encoder, self.tower = Transforms(features), Encoder(features), tower
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Transforms, encodes, embeds."""
+        return self.tower(self.encoder(self.transforms(inputs)))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The three modules of a hybrid model, built, checked, and their sizes.
+
+    Attributes:
+        model: the declaration.
+        server_tower: (n, server.width + request.width) encoded -> (n, server_embedding).
+        device_tower: (n, device.width) encoded -> (n, device_embedding).
+        head: the two embeddings -> (n,) logits.
+    """
+
+    model: HybridModel
+    server_tower: nn.Module
+    device_tower: nn.Module
+    head: nn.Module
+    server_embedding: int
+    device_embedding: int
+
+    @classmethod
+    def build(cls, model: HybridModel, *, seed: int = 0) -> Network:
+        """Runs the factories under `seed` and checks the cut.
+
+        The check: each tower takes its own side's features alone, computes each
+        row by itself, shares no parameter or buffer with another part, and the
+        head takes the two embeddings to one logit a row. So nothing crosses
+        between the sides but the embeddings and their gradients.
+
+        Raises:
+            ConfigError: a factory fails, or the check does; the message names the part.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts = {part: _built(part, getattr(model, part)) for part in ("server_tower", "device_tower", "head")}
+            server = _embedding("server_tower", parts["server_tower"], model.server_features.width)
+            device = _embedding("device_tower", parts["device_tower"], model.device_features.width)
+            _check_head(parts["head"], server, device)
+            _check_nothing_shared(parts)
+        return cls(model, **parts, server_embedding=server, device_embedding=device)
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The three modules by name."""
+        return {"server_tower": self.server_tower, "device_tower": self.device_tower, "head": self.head}
+
+    def server_program(self) -> ServerProgram:
+        """The server tower behind its encoder, in evaluation mode."""
+        return ServerProgram(self.model.server_features, self.server_tower).eval()
+
+    def device_program(self) -> DeviceProgram:
+        """The device tower behind its transforms and encoder, in evaluation mode."""
+        return DeviceProgram(self.model.device_features, self.device_tower).eval()
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """Every parameter and persistent buffer, as "part.name" -> array."""
+        return {
+            f"{part}.{name}": value.detach().cpu().numpy().copy()
+            for part, module in self.parts.items()
+            for name, value in module.state_dict().items()
+        }
+
+    def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Sets what `weights` returned.
+
+        Raises:
+            ConfigError: a name or shape is not this network's.
+        """
+        for part, module in self.parts.items():
+            prefix = f"{part}."
+            state = {n.removeprefix(prefix): torch.tensor(v) for n, v in weights.items() if n.startswith(prefix)}
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise ConfigError(f"{part}: the weights are of another network: {error}") from None
+
+    def description(self) -> dict[str, Any]:
+        """Sizes and structure as JSON values: part of what a definition's hash covers."""
+        return {
+            "server_embedding": self.server_embedding,
+            "device_embedding": self.device_embedding,
+            "parts": {part: str(module) for part, module in self.parts.items()},
+            "parameters": {part: sum(p.numel() for p in module.parameters()) for part, module in self.parts.items()},
+        }
+
+
+def _built(part: str, factory: Callable[[], Any]) -> nn.Module:
+    try:
+        module = factory()
+    except Exception as error:
+        raise ConfigError(f"{part} must build a torch.nn.Module, got {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{part} must return a torch.nn.Module, got {type(module).__name__}")
+    return module
+
+
+def _embedding(part: str, tower: nn.Module, width: int) -> int:
+    """The embedding's size, by running the tower on a probe batch of its own width."""
+    probe = torch.rand(ROWS, width)
+    output = _run(part, tower, probe, expected=f"({ROWS}, {width}) float32")
+    if output.ndim != 2 or len(output) != ROWS or output.dtype != torch.float32:
+        raise ConfigError(f"{part} must return (n, size) float32, got {tuple(output.shape)} {output.dtype}")
+    _check_rows_apart(part, output, tower.eval()(probe[:1]))
+    return int(output.shape[1])
+
+
+def _check_head(head: nn.Module, server: int, device: int) -> None:
+    a, b = torch.rand(ROWS, server), torch.rand(ROWS, device)
+    logits = _run("head", head, a, b, expected=f"a ({ROWS}, {server}) server and a ({ROWS}, {device}) device embedding")
+    if logits.shape != (ROWS,):
+        raise ConfigError(f"head must return (n,) logits, got shape {tuple(logits.shape)} for n = {ROWS}")
+    _check_rows_apart("head", logits, head.eval()(a[:1], b[:1]))
+
+
+def _run(part: str, module: nn.Module, *inputs: Tensor, expected: str) -> Tensor:
+    try:
+        with torch.no_grad():
+            output = module.eval()(*inputs)
+    except Exception as error:
+        raise ConfigError(f"{part} must take {expected}, but: {type(error).__name__}: {error}") from None
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"{part} must return one tensor, got {type(output).__name__}")
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()):
+        raise ConfigError(f"{part} must not hold BatchNorm: it mixes people's rows; use LayerNorm or GroupNorm")
+    return output
+
+
+def _check_rows_apart(part: str, together: Tensor, alone: Tensor) -> None:
+    if not torch.allclose(together[:1], alone, atol=1e-5):
+        raise ConfigError(f"{part} must compute each row by itself, but a row's output changes with the others")
+
+
+def _check_nothing_shared(parts: Mapping[str, nn.Module]) -> None:
+    owner: dict[int, str] = {}
+    for part, module in parts.items():
+        for tensor in {*module.parameters(), *module.buffers()}:
+            first = owner.setdefault(tensor.data_ptr(), part)
+            if first != part and tensor.numel():
+                raise ConfigError(f"{part} shares a tensor with {first}: the towers may meet only in the head")

@@ -1,0 +1,1 @@
+"""What a mechanism costs: RDP curves, PRV, the exact Gaussian."""

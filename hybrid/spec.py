@@ -1,0 +1,356 @@
+"""The declaration of a hybrid model: one Python file builds one `HybridModel`.
+
+Everything that can be checked without torch, Feast or data is checked when it
+is built; `hybrid register` checks the rest (`hybrid.network`, `feature_store`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
+
+from hybrid.errors import ConfigError
+from hybrid.features import AnyTransform, Features
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
+        raise ValueError(f"must be lower-case letters, digits and _, starting with a letter, got {name!r}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+
+
+class Declared(BaseModel):
+    """A part of a declaration: immutable, and unknown fields are errors that name the field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self).__name__, error)) from None
+
+
+class Entity(Declared):
+    """What the server features hang on: a Feast entity and its join key.
+
+    Attributes:
+        name: of the Feast entity.
+        join_key: the key's column in every view of the model.
+        dtype: "text" or "integer".
+    """
+
+    name: Name
+    join_key: str
+    dtype: Literal["text", "integer"] = "text"
+
+
+class View(Declared):
+    """One Feast feature view over a Parquet file.
+
+    Attributes:
+        name: of the view.
+        source: Parquet file with the join key, the timestamp and the features;
+            relative paths are taken from the folder of the model's file.
+        timestamp_field: the column with each row's event time.
+        features: feature (column) name -> transform.
+    """
+
+    name: Name
+    source: Path
+    timestamp_field: str = "event_timestamp"
+    features: dict[str, AnyTransform]
+
+    @field_serializer("source")
+    def _portable(self, source: Path) -> str:
+        return source.name  # a definition is the same wherever its file lies
+
+
+class Server(Declared):
+    """What the server knows: a Feast feature service over one entity.
+
+    Attributes:
+        service: name of the Feast feature service; one per model version of the features.
+        entity: what the features hang on.
+        views: the views it joins; feature names are distinct across them.
+        max_feature_age: older rows are refused as stale (Feast does not enforce its ttl online).
+    """
+
+    service: Name
+    entity: Entity
+    views: Annotated[tuple[View, ...], Field(min_length=1)]
+    max_feature_age: timedelta
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [name for view in self.views for name in view.features]
+        _distinct("server features", names)
+        if self.entity.join_key in names:
+            raise ValueError(f"the join key {self.entity.join_key!r} cannot be a feature; copy it to another column")
+        if self.max_feature_age <= timedelta(0):
+            raise ValueError(f"max_feature_age must be positive, got {self.max_feature_age}")
+        return self
+
+    @property
+    def packed_view(self) -> str:
+        """Name of the generated Feast view that serves all features as one array."""
+        return f"{self.service}__packed"
+
+    @property
+    def features(self) -> Features:
+        """All features of all views, in order."""
+        return Features(transforms={n: t for view in self.views for n, t in view.features.items()})
+
+
+class Label(Declared):
+    """What is predicted: a yes or no about each request.
+
+    Attributes:
+        column: of the population that holds it, 0 or 1.
+        visible_to: who learns it. "server": the privacy budget protects the
+            device features only. "device": it protects the label too.
+        window: how long to wait for the event after the prediction; None where
+            the label is known at once.
+        absent: the label of a request without an event once `window` has passed;
+            None: such a request is no example.
+    """
+
+    column: str
+    visible_to: Literal["server", "device"]
+    window: timedelta | None = None
+    absent: Literal[0, 1] | None = None
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.window is not None and self.window <= timedelta(0):
+            raise ValueError(f"window must be positive, got {self.window}")
+        if self.window is None and self.absent is not None:
+            raise ValueError("absent says what no event within `window` means, so it needs a window")
+        return self
+
+
+class Privacy(Declared):
+    """The privacy budget of one training, and what it protects.
+
+    Attributes:
+        epsilon: at most this much; > 0 and <= 100.
+        delta: of (epsilon, delta)-differential privacy; training refuses one above 1/N^1.1.
+        clip: largest L2 norm of one unit's update, in parameter units.
+        unit: whose whole contribution is protected. "user" only where each
+            person is counted once across all their devices.
+    """
+
+    epsilon: Annotated[FiniteFloat, Field(gt=0, le=100)]
+    delta: Annotated[FiniteFloat, Field(gt=0, lt=0.01)]
+    clip: Annotated[FiniteFloat, Field(gt=0)]
+    unit: Literal["user", "device"]
+
+
+class Clear(Declared):
+    """The device embedding is released as it is. Whoever holds the tower may invert it.
+
+    Attributes:
+        reason: why that is acceptable here; shown wherever the model is.
+    """
+
+    kind: Literal["clear"] = "clear"
+    reason: Annotated[str, Field(min_length=10)]
+
+
+class Noised(Declared):
+    """The device embedding is clipped and noised on the device before each release.
+
+    Attributes:
+        clip: largest L2 norm of a released embedding before noise.
+        sigma: standard deviation of the Gaussian noise, in units of `clip`.
+    """
+
+    kind: Literal["noised"] = "noised"
+    clip: Annotated[FiniteFloat, Field(gt=0)]
+    sigma: Annotated[FiniteFloat, Field(gt=0)]
+
+
+class Training(Declared):
+    """How the device side is trained. Every field has a flag of `hybrid train`.
+
+    Attributes:
+        rounds: of federated training.
+        sampling: probability with which each user takes part in a round (Poisson), in (0, 1].
+        local_steps: gradient steps a user takes in a round.
+        local_lr: learning rate of those steps.
+        server_optimizer: a class of `torch.optim`, by name.
+        server_lr: its learning rate.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    sampling: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.5
+    local_steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    local_lr: Annotated[FiniteFloat, Field(gt=0)] = 0.1
+    server_optimizer: str = "Adam"
+    server_lr: Annotated[FiniteFloat, Field(gt=0)] = 0.01
+
+
+Factory = Callable[[], Any]
+
+
+class HybridModel(Declared):
+    """A hybrid model: server tower, device tower and head, declared in one file.
+
+    A tower is given as a function without arguments that returns a
+    `torch.nn.Module`; so a declaration is read without torch.
+
+    Attributes:
+        name: of the model, everywhere.
+        server: the Feast features and their entity.
+        request: features that the caller sends with each request; the server sees them.
+        device: features known only on the device; they never leave it.
+        server_tower: () -> module, (n, server.width + request.width) float32 -> (n, a).
+        device_tower: () -> module, (n, device.width) float32 -> (n, b).
+        head: () -> module, ((n, a), (n, b)) -> (n,) logits.
+        label: what is predicted, and who learns it.
+        privacy: the budget of one training.
+        merge: where the two embeddings meet.
+        release: for merge="server", how the device embedding leaves the device.
+        training: defaults of `hybrid train`.
+
+    Raises:
+        ConfigError: a field is wrong; the message names it, what it must be and what it got.
+    """
+
+    name: Name
+    server: Server
+    request: dict[str, AnyTransform] = {}
+    device: dict[str, AnyTransform]
+    server_tower: Annotated[Factory, Field(exclude=True, repr=False)]
+    device_tower: Annotated[Factory, Field(exclude=True, repr=False)]
+    head: Annotated[Factory, Field(exclude=True, repr=False)]
+    label: Label
+    privacy: Privacy
+    merge: Literal["server", "device"]
+    release: Annotated[Clear | Noised, Field(discriminator="kind")] | None = None
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.device:
+            raise ValueError("device must declare at least one feature")
+        shared = sorted(set(self.device) & (set(self.server.features.names) | set(self.request)))
+        if shared:
+            raise ValueError(
+                f"device features {shared} are also served by the server; a device feature must be known only there"
+            )
+        _distinct("server and request features", [*self.server.features.names, *self.request])
+        known = {*self.server.features.names, *self.request, *self.device, self.server.entity.join_key}
+        if self.label.column in known:
+            raise ValueError(f"label.column {self.label.column!r} is also a feature or the join key")
+        if self.merge == "server" and self.release is None:
+            raise ValueError(
+                "release must be Clear(reason=...) or Noised(clip=..., sigma=...) where merge='server': "
+                "a device embedding is a function of private features"
+            )
+        if self.merge == "device" and self.release is not None:
+            raise ValueError("release must be left out where merge='device': the embedding stays on the device")
+        return self
+
+    @property
+    def server_features(self) -> Features:
+        """What the server tower reads: Feast features, then request features."""
+        return Features(transforms={**self.server.features.transforms, **self.request})
+
+    @property
+    def request_features(self) -> Features:
+        """What the caller sends."""
+        return Features(transforms=self.request)
+
+    @property
+    def device_features(self) -> Features:
+        """What the device tower reads."""
+        return Features(transforms=self.device)
+
+    @property
+    def protects(self) -> str:
+        """What epsilon is about."""
+        return "device features" if self.label.visible_to == "server" else "device features and label"
+
+    def definition(self) -> dict[str, Any]:
+        """The declaration as JSON values, without the towers' code."""
+        return self.model_dump(mode="json")
+
+
+def definition_hash(definition: Mapping[str, Any]) -> str:
+    """SHA-256 of a definition's canonical JSON, in hex."""
+    return hashlib.sha256(json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_model(file: Path) -> HybridModel:
+    """Runs a team's model file and returns the one `HybridModel` it builds at module level.
+
+    Relative view sources are resolved against the file's folder.
+
+    Raises:
+        ConfigError: the file does not exist, does not run, or builds none or several.
+    """
+    if not file.is_file():
+        raise ConfigError(f"model file {str(file)!r} does not exist")
+    spec = importlib.util.spec_from_file_location(f"hybrid_model_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"model file {file.name!r} must be a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError as error:
+        raise ConfigError(f"{file.name}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{file.name} does not run: {type(error).__name__}: {error}") from error
+    found = {id(value): value for value in vars(module).values() if isinstance(value, HybridModel)}
+    if len(found) != 1:
+        raise ConfigError(f"{file.name} must build exactly one HybridModel at module level, got {len(found)}")
+    return _resolved(next(iter(found.values())), file.parent)
+
+
+def _resolved(model: HybridModel, folder: Path) -> HybridModel:
+    views = tuple(view.model_copy(update={"source": folder.resolve() / view.source}) for view in model.server.views)
+    return model.model_copy(update={"server": model.server.model_copy(update={"views": views})})
+
+
+def _distinct(what: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what} must have distinct names, got {repeated} more than once")
+
+
+def _explain(owner: str, error: ValidationError) -> str:
+    """One line per fault: the field, what it must be, what it got."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        field = ".".join([owner, *(str(part) for part in fault["loc"])])
+        got = "" if fault["type"] in {"value_error", "missing"} else f", got {_short(fault['input'])}"
+        lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

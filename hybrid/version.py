@@ -1,0 +1,69 @@
+"""A trained version of a hybrid model, and the account of how it was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+
+class TrainingRecord(BaseModel):
+    """How a version came to be, and what it cost in privacy. Stored with the version, shown wherever it is.
+
+    Attributes:
+        kind: "federated" under differential privacy, or "central" / "server-only" references without it.
+        run: folder name under `runs/`.
+        population: name of what it learned from.
+        users, examples: how many it learned from (public).
+        epsilon, delta: spent by this training; None where there was no privacy mechanism.
+        noise_multiplier, clip, sampling, rounds: of the mechanism; None where there was none.
+        mechanism: in words, with the accountant, e.g. "Gaussian on Poisson samples, PRV accountant".
+        assumption: what the claim rests on, in words.
+        unit: "user" or "device".
+        protects: "device features" or "device features and label"; None without a mechanism.
+        oracle: metrics computed from pooled data, in simulation only: never released from a fleet.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["federated", "central", "server-only"]
+    run: str
+    population: str
+    users: int
+    examples: int
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
+    clip: float | None = None
+    sampling: float | None = None
+    rounds: int | None = None
+    mechanism: str | None = None
+    assumption: str | None = None
+    unit: Literal["user", "device"] | None = None
+    protects: str | None = None
+    oracle: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Version:
+    """An immutable registered version.
+
+    Attributes:
+        model, number: its name.
+        definition_hash: of the definition it was trained from.
+        definition: that definition, as JSON values.
+        training: how it was trained.
+        weights: "part.name" -> array, as `hybrid.network.Network.weights` gives them.
+        aliases: that point at it now.
+    """
+
+    model: str
+    number: int
+    definition_hash: str
+    definition: dict[str, Any]
+    training: TrainingRecord
+    weights: dict[str, NDArray[np.float32]] = field(repr=False)
+    aliases: tuple[str, ...] = ()

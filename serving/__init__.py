@@ -1,0 +1,1 @@
+"""Merged inference: gateway and merge worker."""
