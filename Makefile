@@ -1,0 +1,56 @@
+# make demo    the whole product on real data with real servers, in a few minutes
+# make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
+# make check   format, lint, types, import rules, unit tests and doctests
+# make clean   removes everything these made
+#
+# Set UV_TORCH_BACKEND=cpu to install torch's CPU build instead of the CUDA one (2 GB less to download).
+
+PYTHON ?= python3
+UV_VERSION := 0.12.24
+UV := .cache/uv/bin/uv
+RUN := .venv/bin/
+PACKAGES := hybrid feature_store serving device_runtime
+
+.PHONY: demo test check static unit integration servers clean
+.DEFAULT_GOAL := demo
+
+demo: servers
+	@$(RUN)python -m examples.coupon.demo
+
+test: unit integration
+
+check: static unit
+
+static: .venv/installed
+	$(RUN)ruff format --check .
+	$(RUN)ruff check .
+	$(RUN)mypy
+	$(RUN)lint-imports --no-logo
+
+unit: .venv/installed
+	$(RUN)pytest -n 2 --dist loadfile $(PACKAGES) examples
+	$(RUN)pytest --doctest-modules --ignore-glob='*/tests/*' --ignore=hybrid/export/triton_onnx_model.py $(PACKAGES) -p no:cacheprovider
+
+integration: servers
+	$(RUN)pytest integration_tests
+
+# Kafka's JARs, and Triton in an environment of its own (its Python backend needs NumPy 1).
+servers: .venv/installed
+	@$(RUN)python -m hybrid.local install
+
+.venv/installed: pyproject.toml constraints.txt $(UV)
+	@echo "Installing the Python environment into .venv (the first time: about 3 GB to download, 6.5 GB on disk) ..."
+	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	@$(UV) pip install --quiet --python .venv/bin/python --constraints constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11")'
+	@echo "Installing uv $(UV_VERSION) into .cache/uv ..."
+	@$(PYTHON) -m venv .cache/uv
+	@.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+clean:
+	@if [ -x $(RUN)hybrid ]; then $(RUN)hybrid down || true; fi
+	rm -rf .venv .cache .hybrid build runs dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Hybrid models to learn from, on real data."""

@@ -1,0 +1,1 @@
+"""Will a driver accept this coupon? See model.py."""
