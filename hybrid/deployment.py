@@ -24,7 +24,7 @@ class Deployment(BaseModel):
         server_embedding, device_embedding: sizes.
         server_tower, head: names of the Triton models; their Triton version is `version`.
             Tower: "slots" (n, server + request) FP32 -> "embedding" (n, a).
-            Head: "server" (n, a), "device" (n, b) FP32 -> "prediction" (n,) FP32, a probability.
+            Head: "server" (n, a), "device" (n, b) FP32 -> "prediction" (n, 1) FP32, a probability.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,0 +1,87 @@
+"""The check every export passes before anyone may use it: the same outputs as torch, edge values included."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hybrid.errors import ConfigError
+from hybrid.features import Features
+
+TOLERANCE = 1e-5  # against torch in float32; absolute, and relative where outputs exceed 1
+ROWS = 64
+EXTREMES = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-38, -1e30, 3.4e38, 1.0, 60.0)
+
+
+def input_probes(features: Features) -> Tensor:
+    """(n, features) inputs as a device may meet them: random values, every index, then one row of each extreme."""
+    random = np.random.default_rng(0)
+    columns = [
+        random.integers(0, transform.cardinality, ROWS) if transform.text else random.normal(0, 100, ROWS)
+        for transform in features.transforms.values()
+    ]
+    extremes = [np.full(len(EXTREMES), EXTREMES)] * len(features)
+    return _matrix([np.concatenate(pair) for pair in zip(columns, extremes, strict=True)], ROWS + len(EXTREMES))
+
+
+def slot_probes(features: Features) -> Tensor:
+    """(n, features) slots: those of `input_probes`, and missing or out-of-range ones as they might be stored."""
+    slots = features.slots(input_probes(features).numpy())
+    stored = np.repeat(np.array([[np.nan], [-1.0], [1e6]], np.float32), len(features), axis=1)
+    return torch.from_numpy(np.concatenate([slots, stored]))
+
+
+def embedding_probes(*sizes: int) -> tuple[Tensor, ...]:
+    """(n, size) embeddings for each size: random ones, zeros, and large ones."""
+    random = np.random.default_rng(0)
+    scale = np.r_[np.ones(ROWS), 0.0, 100.0, -100.0][:, None]
+    return tuple(torch.tensor(random.normal(size=(len(scale), n)) * scale, dtype=torch.float32) for n in sizes)
+
+
+def check(
+    part: str, program: nn.Module, exported: Callable[..., NDArray[np.float32]], probes: Sequence[Tensor]
+) -> None:
+    """Compares `exported` with `program` on the same rows.
+
+    Args:
+        part: name for the message.
+        program: in evaluation mode.
+        exported: takes what `program` takes, as float32 arrays.
+        probes: (n, width) each.
+
+    Raises:
+        ConfigError: any output differs by more than `TOLERANCE`.
+    """
+    with torch.no_grad():
+        expected = program(*probes).numpy()
+    got = exported(*(probe.numpy() for probe in probes))
+    if got.shape != expected.shape:
+        raise ConfigError(f"{part}: the export returns shape {got.shape}, torch {expected.shape}")
+    differ = ~np.isclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+    if differ.any():
+        raise ConfigError(
+            f"{part}: the export differs from torch by more than {TOLERANCE} in {differ.sum()} of {differ.size} values"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporters' chatter off the terminal; errors still raise."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _matrix(columns: list[NDArray[np.float64]], rows: int) -> Tensor:
+    return torch.tensor(np.stack(columns, axis=1) if columns else np.zeros((rows, 0)), dtype=torch.float32)
