@@ -61,15 +61,13 @@ class BatchMessage:
         """Reads what `to_bytes` wrote, every column checked once.
 
         Raises:
-            BadMessage: not Arrow, not this schema, or not one batch.
+            BadMessage: not Arrow, not this schema, compressed, empty, or not one batch.
         """
         import pyarrow as pa
 
         try:
-            with pa.ipc.open_stream(data) as reader:
-                batch = reader.read_next_batch()
-                metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-            batch.validate(full=True)
+            batch = _only_batch(data)
+            metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
             columns: dict[str, Any] = {
                 name: _from_arrow(kind, batch.column(name)) for name, kind in cls.COLUMNS.items()
             }
@@ -78,7 +76,7 @@ class BatchMessage:
                 for f in fields(cls)
                 if f.name not in cls.COLUMNS
             }
-        except (pa.ArrowException, KeyError, ValueError, TypeError, StopIteration, OverflowError, OSError) as error:
+        except (pa.ArrowException, KeyError, ValueError, TypeError, EOFError, OverflowError, OSError) as error:
             # The class alone: Arrow's messages can quote the bytes, which hold embeddings.
             raise BadMessage(f"not a {cls.TOPIC} record: {type(error).__name__}") from None
         return cls(**scalars, **columns)
@@ -174,6 +172,48 @@ class DeadLetter(BaseModel):
     def topic_for(topic: str) -> str:
         """The dead-letter topic of `topic`."""
         return f"{topic}.dead"
+
+
+def _only_batch(data: bytes) -> pa.RecordBatch:
+    """The one record batch of an IPC stream, its buffers checked against their lengths.
+
+    Compressed batches are refused before they are unpacked: 17 kB can unpack to gigabytes.
+    """
+    import pyarrow as pa
+
+    messages = list(pa.ipc.MessageReader.open_stream(data))
+    if [message.type for message in messages] != ["schema", "record batch"]:
+        raise ValueError("not one batch")
+    schema, body = messages
+    if _is_compressed(memoryview(body.metadata)):
+        raise ValueError("compressed")
+    batch = pa.ipc.read_record_batch(body, pa.ipc.read_schema(schema))
+    batch.validate(full=True)
+    if not len(batch):
+        raise ValueError("no rows")
+    return batch
+
+
+def _is_compressed(metadata: memoryview) -> bool:
+    """Whether a record batch's flatbuffer sets `RecordBatch.compression`.
+
+    Source: Apache Arrow, format/Message.fbs: the header is field 2 of a message,
+    compression field 3 of a record batch. Arrow verified the flatbuffer already.
+    """
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(metadata[at : at + size], "little")
+
+    def place(table: int, field: int) -> int:
+        """Where a table's field lies; `table` itself if it is not set."""
+        vtable = table - int.from_bytes(metadata[table : table + 4], "little", signed=True)
+        entry = 4 + 2 * field
+        return table + (number(vtable + entry, 2) if entry < number(vtable, 2) else 0)
+
+    message = number(0, 4)
+    header = place(message, 2)
+    batch = header + number(header, 4)
+    return place(batch, 3) != batch
 
 
 def _to_arrow(kind: str, values: NDArray[Any]) -> pa.Array:
