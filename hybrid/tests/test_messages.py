@@ -31,6 +31,7 @@ def assert_same(left, right):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 20), st.integers(0, 3), st.integers(1, 16))
 def test_embeddings_come_back_as_they_went(data, rows, request, size):
     """to_bytes then from_bytes is the identity, also without request features and with text of any script."""
@@ -59,7 +60,7 @@ def test_predictions_come_back_as_they_went():
     assert_same(Predictions.from_bytes(sent.to_bytes()), sent)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_a_damaged_record_is_refused_or_read_but_never_anything_else(data):
     """Bytes changed, lengths made huge, the end cut: a message or BadMessage; no crash, no other error."""
@@ -76,6 +77,7 @@ def test_a_damaged_record_is_refused_or_read_but_never_anything_else(data):
         assert pa.total_allocated_bytes() - before < 1 << 20
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_a_bad_message(garbage):
     """Arbitrary bytes raise BadMessage."""
