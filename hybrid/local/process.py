@@ -194,7 +194,7 @@ def kill_session(pid: int, timeout_s: float = 5.0) -> None:
 
 def _any_alive(group: int) -> bool:
     """Whether the group has a member that is not a zombie waiting for a parent that does not ask."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):

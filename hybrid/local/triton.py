@@ -134,7 +134,7 @@ def _variables(folder: Path, site: Path) -> dict[str, str]:
 
 
 def _python() -> list[str]:
-    """uv's arguments that choose a Python with a shared library, for which NumPy 1.26 has wheels."""
+    """Arguments for uv that choose a Python with a shared library, for which NumPy 1.26 has wheels."""
     library = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     beside = Path(str(sysconfig.get_config_var("LIBDIR")), library)
     shared = beside.is_file() or ctypes.util.find_library(library.removeprefix("lib").split(".so")[0]) is not None
