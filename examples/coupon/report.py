@@ -99,10 +99,10 @@ bound (paired bootstrap over users): <b>{report["auc"]["federated_minus_server_o
 <h2>What happened</h2>
 <div class="plots">{plots}</div>
 <h2>Served</h2>
-<p>{report["requests"]:,} requests from device processes, {report["answered"]:,} answered, {report["predicted"]:,} with a
-prediction, through Kafka {escape(report["kafka"]["version"])} ({report["broker_records"]:,} records) and Triton
-{escape(report["triton"]["version"])}. The served predictions differ from the offline ones of the same version by at most
-{report["max_abs_difference"]:.1e}. Latency {report["latency_ms"]["p50"]:.0f} ms at the median and
+<p>{report["requests"]:,} requests from device processes, {report["answered"]:,} answered, {report["predicted"]:,} with
+a prediction, through Kafka {escape(report["kafka"]["version"])} ({report["broker_records"]:,} records) and Triton
+{escape(report["triton"]["version"])}. The served predictions differ from the offline ones of the same version by at
+most {report["max_abs_difference"]:.1e}. Latency {report["latency_ms"]["p50"]:.0f} ms at the median and
 {report["latency_ms"]["p99"]:.0f} ms at the 99th percentile, with every process on one machine.</p>
 </body></html>
 """

@@ -8,7 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 DATA = Path(__file__).parent / "data"
-PROFILE = "gender age maritalStatus has_children education occupation income car Bar CoffeeHouse CarryAway RestaurantLessThan20 Restaurant20To50".split()
+PROFILE = [
+    *("gender", "age", "maritalStatus", "has_children", "education", "occupation", "income", "car"),
+    *("Bar", "CoffeeHouse", "CarryAway", "RestaurantLessThan20", "Restaurant20To50"),
+]
 
 
 def load() -> pd.DataFrame:
