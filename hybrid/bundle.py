@@ -44,6 +44,7 @@ class Manifest(BaseModel):
         format: of the bundle; a reader refuses another.
         model, version, definition_hash: the pair's device side.
         features: the device features; their tables turn raw values into inputs.
+        request: request features by name, "text" or "number": sent as they are, with each request.
         server_embedding, device_embedding: sizes.
         merge, release: where the embeddings meet, and how the device's leaves.
         programs: "embed": (1, features) -> (1, device_embedding);
@@ -57,6 +58,7 @@ class Manifest(BaseModel):
     version: int
     definition_hash: str
     features: Features
+    request: dict[str, Literal["text", "number"]] = {}
     server_embedding: int
     device_embedding: int
     merge: Literal["server", "device"]

@@ -1,0 +1,75 @@
+"""`python -m device_runtime`: devices in a process of their own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hybrid.errors import HybridError
+
+
+def main() -> None:
+    """Runs one command; an error of ours is one sentence and exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m device_runtime", description="Runs devices' side of a model.")
+    commands = parser.add_subparsers(required=True)
+    infer = commands.add_parser(
+        "infer",
+        help="ask the gateway for a prediction of every stored row",
+        description="Verifies the bundle, embeds each stored row with its program, sends what the model declares "
+        "that a device releases, writes one result per row and prints a summary as JSON.",
+    )
+    infer.add_argument("--bundle", type=Path, required=True, help="the version's device bundle")
+    infer.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    infer.add_argument("--store", type=Path, required=True, help="SQLite file with the devices' rows")
+    infer.add_argument("--gateway", required=True, help="for example http://127.0.0.1:8080")
+    infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
+    infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
+    infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
+    infer.add_argument("--timeout", type=float, default=5.0, help="seconds for one attempt (default 5)")
+    infer.set_defaults(run=_infer)
+    arguments = vars(parser.parse_args())
+    run = arguments.pop("run")
+    try:
+        print(json.dumps(asyncio.run(run(**arguments))))
+    except HybridError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+async def _infer(
+    *,
+    bundle: Path,
+    trust: Path,
+    store: Path,
+    gateway: str,
+    out: Path,
+    devices: range | None,
+    concurrency: int,
+    timeout: float,
+) -> dict[str, Any]:
+    from device_runtime.client import InferenceClient, Results
+    from device_runtime.program import EmbedProgram, open_bundle
+    from device_runtime.store import read_rows
+
+    verified = open_bundle(bundle, trust)
+    rows = read_rows(store, verified.manifest, devices=devices)
+    client = InferenceClient(verified.manifest, EmbedProgram(verified), gateway, timeout_s=timeout)
+    async with client:
+        with Results(out) as results:
+            await client.run(rows, results.add, concurrency=concurrency)
+    return results.summary()
+
+
+def _range(text: str) -> range:
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"must be A:B with 0 <= A < B, got {text!r}")
+    return range(int(first), int(end))
+
+
+if __name__ == "__main__":
+    main()
