@@ -1,0 +1,119 @@
+"""Starts one process of serving: `python -m serving gateway` or `python -m serving worker`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from hybrid.deployment import Deployment
+from hybrid.errors import HybridError
+from serving.deployments import Deployments
+
+log = logging.getLogger("serving")
+DRAIN_S = 10
+
+
+def main() -> None:
+    """Reads the command line and runs the process until SIGTERM or Ctrl-C."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("kafka").setLevel(logging.WARNING)
+    try:
+        arguments.run(arguments)
+    except HybridError as error:
+        sys.exit(f"{arguments.process}: {error}")
+
+
+def gateway(arguments: argparse.Namespace) -> None:
+    """Serves HTTP until a signal; then finishes what waits and exits with 0."""
+    import uvicorn
+
+    from serving.exchange import Limits
+    from serving.gateway import over_kafka
+    from serving.kafka import create_topics
+
+    create_topics(arguments.kafka)
+    limits = Limits(deadline_s=arguments.deadline_s)
+    deployments = Deployments(arguments.deployments)
+    app = over_kafka(arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
+        signal.signal(number, lambda *_: sys.exit(0))
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
+    from feature_store.online import PackedReader
+    from hybrid.messages import DeviceEmbeddings
+    from serving.kafka import GroupInbox, ProducerOutbox, create_topics
+    from serving.triton import Triton
+    from serving.worker import Worker
+
+    def open_reader(deployment: Deployment) -> PackedReader:
+        return PackedReader(
+            arguments.feast,
+            packed_view=deployment.packed_view,
+            join_key=deployment.join_key,
+            join_key_type=deployment.join_key_type,
+            schema_hash=deployment.server.schema_hash,
+            max_age_s=deployment.max_feature_age_s,
+            width=len(deployment.server),
+        )
+
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    create_topics(arguments.kafka)
+    with (
+        Triton(arguments.triton) as triton,
+        ProducerOutbox(arguments.kafka) as outbox,
+        GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC) as inbox,
+    ):
+        merging = Worker(
+            inbox=inbox,
+            outbox=outbox,
+            deployments=Deployments(arguments.deployments),
+            open_reader=open_reader,
+            models=triton,
+            now_ms=_now_ms,
+        )
+        merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
+    processes = parser.add_subparsers(dest="process", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--deployments", type=Path, required=True, help="folder that `hybrid promote` writes")
+    common.add_argument("--kafka", required=True, metavar="HOST:PORT")
+    http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
+    http.add_argument("--host", default="127.0.0.1")
+    http.add_argument("--port", type=int, required=True)
+    http.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one gateway each")
+    http.add_argument("--deadline-s", type=float, default=5.0, help="from a request to its answer")
+    http.set_defaults(run=gateway)
+    merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
+    merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
+    merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
+    merging.set_defaults(run=worker)
+    return parser
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Where requests wait: rows of many callers go out as one record, and answers find their callers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.deployment import Deployment
+from hybrid.errors import ServingError, Unavailable
+from hybrid.messages import DeviceEmbeddings, Predictions
+from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
+
+ID_BYTES = 16
+MAX_RECORD_BYTES = 768 << 10  # below Kafka's default limit of 1 MiB, with room for the framing
+EXPLAIN = {
+    "bad_request": "the worker refused it as malformed",
+    "unknown_model": "the worker does not serve this version",
+    "unknown_entity": "the feature store has no row for the entity",
+    "stale_features": "the entity's features are older than the model allows",
+    "schema_drift": "the entity's features were packed by another schema than the model's",
+    "unavailable": "the feature store or Triton did not answer",
+}
+ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
+Send = Callable[[DeviceEmbeddings, Callable[[], None]], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may wait, and how long.
+
+    Attributes:
+        deadline_s: from the question to its answer.
+        linger_s: how long rows wait for company before they leave as one record.
+        record_rows: rows that leave at once without waiting.
+        waiting_rows: rows in flight; more are refused.
+    """
+
+    deadline_s: float = 5.0
+    linger_s: float = 0.002
+    record_rows: int = 512
+    waiting_rows: int = 20_000
+
+
+@dataclass
+class _Question:
+    """One caller's rows, on their way or half answered."""
+
+    rows: Rows
+    ids: list[bytes]
+    done: asyncio.Future[None]
+    left: int
+    prediction: NDArray[np.float32]
+    age_ms: NDArray[np.int64]
+    status: list[str]
+
+
+@dataclass
+class _Queue:
+    """Questions to one deployment that leave together."""
+
+    deployment: Deployment
+    questions: list[_Question] = field(default_factory=list)
+    rows: int = 0
+    timer: asyncio.TimerHandle | None = None
+
+
+class Exchange:
+    """Matches answers to questions by request id. Lives on one event loop.
+
+    Args:
+        send: hands a record to Kafka without blocking, and calls its second
+            argument, in any thread, if the record was not delivered.
+        reply_partition: of the predictions topic that this gateway reads.
+        now_ms: Unix time in milliseconds, UTC.
+        limits: see there.
+    """
+
+    def __init__(self, send: Send, reply_partition: int, now_ms: Callable[[], int], limits: Limits) -> None:
+        self._send, self._reply_partition, self._now_ms, self._limits = send, reply_partition, now_ms, limits
+        self._queues: dict[tuple[str, int], _Queue] = {}
+        self._asked: dict[bytes, tuple[_Question, int]] = {}
+
+    def start(self) -> None:
+        """Binds it to the running event loop; to be called first."""
+        self._loop = asyncio.get_running_loop()
+
+    async def ask(self, deployment: Deployment, rows: Rows) -> Answers:
+        """Waits for the predictions of all rows.
+
+        Raises:
+            ServingError: a row cannot be predicted, no answer came in time, or too much waits already.
+        """
+        if len(self._asked) + len(rows) > self._limits.waiting_rows:
+            raise Unavailable("too many rows wait for an answer; try again in a second")
+        question = self._question(rows)
+        try:
+            self._enqueue(deployment, question)
+            async with asyncio.timeout(self._limits.deadline_s):
+                await question.done
+        except TimeoutError:
+            raise Unavailable(f"no answer in time ({self._limits.deadline_s:g} s)") from None
+        finally:
+            for key in question.ids:
+                self._asked.pop(key, None)
+        _raise_first(question.status)
+        return Answers(question.prediction, question.age_ms)
+
+    def deliver(self, message: Predictions) -> None:
+        """`answer` for other threads."""
+        self._loop.call_soon_threadsafe(self.answer, message)
+
+    def answer(self, message: Predictions) -> None:
+        """Takes predictions; those that nobody waits for, or waits for no more, are dropped."""
+        raw = message.request_id.tobytes()
+        for row, start in enumerate(range(0, len(raw), ID_BYTES)):
+            question, place = self._asked.pop(raw[start : start + ID_BYTES], (None, 0))
+            if question is None:
+                continue
+            question.prediction[place] = message.prediction[row]
+            question.age_ms[place] = message.feature_age_ms[row]
+            question.status[place] = message.status[row]
+            question.left -= 1
+            if question.left == 0 and not question.done.done():
+                question.done.set_result(None)
+
+    def _question(self, rows: Rows) -> _Question:
+        n = len(rows)
+        raw = os.urandom(ID_BYTES * n)
+        ids = [raw[start : start + ID_BYTES] for start in range(0, len(raw), ID_BYTES)]
+        done = self._loop.create_future()
+        question = _Question(rows, ids, done, n, np.full(n, np.nan, np.float32), np.full(n, -1, np.int64), [""] * n)
+        self._asked |= {key: (question, place) for place, key in enumerate(ids)}
+        return question
+
+    def _enqueue(self, deployment: Deployment, question: _Question) -> None:
+        key = deployment.model, deployment.version
+        waiting = self._queues.setdefault(key, _Queue(deployment))
+        waiting.questions.append(question)
+        waiting.rows += len(question.rows)
+        if waiting.rows >= self._limits.record_rows:
+            self._flush(key)
+        elif waiting.timer is None:
+            waiting.timer = self._loop.call_later(self._limits.linger_s, self._flush, key)
+
+    def _flush(self, key: tuple[str, int]) -> None:
+        waiting = self._queues.pop(key)
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        for record in self._records(waiting.deployment, waiting.questions):
+            try:
+                self._send(record, lambda: self._fail_later(waiting.questions))
+            except Unavailable:
+                _fail(waiting.questions)
+
+    def _fail_later(self, questions: list[_Question]) -> None:
+        self._loop.call_soon_threadsafe(_fail, questions)
+
+    def _records(self, deployment: Deployment, questions: list[_Question]) -> Iterable[DeviceEmbeddings]:
+        """The rows of all questions, in as few records as Kafka's size limit allows."""
+        floats = deployment.device_embedding + len(deployment.request)
+        size = max(1, min(self._limits.record_rows, MAX_RECORD_BYTES // (32 + MAX_ENTITY_BYTES + 4 * floats)))
+        ids = np.frombuffer(b"".join(key for q in questions for key in q.ids), dtype=f"V{ID_BYTES}")
+        entity = np.concatenate([q.rows.entity for q in questions])
+        request = np.concatenate([q.rows.request for q in questions])
+        embedding = np.concatenate([q.rows.embedding for q in questions])
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            yield DeviceEmbeddings(
+                deployment.model,
+                deployment.version,
+                self._reply_partition,
+                request_id=ids[part],
+                entity=entity[part],
+                request=request[part],
+                embedding=embedding[part],
+                event_ms=np.full(len(ids[part]), self._now_ms()),
+            )
+
+
+def _fail(questions: Iterable[_Question]) -> None:
+    for question in questions:
+        if not question.done.done():
+            question.done.set_exception(Unavailable("Kafka did not take the request"))
+
+
+def _raise_first(status: list[str]) -> None:
+    """Raises the error of the first row that has one."""
+    for row, code in enumerate(status):
+        if code != "ok":
+            why = EXPLAIN.get(code, "the worker gave no known reason")
+            raise ERRORS.get(code, Unavailable)(f"row {row + 1} of {len(status)}: {why}")

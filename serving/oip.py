@@ -1,0 +1,332 @@
+"""The Open Inference Protocol v2 over HTTP: bytes to typed rows and back, and nothing else.
+
+JSON and the binary tensor extension, both ways, so that any client of the
+protocol (`tritonclient.http`, curl) can ask. Everything a caller can get wrong
+is found here, once; what comes out needs no further check.
+
+Source: https://github.com/kserve/open-inference-protocol (inference_rest.md) and
+Triton's extension_binary_data.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from hybrid.deployment import Deployment
+from hybrid.errors import BadRequest, ServingError
+
+MAX_ROWS = 1024  # of one request
+MAX_ENTITY_BYTES = 256
+ENTITY, EMBEDDING = "entity", "device_embedding"
+OUTPUTS = {"prediction": "FP32", "version": "INT64", "feature_age_ms": "INT64", "merged": "BYTES"}
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_NUMPY: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one request asks about.
+
+    Attributes:
+        entity: (n,) join keys as text.
+        request: (n, r) request features as slots.
+        embedding: (n, d) finite, as released by the device.
+    """
+
+    entity: NDArray[np.object_]
+    request: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.entity)
+
+
+@dataclass(frozen=True)
+class Infer:
+    """One inference request.
+
+    Attributes:
+        id: the caller's, echoed; None if there was none.
+        rows: what it asks about.
+        outputs: wanted output -> whether as binary.
+    """
+
+    id: str | None
+    rows: Rows
+    outputs: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The predictions of one request, (n,) each; all rows are "ok"."""
+
+    prediction: NDArray[np.float32]
+    feature_age_ms: NDArray[np.int64]
+
+
+def model_metadata(deployment: Deployment) -> dict[str, Any]:
+    """What `GET /v2/models/{name}` answers."""
+    inputs = {name: (datatype, [-1]) for name, datatype in _scalars(deployment).items()}
+    inputs[EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
+    return {
+        "name": deployment.model,
+        "versions": [str(deployment.version)],
+        "platform": "hybrid",
+        "inputs": [{"name": n, "datatype": d, "shape": s} for n, (d, s) in inputs.items()],
+        "outputs": [{"name": n, "datatype": d, "shape": [-1]} for n, d in OUTPUTS.items()],
+    }
+
+
+def decode(body: bytes, header_length: str | None, deployment: Deployment) -> Infer:
+    """Reads the body of an inference request.
+
+    Args:
+        body: JSON, followed by raw tensors where `header_length` says so.
+        header_length: value of the `Inference-Header-Content-Length` header; None without it.
+        deployment: the model that is asked.
+
+    Raises:
+        BadRequest: anything is not as the model's metadata says. The message
+            names the input, what it must be and what it got; it holds no value.
+    """
+    document, raw = _split(body, header_length)
+    inputs = _by_name(document.get("inputs"), "inputs")
+    scalars = _scalars(deployment)
+    expected = [*scalars, EMBEDDING]
+    unknown, missing = [n for n in inputs if n not in expected], [n for n in expected if n not in inputs]
+    if unknown:
+        raise BadRequest(f"unknown input {_short(unknown[0])}; {deployment.model} takes {expected}")
+    if missing:
+        raise BadRequest(f"inputs {missing} are missing; {deployment.model} takes {expected}")
+    chunks = _chunks(inputs, raw)
+    rows = _rows_of(inputs[ENTITY])
+    columns = {n: _tensor(inputs[n], d, (rows,), chunks[n], n in deployment.request.names) for n, d in scalars.items()}
+    embedding = _tensor(inputs[EMBEDDING], "FP32", (rows, deployment.device_embedding), chunks[EMBEDDING])
+    if not np.isfinite(embedding).all():
+        raise BadRequest(f"input {EMBEDDING!r} must be finite, got NaN or infinity")
+    request = deployment.request.slots(deployment.request.inputs(columns)).reshape(rows, len(deployment.request))
+    entity = _entities(columns[ENTITY], deployment.join_key_type)
+    return Infer(_id(document), Rows(entity, request, embedding), _wanted(document))
+
+
+def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[bytes, int | None]:
+    """The body of an answer, and the length of its JSON part if raw tensors follow it."""
+    n = len(infer.rows)
+    columns: dict[str, Any] = {
+        "prediction": answers.prediction,
+        "version": np.full(n, deployment.version),
+        "feature_age_ms": answers.feature_age_ms,
+        "merged": ["server"] * n,
+    }
+    outputs, raw = [], []
+    for name, binary in infer.outputs.items():
+        output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [n]}
+        if binary:
+            raw.append(_to_binary(columns[name], OUTPUTS[name]))
+            output["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            output["data"] = columns[name]
+        outputs.append(output)
+    document = {"model_name": deployment.model, "model_version": str(deployment.version), "outputs": outputs}
+    if infer.id is not None:
+        document["id"] = infer.id
+    header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return header + b"".join(raw), len(header) if raw else None
+
+
+def encode_error(error: ServingError) -> bytes:
+    """The protocol's error object, with the reason as one stable word."""
+    return orjson.dumps({"error": str(error), "code": error.code})
+
+
+def _scalars(deployment: Deployment) -> dict[str, str]:
+    """Inputs with one value per row, and their datatypes."""
+    request = {n: "BYTES" if t.text else "FP32" for n, t in deployment.request.transforms.items()}
+    return {ENTITY: "BYTES", **request}
+
+
+def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
+    """The JSON document, and the raw bytes behind it."""
+    length = len(body) if header_length is None else _count(header_length, HEADER_LENGTH)
+    if length > len(body):
+        raise BadRequest(f"{HEADER_LENGTH} is {length}, but the body has {len(body)} bytes")
+    try:
+        document = orjson.loads(body[:length])
+    except orjson.JSONDecodeError:
+        raise BadRequest("the request must be JSON in UTF-8 without NaN, and is not") from None
+    if not isinstance(document, dict):
+        raise BadRequest(f"the request must be a JSON object, got {type(document).__name__}")
+    return document, memoryview(body)[length:]
+
+
+def _count(value: object, what: str) -> int:
+    """A whole number >= 0, from text or JSON."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12:
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise BadRequest(f"{what} must be a whole number >= 0")
+
+
+def _by_name(tensors: object, what: str) -> dict[str, dict[str, Any]]:
+    """Tensor objects by their names, in order."""
+    named = isinstance(tensors, list) and all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in tensors)
+    if not isinstance(tensors, list) or not named:
+        raise BadRequest(f"{what} must be a list of objects with a name")
+    found = {tensor["name"]: tensor for tensor in tensors}
+    if len(found) < len(tensors):
+        raise BadRequest(f"{what} must have distinct names")
+    return found
+
+
+def _parameters(owner: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = owner.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise BadRequest("parameters must be an object")
+    return parameters
+
+
+def _chunks(inputs: Mapping[str, Mapping[str, Any]], raw: memoryview) -> dict[str, memoryview | None]:
+    """Each input's raw bytes, which lie in the order of the inputs; None where its data is in the JSON."""
+    chunks: dict[str, memoryview | None] = {}
+    place = 0
+    for name, tensor in inputs.items():
+        chunks[name], size = None, _parameters(tensor).get("binary_data_size")
+        if size is not None:
+            end = place + _count(size, f"binary_data_size of input {name!r}")
+            chunks[name], place = raw[place:end], end
+    if place != len(raw):
+        raise BadRequest(f"the inputs' binary_data_size add up to {place}, but {len(raw)} bytes follow the JSON")
+    return chunks
+
+
+def _rows_of(tensor: Mapping[str, Any]) -> int:
+    shape = tensor.get("shape")
+    if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or not 1 <= shape[0] <= MAX_ROWS:
+        raise BadRequest(f"input {ENTITY!r} must have shape [n] with 1 <= n <= {MAX_ROWS}, got {_short(shape)}")
+    return shape[0]
+
+
+def _tensor(
+    tensor: Mapping[str, Any], datatype: str, shape: tuple[int, ...], chunk: memoryview | None, missing: bool = False
+) -> NDArray[Any]:
+    """One input's values, checked to be of `datatype` and `shape`.
+
+    `chunk` is its raw bytes, None where its data is in the JSON; `missing` allows
+    null there (a request feature may be missing).
+    """
+    name = tensor["name"]
+    if tensor.get("datatype") != datatype:
+        raise BadRequest(f"input {name!r} must have datatype {datatype}, got {_short(tensor.get('datatype'))}")
+    if tensor.get("shape") != list(shape):
+        raise BadRequest(f"input {name!r} must have shape {list(shape)}, got {_short(tensor.get('shape'))}")
+    size = math.prod(shape)
+    if chunk is None:
+        return _from_json(name, tensor.get("data"), datatype, size, missing).reshape(shape)
+    if datatype == "BYTES":
+        return _texts(name, chunk, size)
+    if len(chunk) != 4 * size:
+        raise BadRequest(f"input {name!r} must have {4 * size} bytes, got {len(chunk)}")
+    return np.frombuffer(chunk, dtype=_NUMPY[datatype]).reshape(shape)
+
+
+def _from_json(name: str, data: object, datatype: str, size: int, missing: bool) -> NDArray[Any]:
+    """(size,) values, flat or nested in row-major order."""
+    if not isinstance(data, list):
+        raise BadRequest(f"input {name!r} must have data as a list, or a binary_data_size")
+    values = list(_flat(data))
+    if len(values) != size:
+        raise BadRequest(f"input {name!r} must have {size} values, got {len(values)}")
+    allowed = ({str} if datatype == "BYTES" else {int, float}) | ({type(None)} if missing else set())
+    wrong = sorted({type(value).__name__ for value in values if type(value) not in allowed})
+    if wrong:
+        what = "strings" if datatype == "BYTES" else "numbers"
+        raise BadRequest(f"input {name!r} must hold {what}, got {', '.join(wrong)}")
+    if datatype == "BYTES":
+        return np.array(values, dtype=object)
+    with np.errstate(over="ignore"):  # past float32 is infinite, which is refused or counts as missing
+        return np.array(values, dtype=np.float64).astype(np.float32)
+
+
+def _flat(data: Sequence[Any], depth: int = 1) -> Iterator[Any]:
+    if depth > 2:
+        raise BadRequest("data must be nested no deeper than its shape")
+    for value in data:
+        if isinstance(value, list):
+            yield from _flat(value, depth + 1)
+        else:
+            yield value
+
+
+def _texts(name: str, chunk: memoryview, size: int) -> NDArray[np.object_]:
+    """(size,) texts, each behind its length (4 bytes, little endian)."""
+    texts, place = [], 0
+    for _ in range(size):
+        end = place + 4 + int.from_bytes(chunk[place : place + 4], "little")
+        if place + 4 > len(chunk) or end > len(chunk):
+            raise BadRequest(f"input {name!r} must hold {size} strings, each behind its length, and ends before")
+        texts.append(_text(name, bytes(chunk[place + 4 : end])))
+        place = end
+    if place != len(chunk):
+        raise BadRequest(f"input {name!r} must hold {size} strings, but {len(chunk) - place} bytes follow them")
+    return np.array(texts, dtype=object)
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise BadRequest(f"input {name!r} must be UTF-8 text") from None
+
+
+def _entities(texts: NDArray[np.object_], join_key_type: str) -> NDArray[np.object_]:
+    for text in texts:
+        if not 0 < len(text.encode()) <= MAX_ENTITY_BYTES:
+            raise BadRequest(f"input {ENTITY!r} must have 1 to {MAX_ENTITY_BYTES} bytes of UTF-8 in each row")
+        if join_key_type == "integer" and not _is_int64(text):
+            raise BadRequest(f"input {ENTITY!r} must hold whole numbers of 64 bits, as text")
+    return texts
+
+
+def _is_int64(text: str) -> bool:
+    """Whether `text` is a signed whole number of 64 bits in ASCII digits."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 20 and -(2**63) <= int(text) < 2**63
+
+
+def _id(document: Mapping[str, Any]) -> str | None:
+    given = document.get("id")
+    if given is not None and not isinstance(given, str):
+        raise BadRequest(f"id must be text, got {type(given).__name__}")
+    return given
+
+
+def _wanted(document: Mapping[str, Any]) -> dict[str, bool]:
+    """The outputs asked for, all where none are named, and whether each goes out as binary."""
+    by_default = _parameters(document).get("binary_data_output") is True
+    if not document.get("outputs"):
+        return dict.fromkeys(OUTPUTS, by_default)
+    asked = _by_name(document["outputs"], "outputs")
+    unknown = [name for name in asked if name not in OUTPUTS]
+    if unknown:
+        raise BadRequest(f"unknown output {_short(unknown[0])}; there are {list(OUTPUTS)}")
+    return {name: _parameters(output).get("binary_data", by_default) is True for name, output in asked.items()}
+
+
+def _to_binary(values: Any, datatype: str) -> bytes:
+    if datatype == "BYTES":
+        return b"".join(len(text).to_bytes(4, "little") + text for text in map(str.encode, values))
+    return np.ascontiguousarray(values, dtype=_NUMPY[datatype]).tobytes()
+
+
+def _short(value: object) -> str:
+    """Names and shapes as the caller wrote them, cut where they are long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,78 @@
+"""Triton over gRPC: one long-lived client, a time limit on every call, a budget for retries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Protocol, Self
+
+import numpy as np
+import tritonclient.grpc as triton
+from numpy.typing import NDArray
+
+from hybrid.errors import Unavailable
+
+Float32 = NDArray[np.float32]
+FIRST_PAUSE_S = 0.02
+
+
+class Models(Protocol):
+    """Networks by name and version."""
+
+    def infer(self, model: str, version: int, inputs: Mapping[str, Float32], output: str) -> Float32:
+        """Runs a model on (n, ...) inputs, all of the same n >= 1.
+
+        Raises:
+            Unavailable: it did not answer in time, or refused.
+        """
+
+
+class Triton:
+    """A Triton server; Kafka's topics are at least once, so a repeated call does no harm.
+
+    Args:
+        address: its gRPC endpoint, HOST:PORT.
+        timeout_s: of one call, all its retries included.
+    """
+
+    def __init__(self, address: str, timeout_s: float = 2.0) -> None:
+        self._timeout_s = timeout_s
+        # Pings only while a call waits: Triton closes connections that ping when idle.
+        keepalive = triton.KeepAliveOptions(keepalive_time_ms=30_000, keepalive_timeout_ms=5_000)
+        self._client = triton.InferenceServerClient(address, keepalive_options=keepalive)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server and all its models answer."""
+        try:
+            return bool(self._client.is_server_ready(client_timeout=self._timeout_s))
+        except triton.InferenceServerException:
+            return False
+
+    def infer(self, model: str, version: int, inputs: Mapping[str, Float32], output: str) -> Float32:
+        """See `Models`. Only UNAVAILABLE is tried again: anything else would fail again or has run already."""
+        tensors = [_tensor(name, values) for name, values in inputs.items()]
+        wanted = [triton.InferRequestedOutput(output)]
+        deadline, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
+        while True:
+            left_s = max(deadline - time.monotonic(), 0.001)
+            try:
+                answer = self._client.infer(model, tensors, str(version), outputs=wanted, client_timeout=left_s)
+                return answer.as_numpy(output)  # type: ignore[no-any-return]
+            except triton.InferenceServerException as error:
+                if error.status() != "StatusCode.UNAVAILABLE" or time.monotonic() + pause_s >= deadline:
+                    raise Unavailable(f"Triton model {model!r} version {version} failed: {error.status()}") from None
+            time.sleep(pause_s)
+            pause_s *= 2
+
+
+def _tensor(name: str, values: Float32) -> triton.InferInput:
+    tensor = triton.InferInput(name, list(values.shape), "FP32")
+    tensor.set_data_from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return tensor
