@@ -1,5 +1,102 @@
 """`hybrid promote`: exports a version and points an alias at it."""
 
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from hybrid.errors import ConfigError
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hybrid.export.promote import Exported
+    from hybrid.spec import HybridModel
+
+PRODUCTION = "production"
 app = typer.Typer()
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    version: Annotated[str, typer.Argument(help="A trained version's number, or an alias that points at one.")],
+    alias: Annotated[str, typer.Argument(help="What to point at it; 'production' is what is served.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Exports a trained version for Triton and for devices, and points ALIAS at it.
+
+    Every export is compared with the trained network before it is used; the
+    device bundle is signed. Serving switches to the version where ALIAS is
+    'production'.
+
+    Example: hybrid promote coupon 1 production
+    """
+    from hybrid.export.promote import export_version
+    from hybrid.registry import Registry
+
+    workspace = Workspace.current()
+    registry = Registry(workspace)
+    declared = registry.load_model(model)
+    found = registry.version(model, int(version) if version.isdigit() else version)
+    if found.definition_hash != registry.definition_hash(model):
+        raise ConfigError(
+            f"{model}:{found.number} was trained from another definition than is registered now: "
+            "train a version of the registered one, or register the file it was trained from"
+        )
+    exported = export_version(found, declared, workspace)
+    registry.set_alias(model, found.number, alias)
+    served = exported.deployment.write(workspace.deployments) if alias == PRODUCTION else None
+    if as_json:
+        print(json.dumps(_json(exported, declared, alias, served)))
+    else:
+        _show(exported, declared, alias, served)
+
+
+def _json(exported: Exported, model: HybridModel, alias: str, served: Path | None) -> dict[str, Any]:
+    deployment = exported.deployment
+    return {
+        "model": deployment.model,
+        "version": deployment.version,
+        "alias": alias,
+        "definition_hash": deployment.definition_hash,
+        "triton": [deployment.server_tower, deployment.head],
+        "bundle": str(exported.bundle),
+        "bytes": exported.sizes,
+        "deployment": str(served) if served else None,
+        "release": _release(model),
+    }
+
+
+def _show(exported: Exported, model: HybridModel, alias: str, served: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    deployment = exported.deployment
+    table = Table("what", "bytes", title=f"{deployment.model}:{deployment.version}, now {alias}")
+    names = {
+        deployment.server_tower: f"Triton model {deployment.server_tower}",
+        deployment.head: f"Triton model {deployment.head}",
+        "bundle": f"signed device bundle {exported.bundle.name}",
+    }
+    for name, size in exported.sizes.items():
+        table.add_row(names.get(name, f"device program '{name}'"), f"{size:,}")
+    console = Console()
+    console.print(table)
+    console.print(f"Device embeddings are released {_release(model)}.", highlight=False)
+    console.print(f"Serving uses it: {served}" if served else f"Serving is unchanged: only '{PRODUCTION}' is served.")
+
+
+def _release(model: HybridModel) -> str:
+    """How an embedding leaves the device, and what that discloses, in words."""
+    from hybrid.privacy.mechanisms import local_epsilon
+    from hybrid.spec import Noised
+
+    release = model.release
+    if isinstance(release, Noised):
+        delta = model.privacy.delta
+        epsilon = local_epsilon(release.sigma, delta)
+        return f"noised on the device, at a local epsilon of {epsilon:.3g} per request (delta {delta:g})"
+    return f"in the clear, because: {release.reason}" if release else "not at all"

@@ -1,0 +1,107 @@
+"""Everything that runs one version: Triton models, the device bundle, and what serving is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid.bundle import Manifest, signing_key, write_bundle
+from hybrid.deployment import Deployment
+from hybrid.errors import ConfigError
+from hybrid.export import executorch, triton
+from hybrid.network import Network
+from hybrid.spec import HybridModel
+from hybrid.version import Version
+from hybrid.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_version` wrote, and the deployment that makes serving use it.
+
+    Attributes:
+        deployment: not written yet: `deployment.write(workspace.deployments)` is the flip.
+        bundle: the device bundle's file.
+        manifest: in it.
+        sizes: bytes of each Triton model's ONNX file, each device program and the bundle.
+    """
+
+    deployment: Deployment
+    bundle: Path
+    manifest: Manifest
+    sizes: dict[str, int]
+
+
+def export_version(
+    version: Version, model: HybridModel, workspace: Workspace, *, backend: triton.Backend = "python"
+) -> Exported:
+    """Exports a trained version to `workspace.triton` and `workspace.bundles`; every export is checked against torch.
+
+    Args:
+        version: trained from `model`'s definition.
+        model: the declaration.
+        workspace: its signing key signs the bundle.
+        backend: which Triton backend runs the ONNX files.
+
+    Raises:
+        ConfigError: the version cannot be promoted, or a part cannot be exported.
+    """
+    _check(version, model)
+    network = Network.build(model)
+    network.load_weights(version.weights)
+    programs = executorch.device_programs(network)
+    tower, head = triton.export(network, version.number, workspace.triton, backend=backend)
+    bundle = workspace.bundles / f"{model.name}-{version.number}.bundle"
+    manifest = write_bundle(bundle, _manifest(version, network), programs, signing_key(workspace.keys))
+    files = {name: workspace.triton / name / str(version.number) / "model.onnx" for name in (tower, head)}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    sizes |= {name: len(data) for name, data in programs.items()} | {"bundle": bundle.stat().st_size}
+    return Exported(_deployment(version, network, tower, head), bundle, manifest, sizes)
+
+
+def _check(version: Version, model: HybridModel) -> None:
+    name = f"{model.name}:{version.number}"
+    if model.merge == "device":
+        raise ConfigError(
+            f"{name} cannot be served yet: merge='device' is declared; so far only 'server' is served"
+        )
+    if version.training.kind != "federated":
+        raise ConfigError(
+            f"{name} is a {version.training.kind} reference, trained without a privacy mechanism; "
+            "only a federated version can be promoted"
+        )
+
+
+def _manifest(version: Version, network: Network) -> Manifest:
+    model = network.model
+    return Manifest(
+        model=model.name,
+        version=version.number,
+        definition_hash=version.definition_hash,
+        features=model.device_features,
+        request={name: "text" if t.text else "number" for name, t in model.request.items()},
+        server_embedding=network.server_embedding,
+        device_embedding=network.device_embedding,
+        merge=model.merge,
+        release=model.release,
+        programs={},
+    )
+
+
+def _deployment(version: Version, network: Network, tower: str, head: str) -> Deployment:
+    server = network.model.server
+    return Deployment(
+        model=network.model.name,
+        version=version.number,
+        definition_hash=version.definition_hash,
+        packed_view=server.packed_view,
+        join_key=server.entity.join_key,
+        join_key_type=server.entity.dtype,
+        max_feature_age_s=server.max_feature_age.total_seconds(),
+        server=server.features,
+        request=network.model.request_features,
+        server_embedding=network.server_embedding,
+        device_embedding=network.device_embedding,
+        server_tower=tower,
+        head=head,
+    )
