@@ -215,7 +215,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         delta: in (0, 1).
 
     Returns:
-        The least epsilon to ten digits, rounded up; infinite where `mu` is.
+        The least epsilon to ten digits, rounded up; infinite where mu > 1e6: no privacy.
 
     Source:
         Balle and Wang, ICML 2018, theorem 8. https://arxiv.org/abs/1805.06530
@@ -223,7 +223,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     >>> round(gaussian_epsilon(mu=math.sqrt(0.3), delta=1e-10), 4)
     3.4157
     """
-    if mu == math.inf:
+    if mu > 1e6:
         return math.inf
     if mu == 0 or _gaussian_delta(mu, 0.0) <= delta:
         return 0.0
