@@ -1,4 +1,4 @@
-"""`python -m hybrid.local install`: downloads what the local stack runs."""
+"""`python -m hybrid.local install` downloads what the local stack runs; `supervise` is the stack's own process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from hybrid.local.process import default_cache
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status."""
-    if arguments != ["install"]:
-        print("usage: python -m hybrid.local install", file=sys.stderr)
-        return 2
     try:
-        for server in (kafka, triton):
-            server.install(default_cache())
+        match arguments:
+            case ["install"]:
+                kafka.install(default_cache())
+                triton.install(default_cache())
+                return 0
+            case ["supervise", settings]:
+                from hybrid.local.stack import Settings, supervise
+
+                return supervise(Settings.model_validate_json(settings))
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    print("usage: python -m hybrid.local install", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def service(cache: Path, data: Path, *, port: int, controller_port: int) -> Serv
     return Service(
         name="kafka",
         command=command(cache, "kafka.Kafka", str(properties), options=[f"-Djava.io.tmpdir={data}"]),
-        ready=log_has("Kafka Server started"),
+        ready=log_has(".* Kafka Server started"),
         ports={"kafka": port, "kafka-controller": controller_port},
         prepare=prepare,
         cleanup=lambda: shutil.rmtree(data, ignore_errors=True),

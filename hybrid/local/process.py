@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from hybrid.errors import StackError
 
 _POLL_S = 0.1
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -62,6 +63,7 @@ class Process:
         Raises:
             StackError: the program cannot be started.
         """
+        _adopt_orphans()
         service.prepare()
         logs.mkdir(parents=True, exist_ok=True)
         self.service = service
@@ -79,7 +81,7 @@ class Process:
                 )
         except OSError as error:
             raise StackError(f"{service.name} could not be started: {error}") from None
-        self.pid = self._popen.pid
+        self.pid, self.started = self._popen.pid, started(self._popen.pid)
         self._deadline = time.monotonic() + service.start_timeout_s
 
     def exit_status(self) -> int | None:
@@ -90,10 +92,8 @@ class Process:
         """Whether it can be used now.
 
         Raises:
-            StackError: it ended, or its time to start is over.
+            StackError: its time to start is over.
         """
-        if self.exit_status() is not None:
-            raise StackError(self.obituary())
         if self.service.ready(self.log):
             return True
         if time.monotonic() > self._deadline:
@@ -103,10 +103,15 @@ class Process:
         return False
 
     def wait_ready(self) -> None:
-        """Returns when it can be used; raises as `is_ready` does."""
+        """Returns when it can be used.
+
+        Raises:
+            StackError: it ended, or its time to start is over.
+        """
         while not self.is_ready():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(_POLL_S)
+                raise StackError(self.obituary())
 
     def stop(self) -> None:
         """SIGTERM, SIGKILL after `stop_timeout_s`; returns when it and all that it started are gone."""
@@ -114,8 +119,12 @@ class Process:
             self._popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(self.service.stop_timeout_s)
-        kill_session(self.pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a group of zombies is not permitted
+            os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
+        with contextlib.suppress(ChildProcessError):
+            while True:  # what it started is ours now, see `_adopt_orphans`
+                os.waitpid(-self.pid, 0)
         self.service.cleanup()
 
     def obituary(self) -> str:
@@ -147,9 +156,10 @@ def running(service: Service, logs: Path) -> Iterator[Process]:
         process.stop()
 
 
-def log_has(line_end: str) -> Callable[[Path], bool]:
-    """A readiness check: some line of the log ends with `line_end`."""
-    return lambda log: any(line.endswith(line_end) for line in log.read_text(errors="replace").splitlines())
+def log_has(line: str) -> Callable[[Path], bool]:
+    """A readiness check: some line of the log is `line`, a regular expression for all of it."""
+    pattern = re.compile(line)
+    return lambda log: any(map(pattern.fullmatch, log.read_text(errors="replace").splitlines()))
 
 
 def http_ok(url: str) -> Callable[[Path], bool]:
@@ -183,24 +193,35 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def kill_session(pid: int, timeout_s: float = 5.0) -> None:
-    """SIGKILL to everything in the process group that `pid` led; waits until it is gone."""
-    deadline = time.monotonic() + timeout_s
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-        while time.monotonic() < deadline and _any_alive(pid):
-            time.sleep(_POLL_S / 10)
+def started(pid: int) -> float:
+    """When the process started, in Unix seconds: with its pid, its identity.
 
-
-def _any_alive(group: int) -> bool:
-    """Whether the group has a member that is not a zombie waiting for a parent that does not ask."""
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
     import psutil  # type: ignore[import-untyped]
 
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+    return float(psutil.Process(pid).create_time())
+
+
+def is_running(pid: int | None, since: float | None) -> bool:
+    """Whether the process that had this pid and start time still runs; one that took the pid over does not count."""
+    import psutil
+
+    if pid is None or since is None:
+        return False
+    try:
+        process = psutil.Process(pid)
+        # The clock that start times are told by may be set by a second or so in between.
+        return bool(abs(process.create_time() - since) < 2 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _adopt_orphans() -> None:
+    """Makes this process the parent of what its children leave behind, so that it can wait for them. Linux only."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

@@ -84,8 +84,7 @@ def service(
     server = site / "pytriton/tritonserver"
 
     def forget() -> None:
-        for file in _SHARED_MEMORY.glob(f"{shared_memory}*"):
-            file.unlink(missing_ok=True)
+        remove_shared_memory(shared_memory)
 
     return Service(
         name="triton",
@@ -111,6 +110,12 @@ def service(
         prepare=forget,
         cleanup=forget,
     )
+
+
+def remove_shared_memory(prefix: str) -> None:
+    """Removes the files in /dev/shm that a killed server left."""
+    for file in _SHARED_MEMORY.glob(f"{prefix}*"):
+        file.unlink(missing_ok=True)
 
 
 def _environment(cache: Path) -> Path:
