@@ -1,0 +1,137 @@
+"""The strategy: noised sums in, a step of any `torch.optim` optimiser out. It adds no noise and needs no trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from hybrid.errors import ConfigError
+from hybrid.features import Float32
+
+# Names of the records and of what is in them, on both sides of the wire.
+WEIGHTS, SUM, COUNTS, PLAN = "weights", "sum", "counts", "plan"
+FLAT, ROUND, PARTICIPANTS = "flat", "round", "participants"
+
+
+def flat_record(flat: NDArray[np.floating]) -> ArrayRecord:
+    """One flat array as the one array of a record: many small arrays cost Flower many calls."""
+    return ArrayRecord({FLAT: Array(np.ascontiguousarray(flat))})
+
+
+def flat_array(record: ArrayRecord) -> NDArray[np.floating]:
+    """What `flat_record` packed."""
+    array: NDArray[np.floating] = record[FLAT].numpy()
+    return array
+
+
+class ServerOptimizer:
+    """A `torch.optim` optimiser over one flat vector of weights, fed pseudo-gradients.
+
+    Args:
+        name: a class of `torch.optim` that can step from a gradient alone.
+        lr: its learning rate.
+        flat: (p,) the weights to start from.
+
+    Raises:
+        ConfigError: `torch.optim` has no such optimiser, or it cannot train a flat vector.
+    """
+
+    def __init__(self, name: str, lr: float, flat: Float32) -> None:
+        kind = getattr(torch.optim, name, None)
+        if not (
+            isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+        ):
+            raise ConfigError(f"server_optimizer must name a class of torch.optim, got {name!r}")
+        try:
+            _step(*_optimizer(kind, lr, np.zeros(2, np.float32)), np.zeros(2))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"server_optimizer must step from a gradient of one flat vector; {name} does not: {error}"
+            ) from None
+        self._optimizer, self._weights = _optimizer(kind, lr, flat)
+
+    def step(self, mean_update: NDArray[np.floating]) -> Float32:
+        """Takes one step against -`mean_update`, (p,); returns the new weights, (p,)."""
+        return _step(self._optimizer, self._weights, mean_update)
+
+
+def _optimizer(
+    kind: type[torch.optim.Optimizer], lr: float, flat: Float32
+) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+    weights = torch.nn.Parameter(torch.tensor(flat, dtype=torch.float32))
+    return kind([weights], lr=lr), weights  # type: ignore[call-arg]
+
+
+def _step(optimizer: torch.optim.Optimizer, weights: torch.nn.Parameter, mean_update: NDArray[np.floating]) -> Float32:
+    weights.grad = torch.tensor(-mean_update, dtype=torch.float32)
+    optimizer.step()
+    moved: Float32 = weights.detach().numpy().copy()
+    return moved
+
+
+@dataclass
+class NoisedSum(Strategy):  # type: ignore[misc]  # flwr ships no types
+    """Federated optimisation on noised sums, divided by the cohort that was planned.
+
+    Each node is an aggregator with people of its own and a whole mechanism of
+    its own: it clips, sums and noises before anything leaves it. Sums of
+    several nodes add up; their noise does too, so that each person is protected
+    even if every other aggregator is not honest. A node that fails contributes
+    zero: the denominator does not follow the replies.
+
+    Attributes:
+        planned_cohort: expected number of participants of a round, over all nodes; > 0.
+        optimizer: takes the mean update as a pseudo-gradient.
+        failed_rounds: how many rounds no node answered.
+
+    Source:
+        Reddi et al., ICLR 2021, Algorithm 1 (server optimisers). https://arxiv.org/abs/2003.00295
+    """
+
+    planned_cohort: float
+    optimizer: ServerOptimizer
+    failed_rounds: int = 0
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The same weights and plan to every node."""
+        plan = ConfigRecord({**config, ROUND: server_round})
+        content = RecordDict({WEIGHTS: arrays, PLAN: plan})
+        return [
+            Message(content, dst_node_id=node, message_type="train", group_id=str(server_round))
+            for node in sorted(grid.get_node_ids())
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """One step of the optimiser; None where no node answered, and the weights stay."""
+        answered = [reply.content for reply in replies if not reply.has_error()]
+        if not answered:
+            self.failed_rounds += 1
+            return None, None
+        total = np.sum([flat_array(content[SUM]) for content in answered], axis=0)
+        participants = sum(int(content[COUNTS][PARTICIPANTS]) for content in answered)
+        weights = self.optimizer.step(total / self.planned_cohort)
+        return flat_record(weights), MetricRecord({PARTICIPANTS: participants})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: what devices measure would have to be noised and paid for."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing: the run directory says it."""
