@@ -1,0 +1,159 @@
+"""The people of fold 1 as devices: their rows in one SQLite file, and processes that ask the gateway."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hybrid.bundle import Manifest, read_bundle, trusted_key
+from hybrid.errors import StackError
+from hybrid.federation.population import Population
+from hybrid.workspace import Workspace
+
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What became of the requests.
+
+    Attributes:
+        requests, answered: how many rows were asked about, and got a prediction or an explained error.
+        row: (p,) of the predicted ones: place among the rows asked about.
+        prediction: (p,) as served.
+        latency_ms: (answered,) each request's.
+    """
+
+    requests: int
+    answered: int
+    row: NDArray[np.int64]
+    prediction: NDArray[np.float64]
+    latency_ms: NDArray[np.float64]
+
+
+def store_rows(file: Path, population: Population, users: NDArray[np.bool_], manifest: Manifest) -> int:
+    """Writes the rows of some users as devices would hold them, device u = u-th of these users; returns how many."""
+    from device_runtime.store import Rows, write_rows
+
+    counts = np.diff(population.offsets)
+    mine = np.repeat(users, counts)
+    rows = Rows(
+        device=np.repeat(np.arange(users.sum()), counts[users]),
+        row=np.arange(mine.sum()),
+        entity=population.column("offer_id")[mine].tolist(),
+        request={name: population.column(name)[mine].tolist() for name in manifest.request},
+        features={name: population.column(name)[mine].tolist() for name in manifest.features.names},
+    )
+    write_rows(file, rows, manifest)
+    return len(rows)
+
+
+def ask(workspace: Workspace, version: int, users: NDArray[np.bool_], folder: Path) -> Answers:
+    """Stores some users' rows as their devices would, and asks the gateway about each from processes of devices.
+
+    Args:
+        workspace: whose local stack is up.
+        version: promoted; its bundle is verified as a device would.
+        users: (users,) of the population whose devices ask.
+        folder: for the store and the results.
+
+    Raises:
+        StackError: a device process failed; the message is what it said.
+    """
+    bundle = workspace.bundles / f"coupon-{version}.bundle"
+    trust = workspace.keys / "bundle-signing.pub"
+    manifest = read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest
+    store_rows(folder / "devices.sqlite", Population.open("coupon", workspace), users, manifest)
+    gateway = f"http://127.0.0.1:{ports(workspace)['gateway']}"
+    infer = [sys.executable, "-m", "device_runtime", "infer", "--bundle", bundle, "--trust", trust]
+    cuts = np.linspace(0, users.sum(), PROCESSES + 1).astype(int).tolist()
+    results = [folder / f"results-{part}.parquet" for part in range(PROCESSES)]
+    summaries = run_together(
+        [
+            *infer,
+            "--store",
+            folder / "devices.sqlite",
+            "--gateway",
+            gateway,
+            "--out",
+            out,
+            "--devices",
+            f"{first}:{end}",
+        ]
+        for out, first, end in zip(results, cuts[:-1], cuts[1:], strict=True)
+    )
+    table = pd.concat([pd.read_parquet(file) for file in results])
+    predicted = table[table.status == "ok"]
+    return Answers(
+        requests=sum(summary["requests"] for summary in summaries),
+        answered=sum(summary["answered"] for summary in summaries),
+        row=predicted.row.to_numpy(),
+        prediction=predicted.prediction.to_numpy(),
+        latency_ms=table.latency_ms.to_numpy(),
+    )
+
+
+def run_together(commands: Iterable[Sequence[str | Path]]) -> list[dict[str, Any]]:
+    """Runs device processes at once and returns the summary that each prints.
+
+    Raises:
+        StackError: one failed.
+    """
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        said = [process.communicate() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    failed = [error for process, (_, error) in zip(running, said, strict=True) if process.returncode]
+    if failed:
+        raise StackError(f"a device process failed: {failed[0].strip()}")
+    return [json.loads(output) for output, _ in said]
+
+
+def ports(workspace: Workspace) -> dict[str, int]:
+    """Use -> TCP port of the local stack."""
+    from hybrid.local.stack import status
+
+    state = status(workspace)
+    return {use: port for server in (state.servers if state else ()) for use, port in server.ports.items()}
+
+
+def servers(workspace: Workspace) -> dict[str, Any]:
+    """For report.json: what served, in which version, and how many records went through the broker."""
+    from hybrid.local import kafka
+
+    listening = ports(workspace)
+    with urllib.request.urlopen(f"http://127.0.0.1:{listening['triton-http']}/v2", timeout=10) as answer:
+        triton = json.load(answer)["version"]
+    return {
+        "kafka": {"version": kafka.VERSION},
+        "triton": {"version": triton},
+        "broker_records": broker_records(f"127.0.0.1:{listening['kafka']}"),
+    }
+
+
+def broker_records(bootstrap: str) -> int:
+    """Records that Kafka itself says its two topics hold."""
+    from kafka import KafkaConsumer, TopicPartition
+
+    from hybrid.messages import DeviceEmbeddings, Predictions
+
+    with KafkaConsumer(bootstrap_servers=bootstrap) as consumer:
+        found = 0
+        for topic in (DeviceEmbeddings.TOPIC, Predictions.TOPIC):
+            partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+            found += sum(consumer.end_offsets(partitions).values()) - sum(
+                consumer.beginning_offsets(partitions).values()
+            )
+    return found
