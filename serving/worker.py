@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from hybrid.deployment import Deployment
-from hybrid.errors import Unavailable
+from hybrid.errors import ConfigError, Unavailable
 from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.kafka import Inbox, Outbox
@@ -54,6 +54,7 @@ class Worker:
     def run(self, stopping: threading.Event, ready: Callable[[], bool], announce: Callable[[], None]) -> None:
         """Works until `stopping` is set, then ends between two polls; calls `announce` once `ready`."""
         announced = False
+        self._open_readers()
         while not stopping.is_set():
             try:
                 self.step()
@@ -101,3 +102,12 @@ class Worker:
         if self._now_ms() - self._refreshed_ms >= REFRESH_MS:
             self._refreshed_ms = self._now_ms()
             self._deployments.refresh()
+            self._open_readers()
+
+    def _open_readers(self) -> None:
+        """Ahead of the first request, which would wait for it for seconds."""
+        for deployment in self._deployments.current.values():
+            try:
+                self._reader(deployment)
+            except ConfigError as error:
+                log.error("model %s cannot be predicted yet: %s", deployment.model, error)

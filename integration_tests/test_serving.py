@@ -1,0 +1,355 @@
+"""Gateway and worker as real processes, between real Kafka, real Triton and a real Feast store."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import kafka as kafka_python
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import tritonclient.http as triton_http
+from torch import nn
+
+from feature_store.materialize import apply, materialize
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, View
+from hybrid.deployment import Deployment
+from hybrid.export.triton import export
+from hybrid.local import kafka, triton
+from hybrid.local.process import Process, Service, default_cache, free_ports, http_ok, log_has, running
+from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.network import Network
+from serving.kafka import GROUP
+
+SIZE = 4
+SHOPS = {"bakery": ("food", 12.0), "kiosk": ("press", None), "cinéma": ("film", 300.0)}
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2 * SIZE, 1)
+
+    def forward(self, server, device):
+        return self.linear(torch.cat([server, device], dim=1)).squeeze(-1)
+
+
+def write_shops(file):
+    now = datetime.now(UTC)
+    rows = [(name, kind, size, now - timedelta(hours=1)) for name, (kind, size) in SHOPS.items()]
+    rows.append(("ruin", "none", 1.0, now - timedelta(days=400)))
+    pd.DataFrame(rows, columns=["shop_id", "kind", "size", "event_timestamp"]).to_parquet(file)
+
+
+def shop_model(source):
+    features = {"kind": Categorical(vocabulary=("food", "press")), "size": Log1p(mean=3, std=2)}
+    return HybridModel(
+        name="shop",
+        server=Server(
+            service="shops",
+            entity=Entity(name="shop", join_key="shop_id"),
+            views=(View(name="shops_view", source=source, features=features),),
+            max_feature_age=timedelta(days=30),
+        ),
+        request={"hour": Categorical(vocabulary=("7AM", "2PM")), "budget": Numeric(mean=10, std=5)},
+        device={"mood": Numeric()},
+        server_tower=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, SIZE)),
+        device_tower=lambda: nn.LazyLinear(SIZE),
+        head=Head,
+        label=Label(column="bought", visible_to="server"),
+        privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
+        merge="server",
+        release=Clear(reason="random weights in a test"),
+    )
+
+
+def deployment_of(model, version, names):
+    return Deployment(
+        model=model.name,
+        version=version,
+        definition_hash="0" * 64,
+        packed_view=model.server.packed_view,
+        join_key=model.server.entity.join_key,
+        join_key_type=model.server.entity.dtype,
+        max_feature_age_s=model.server.max_feature_age.total_seconds(),
+        server=model.server.features,
+        request=model.request_features,
+        server_embedding=SIZE,
+        device_embedding=SIZE,
+        server_tower=names[0],
+        head=names[1],
+    )
+
+
+@dataclass
+class Serving:
+    """What the tests reach."""
+
+    folder: Path
+    network: Network
+    broker: str
+    url: str
+    worker_service: Service
+    worker: Process
+    client: httpx.Client
+
+    def restart_worker(self):
+        self.worker = Process(self.worker_service, self.folder / "logs")
+        self.worker.wait_ready()
+
+    def infer(self, **changes):
+        return self.client.post("/v2/models/shop/infer", content=json.dumps(question(**changes)))
+
+    def offline(self, shops, hours, budgets, embedding):
+        """What torch alone says, from the raw values."""
+        columns = {"kind": [SHOPS[s][0] for s in shops], "size": [SHOPS[s][1] for s in shops]}
+        features = self.network.model.server_features
+        slots = features.slots(features.inputs(columns | {"hour": hours, "budget": budgets}))
+        with torch.no_grad():
+            server = self.network.server_program()(torch.from_numpy(slots))
+            return torch.sigmoid(self.network.head.eval()(server, torch.from_numpy(embedding))).numpy()
+
+
+def question(entity="bakery", hour="7AM", budget=12.5, embedding=(0.5, -1.0, 0.25, 2.0), **changes):
+    inputs = [
+        {"name": "entity", "datatype": "BYTES", "shape": [1], "data": [entity]},
+        {"name": "hour", "datatype": "BYTES", "shape": [1], "data": [hour]},
+        {"name": "budget", "datatype": "FP32", "shape": [1], "data": [budget]},
+        {"name": "device_embedding", "datatype": "FP32", "shape": [1, len(embedding)], "data": list(embedding)},
+    ]
+    return {"inputs": inputs} | changes
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    write_shops(folder / "shops.parquet")
+    model = shop_model(folder / "shops.parquet")
+    network = Network.build(model, seed=3)
+    deployment_of(model, 2, export(network, 2, folder / "triton")).write(folder / "deployments")
+    apply(model, folder / "feast")
+    materialize(model, folder / "feast", datetime.now(UTC))
+    cache, logs = default_cache(), folder / "logs"
+    kafka.install(cache)
+    triton.install(cache)
+    broker_port, controller, http, grpc, metrics, port = free_ports(6)
+    broker = f"127.0.0.1:{broker_port}"
+    models = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics, "shared_memory": f"hybrid-test-{grpc}"}
+    common = [sys.executable, "-m", "serving"]
+    where = ["--deployments", str(folder / "deployments"), "--kafka", broker]
+    url = f"127.0.0.1:{port}"
+    gateway = Service(
+        "gateway", [*common, "gateway", *where, "--port", str(port)], ready=http_ok(f"http://{url}/v2/health/ready")
+    )
+    worker = Service(
+        "worker",
+        [*common, "worker", *where, "--feast", str(folder / "feast"), "--triton", f"127.0.0.1:{grpc}"],
+        ready=log_has("ready"),
+    )
+    with contextlib.ExitStack() as stack:
+        service = kafka.service(cache, folder / "kafka", port=broker_port, controller_port=controller)
+        stack.enter_context(running(service, logs))
+        stack.enter_context(running(triton.service(cache, folder / "triton", **models), logs))
+        stack.enter_context(running(gateway, logs))
+        client = stack.enter_context(httpx.Client(base_url=f"http://{url}", timeout=20))
+        first = Process(worker, logs)
+        served = Serving(folder, network, broker, url, worker, first, client)
+        stack.callback(lambda: served.worker.stop())  # noqa: PLW0108  the worker of then
+        first.wait_ready()
+        yield served
+
+
+def test_a_plain_client_of_the_protocol_gets_metadata_and_predictions(serving):
+    """tritonclient.http, in binary and in JSON, is told what torch says offline, to 1e-4."""
+    client = triton_http.InferenceServerClient(serving.url)
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("shop")
+    assert client.is_model_ready("shop", "2")
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert [(i["name"], i["datatype"], i["shape"]) for i in client.get_model_metadata("shop")["inputs"]] == [
+        ("entity", "BYTES", [-1]),
+        ("hour", "BYTES", [-1]),
+        ("budget", "FP32", [-1]),
+        ("device_embedding", "FP32", [-1, SIZE]),
+    ]
+    shops, hours, budgets = list(SHOPS), ["7AM", "2PM", "9PM"], np.array([1, np.nan, 30], np.float32)
+    embedding = np.random.default_rng(0).normal(size=(3, SIZE)).astype(np.float32)
+    expected = serving.offline(shops, hours, budgets, embedding)
+    for binary in (True, False):
+        budget = budgets if binary else np.array([1, 5, 30], np.float32)  # JSON has no NaN
+        columns = {"entity": np.array(shops, object), "hour": np.array(hours, object), "budget": budget}
+        inputs = []
+        for name, values in {**columns, "device_embedding": embedding}.items():
+            datatype = "FP32" if values.dtype == np.float32 else "BYTES"
+            inputs.append(triton_http.InferInput(name, list(values.shape), datatype))
+            inputs[-1].set_data_from_numpy(values, binary_data=binary)
+        outputs = [triton_http.InferRequestedOutput(n, binary_data=binary) for n in ("prediction", "version", "merged")]
+        answer = client.infer("shop", inputs, outputs=outputs, request_id="7")
+        if not binary:
+            expected = serving.offline(shops, hours, budget, embedding)
+        np.testing.assert_allclose(answer.as_numpy("prediction"), expected, atol=1e-4)
+        assert answer.as_numpy("version").tolist() == [2, 2, 2]
+        assert [bytes(m) if binary else m.encode() for m in answer.as_numpy("merged")] == [b"server"] * 3
+        assert answer.get_response()["id"] == "7"
+    client.close()
+
+
+def test_the_age_of_the_features_is_told(serving):
+    """The rows were true an hour ago: 3,600,000 ms, and as long as this module runs."""
+    outputs = {o["name"]: o["data"] for o in serving.infer().json()["outputs"]}
+    assert 3_600_000 <= outputs["feature_age_ms"][0] < 3_600_000 + 600_000
+
+
+REFUSED = {
+    "unknown entity": ({"entity": "nowhere"}, 404, "unknown_entity"),
+    "stale features": ({"entity": "ruin"}, 503, "stale_features"),
+    "embedding too short": ({"embedding": (1.0, 2.0)}, 400, "bad_request"),
+    "text for a number": ({"budget": "12"}, 400, "bad_request"),
+    "number for text": ({"entity": 12}, 400, "bad_request"),
+    "not finite as float32": ({"embedding": (1.0, 2.0, 3.0, 1e39)}, 400, "bad_request"),
+    "no inputs": ({"inputs": []}, 400, "bad_request"),
+    "unknown output": ({"outputs": [{"name": "mood"}]}, 400, "bad_request"),
+}
+
+
+@pytest.mark.parametrize(("changes", "status", "code"), REFUSED.values(), ids=REFUSED)
+def test_a_request_that_cannot_be_predicted_is_answered_with_its_reason(serving, changes, status, code):
+    """The status says whose fault it is, the code why."""
+    answer = serving.infer(**changes)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert answer.json()["error"]
+
+
+def test_a_device_feature_sent_by_mistake_is_refused_by_name_and_not_echoed(serving):
+    """Raw device data must not come here; if it does, it goes no further, not even into the answer."""
+    asked = question()
+    asked["inputs"].append({"name": "mood", "datatype": "FP32", "shape": [1], "data": [0.77]})
+    answer = serving.client.post("/v2/models/shop/infer", content=json.dumps(asked))
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert "unknown input 'mood'" in answer.text
+    assert "0.77" not in answer.text + (serving.folder / "logs/gateway.log").read_text()
+
+
+@pytest.mark.parametrize("path", ["/v2/models/other/infer", "/v2/models/shop/versions/3/infer"])
+def test_an_unknown_model_or_version_is_not_found(serving, path):
+    """404, with the protocol's error object."""
+    answer = serving.client.post(path, content=json.dumps(question()))
+    assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
+
+
+def test_an_oversize_body_is_refused(serving):
+    """Two megabytes are more than the gateway takes; it says so and still answers the next request."""
+    answer = serving.client.post("/v2/models/shop/infer", content=b" " * (2 << 20))
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert serving.infer().status_code == 200
+
+
+def test_nan_in_a_binary_embedding_is_refused(serving):
+    """NaN has no JSON form, so it comes as a raw tensor."""
+    asked = question()
+    asked["inputs"][3].pop("data")
+    asked["inputs"][3]["parameters"] = {"binary_data_size": 4 * SIZE}
+    header = json.dumps(asked).encode()
+    body = header + np.array([1, 2, np.nan, 4], np.float32).tobytes()
+    sizes = {"Inference-Header-Content-Length": str(len(header))}
+    answer = serving.client.post("/v2/models/shop/infer", content=body, headers=sizes)
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+
+
+def test_garbage_in_the_topics_becomes_dead_letters_and_serving_goes_on(serving):
+    """One letter per record that cannot be read: where it lay, its length and hash, and none of its bytes."""
+    producer = kafka_python.KafkaProducer(bootstrap_servers=serving.broker)
+    garbage = b"garbage \xff\x00 of thirty bytes, secret"
+    sent = {t: producer.send(t, garbage, partition=0).get(10) for t in (DeviceEmbeddings.TOPIC, Predictions.TOPIC)}
+    producer.close()
+    for topic, record in sent.items():
+        letter = next(read(serving.broker, DeadLetter.topic_for(topic)))
+        assert b"secret" not in letter
+        found = DeadLetter.model_validate_json(letter)
+        assert (found.topic, found.partition, found.offset) == (topic, 0, record.offset)
+        assert (found.length, found.sha256) == (len(garbage), sha256(garbage).hexdigest())
+    assert serving.infer().status_code == 200
+
+
+def read(broker, topic):
+    """Values of a topic, from its beginning."""
+    consumer = kafka_python.KafkaConsumer(
+        topic, bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=15_000
+    )
+    with contextlib.closing(consumer):
+        yield from (record.value for record in consumer)
+
+
+def test_kafkas_own_console_consumer_reads_the_topics(serving):
+    """Records are Arrow streams with the producer's time, to any consumer."""
+    assert serving.infer().status_code == 200
+    for topic, entity in [(DeviceEmbeddings.TOPIC, b"bakery"), (Predictions.TOPIC, b"ok")]:
+        arguments = ["--bootstrap-server", serving.broker, "--topic", topic, "--from-beginning"]
+        limits = ["--max-messages", "1", "--timeout-ms", "30000", "--formatter-property", "print.timestamp=true"]
+        program = "org.apache.kafka.tools.consumer.ConsoleConsumer"
+        command = kafka.command(default_cache(), program, *arguments, *limits)
+        output = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+        assert output.startswith(b"CreateTime:")
+        assert entity in output
+
+
+def test_a_killed_worker_loses_no_request(serving):
+    """Requests before, while and after the worker is dead: each is predicted, or told that no answer came in time."""
+    asked, killed = 300, threading.Event()
+
+    def ask(number):
+        if number == asked // 3:
+            serving.worker._popen.send_signal(signal.SIGKILL)
+            killed.set()
+        answer = serving.infer(budget=float(number))
+        return answer.status_code, answer.json().get("code")
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(ask, number) for number in range(asked)]
+        assert killed.wait(60)
+        serving.worker.stop()
+        serving.restart_worker()
+        outcomes = [answer.result(timeout=60) for answer in answers]
+    assert set(outcomes) <= {(200, None), (503, "unavailable")}
+    assert outcomes.count((200, None)) > asked // 3
+    assert serving.infer().status_code == 200
+
+
+def test_a_version_promoted_later_is_served_without_a_restart(serving):
+    """Gateway, worker and Triton take up version 5; its answers are its own network's."""
+    promoted = Network.build(serving.network.model, seed=9)
+    names = export(promoted, 5, serving.folder / "triton")
+    first = deployment_of(promoted.model, 5, names).write(serving.folder / "deployments")
+    assert first.is_file()
+    embedding = np.array([[0.5, -1.0, 0.25, 2.0]], np.float32)
+    expected = replace(serving, network=promoted).offline(["bakery"], ["7AM"], [12.5], embedding)
+    deadline = datetime.now(UTC) + timedelta(seconds=30)
+    while (answer := serving.infer()).status_code != 200 or answer.json()["model_version"] != "5":
+        assert datetime.now(UTC) < deadline
+    np.testing.assert_allclose(answer.json()["outputs"][0]["data"], expected, atol=1e-4)
+
+
+def test_sigterm_ends_the_worker_in_order(serving):
+    """It commits, leaves the group and exits with 0; nothing it answered comes again to the next."""
+    assert serving.infer().status_code == 200
+    serving.worker.stop()
+    assert serving.worker.exit_status() == 0
+    admin = kafka_python.KafkaAdminClient(bootstrap_servers=serving.broker)
+    offsets = admin.list_group_offsets([GROUP])
+    admin.close()
+    ends = kafka_python.KafkaConsumer(bootstrap_servers=serving.broker)
+    with contextlib.closing(ends):
+        partitions = [kafka_python.TopicPartition(DeviceEmbeddings.TOPIC, p) for p in range(4)]
+        written = {p: end for p, end in ends.end_offsets(partitions).items() if end}
+    assert {p: o.offset for p, o in offsets[GROUP].items()} == written
