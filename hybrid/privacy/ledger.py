@@ -1,1 +1,297 @@
-"""The durable account of privacy spent."""
+"""The durable account of privacy spent: one file per run, written before anything is released.
+
+`ledger.jsonl` is append-only, one JSON object a line: the budget it was opened
+with, what was reserved, what was spent. It holds settings and counts, nothing
+from a device. One process at a time has it open.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.privacy.accountant import GaussianEvent, Spent, epsilon
+
+FILE = "ledger.jsonl"
+
+
+class Line(BaseModel):
+    """One line of the ledger."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Opened(Line):
+    """The first line: what may be spent.
+
+    Attributes:
+        budget_epsilon, delta: of everything in this ledger together.
+    """
+
+    kind: Literal["opened"] = "opened"
+    budget_epsilon: float
+    delta: float
+
+
+class Reserved(Line):
+    """Releases that a process set out to make. They cost nothing until they are spent.
+
+    Attributes:
+        events: what they would cost.
+        time: when it was written.
+    """
+
+    kind: Literal["reserved"] = "reserved"
+    events: tuple[GaussianEvent, ...]
+    time: AwareDatetime
+
+
+class Entry(Line):
+    """One release that was made, or would have been had its process lived on.
+
+    Attributes:
+        purpose: what was released, e.g. "train".
+        mechanism: that made it.
+        noise_multiplier: standard deviation of the noise over `clip`.
+        sampling: Poisson sampling probability of each person, in (0, 1].
+        clip: L2 norm that one person moves the sum by, at most.
+        round, attempt: which release of this purpose it was.
+        time: when it was written.
+    """
+
+    kind: Literal["spent"] = "spent"
+    purpose: str
+    mechanism: Literal["gaussian"] = "gaussian"
+    noise_multiplier: float
+    sampling: float
+    clip: float
+    round: int
+    attempt: int
+    time: AwareDatetime
+
+    @property
+    def event(self) -> GaussianEvent:
+        """What it costs."""
+        return GaussianEvent(self.noise_multiplier, self.sampling)
+
+
+_LINE: TypeAdapter[Opened | Reserved | Entry] = TypeAdapter(
+    Annotated[Opened | Reserved | Entry, Field(discriminator="kind")]
+)
+
+
+class Ledger:
+    """A run's account. Get one from `Ledger.open`, and close it, or use it in a `with` block.
+
+    A run reserves all its releases at its start, which composes them once; each
+    release then counts against the reservation, without composing anew. A
+    reservation ends with its process; what was spent stays.
+
+    Attributes:
+        budget_epsilon, delta: what may be spent.
+        entries: every release so far, in order.
+    """
+
+    def __init__(self, descriptor: int, lines: Sequence[Opened | Reserved | Entry | None], opened: Opened) -> None:
+        self.budget_epsilon, self.delta = opened.budget_epsilon, opened.delta
+        self.entries = [line for line in lines if isinstance(line, Entry)]
+        self._descriptor = descriptor
+        self._lost = [_costliest(lines)] * lines.count(None) if None in lines else []
+        self._attempts = {(entry.purpose, entry.round): entry.attempt for entry in self.entries}
+        self._reserved: Counter[tuple[float, float]] = Counter()
+
+    @classmethod
+    def open(cls, folder: Path, *, budget_epsilon: float, delta: float) -> Ledger:
+        """Opens the ledger of a run, or starts one, and keeps other processes out until it is closed.
+
+        A line that cannot be read, as a power cut may leave one, counts as the
+        costliest release that the ledger knows of: what was spent is never
+        taken for less.
+
+        Args:
+            folder: of the run, `runs/<run>`; made where it is missing.
+            budget_epsilon: that all releases together may cost; > 0.
+            delta: in (0, 1).
+
+        Raises:
+            ConfigError: a setting is out of range or not what the ledger was started with;
+                another process has it open; or the file is damaged beyond a bound.
+        """
+        if not 0 < budget_epsilon < float("inf"):
+            raise ConfigError(f"budget_epsilon must be finite and > 0, got {budget_epsilon!r}")
+        if not 0 < delta < 1:
+            raise ConfigError(f"delta must be in (0, 1), got {delta!r}")
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = Opened(budget_epsilon=budget_epsilon, delta=delta)
+        descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            _lock(descriptor, folder)
+            return cls(descriptor, _start_or_read(descriptor, folder, wanted), wanted)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def reserve(self, events: Iterable[GaussianEvent]) -> None:
+        """Sets releases aside, all or none: what is reserved can be spent without asking again.
+
+        Raises:
+            BudgetExceeded: with what is spent and reserved they would pass the budget. Nothing was written.
+        """
+        events = tuple(events)
+        outstanding = [GaussianEvent(*kind, count) for kind, count in (+self._reserved).items()]
+        total = epsilon([*self._spent_events(), *outstanding, *events], self.delta)
+        if total.epsilon > self.budget_epsilon:
+            raise BudgetExceeded(
+                f"budget_epsilon is {self.budget_epsilon:g} at delta {self.delta:g}; "
+                f"{len(self.entries) + len(self._lost)} releases made and those asked for would cost "
+                f"{total.epsilon:.4g} together ({total.method})"
+            )
+        self._append(Reserved(events=events, time=datetime.now(UTC)))
+        for event in events:
+            self._reserved[event.noise_multiplier, event.sampling] += event.count
+
+    def spend(self, event: GaussianEvent, *, purpose: str, clip: float, round_number: int, attempt: int = 1) -> None:
+        """Writes one release to the disk. Call it before the noise is drawn; release only if it returns.
+
+        Args:
+            event: its cost, with count 1. Where it was not reserved, it is now.
+            purpose: what is released, e.g. "train".
+            clip: L2 norm that one person moves the sum by, at most.
+            round_number: of the purpose.
+            attempt: at the round, from 1: see `next_attempt`.
+
+        Raises:
+            BudgetExceeded: it was not reserved and would pass the budget. Nothing was written.
+            ConfigError: the attempt is in the ledger already, or the event counts more than one release.
+        """
+        if event.count != 1:
+            raise ConfigError(f"count must be 1, one entry for each release, got {event.count}")
+        if attempt < self.next_attempt(purpose, round_number):
+            raise ConfigError(
+                f"attempt {attempt} at {purpose} round {round_number} is in the ledger already: it needs a new one"
+            )
+        kind = event.noise_multiplier, event.sampling
+        if not self._reserved[kind]:
+            self.reserve([event])
+        entry = Entry(
+            purpose=purpose,
+            noise_multiplier=event.noise_multiplier,
+            sampling=event.sampling,
+            clip=clip,
+            round=round_number,
+            attempt=attempt,
+            time=datetime.now(UTC),
+        )
+        self._append(entry)
+        self._reserved[kind] -= 1
+        self._attempts[purpose, round_number] = attempt
+        self.entries.append(entry)
+
+    def next_attempt(self, purpose: str, round_number: int) -> int:
+        """The number of the next attempt at a round: after a crash, never one whose noise may have been seen."""
+        return self._attempts.get((purpose, round_number), 0) + 1
+
+    def spent(self) -> Spent:
+        """What all releases so far cost together, at `delta`."""
+        return epsilon(self._spent_events(), self.delta)
+
+    def close(self) -> None:
+        """Lets other processes have it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _spent_events(self) -> list[GaussianEvent]:
+        return [*self._lost, *(entry.event for entry in self.entries)]
+
+    def _append(self, line: Line) -> None:
+        try:
+            _write(self._descriptor, line)
+        except OSError:
+            self.close()  # half a line may be on the disk: only a new reading knows
+            raise
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"the ledger of run {folder.name!r} is open in another process: wait for it to end") from None
+
+
+def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened | Reserved | Entry | None]:
+    content = _read(descriptor)
+    if not content:
+        _write(descriptor, wanted)
+        for holder in (folder, folder.parent):
+            _sync_folder(holder)
+        return [wanted]
+    if not content.endswith(b"\n"):
+        _write_all(descriptor, b"\n")  # so that what follows is a line of its own
+    lines = [_parse(line) for line in content.splitlines()]
+    opened = lines[0]
+    if not isinstance(opened, Opened):
+        raise ConfigError(f"the ledger of run {folder.name!r} is damaged in its first line: start another run")
+    for name in ("budget_epsilon", "delta"):
+        if getattr(opened, name) != getattr(wanted, name):
+            raise ConfigError(
+                f"{name} of run {folder.name!r} must stay {getattr(opened, name)!r}, got {getattr(wanted, name)!r}"
+            )
+    return lines
+
+
+def _parse(line: bytes) -> Opened | Reserved | Entry | None:
+    try:
+        return _LINE.validate_json(line)
+    except (ValidationError, ConfigError):
+        return None
+
+
+def _costliest(lines: Sequence[Opened | Reserved | Entry | None]) -> GaussianEvent:
+    """The least noise and the highest sampling of any release that a lost line may have been.
+
+    Raises:
+        ConfigError: no line tells.
+    """
+    events = [line.event for line in lines if isinstance(line, Entry)]
+    events += [event for line in lines if isinstance(line, Reserved) for event in line.events]
+    if not events:
+        raise ConfigError("the ledger is damaged, and no line of it says what its releases cost: start another run")
+    return GaussianEvent(min(e.noise_multiplier for e in events), max(e.sampling for e in events))
+
+
+def _read(descriptor: int) -> bytes:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def _write(descriptor: int, line: Line) -> None:
+    _write_all(descriptor, line.model_dump_json().encode() + b"\n")
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    if os.write(descriptor, content) != len(content):
+        raise OSError("the disk took half a line of the ledger")
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

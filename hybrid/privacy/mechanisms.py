@@ -65,6 +65,31 @@ class SystemNoise:
         return np.asarray(normals.sum(axis=0) * (sd / 2.0))
 
 
+@dataclass(frozen=True)
+class PaidNoise:
+    """Noise that is paid for before it is drawn: what leaves with it is in the ledger, or was never released.
+
+    >>> from hybrid.errors import BudgetExceeded
+    >>> def refuse() -> None:
+    ...     raise BudgetExceeded("no budget left")
+    >>> PaidNoise(SeededNoise(7), pay=refuse).gaussian(3, sd=2.0)
+    Traceback (most recent call last):
+    hybrid.errors.BudgetExceeded: no budget left
+
+    Attributes:
+        source: of the noise.
+        pay: writes the spend; raises where it is refused. Called before each draw.
+    """
+
+    source: NoiseSource
+    pay: Callable[[], None]
+
+    def gaussian(self, size: int, sd: float) -> NDArray[np.float64]:
+        """See `NoiseSource`."""
+        self.pay()
+        return self.source.gaussian(size, sd)
+
+
 def clip_rows(updates: NDArray[Any], clip: float) -> NDArray[np.float64]:
     """Scales each row down to an L2 norm of at most `clip`; a shorter row stays as it is.
 

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hybrid.privacy.ledger
+from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.privacy.accountant import GaussianEvent, epsilon
+from hybrid.privacy.ledger import Ledger
+
+DELTA = 1e-6
+PLAIN = GaussianEvent(10.0)
+TEN_PLAIN = epsilon([GaussianEvent(10.0, count=10)], DELTA).epsilon
+
+
+def opened(folder: Path, budget: float = TEN_PLAIN) -> Ledger:
+    """A ledger that can pay for ten releases of PLAIN, unless told otherwise."""
+    return Ledger.open(folder, budget_epsilon=budget, delta=DELTA)
+
+
+def spend(ledger: Ledger, round_number: int, event: GaussianEvent = PLAIN) -> None:
+    ledger.spend(event, purpose="train", clip=0.5, round_number=round_number)
+
+
+def test_what_is_spent_is_there_when_it_is_opened_again(tmp_path):
+    """Two releases are read back with all they were made with, and cost the same."""
+    with opened(tmp_path) as ledger:
+        spend(ledger, 1)
+        spend(ledger, 2)
+        before = ledger.spent()
+    with opened(tmp_path) as ledger:
+        assert ledger.spent() == before == epsilon([GaussianEvent(10.0, count=2)], DELTA)
+        assert [(e.purpose, e.round, e.attempt, e.clip, e.sampling) for e in ledger.entries] == [
+            ("train", 1, 1, 0.5, 1.0),
+            ("train", 2, 1, 0.5, 1.0),
+        ]
+
+
+def test_over_budget_is_refused_and_nothing_is_written(tmp_path):
+    """The budget pays for ten releases: the eleventh raises, and the file stays as it is."""
+    with opened(tmp_path) as ledger:
+        for number in range(1, 11):
+            spend(ledger, number)
+        written = (tmp_path / "ledger.jsonl").read_bytes()
+        with pytest.raises(BudgetExceeded, match=r"10 releases made .* would cost"):
+            spend(ledger, 11)
+    assert (tmp_path / "ledger.jsonl").read_bytes() == written
+
+
+def test_a_whole_run_is_refused_at_its_start(tmp_path):
+    """Eleven rounds are asked for, ten can be paid: not one of them is reserved."""
+    with opened(tmp_path) as ledger:
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve([GaussianEvent(10.0, count=11)])
+        ledger.reserve([GaussianEvent(10.0, count=10)])
+
+
+def test_what_is_reserved_cannot_be_spent_on_something_else(tmp_path):
+    """Ten rounds are reserved: a query beside them would leave the run short, so it is refused."""
+    with opened(tmp_path) as ledger:
+        ledger.reserve([GaussianEvent(10.0, count=10)])
+        with pytest.raises(BudgetExceeded):
+            ledger.spend(GaussianEvent(50.0), purpose="query", clip=1.0, round_number=1)
+        for number in range(1, 11):
+            spend(ledger, number)
+
+
+def test_reserved_releases_are_not_composed_one_by_one(tmp_path, monkeypatch):
+    """A thousand reserved rounds call the accountant once, however many are spent."""
+    calls = []
+    monkeypatch.setattr(
+        hybrid.privacy.ledger, "epsilon", lambda *args: [calls.append(args), epsilon([PLAIN], DELTA)][1]
+    )
+    sampled = GaussianEvent(2.0, sampling=0.01)
+    with opened(tmp_path) as ledger:
+        ledger.reserve([GaussianEvent(2.0, sampling=0.01, count=1000)])
+        for number in range(1, 101):
+            spend(ledger, number, sampled)
+    assert len(calls) == 1
+
+
+def test_a_reservation_ends_with_its_process_and_spends_do_not(tmp_path):
+    """Ten reserved, three spent, opened again: seven can be reserved, eight cannot."""
+    with opened(tmp_path) as ledger:
+        ledger.reserve([GaussianEvent(10.0, count=10)])
+        for number in (1, 2, 3):
+            spend(ledger, number)
+    with opened(tmp_path) as ledger:
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve([GaussianEvent(10.0, count=8)])
+        ledger.reserve([GaussianEvent(10.0, count=7)])
+
+
+def test_an_attempt_is_spent_once(tmp_path):
+    """A second release of the same attempt is refused, a new attempt is a new entry: no noise is used twice."""
+    with opened(tmp_path) as ledger:
+        spend(ledger, 1)
+        with pytest.raises(ConfigError, match="attempt 1"):
+            spend(ledger, 1)
+        ledger.spend(PLAIN, purpose="train", clip=0.5, round_number=1, attempt=ledger.next_attempt("train", 1))
+        assert [entry.attempt for entry in ledger.entries] == [1, 2]
+
+
+@pytest.mark.parametrize(("budget", "delta", "setting"), [(2.0, DELTA, "budget_epsilon"), (1.0, 1e-5, "delta")])
+def test_another_budget_is_refused(tmp_path, budget, delta, setting):
+    """A ledger started with (1, 1e-6) opens with nothing else."""
+    opened(tmp_path, 1.0).close()
+    with pytest.raises(ConfigError, match=f"{setting} of run"):
+        Ledger.open(tmp_path, budget_epsilon=budget, delta=delta)
+
+
+@pytest.mark.parametrize(("budget", "delta"), [(0.0, 1e-6), (float("inf"), 1e-6), (1.0, 0.0), (1.0, 1.0)])
+def test_a_budget_out_of_range_is_refused(tmp_path, budget, delta):
+    """Epsilon must be finite and positive, delta strictly between 0 and 1."""
+    with pytest.raises(ConfigError, match="must be"):
+        Ledger.open(tmp_path, budget_epsilon=budget, delta=delta)
+
+
+def test_a_line_cut_anywhere_is_never_taken_for_less(tmp_path):
+    """Cut after any byte of the third spend, the ledger counts three releases; after none, two."""
+    file = tmp_path / "ledger.jsonl"
+    with opened(tmp_path) as ledger:
+        ledger.reserve([GaussianEvent(10.0, count=10)])
+        for number in (1, 2, 3):
+            spend(ledger, number)
+    content = file.read_bytes()
+    third = content[:-1].rindex(b"\n") + 1
+    for length in [third, third + 1, *range(third + 2, len(content), 11), len(content) - 1, len(content)]:
+        file.write_bytes(content[:length])
+        for _ in range(2):  # the second time it was mended
+            with opened(tmp_path) as ledger:
+                expected = 2 if length == third else 3
+                assert ledger.spent() == epsilon([GaussianEvent(10.0, count=expected)], DELTA)
+
+
+def test_a_mended_ledger_goes_on(tmp_path):
+    """After a cut line the next spend is a line of its own, and both count."""
+    file = tmp_path / "ledger.jsonl"
+    with opened(tmp_path) as ledger:
+        spend(ledger, 1)
+    file.write_bytes(file.read_bytes()[:-5])
+    with opened(tmp_path) as ledger:
+        spend(ledger, 2)
+    with opened(tmp_path) as ledger:
+        assert [entry.round for entry in ledger.entries] == [2]
+        assert ledger.spent() == epsilon([GaussianEvent(10.0, count=2)], DELTA)
+
+
+def test_a_lost_line_counts_as_the_costliest_release(tmp_path):
+    """z = 20 and z = 10 were reserved: the lost one may have been z = 10."""
+    with opened(tmp_path) as ledger:
+        ledger.reserve([GaussianEvent(20.0, count=2), GaussianEvent(10.0)])
+    with (tmp_path / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"kind":"spent","purp')
+    with opened(tmp_path) as ledger:
+        assert ledger.spent() == epsilon([GaussianEvent(10.0)], DELTA)
+
+
+@pytest.mark.parametrize("keep", [1, 30])
+def test_a_ledger_that_says_nothing_is_not_a_fresh_one(tmp_path, keep):
+    """Cut within its first line it is refused: an account that was lost is not an empty one."""
+    opened(tmp_path).close()
+    file = tmp_path / "ledger.jsonl"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match="damaged"):
+        opened(tmp_path)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.ledger import Ledger
+
+ledger = Ledger.open(Path(sys.argv[1]), budget_epsilon=float(sys.argv[2]), delta=float(sys.argv[3]))
+ledger.reserve([GaussianEvent(10.0, count=5)])
+ledger.spend(GaussianEvent(10.0), purpose="train", clip=0.5, round_number=1)
+print("spent", flush=True)
+sys.stdin.readline()
+print("released", flush=True)
+"""
+
+
+def test_a_killed_process_has_spent_and_keeps_nobody_out(tmp_path):
+    """Its ledger is closed to others while it lives; killed between spend and release, the spend counts."""
+    command = [sys.executable, "-c", CHILD, str(tmp_path), repr(TEN_PLAIN), repr(DELTA)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "spent\n"
+        with pytest.raises(ConfigError, match="another process"):
+            opened(tmp_path)
+        child.send_signal(signal.SIGKILL)
+        assert child.stdout.read() == ""
+    with opened(tmp_path) as ledger:
+        assert ledger.spent() == epsilon([PLAIN], DELTA)
+        assert ledger.next_attempt("train", 1) == 2
+
+
+FULL_DISK = """
+import os, resource, sys
+from pathlib import Path
+from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.ledger import Ledger
+
+folder = Path(sys.argv[1])
+ledger = Ledger.open(folder, budget_epsilon=float(sys.argv[2]), delta=float(sys.argv[3]))
+ledger.reserve([GaussianEvent(10.0, count=5)])
+size = (folder / "ledger.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
+for attempt in (1, 2):
+    try:
+        ledger.spend(GaussianEvent(10.0), purpose="train", clip=0.5, round_number=1, attempt=attempt)
+    except OSError:
+        print("refused")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+def test_half_a_line_on_a_full_disk_stops_the_ledger(tmp_path):
+    """The spend raises, so does the next on the same object, and the half line counts as one release."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), repr(TEN_PLAIN), repr(DELTA)]
+    assert subprocess.check_output(command, text=True) == "refused\nrefused\n"
+    with opened(tmp_path) as ledger:
+        assert ledger.spent() == epsilon([PLAIN], DELTA)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("reserve"), st.sampled_from([5.0, 10.0, 30.0]), st.integers(1, 8)),
+            st.tuples(st.just("spend"), st.sampled_from([5.0, 10.0, 30.0]), st.just(1)),
+            st.tuples(st.just("reopen"), st.just(0.0), st.just(0)),
+        ),
+        max_size=15,
+    )
+)
+def test_no_history_passes_the_budget_or_is_forgotten(tmp_path_factory, steps):
+    """Whatever is reserved, spent, refused and reopened: every release counts, and all stay within budget."""
+    folder = tmp_path_factory.mktemp("run")
+    ledger, released = opened(folder), []
+    for kind, noise_multiplier, count in steps:
+        try:
+            if kind == "reserve":
+                ledger.reserve([GaussianEvent(noise_multiplier, count=count)])
+            elif kind == "spend":
+                spend(ledger, len(released) + 1, GaussianEvent(noise_multiplier))
+                released.append(GaussianEvent(noise_multiplier))
+            else:
+                ledger.close()
+                ledger = opened(folder)
+        except BudgetExceeded:
+            pass
+        assert ledger.spent() == epsilon(released, DELTA)
+        assert ledger.spent().epsilon <= TEN_PLAIN
+    ledger.close()
