@@ -1,1 +1,326 @@
-"""Models, versions and aliases, kept by MLflow."""
+"""Models, versions and aliases, kept by MLflow.
+
+A model is registered as its definition: the declaration and the structure of
+its network, under one hash. Each training adds a version bound to that hash.
+Versions never change; aliases (`production`) point at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.errors import ConfigError, NotFound
+from hybrid.spec import HybridModel, definition_hash, load_model
+from hybrid.version import TrainingRecord, Version
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+WEIGHTS, DEFINITION, TRAINING = "weights.npz", "definition.json", "training.json"
+METRICS_PER_CALL = 1000  # MLflow's limit
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One registered model, as `hybrid models` lists it.
+
+    Attributes:
+        name, definition_hash: of what is registered now.
+        file: it was registered from.
+        versions: numbers of its trained versions, ascending.
+        aliases: alias -> version.
+    """
+
+    name: str
+    definition_hash: str
+    file: Path
+    versions: tuple[int, ...]
+    aliases: dict[str, int]
+
+
+def parse_selector(text: str) -> tuple[str, str | int | None]:
+    """NAME, NAME@ALIAS or NAME:VERSION -> the name, and the alias, the number or None.
+
+    Raises:
+        ConfigError: it is none of these.
+
+    >>> parse_selector("coupon@production"), parse_selector("coupon:3"), parse_selector("coupon")
+    (('coupon', 'production'), ('coupon', 3), ('coupon', None))
+    """
+    match = re.fullmatch(r"(?P<name>[^@:]+)(?:@(?P<alias>[^@:]+)|:(?P<number>[0-9]+))?", text)
+    if not match:
+        raise ConfigError(f"a model is selected by NAME, NAME@ALIAS or NAME:VERSION, got {text!r}")
+    number = match["number"]
+    return match["name"], int(number) if number else match["alias"]
+
+
+class Registry:
+    """The models of one workspace. MLflow is imported at first need: seconds."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._definitions, self._folder = workspace.definitions, workspace.mlflow
+
+    def register(self, model: HybridModel, network_description: Mapping[str, Any], file: Path) -> str:
+        """Stores a definition and a copy of the file it came from; the newest is the one trained.
+
+        Args:
+            model: built by `file`.
+            network_description: `hybrid.network.Network.description()` of it.
+            file: the team's; `load_model` reads it again.
+
+        Returns:
+            The definition's hash, over declaration and network description.
+        """
+        definition = {"declaration": model.definition(), "network": dict(network_description)}
+        digest, code = definition_hash(definition), file.read_bytes()
+        record = {"hash": digest, "file": str(file.resolve()), "file_sha256": _sha256(code), **definition}
+        folder = self._definitions / model.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.py").write_bytes(code)
+        draft = folder / f"{DEFINITION}.new"
+        draft.write_text(json.dumps(record, indent=2))
+        draft.replace(folder / DEFINITION)
+        return digest
+
+    def load_model(self, name: str) -> HybridModel:
+        """Builds the registered model from the team's file, which must be as it was registered.
+
+        Raises:
+            NotFound: no model of that name is registered.
+            ConfigError: the file is gone, or changed since.
+        """
+        record = self._record(name)
+        file = Path(record["file"])
+        again = f"run `hybrid register {file.name}` again"
+        if not file.is_file():
+            raise ConfigError(f"{name} was registered from {file.name!r}, which is gone; {again} from where it is")
+        if _sha256(file.read_bytes()) != record["file_sha256"]:
+            raise ConfigError(f"{file.name!r} of {name} changed since it was registered; {again}")
+        model = load_model(file)
+        # The same bytes can build another model: what the file imports may have changed.
+        if model.definition() != record["declaration"]:
+            raise ConfigError(f"what {file.name!r} of {name} declares changed since it was registered; {again}")
+        return model
+
+    def definition_hash(self, name: str) -> str:
+        """Of what is registered now under `name`.
+
+        Raises:
+            NotFound: no model of that name is registered.
+        """
+        return str(self._record(name)["hash"])
+
+    def definition(self, name: str) -> dict[str, Any]:
+        """What is registered now under `name`: "declaration" and "network".
+
+        Raises:
+            NotFound: no model of that name is registered.
+        """
+        return _definition(self._record(name))
+
+    def models(self) -> list[Registered]:
+        """Every registered model, by name."""
+        return [self.model(name) for name in self._names()]
+
+    def model(self, name: str) -> Registered:
+        """One registered model.
+
+        Raises:
+            NotFound: no model of that name is registered.
+        """
+        record = self._record(name)
+        return Registered(name, record["hash"], Path(record["file"]), self._numbers(name), self._aliases(name))
+
+    def create_version(
+        self,
+        name: str,
+        *,
+        weights: Mapping[str, NDArray[Any]],
+        training: TrainingRecord,
+        curves: Curves,
+        expected_hash: str | None = None,
+    ) -> int:
+        """Adds an immutable version of what is registered now.
+
+        Args:
+            name: of a registered model.
+            weights: "part.name" -> array, finite, as `Network.weights` gives them.
+            training: how they came to be, and their cost in privacy.
+            curves: metric -> (round, value) points, drawn by MLflow's UI.
+            expected_hash: of the definition that was trained; None: not checked.
+
+        Returns:
+            The version's number, from 1.
+
+        Raises:
+            NotFound: no model of that name is registered.
+            ConfigError: another definition was registered since, or a weight is not finite.
+        """
+        record = self._record(name)
+        if expected_hash not in (None, record["hash"]):
+            raise ConfigError(f"another definition of {name} was registered while this one was trained; train it again")
+        bad = sorted(part for part, value in weights.items() if not np.isfinite(value).all())
+        if bad:
+            raise ConfigError(f"weights must be finite, got others in {bad}: the training diverged")
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **dict(weights))
+        files = {
+            WEIGHTS: buffer.getvalue(),
+            DEFINITION: json.dumps(_definition(record), indent=2).encode(),
+            TRAINING: training.model_dump_json(indent=2).encode(),
+        }
+        run = self._log_run(name, training, curves, files)
+        return self._add_version(
+            name, run, {"definition_hash": record["hash"], "weights_sha256": _sha256(files[WEIGHTS])}
+        )
+
+    def version(self, name: str, selector: str | int) -> Version:
+        """A trained version, its weights included.
+
+        Args:
+            name: of the model.
+            selector: a number, or an alias that points at one.
+
+        Raises:
+            NotFound: no such model, version or alias; says what there is.
+            ConfigError: the model was never trained, or the stored weights are damaged.
+        """
+        number = self._resolve(name, selector)
+        found = self._client.get_model_version(name, str(number))
+        files = {file: self._artifact(found.run_id, file) for file in (WEIGHTS, DEFINITION, TRAINING)}
+        if _sha256(files[WEIGHTS]) != found.tags["weights_sha256"]:
+            raise ConfigError(
+                f"the stored weights of {name}:{number} are damaged: their SHA-256 is not the one recorded"
+            )
+        with np.load(io.BytesIO(files[WEIGHTS]), allow_pickle=False) as archive:
+            weights = {part: archive[part] for part in archive.files}
+        return Version(
+            model=name,
+            number=number,
+            definition_hash=found.tags["definition_hash"],
+            definition=json.loads(files[DEFINITION]),
+            training=TrainingRecord.model_validate_json(files[TRAINING]),
+            weights=weights,
+            aliases=tuple(sorted(alias for alias, at in self._aliases(name).items() if at == number)),
+        )
+
+    def set_alias(self, name: str, number: int, alias: str) -> None:
+        """Points an alias at a version; it pointed elsewhere before, or nowhere.
+
+        Raises:
+            NotFound: no such model or version.
+            ConfigError: the model was never trained, or no alias can have that name.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", alias) or re.fullmatch(r"latest|v[0-9]+", alias):
+            raise ConfigError(
+                "an alias must be lower-case letters, digits, _ and -, start with a letter, "
+                f"and not be 'latest' or like 'v1', got {alias!r}"
+            )
+        self._client.set_registered_model_alias(name, alias, str(self._resolve(name, number)))
+
+    def _record(self, name: str) -> dict[str, Any]:
+        # Names first: a name from a command line must not become a path.
+        if name not in self._names():
+            raise NotFound(f"no model {name!r} is registered; registered: {', '.join(self._names()) or 'none'}")
+        record: dict[str, Any] = json.loads((self._definitions / name / DEFINITION).read_text())
+        return record
+
+    def _names(self) -> list[str]:
+        return sorted(file.parent.name for file in self._definitions.glob(f"*/{DEFINITION}"))
+
+    def _resolve(self, name: str, selector: str | int) -> int:
+        """The number of an existing version."""
+        self._record(name)
+        numbers, aliases = self._numbers(name), self._aliases(name)
+        if not numbers:
+            raise ConfigError(f"{name} has no trained version; run `hybrid train {name}` first")
+        if isinstance(selector, str):
+            if selector not in aliases:
+                raise NotFound(f"{name} has no alias {selector!r}; it has: {', '.join(sorted(aliases)) or 'none'}")
+            return aliases[selector]
+        if selector not in numbers:
+            raise NotFound(f"{name} has no version {selector}; it has: {', '.join(map(str, numbers))}")
+        return selector
+
+    def _numbers(self, name: str) -> tuple[int, ...]:
+        found = self._client.search_model_versions(f"name = '{name}'")
+        return tuple(sorted(int(version.version) for version in found))
+
+    def _aliases(self, name: str) -> dict[str, int]:
+        found = self._client.search_registered_models(f"name = '{name}'")
+        return {alias: int(number) for model in found for alias, number in model.aliases.items()}
+
+    def _log_run(self, name: str, training: TrainingRecord, curves: Curves, files: Mapping[str, bytes]) -> str:
+        """An MLflow run with the record, its curves and the files; returns its id."""
+        from mlflow.entities import Metric, Param
+
+        client, now = self._client, int(time.time() * 1000)
+        run = client.create_run(self._experiment(name), run_name=training.run).info.run_id
+        points = [Metric(curve, value, now, step) for curve, values in curves.items() for step, value in values]
+        points += [Metric(f"oracle.{metric}", value, now, 0) for metric, value in training.oracle.items()]
+        for start in range(0, len(points), METRICS_PER_CALL):
+            client.log_batch(run, metrics=points[start : start + METRICS_PER_CALL])
+        settings = training.model_dump(exclude={"oracle"}, exclude_none=True)
+        client.log_batch(run, params=[Param(setting, str(value)) for setting, value in settings.items()])
+        with tempfile.TemporaryDirectory() as folder:
+            for file, data in files.items():
+                (Path(folder) / file).write_bytes(data)
+            client.log_artifacts(run, folder)
+        client.set_terminated(run)
+        return str(run)
+
+    def _add_version(self, name: str, run: str, tags: dict[str, str]) -> int:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = self._client.get_run(run).info.artifact_uri
+        return int(self._client.create_model_version(name, source=source, run_id=run, tags=tags).version)
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self._client.create_experiment(name, (self._folder / "artifacts" / name).as_uri()))
+
+    def _artifact(self, run: str, file: str) -> bytes:
+        return Path(self._client.download_artifacts(run, file)).read_bytes()
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        from mlflow import MlflowClient
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{self._folder / 'mlflow.db'}"
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _definition(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {part: record[part] for part in ("declaration", "network")}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
