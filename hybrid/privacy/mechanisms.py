@@ -162,8 +162,8 @@ def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> 
 
     Every row weighs the same: a weight such as its number of examples would let
     one person move the sum by more than `clip_norm`. A chunk that does not hold
-    rows of p real numbers took part and contributes zero: broadcast, it would
-    pass the clip.
+    rows of p real numbers took part and contributes zero (broadcast, it would
+    pass the clip); where it holds no rows at all it counts as one reply.
 
     Args:
         clip_norm: largest L2 norm of one flat update, in parameter units; finite, > 0.
@@ -189,7 +189,7 @@ def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> 
     ) -> tuple[AggregationState, Release]:
         total, received = np.zeros(state.size), 0
         for chunk in updates:
-            received += len(chunk) if chunk.ndim else 1
+            received += len(chunk) if chunk.ndim == 2 else 1
             if _holds_rows(chunk, state.size):
                 total += clip_rows(chunk, clip_norm).sum(axis=0)
         if received < minimum:
