@@ -166,9 +166,8 @@ def show(demo: Demo, findings: report.Findings) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
-    console.print(
-        f"federated - server only, AUC: paired lower 95 % bound {figures['auc']['federated_minus_server_only_low']:+.4f}"
-    )
+    low = figures["auc"]["federated_minus_server_only_low"]
+    console.print(f"AUC, federated minus server only: paired lower 95 % bound {low:+.4f}", highlight=False)
     console.print(report.privacy_sentence(findings), highlight=False)
     console.print(
         f"{figures['requests']} requests, {figures['answered']} answered, {figures['predicted']} predicted; latency "

@@ -121,7 +121,7 @@ def _svg(draw: Callable[[Any, Findings], None], findings: Findings) -> str:
 
 
 def _training(axes: Any, findings: Findings) -> None:
-    rounds, auc = zip(*findings.curves["auc"], strict=True)
+    rounds, auc = zip(*findings.curves["oracle_auc"], strict=True)
     axes.plot(rounds, auc, color=COLOURS["federated"], label="federated, by round")
     fold = findings.report["fold_1"]["auc"]
     for kind in ("server_only", "central"):

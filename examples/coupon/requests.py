@@ -73,23 +73,14 @@ def ask(workspace: Workspace, version: int, users: NDArray[np.bool_], folder: Pa
     bundle = workspace.bundles / f"coupon-{version}.bundle"
     trust = workspace.keys / "bundle-signing.pub"
     manifest = read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest
-    store_rows(folder / "devices.sqlite", Population.open("coupon", workspace), users, manifest)
+    store = folder / "devices.sqlite"
+    store_rows(store, Population.open("coupon", workspace), users, manifest)
     gateway = f"http://127.0.0.1:{ports(workspace)['gateway']}"
-    infer = [sys.executable, "-m", "device_runtime", "infer", "--bundle", bundle, "--trust", trust]
+    infer = [sys.executable, "-m", "device_runtime", "infer", "--bundle", bundle, "--trust", trust, "--store", store]
     cuts = np.linspace(0, users.sum(), PROCESSES + 1).astype(int).tolist()
     results = [folder / f"results-{part}.parquet" for part in range(PROCESSES)]
     summaries = run_together(
-        [
-            *infer,
-            "--store",
-            folder / "devices.sqlite",
-            "--gateway",
-            gateway,
-            "--out",
-            out,
-            "--devices",
-            f"{first}:{end}",
-        ]
+        [*infer, "--gateway", gateway, "--out", out, "--devices", f"{first}:{end}"]
         for out, first, end in zip(results, cuts[:-1], cuts[1:], strict=True)
     )
     table = pd.concat([pd.read_parquet(file) for file in results])
@@ -153,7 +144,6 @@ def broker_records(bootstrap: str) -> int:
         found = 0
         for topic in (DeviceEmbeddings.TOPIC, Predictions.TOPIC):
             partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
-            found += sum(consumer.end_offsets(partitions).values()) - sum(
-                consumer.beginning_offsets(partitions).values()
-            )
+            first, end = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
+            found += sum(end.values()) - sum(first.values())
     return found
