@@ -9,7 +9,7 @@ from datetime import timedelta
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, Training, View
 
 HABIT = Categorical(vocabulary=("never", "less1", "1~3", "4~8", "gt8"))
-EMBEDDING = 8
+EMBEDDING = 16
 
 
 def server_tower():
@@ -21,14 +21,14 @@ def server_tower():
 def device_tower():
     from torch import nn
 
-    return nn.Sequential(nn.LazyLinear(16), nn.Tanh(), nn.Linear(16, EMBEDDING))
+    return nn.Sequential(nn.Dropout(0.3), nn.LazyLinear(32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, EMBEDDING))
 
 
 def head():
     import torch
 
-    class Sum(torch.nn.Module):
-        """One linear score of each embedding, added: with no device embedding it is the server's own score."""
+    class Match(torch.nn.Module):
+        """A score of each embedding, and how well the two match: with no device embedding, the server's own score."""
 
         def __init__(self):
             super().__init__()
@@ -36,9 +36,9 @@ def head():
             self.device = torch.nn.Linear(EMBEDDING, 1, bias=False)
 
         def forward(self, server, device):
-            return (self.server(server) + self.device(device)).squeeze(-1)
+            return (self.server(server) + self.device(device)).squeeze(-1) + (server * device).sum(-1)
 
-    return Sum()
+    return Match()
 
 
 model = HybridModel(
@@ -95,5 +95,5 @@ model = HybridModel(
     privacy=Privacy(epsilon=8, delta=9e-4, clip=1.0, unit="user"),
     merge="server",
     release=Clear(reason="a demonstration: the reader sees on the screen what a clear embedding carries"),
-    training=Training(),
+    training=Training(rounds=200, sampling=0.5, local_lr=2.0, server_optimizer="Adam", server_lr=0.005),
 )
