@@ -218,6 +218,21 @@ def is_running(pid: int | None, since: float | None) -> bool:
         return False
 
 
+def end_session(pid: int, since: float, timeout_s: float = 5.0) -> None:
+    """SIGKILL to what is left of the session that this process led; returns when it is gone."""
+    import psutil
+
+    if psutil.pid_exists(pid) and not is_running(pid, since) and psutil.Process(pid).create_time() - since >= 2:
+        return  # the pid, and so the session's name, is somebody else's now
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=timeout_s)
+
+
 def _adopt_orphans() -> None:
     """Makes this process the parent of what its children leave behind, so that it can wait for them. Linux only."""
     if _libc is not None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hybrid.deployment import Deployment
 from hybrid.errors import StackError
 from hybrid.local import kafka, triton
-from hybrid.local.process import Service, free_ports, http_ok, is_running, log_has
+from hybrid.local.process import Service, end_session, free_ports, http_ok, is_running, log_has
 from hybrid.local.supervisor import Stages, State, Supervisor
 from hybrid.workspace import Workspace
 
@@ -261,9 +261,8 @@ def _serving(
 def _sweep(workspace: Workspace, state: State | None) -> None:
     """Removes what a stack that does not run any more may have left: servers, shared memory, data, state."""
     for server in state.servers if state else ():
-        if server.pid is not None and is_running(server.pid, server.started):  # its supervisor was killed, not on Linux
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
+        if server.pid is not None and server.started is not None:
+            end_session(server.pid, server.started)
     triton.remove_shared_memory(_shared_memory(workspace))
     shutil.rmtree(_kafka_data(workspace), ignore_errors=True)
     State.file(workspace.stack).unlink(missing_ok=True)

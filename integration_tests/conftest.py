@@ -1,0 +1,79 @@
+"""Real servers for integration tests, and the proof that none of them is left."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hybrid.local import kafka as local_kafka
+from hybrid.local import triton as local_triton
+from hybrid.local.process import default_cache, free_ports, running
+
+
+@dataclass(frozen=True)
+class TritonServer:
+    """Where a Triton answers, as HOST:PORT."""
+
+    http: str
+    grpc: str
+
+
+def processes_naming(text: str) -> list[str]:
+    """Command lines in the process table that contain `text`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if text in line:
+                found.append(f"{process.pid}: {line}")
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_remains(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every server is given a folder below pytest's own; at the end no process names it."""
+    yield
+    assert processes_naming(str(tmp_path_factory.getbasetemp())) == []
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """Where Kafka and Triton are installed, downloaded if need be."""
+    folder = default_cache()
+    local_kafka.install(folder)
+    local_triton.install(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kafka(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """HOST:PORT of an empty Kafka, the same for the whole session."""
+    folder = tmp_path_factory.mktemp("kafka")
+    port, controller_port = free_ports(2)
+    service = local_kafka.service(cache, folder / "data", port=port, controller_port=controller_port)
+    with running(service, folder):
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def triton(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], TritonServer]]:
+    """Starts a Triton over a model repository; it runs until the session's end."""
+    with contextlib.ExitStack() as servers:
+
+        def start(repository: Path) -> TritonServer:
+            http, grpc, metrics = free_ports(3)
+            service = local_triton.service(
+                cache,
+                repository,
+                http_port=http,
+                grpc_port=grpc,
+                metrics_port=metrics,
+                shared_memory=f"hybrid-test-{grpc}-",
+            )
+            servers.enter_context(running(service, tmp_path_factory.mktemp("triton")))
+            return TritonServer(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+
+        yield start

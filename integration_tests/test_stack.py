@@ -1,0 +1,194 @@
+"""`hybrid up`, `status` and `down` with real Kafka, Triton, gateway and worker, and what can befall them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+import psutil
+import pytest
+
+from feature_store.materialize import apply, materialize
+from hybrid.deployment import Deployment
+from hybrid.export.triton import export
+from hybrid.network import Network
+from hybrid.spec import HybridModel, load_model
+from hybrid.workspace import Workspace
+
+COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
+SERVERS = ["kafka", "triton", "worker", "gateway"]
+
+
+@dataclass
+class Project:
+    """A workspace with a promoted version, and the command line over it."""
+
+    workspace: Workspace
+    cache: Path
+
+    def command(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | {"HYBRID_HOME": str(self.workspace.root), "HYBRID_CACHE": str(self.cache)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "hybrid", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def hybrid(self, *arguments: str, status: int = 0) -> str:
+        """Runs a command and returns what it says; checks its exit status."""
+        with self.command(*arguments) as process:
+            output, error = process.communicate(timeout=150)
+        assert process.returncode == status, output + error
+        return output if status == 0 else output + error
+
+    def up(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self.hybrid("up", "--free-ports", "--json"))
+        return state
+
+    def left(self) -> list[str]:
+        """Processes that name the workspace, and files in shared memory."""
+        lines = []
+        for process in psutil.process_iter():
+            try:
+                lines.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        files = [file.name for file in Path("/dev/shm").glob("hybrid-*") if not file.name.startswith("hybrid-test-")]
+        return [line for line in lines if str(self.workspace.root) in line] + files
+
+
+def deployment(model: HybridModel, network: Network, names: tuple[str, str]) -> Deployment:
+    server = model.server
+    return Deployment(
+        model=model.name,
+        version=1,
+        definition_hash="0" * 64,
+        packed_view=server.packed_view,
+        join_key=server.entity.join_key,
+        join_key_type=server.entity.dtype,
+        max_feature_age_s=server.max_feature_age.total_seconds(),
+        server=server.features,
+        request=model.request_features,
+        server_embedding=network.server_embedding,
+        device_embedding=network.device_embedding,
+        server_tower=names[0],
+        head=names[1],
+    )
+
+
+@pytest.fixture(scope="module")
+def promoted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Project:
+    """The coupon model with random weights, exported and deployed, and one offer in the feature store."""
+    folder = tmp_path_factory.mktemp("stack")
+    (folder / "data").mkdir()
+    file = folder / "model.py"
+    file.write_text(COUPON.read_text())
+    offer = {"offer_id": "Bar/1d", "coupon": "Bar", "expiration": "1d", "acceptance_rate": 0.4}
+    pd.DataFrame([offer | {"event_timestamp": datetime.now(UTC) - timedelta(hours=1)}]).to_parquet(
+        folder / "data" / "offers.parquet"
+    )
+    workspace, model = Workspace(folder / ".hybrid"), load_model(file)
+    network = Network.build(model)
+    deployment(model, network, export(network, 1, workspace.triton)).write(workspace.deployments)
+    apply(model, workspace.feast)
+    materialize(model, workspace.feast, datetime.now(UTC))
+    return Project(workspace, cache)
+
+
+@pytest.fixture
+def project(promoted: Project) -> Iterator[Project]:
+    """The same, down before and after the test."""
+    yield promoted
+    promoted.hybrid("down")
+    assert promoted.left() == []
+
+
+def wait(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def question() -> dict[str, Any]:
+    inputs = [("entity", "BYTES", [1], ["Bar/1d"]), ("time", "BYTES", [1], ["6PM"])]
+    inputs.append(("device_embedding", "FP32", [1, 8], [0.0] * 8))
+    return {"inputs": [dict(zip(("name", "datatype", "shape", "data"), each, strict=True)) for each in inputs]}
+
+
+def test_up_serves_on_loopback_only_until_down(project: Project):
+    """The state names four ready servers; a prediction is answered; a second `up` changes nothing; `down` ends all."""
+    state = project.up()
+    assert state["phase"] == "ready"
+    assert [(server["name"], server["phase"]) for server in state["servers"]] == [(name, "ready") for name in SERVERS]
+    port = state["servers"][3]["ports"]["gateway"]
+    answer = httpx.post(f"http://127.0.0.1:{port}/v2/models/coupon/infer", json=question(), timeout=20)
+    assert answer.status_code == 200, answer.text
+    assert 0 < {output["name"]: output["data"] for output in answer.json()["outputs"]}["prediction"][0] < 1
+    for server in state["servers"]:
+        listening = [c for c in psutil.Process(server["pid"]).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        assert {c.laddr.port for c in listening} == set(server["ports"].values())
+        assert Path(server["log"]).is_file()
+    assert json.loads(project.hybrid("status", "--json")) == state
+    assert json.loads(project.hybrid("up", "--json")) == state
+    assert "plaintext and unauthenticated" in project.hybrid("status")
+    project.hybrid("down")
+    assert project.left() == []
+    assert "down" in project.hybrid("status", status=1)
+    assert "is not up" in project.hybrid("down")
+
+
+def test_a_taken_port_is_named_and_nothing_is_started(project: Project):
+    """The message has the port, the option and the process that has it: this one."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = project.hybrid("up", "--free-ports", "--kafka-port", str(port), status=1)
+    assert f"port {port}" in said
+    assert f"pid {os.getpid()}" in said
+    assert "--kafka-port" in said
+    assert project.left() == []
+
+
+def test_a_dead_server_ends_the_stack(project: Project):
+    """Kafka is killed: the state says so, the others are gone, and a second `up` works."""
+    state = project.up()
+    os.kill(state["servers"][0]["pid"], signal.SIGKILL)
+    wait(lambda: project.left() == [])
+    assert "kafka was killed by SIGKILL" in project.hybrid("status", status=1)
+    assert project.up()["phase"] == "ready"
+
+
+def test_a_killed_supervisor_leaves_nothing(project: Project):
+    """The kernel ends its servers, and Triton's processes see that theirs is gone."""
+    state = project.up()
+    os.kill(state["supervisor"], signal.SIGKILL)
+    root = str(project.workspace.root)
+    wait(lambda: not any(root in line for line in project.left()))
+    assert "was killed" in project.hybrid("status", status=1)
+
+
+def test_ctrl_c_during_up_ends_all(project: Project):
+    """It comes when Kafka has begun to start; the exit status is the shell's for it."""
+    with project.command("up", "--free-ports") as process:
+        assert process.stderr is not None
+        wait(lambda: "kafka: starting" in process.stderr.readline())
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Nothing is left running" in said
+    assert project.left() == []
