@@ -1,10 +1,15 @@
-"""The people of fold 1 as devices: their rows in one SQLite file, and processes that ask the gateway."""
+"""People as devices: their rows in one SQLite file, and processes of devices that ask the gateway.
+
+`python -m examples.coupon.requests` asks for the people of one fold, of the promoted version.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,3 +152,26 @@ def broker_records(bootstrap: str) -> int:
             first, end = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
             found += sum(end.values()) - sum(first.values())
     return found
+
+
+def main() -> None:
+    """Reads the command line."""
+    from hybrid.registry import Registry
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fold", default="1/5", help="K/N: whose devices ask (default %(default)s)")
+    held_out, folds = map(int, parser.parse_args().fold.split("/"))
+    workspace = Workspace.current()
+    served = Registry(workspace).version("coupon", "production")
+    users = Population.open("coupon", workspace).fold(held_out, folds)
+    with tempfile.TemporaryDirectory() as folder:
+        answers = ask(workspace, served.number, users, Path(folder))
+    p50, p99 = np.percentile(answers.latency_ms, [50, 99])
+    print(
+        f"{answers.requests} requests from {users.sum()} devices, {answers.answered} answered, {len(answers.row)} "
+        f"predicted; latency p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()
