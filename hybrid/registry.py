@@ -76,6 +76,7 @@ class Registry:
 
     def __init__(self, workspace: Workspace) -> None:
         self._definitions, self._folder = workspace.definitions, workspace.mlflow
+        self._database = workspace.mlflow / "mlflow.db"
 
     def register(self, model: HybridModel, network_description: Mapping[str, Any], file: Path) -> str:
         """Stores a definition and a copy of the file it came from; the newest is the one trained.
@@ -260,10 +261,14 @@ class Registry:
         return selector
 
     def _numbers(self, name: str) -> tuple[int, ...]:
+        if not self._database.exists():  # nothing was trained yet: no need to make one
+            return ()
         found = self._client.search_model_versions(f"name = '{name}'")
         return tuple(sorted(int(version.version) for version in found))
 
     def _aliases(self, name: str) -> dict[str, int]:
+        if not self._database.exists():
+            return {}
         found = self._client.search_registered_models(f"name = '{name}'")
         return {alias: int(number) for model in found for alias, number in model.aliases.items()}
 
@@ -314,7 +319,7 @@ class Registry:
         from mlflow import MlflowClient
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{self._folder / 'mlflow.db'}"
+        uri = f"sqlite:///{self._database}"
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

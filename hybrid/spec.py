@@ -28,7 +28,9 @@ from pydantic import (
 )
 
 from hybrid.errors import ConfigError
-from hybrid.features import AnyTransform, Features
+from hybrid.features import AnyTransform, Bucketize, Categorical, Features, Hash, Log1p, Numeric, Transform
+
+_TRANSFORMS = "Numeric, Log1p, Bucketize, Categorical or Hash"
 
 
 def _plain_name(name: str) -> str:
@@ -260,6 +262,7 @@ class HybridModel(Declared):
             raise ValueError(
                 f"device features {shared} are also served by the server; a device feature must be known only there"
             )
+        _check_exportable({**self.server.features.transforms, **self.request, **self.device})
         _distinct("server and request features", [*self.server.features.names, *self.request])
         known = {*self.server.features.names, *self.request, *self.device, self.server.entity.join_key}
         if self.label.column in known:
@@ -322,6 +325,8 @@ def load_model(file: Path) -> HybridModel:
         spec.loader.exec_module(module)
     except ConfigError as error:
         raise ConfigError(f"{file.name}: {error}") from None
+    except ValidationError as error:  # of a transform
+        raise ConfigError(f"{file.name}: {_explain(error.title, error)}") from None
     except Exception as error:
         raise ConfigError(f"{file.name} does not run: {type(error).__name__}: {error}") from error
     found = {id(value): value for value in vars(module).values() if isinstance(value, HybridModel)}
@@ -347,8 +352,20 @@ def _explain(owner: str, error: ValidationError) -> str:
     for fault in error.errors(include_url=False):
         field = ".".join([owner, *(str(part) for part in fault["loc"])])
         got = "" if fault["type"] in {"value_error", "missing"} else f", got {_short(fault['input'])}"
-        lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{got}")
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"].startswith("union_tag"):
+            message = "must be Clear(...) or Noised(...)" if fault["loc"] == ("release",) else f"must be {_TRANSFORMS}"
+        lines.append(f"{field}: {message}{got}")
     return "; ".join(lines)
+
+
+def _check_exportable(transforms: Mapping[str, Transform]) -> None:
+    # A subclass would compute one thing here and its parent's in every exported program.
+    for name, transform in transforms.items():
+        if type(transform) not in (Numeric, Log1p, Bucketize, Categorical, Hash):
+            raise ValueError(
+                f"{name} must be {_TRANSFORMS} itself, which every side can compute, got {type(transform).__name__}"
+            )
 
 
 def _short(value: object) -> str:

@@ -1,5 +1,209 @@
 """Commands about models: register, models, show."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from hybrid.errors import ConfigError
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hybrid.features import Transform
+    from hybrid.registry import Registered
+    from hybrid.spec import HybridModel
+    from hybrid.version import Version
+
 app = typer.Typer()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def register(
+    file: Annotated[Path, typer.Argument(help="Python file that builds one HybridModel.")],
+    as_json: Json = False,
+) -> None:
+    """Checks a model's declaration, its towers and its feature sources, and stores it.
+
+    Nothing is trained or served. The hash that it prints covers everything that
+    was declared and the structure of the network: training binds versions to it.
+
+    Example: hybrid register examples/coupon/model.py
+    """
+    from feature_store.definitions import check_sources
+    from hybrid.network import Network
+    from hybrid.registry import Registry
+    from hybrid.spec import load_model
+
+    model = load_model(file)
+    if model.merge == "device":
+        raise ConfigError(
+            "merge='device' cannot be registered yet: this release merges on the server only. "
+            "Declare merge='server' and a release=Clear(reason=...) or Noised(clip=..., sigma=...)"
+        )
+    network = Network.build(model).description()
+    check_sources(model)
+    digest = Registry(Workspace.current()).register(model, network, file)
+    if as_json:
+        print(json.dumps({"name": model.name, "definition_hash": digest, "network": network}))
+    else:
+        _print_registered(model, digest, network)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """Lists registered models, their trained versions and aliases.
+
+    Example: hybrid models
+    """
+    from hybrid.registry import Registry
+
+    registered = Registry(Workspace.current()).models()
+    if as_json:
+        print(json.dumps([_registered_json(model) for model in registered]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "definition", "versions", "aliases")
+    for model in registered:
+        aliases = ", ".join(f"{alias} -> {number}" for alias, number in sorted(model.aliases.items()))
+        versions = ", ".join(map(str, model.versions)) or "not trained"
+        table.add_row(model.name, model.definition_hash[:12], versions, aliases)
+    empty = "No model is registered; `hybrid register FILE` registers one."
+    Console().print(table if registered else empty, highlight=False)
+
+
+@app.command()
+def show(
+    selector: Annotated[str, typer.Argument(metavar="NAME[@ALIAS|:VERSION]", help="A model, or a version of it.")],
+    as_json: Json = False,
+) -> None:
+    """Shows a registered model, or one trained version and what it cost in privacy.
+
+    Example: hybrid show coupon@production
+    """
+    from hybrid.registry import Registry, parse_selector
+
+    name, which = parse_selector(selector)
+    registry = Registry(Workspace.current())
+    if which is None:
+        model = registry.model(name)
+        shown = _registered_json(model) | {"definition": registry.definition(name)}
+    else:
+        shown = _version_json(registry.version(name, which))
+    if as_json:
+        print(json.dumps(shown))
+    else:
+        _print_shown(shown)
+
+
+def _print_registered(model: HybridModel, digest: str, network: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    table = _table(f"{model.name}, definition {digest[:12]}")
+    for side, transforms in _sides(model).items():
+        table.add_row(f"{side} features", ", ".join(f"{n} ({_kind(t)})" for n, t in transforms.items()) or "none")
+    _add_network(table, network)
+    table.add_row("label", f"{model.label.column}, visible to the {model.label.visible_to}")
+    privacy = model.privacy
+    table.add_row(
+        "privacy",
+        f"epsilon <= {privacy.epsilon:g} at delta {privacy.delta:g} per {privacy.unit}; protects {model.protects}",
+    )
+    table.add_row("release", _released(model))
+    console.print(table)
+    if model.label.visible_to == "device":
+        console.print("Registered. Training with a label that only devices see comes with a later release.")
+    else:
+        console.print(
+            f"Registered. Next: `hybrid features apply {model.name}`, `hybrid features materialize {model.name}`, "
+            f"then `hybrid train {model.name}`."
+        )
+
+
+def _sides(model: HybridModel) -> dict[str, Mapping[str, Transform]]:
+    return {"server": model.server.features.transforms, "request": model.request, "device": model.device}
+
+
+def _kind(transform: Transform) -> str:
+    return type(transform).__name__.lower()
+
+
+def _released(model: HybridModel) -> str:
+    """How the device embedding leaves the device, and what that discloses."""
+    from hybrid.privacy.mechanisms import local_epsilon
+    from hybrid.spec import Noised
+
+    release, delta = model.release, model.privacy.delta
+    if isinstance(release, Noised):
+        epsilon = local_epsilon(release.sigma, delta)
+        return f"noised: each request has a local epsilon of {epsilon:.3g} at delta {delta:g}, and requests add up"
+    if release is None:
+        return "none"
+    return f"clear: whoever holds the tower can try inputs until one gives the embedding. Reason: {release.reason}"
+
+
+def _add_network(table: Table, network: Mapping[str, Any]) -> None:
+    table.add_row("embeddings", f"server {network['server_embedding']}, device {network['device_embedding']}")
+    table.add_row("parameters", ", ".join(f"{part} {count}" for part, count in network["parameters"].items()))
+
+
+def _registered_json(model: Registered) -> dict[str, Any]:
+    return asdict(model) | {"file": str(model.file), "versions": list(model.versions)}
+
+
+def _version_json(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.model,
+        "version": version.number,
+        "aliases": list(version.aliases),
+        "definition_hash": version.definition_hash,
+        "training": version.training.model_dump(mode="json"),
+        "definition": version.definition,
+    }
+
+
+def _print_shown(shown: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    number = f":{shown['version']}" if "version" in shown else ""
+    table = _table(f"{shown['name']}{number}")
+    table.add_row("definition", shown["definition_hash"])
+    if "version" in shown:
+        table.add_row("aliases", ", ".join(shown["aliases"]) or "none")
+        _add_training(table, shown["training"])
+    else:
+        table.add_row("file", shown["file"])
+        table.add_row("versions", ", ".join(map(str, shown["versions"])) or "not trained")
+        table.add_row("aliases", ", ".join(f"{a} -> {n}" for a, n in sorted(shown["aliases"].items())) or "none")
+    _add_network(table, shown["definition"]["network"])
+    Console(highlight=False).print(table)
+
+
+def _add_training(table: Table, training: Mapping[str, Any]) -> None:
+    for field, value in training.items():
+        if value is not None and field != "oracle":
+            table.add_row(field, f"{value:.4g}" if isinstance(value, float) else str(value))
+    if training["epsilon"] is None:
+        table.add_row("privacy", "none: no mechanism")
+    for metric, value in training["oracle"].items():
+        table.add_row(f"{metric} (oracle: pooled data, simulation only)", f"{value:.4g}")
+
+
+def _table(title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
