@@ -48,7 +48,9 @@ class EmbedProgram:
     def __init__(self, bundle: Bundle) -> None:
         self._features: Features = bundle.manifest.features
         self._size = bundle.manifest.device_embedding
-        self._method = _load(bundle, "embed")
+        # The program owns the bytes that its method reads, so it is kept as long as the method.
+        self._program = _load(bundle, "embed")
+        self._method = self._program.load_method("forward")
 
     def inputs(self, columns: Mapping[str, Sequence[Any]]) -> NDArray[np.float32]:
         """Raw device features by name, each (n,) -> (n, features) inputs.
@@ -81,7 +83,7 @@ def _load(bundle: Bundle, name: str) -> Any:
     try:
         from executorch.runtime import Runtime
 
-        return Runtime.get().load_program(bundle.programs[name]).load_method("forward")
+        return Runtime.get().load_program(bundle.programs[name])
     except RuntimeError as error:
         raise BundleError(f"program {name!r} does not load in ExecuTorch: {error}") from None
     finally:

@@ -21,14 +21,16 @@ EXTREMES = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-38, -1e30, 3.4e38, 1.0, 60.0)
 
 
 def input_probes(features: Features) -> Tensor:
-    """(n, features) inputs as a device may meet them: random values, every index, then one row of each extreme."""
+    """(n, features) inputs as a device may meet them: random ones, each index, then one row of each extreme number."""
     random = np.random.default_rng(0)
+    rows = ROWS + len(EXTREMES)
     columns = [
-        random.integers(0, transform.cardinality, ROWS) if transform.text else random.normal(0, 100, ROWS)
+        random.integers(0, transform.cardinality, rows)
+        if transform.text
+        else np.r_[random.normal(0, 100, ROWS), EXTREMES]
         for transform in features.transforms.values()
     ]
-    extremes = [np.full(len(EXTREMES), EXTREMES)] * len(features)
-    return _matrix([np.concatenate(pair) for pair in zip(columns, extremes, strict=True)], ROWS + len(EXTREMES))
+    return torch.tensor(np.stack(columns, axis=1), dtype=torch.float32)
 
 
 def slot_probes(features: Features) -> Tensor:
@@ -81,7 +83,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _matrix(columns: list[NDArray[np.float64]], rows: int) -> Tensor:
-    return torch.tensor(np.stack(columns, axis=1) if columns else np.zeros((rows, 0)), dtype=torch.float32)

@@ -82,10 +82,12 @@ def _lowered(name: str, program: nn.Module, probes: Sequence[Tensor], partitione
 
 def _by_row(data: bytes) -> Callable[..., NDArray[np.float32]]:
     """Runs a program of batch 1 on (n, width) arrays, row by row."""
-    method = Runtime.get().load_program(data).load_method("forward")
+    # The program owns the bytes that its methods read: it must outlive them.
+    program = Runtime.get().load_program(data)
 
     def run(*arrays: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = zip(*(np.split(array, len(array)) for array in arrays), strict=True)
+        method = program.load_method("forward")
         outputs = [method.execute([torch.from_numpy(part) for part in row])[0].numpy().copy() for row in rows]
         return np.concatenate(outputs)
 

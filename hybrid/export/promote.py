@@ -62,9 +62,7 @@ def export_version(
 def _check(version: Version, model: HybridModel) -> None:
     name = f"{model.name}:{version.number}"
     if model.merge == "device":
-        raise ConfigError(
-            f"{name} cannot be served yet: merge='device' is declared; so far only 'server' is served"
-        )
+        raise ConfigError(f"{name} cannot be served yet: merge='device' is declared; so far only 'server' is served")
     if version.training.kind != "federated":
         raise ConfigError(
             f"{name} is a {version.training.kind} reference, trained without a privacy mechanism; "

@@ -92,18 +92,17 @@ def onnx_bytes(name: str, program: nn.Module, tensors: Tensors, probes: Sequence
     rows = torch.export.Dim("n", min=1, max=MAX_BATCH)
     try:
         with quiet(), torch.no_grad():
+            traced = torch.export.export(program, tuple(probes), dynamic_shapes=tuple({0: rows} for _ in probes))
             exported = torch.onnx.export(
-                program,
-                tuple(probes),
+                traced,
                 input_names=list(tensors.inputs),
                 output_names=[tensors.output],
-                dynamic_shapes=tuple({0: rows} for _ in tensors.inputs),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise ConfigError(f"{name} cannot be exported to ONNX: {error}") from error
+    except Exception as error:  # the exporters have no class of their own for what they cannot trace
+        raise ConfigError(f"{name} cannot be exported to ONNX: {type(error).__name__}: {error}") from error
     assert exported is not None
     data: bytes = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])

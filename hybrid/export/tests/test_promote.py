@@ -1,0 +1,63 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hybrid.errors import ConfigError
+from hybrid.export.promote import export_version
+from hybrid.workspace import Workspace
+
+
+def test_serving_is_told_all_that_it_needs(every):
+    """The deployment has the Feast side, the sizes and the Triton names; 2 hours are 7,200 s."""
+    deployment = every.exported.deployment
+    assert (deployment.model, deployment.version, deployment.definition_hash) == ("every", 2, "ab" * 32)
+    assert (deployment.packed_view, deployment.join_key) == ("every_service__packed", "item_id")
+    assert (deployment.join_key_type, deployment.max_feature_age_s) == ("integer", 7200.0)
+    assert deployment.server.names == ("number", "count", "hours", "word", "hashed")
+    assert deployment.request.names == ("place", "speed")
+    assert (deployment.server_embedding, deployment.device_embedding) == (3, 2)
+    assert (deployment.server_tower, deployment.head) == ("every_server_tower", "every_head")
+
+
+def test_export_alone_changes_nothing_that_is_served(every):
+    """The flip is `deployment.write`, after the alias points at the version."""
+    assert (every.workspace.triton / "every_head" / "2" / "model.onnx").is_file()
+    assert not every.workspace.deployments.exists()
+
+
+def test_the_bundle_is_signed_and_holds_no_server_feature(every):
+    """It opens with the control plane's public half; its tables are the device's alone."""
+    manifest = every.bundle.manifest
+    assert every.exported.bundle == every.workspace.bundles / "every-2.bundle"
+    assert manifest == every.exported.manifest
+    assert all(name.startswith("own_") for name in manifest.features.names)
+    assert manifest.request == {"place": "text", "speed": "number"}
+    assert manifest.release is not None
+    assert manifest.release.kind == "noised"
+    assert {name: len(data) for name, data in every.bundle.programs.items()}.items() <= every.exported.sizes.items()
+
+
+@pytest.mark.parametrize("kind", ["central", "server-only"])
+def test_a_reference_without_privacy_is_not_promoted(every, tmp_path: Path, kind: str):
+    """It learned from pooled device features in the clear; nothing is written."""
+    version = every.version
+    version = replace(version, training=version.training.model_copy(update={"kind": kind}))
+    with pytest.raises(ConfigError, match=f"every:2 is a {kind} reference, trained without a privacy mechanism"):
+        export_version(version, every.network.model, Workspace(tmp_path / ".hybrid"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_merge_on_the_device_is_refused_so_far(every, tmp_path: Path):
+    """One sentence says which merge is declared and which is served."""
+    model = every.network.model.model_copy(update={"merge": "device", "release": None})
+    with pytest.raises(ConfigError, match="merge='device' is declared; so far only 'server' is served"):
+        export_version(every.version, model, Workspace(tmp_path))
+
+
+def test_weights_of_another_network_are_refused(every, tmp_path: Path):
+    """A tower with a layer less cannot pass for the declared one."""
+    version = every.version
+    weights = {name: value for name, value in version.weights.items() if name != "device_tower.2.bias"}
+    with pytest.raises(ConfigError, match="device_tower: the weights are of another network"):
+        export_version(replace(version, weights=weights), every.network.model, Workspace(tmp_path))

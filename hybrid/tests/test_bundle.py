@@ -1,0 +1,164 @@
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid import Categorical, Clear, Noised, Numeric
+from hybrid.bundle import MAX_BYTES, Manifest, read_bundle, signing_key, trusted_key, write_bundle
+from hybrid.errors import BundleError, ConfigError
+from hybrid.features import Features
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PROGRAMS = {"embed": b"program one " * 20, "predict": b"program two " * 20}
+MANIFEST = Manifest(
+    model="coupon",
+    version=3,
+    definition_hash="ab" * 32,
+    features=Features.of({"age": Categorical(vocabulary=("21", "26")), "hours": Numeric(mean=2, std=3)}),
+    request={"time": "text"},
+    server_embedding=4,
+    device_embedding=8,
+    merge="server",
+    release=Clear(reason="a test of bundles"),
+    programs={},
+)
+
+
+def written(folder: Path, manifest: Manifest = MANIFEST, programs: dict[str, bytes] = PROGRAMS) -> bytes:
+    write_bundle(folder / "coupon-3.bundle", manifest, programs, KEY)
+    return (folder / "coupon-3.bundle").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return written(tmp_path_factory.mktemp("bundle"))
+
+
+def rezipped(data: bytes, change: dict[str, bytes]) -> bytes:
+    """The same archive with some files' contents replaced."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change.get(name, old.read(name)))
+    return target.getvalue()
+
+
+def test_a_bundle_comes_back_as_it_was_written(data: bytes):
+    """Manifest, tables and programs survive, and the manifest lists each program's size and SHA-256."""
+    bundle = read_bundle(data, KEY.public_key())
+    assert bundle.programs == PROGRAMS
+    assert bundle.manifest.features == MANIFEST.features
+    assert bundle.manifest.request == {"time": "text"}
+    assert bundle.manifest.programs["embed"].bytes == 240
+    assert bundle.manifest.programs["embed"].sha256 == hashlib.sha256(b"program one " * 20).hexdigest()
+
+
+@pytest.mark.parametrize("release", [Clear(reason="a test of bundles"), Noised(clip=2.0, sigma=1.5)])
+def test_a_device_learns_how_its_embedding_is_released(release: Clear | Noised, tmp_path: Path):
+    """Both kinds of release come back as the class that declares them."""
+    manifest = MANIFEST.model_copy(update={"release": release})
+    assert read_bundle(written(tmp_path, manifest), KEY.public_key()).manifest.release == release
+
+
+def test_equal_contents_are_equal_bytes(data: bytes, tmp_path: Path):
+    """No clock and no randomness enters a bundle, so anyone can compare two by their hash."""
+    assert written(tmp_path) == data
+
+
+def test_a_bundle_signed_by_another_key_is_refused(data: bytes):
+    """A device trusts one key, whatever else verifies."""
+    with pytest.raises(BundleError, match="not signed by the key this device trusts"):
+        read_bundle(data, Ed25519PrivateKey.generate().public_key())
+
+
+def test_a_changed_manifest_is_refused(data: bytes):
+    """Raising the version inside a signed bundle breaks the signature."""
+    text = zipfile.ZipFile(io.BytesIO(data)).read("manifest.json")
+    changed = rezipped(data, {"manifest.json": text.replace(b'"version":3', b'"version":4')})
+    with pytest.raises(BundleError, match="not signed"):
+        read_bundle(changed, KEY.public_key())
+
+
+def test_a_swapped_program_is_refused(data: bytes):
+    """The manifest's signature covers each program by its hash, under its own name."""
+    swapped = rezipped(data, {"embed.pte": PROGRAMS["predict"], "predict.pte": PROGRAMS["embed"]})
+    with pytest.raises(BundleError, match="program 'embed' is not the one that was signed"):
+        read_bundle(swapped, KEY.public_key())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.25, 0.5, 0.75, 0.99])
+def test_a_truncated_bundle_is_refused(data: bytes, share: float):
+    """Wherever a download stops, what came is no bundle."""
+    with pytest.raises(BundleError):
+        read_bundle(data[: int(share * len(data))], KEY.public_key())
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_never_changes_what_a_device_runs(data: bytes, place: float, bit: int):
+    """A flip is refused as a BundleError, or lies in the zip's own unused fields and changes nothing."""
+    flipped = bytearray(data)
+    flipped[int(place * len(data))] ^= 1 << bit
+    try:
+        bundle = read_bundle(bytes(flipped), KEY.public_key())
+    except BundleError:
+        return
+    assert bundle == read_bundle(data, KEY.public_key())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300))
+def test_garbage_is_refused(garbage: bytes):
+    """Whatever bytes a network gives, the answer is a BundleError."""
+    with pytest.raises(BundleError):
+        read_bundle(garbage, KEY.public_key())
+
+
+def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path):
+    """One byte over the limit is refused unread; so is a small archive that unpacks to more."""
+    with pytest.raises(BundleError, match="at most 33554432 bytes"):
+        read_bundle(b"0" * (MAX_BYTES + 1), KEY.public_key())
+    bomb = written(tmp_path, programs={"embed": bytes(MAX_BYTES)})
+    assert len(bomb) < 100_000
+    with pytest.raises(BundleError, match="unpacks to at most"):
+        read_bundle(bomb, KEY.public_key())
+
+
+def test_a_manifest_of_another_format_is_refused_though_signed(data: bytes):
+    """A newer control plane's manifest, rightly signed, is not half understood."""
+    text = zipfile.ZipFile(io.BytesIO(data)).read("manifest.json").replace(b'"format":1', b'"format":2')
+    newer = rezipped(data, {"manifest.json": text, "manifest.sig": KEY.sign(text)})
+    with pytest.raises(BundleError, match="another format"):
+        read_bundle(newer, KEY.public_key())
+
+
+def test_the_signing_key_is_made_once_and_its_public_half_verifies(tmp_path: Path):
+    """A second call reads the first one's key; devices are given the file beside it."""
+    first, again = signing_key(tmp_path / "keys"), signing_key(tmp_path / "keys")
+    assert first.private_bytes_raw() == again.private_bytes_raw()
+    trusted = trusted_key(tmp_path / "keys" / "bundle-signing.pub")
+    trusted.verify(first.sign(b"text"), b"text")
+
+
+def test_only_the_owner_may_read_the_signing_key(tmp_path: Path):
+    """It is made with mode 0600, and refused once the group can read it."""
+    signing_key(tmp_path)
+    file = tmp_path / "bundle-signing.pem"
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="readable by its owner only"):
+        signing_key(tmp_path)
+
+
+def test_a_trusted_key_that_is_none_is_refused(tmp_path: Path):
+    """No file, garbage and a private key each give one sentence."""
+    signing_key(tmp_path)
+    (tmp_path / "garbage.pub").write_bytes(b"garbage")
+    for name in ("absent.pub", "garbage.pub", "bundle-signing.pem"):
+        with pytest.raises(ConfigError, match=name):
+            trusted_key(tmp_path / name)
