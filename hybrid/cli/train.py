@@ -1,5 +1,182 @@
 """`hybrid train`."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from hybrid.errors import ConfigError
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hybrid.federation.population import Examples
+    from hybrid.federation.training import Kind
+    from hybrid.spec import HybridModel, Training
+    from hybrid.version import TrainingRecord
+
 app = typer.Typer()
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    *,
+    population: Annotated[
+        str | None, typer.Option(help="What to learn from; by default the population of the model's name.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Privacy to spend at most; only less than the model declares.")
+    ] = None,
+    fold: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Hold out the users of one fold of N and measure on them.")
+    ] = None,
+    central: Annotated[
+        bool, typer.Option("--central", help="The same model on pooled data, without privacy: the reference.")
+    ] = False,
+    server_only: Annotated[
+        bool, typer.Option("--server-only", help="What the server can do without any device: the baseline.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random in this simulation.")] = 0,
+    rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,
+    sampling: Annotated[
+        float | None, typer.Option(help="Probability that a user takes part in a round, in (0, 1].")
+    ] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Gradient steps a user takes in a round.")] = None,
+    local_lr: Annotated[float | None, typer.Option(help="Learning rate of those steps.")] = None,
+    server_optimizer: Annotated[str | None, typer.Option(help="A class of torch.optim, e.g. SGD, Adam.")] = None,
+    server_lr: Annotated[float | None, typer.Option(help="Its learning rate.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the new version as JSON.")] = False,
+) -> None:
+    """Trains a new version of a model on a population, and registers it.
+
+    By default federated, under user-level differential privacy: the server
+    tower is fitted on the label that the server sees, then device tower and head
+    learn from noised sums of clipped updates. The last options stand for fields
+    of the model's `training`. Everything about the run is in one folder under
+    `runs/`, its privacy ledger included. Whatever is measured on held-out users
+    is marked "oracle": only a simulation can see it.
+
+    Example: hybrid train coupon --epsilon 4 --fold 1/5
+    """
+    kind = _kind(central=central, server_only=server_only, epsilon=epsilon)
+    given = {
+        "rounds": rounds,
+        "sampling": sampling,
+        "local_steps": local_steps,
+        "local_lr": local_lr,
+        "server_optimizer": server_optimizer,
+        "server_lr": server_lr,
+    }
+    from hybrid.federation.training import train as train_model
+    from hybrid.registry import Registry
+
+    workspace = Workspace.current()
+    registry = Registry(workspace)
+    declared, digest = registry.load_model(model), registry.definition_hash(model)
+    settings = _settings(declared, given)
+    train_on, held_out = _examples(declared, population or model, fold, workspace)
+    run_dir = _new_run(workspace.runs, f"{model}-{kind}", datetime.now(UTC))
+    with _progress(f"{kind} training of {model}") as progress:
+        trained = train_model(
+            declared,
+            train_on,
+            held_out,
+            kind=kind,
+            epsilon=epsilon,
+            seed=seed,
+            run_dir=run_dir,
+            settings=settings,
+            progress=progress,
+        )
+    version = registry.create_version(
+        model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest
+    )
+    _print(model, version, run_dir, trained.record, as_json=as_json)
+
+
+def _kind(*, central: bool, server_only: bool, epsilon: float | None) -> Kind:
+    if central and server_only:
+        raise ConfigError("--central and --server-only are two ways to train; give one")
+    if not (central or server_only):
+        return "federated"
+    if epsilon is not None:
+        raise ConfigError("--epsilon must be left out with --central or --server-only: they train without privacy")
+    return "central" if central else "server-only"
+
+
+def _settings(model: HybridModel, given: dict[str, Any]) -> Training:
+    from hybrid.spec import Training
+
+    changed = {name: value for name, value in given.items() if value is not None}
+    return Training(**model.training.model_dump() | changed)
+
+
+def _examples(
+    model: HybridModel, name: str, fold: str | None, workspace: Workspace
+) -> tuple[Examples, Examples | None]:
+    """The rows to learn from, with the server's features as they were, and those of held-out users."""
+    from feature_store.offline import join
+    from hybrid.federation.population import Population, examples
+
+    population = Population.open(name, workspace)
+    held_out = None if fold is None else population.fold(*_fold(fold))
+    times = None if population.time is None else population.column(population.time)
+    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+    rows = examples(model, population, slots)
+    return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
+
+
+def _fold(text: str) -> tuple[int, int]:
+    held_out, _, folds = text.partition("/")
+    if not (held_out.isdecimal() and folds.isdecimal()):
+        raise ConfigError(f"--fold must be K/N, e.g. 1/5, got {text!r}")
+    return int(held_out), int(folds)
+
+
+def _new_run(runs: Path, name: str, now: datetime) -> Path:
+    """An empty folder of its own, and with it a ledger of its own."""
+    stem = f"{now:%Y%m%dT%H%M%SZ}-{name}"
+    for attempt in range(1, 1000):
+        folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ConfigError(f"{runs.name} has too many runs named {stem}")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, so that what a script reads stays clean."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, as_json: bool) -> None:
+    if as_json:
+        shown = {"model": model, "version": version, "run": str(run_dir), "training": record.model_dump(mode="json")}
+        print(json.dumps(shown))
+        return
+    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
+    if record.epsilon is not None:
+        print(f"privacy: epsilon {record.epsilon:.3f} at delta {record.delta:g}, unit {record.unit}")
+        print(f"  protects the {record.protects}; {record.mechanism}")
+        print(f"  assumes: {record.assumption}")
+    else:
+        print("privacy: none, trained on pooled data")
+    if record.oracle:
+        print("held-out users (oracle): " + ", ".join(f"{name} {value:.4f}" for name, value in record.oracle.items()))
+    print(f"run: {run_dir}")
+    print(f"Next: `hybrid promote {model} {version} production`.")
