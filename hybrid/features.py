@@ -24,11 +24,22 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from hybrid.errors import BadRequest
 
 Float32 = NDArray[np.float32]
+
+
+def _held_by_float32(value: float) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        held = np.float32(value)
+    if not np.isfinite(held) or (held == 0) != (value == 0):
+        raise ValueError(f"must be a number that float32 holds, the precision of every side, got {value!r}")
+    return value
+
+
+Constant = Annotated[FiniteFloat, AfterValidator(_held_by_float32)]
 
 
 class Transform(BaseModel):
@@ -95,9 +106,9 @@ class Numeric(Transform):
     """
 
     kind: Literal["numeric"] = "numeric"
-    mean: FiniteFloat = 0.0
-    std: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    clip: Annotated[FiniteFloat, Field(gt=0)] = 10.0
+    mean: Constant = 0.0
+    std: Annotated[Constant, Field(gt=0)] = 1.0
+    clip: Annotated[Constant, Field(gt=0)] = 10.0
 
     @property
     def width(self) -> int:
@@ -142,7 +153,7 @@ class Bucketize(Transform):
     """
 
     kind: Literal["bucketize"] = "bucketize"
-    edges: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
+    edges: Annotated[tuple[Constant, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:

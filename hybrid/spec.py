@@ -353,7 +353,7 @@ def _explain(owner: str, error: ValidationError) -> str:
         field = ".".join([owner, *(str(part) for part in fault["loc"])])
         got = "" if fault["type"] in {"value_error", "missing"} else f", got {_short(fault['input'])}"
         message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"].startswith("union_tag"):
+        if fault["type"] in {"union_tag_invalid", "union_tag_not_found", "model_attributes_type"}:
             message = "must be Clear(...) or Noised(...)" if fault["loc"] == ("release",) else f"must be {_TRANSFORMS}"
         lines.append(f"{field}: {message}{got}")
     return "; ".join(lines)

@@ -1,0 +1,282 @@
+"""Each wrong declaration fails with a message that names the field, what it must be and what it got."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Noised, Numeric, Privacy, Server, View
+from hybrid.errors import ConfigError
+from hybrid.features import Transform
+from hybrid.spec import definition_hash, load_model
+
+FILE = """
+from datetime import timedelta
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, View
+
+model = HybridModel(
+    name="taxi",
+    server=Server(
+        service="zones",
+        entity=Entity(name="zone", join_key="zone_id"),
+        views=(View(name="zones", source="data/zones.parquet", features={"demand": Numeric()}),),
+        max_feature_age=timedelta(hours=1),
+    ),
+    device={"habit": Categorical(vocabulary=("never", "often"))},
+    server_tower=lambda: None,
+    device_tower=lambda: None,
+    head=lambda: None,
+    label=Label(column="rode", visible_to="server"),
+    privacy=Privacy(epsilon=4, delta=1e-5, clip=1.0, unit="user"),
+    merge="server",
+    release=Clear(reason="for a test of the reader"),
+)
+"""
+
+
+def view(**changes: Any) -> View:
+    return View(**{"name": "zones", "source": "zones.parquet", "features": {"demand": Numeric()}} | changes)
+
+
+def server(**changes: Any) -> Server:
+    fields: dict[str, Any] = {
+        "service": "zones",
+        "entity": Entity(name="zone", join_key="zone_id"),
+        "views": (view(),),
+        "max_feature_age": timedelta(hours=1),
+    }
+    return Server(**fields | changes)
+
+
+def privacy(**changes: Any) -> Privacy:
+    return Privacy(**{"epsilon": 4, "delta": 1e-5, "clip": 1.0, "unit": "user"} | changes)
+
+
+def declare(**changes: Any) -> HybridModel:
+    fields: dict[str, Any] = {
+        "name": "taxi",
+        "server": server(),
+        "device": {"habit": Categorical(vocabulary=("never", "often"))},
+        "server_tower": lambda: None,
+        "device_tower": lambda: None,
+        "head": lambda: None,
+        "label": Label(column="rode", visible_to="server"),
+        "privacy": privacy(),
+        "merge": "server",
+        "release": Clear(reason="for a test of the declaration"),
+    }
+    return HybridModel(**fields | changes)
+
+
+def refused(build: Any, *parts: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build()
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Squared(Transform):
+    """Of no kind that an export knows."""
+
+    kind: str = "squared"
+
+
+class Doubled(Numeric):
+    """Passes for Numeric, and computes something else."""
+
+
+def test_the_valid_declaration_is_accepted():
+    """What the tests below change is right before they change it."""
+    assert declare().server_features.names == ("demand",)
+
+
+def test_an_unknown_field_is_named():
+    """A misspelt field is an error, never ignored."""
+    refused(lambda: declare(devices={}), "HybridModel.devices: Extra inputs are not permitted")
+
+
+def test_a_missing_field_is_named():
+    """`unit` has no default: whose contribution is protected must be said."""
+    refused(lambda: Privacy(epsilon=4, delta=1e-5, clip=1.0), "Privacy.unit: Field required")
+
+
+@pytest.mark.parametrize("name", ["Taxi", "taxi-zone", "1taxi", "", "../taxi", "a" * 64])
+def test_names_are_plain(name: str):
+    """Names become folders, tables and topics."""
+    refused(lambda: declare(name=name), "HybridModel.name: must be lower-case letters, digits and _", repr(name)[:60])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "must"),
+    [
+        ("epsilon", 0, "greater than 0, got 0"),
+        ("epsilon", -1.0, "greater than 0, got -1.0"),
+        ("epsilon", 101, "less than or equal to 100, got 101"),
+        ("epsilon", float("nan"), "finite number, got nan"),
+        ("epsilon", float("inf"), "finite number, got inf"),
+        ("delta", 0, "greater than 0, got 0"),
+        ("delta", 0.01, "less than 0.01, got 0.01"),
+        ("clip", 0.0, "greater than 0, got 0.0"),
+        ("unit", "person", "'user' or 'device', got 'person'"),
+    ],
+)
+def test_a_budget_out_of_range_is_refused(field: str, value: Any, must: str):
+    """The budget's fields have ranges, and the message has both."""
+    refused(lambda: privacy(**{field: value}), f"Privacy.{field}: ", must)
+
+
+def test_merging_on_the_server_needs_a_release():
+    """A device embedding leaves the device only as declared."""
+    refused(lambda: declare(release=None), "release must be Clear(reason=...) or Noised(clip=..., sigma=...)")
+
+
+def test_merging_on_the_device_has_no_release():
+    """Nothing is released there, so declaring how is a contradiction."""
+    refused(lambda: declare(merge="device"), "release must be left out where merge='device'")
+
+
+def test_a_release_of_another_kind_is_refused():
+    """Only the two forms whose disclosure can be stated."""
+    refused(lambda: declare(release="clear"), "HybridModel.release: must be Clear(...) or Noised(...), got 'clear'")
+
+
+def test_a_clear_release_needs_a_reason_in_words():
+    """Ten characters at least: a sentence, not a dash."""
+    refused(lambda: Clear(reason="because"), "Clear.reason", "at least 10 characters, got 'because'")
+
+
+def test_a_noised_release_needs_noise():
+    """sigma 0 would be clear without saying so."""
+    refused(lambda: Noised(clip=1.0, sigma=0.0), "Noised.sigma", "greater than 0, got 0.0")
+
+
+def test_a_device_feature_must_not_be_served():
+    """What the server knows is not private to the device, and the budget would claim it."""
+    served = {"demand": Numeric()}
+    refused(lambda: declare(device=served), "device features ['demand'] are also served by the server")
+    habit = {"habit": Numeric()}
+    refused(lambda: declare(request=habit), "device features ['habit'] are also served by the server")
+
+
+def test_a_device_side_without_features_is_refused():
+    """Without one there is nothing to federate."""
+    refused(lambda: declare(device={}), "device must declare at least one feature")
+
+
+def test_a_request_feature_must_not_be_served_too():
+    """One name, one source."""
+    refused(lambda: declare(request={"demand": Numeric()}), "server and request features must have distinct names")
+
+
+def test_a_transform_of_unknown_kind_is_refused():
+    """It has no form that a device program or Triton could run."""
+    kinds = "must be Numeric, Log1p, Bucketize, Categorical or Hash"
+    refused(lambda: declare(device={"habit": Squared()}), "HybridModel.device.habit: ", kinds, "got Squared(")
+    refused(lambda: declare(device={"habit": "numeric"}), "HybridModel.device.habit: ", kinds, "got 'numeric'")
+    refused(lambda: view(features={"demand": len}), "View.features.demand: ", kinds)
+
+
+def test_a_transform_that_only_passes_for_a_known_one_is_refused():
+    """A subclass of Numeric would be exported as Numeric and compute another thing in training."""
+    refused(lambda: declare(device={"habit": Doubled()}), "habit must be Numeric", "got Doubled")
+    served = server(views=(view(features={"demand": Doubled()}),))
+    refused(lambda: declare(server=served), "demand must be Numeric", "got Doubled")
+
+
+def test_the_label_must_not_be_a_feature():
+    """The model would read its answer."""
+    refused(
+        lambda: declare(label=Label(column="habit", visible_to="server")),
+        "label.column 'habit' is also a feature or the join key",
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ({"visible_to": "everyone"}, "Label.visible_to: Input should be 'server' or 'device', got 'everyone'"),
+        ({"window": timedelta(0)}, "window must be positive, got 0:00:00"),
+        ({"absent": 0}, "absent says what no event within `window` means, so it needs a window"),
+    ],
+)
+def test_a_wrong_label_is_refused(label: dict[str, Any], message: str):
+    """Who learns it, and how long to wait for it."""
+    refused(lambda: Label(**{"column": "rode", "visible_to": "server"} | label), message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_feature_age": timedelta(0)}, "max_feature_age must be positive, got 0:00:00"),
+        ({"views": ()}, "Server.views: "),
+        ({"views": (view(), view(name="again"))}, "server features must have distinct names, got ['demand']"),
+        ({"views": (view(features={"zone_id": Numeric()}),)}, "the join key 'zone_id' cannot be a feature"),
+        ({"entity": "zone"}, "Server.entity: Input should be a valid dictionary or instance of Entity, got 'zone'"),
+    ],
+)
+def test_a_wrong_server_side_is_refused(changes: dict[str, Any], message: str):
+    """Views join on one key, and each feature has one place."""
+    refused(lambda: server(**changes), message)
+
+
+def test_a_label_that_only_the_device_sees_may_be_declared():
+    """Training with it is later work; the declaration stands, and epsilon then covers the label."""
+    model = declare(label=Label(column="rode", visible_to="device"))
+    assert model.protects == "device features and label"
+
+
+def test_a_file_is_read_and_its_sources_are_beside_it(tmp_path: Path):
+    """Relative sources start at the file, wherever the command runs."""
+    (tmp_path / "model.py").write_text(FILE)
+    model = load_model(tmp_path / "model.py")
+    assert model.name == "taxi"
+    assert model.server.views[0].source == tmp_path / "data/zones.parquet"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "model.py must build exactly one HybridModel at module level, got 0"),
+        (
+            FILE + "\nagain = model.model_copy(update={'name': 'other'})",
+            "exactly one HybridModel at module level, got 2",
+        ),
+        ("def broken(:", "model.py does not run: SyntaxError: "),
+        ("1 / 0", "model.py does not run: ZeroDivisionError: division by zero"),
+        ("import nowhere", "model.py does not run: ModuleNotFoundError: No module named 'nowhere'"),
+        (
+            FILE.replace("epsilon=4", "epsilon=400"),
+            "model.py: Privacy.epsilon: Input should be less than",
+        ),
+        (
+            FILE.replace('("never", "often")', "()"),
+            "model.py: Categorical.vocabulary: Tuple should have",
+        ),
+        (FILE.replace("Numeric()", "Numeric(std=0)"), "model.py: Numeric.std: Input should be greater than 0, got 0"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, text: str, message: str):
+    """One sentence with the file's name, whatever is wrong in it."""
+    (tmp_path / "model.py").write_text(text)
+    refused(lambda: load_model(tmp_path / "model.py"), message)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path):
+    """A path that is no file, and a file that is no Python."""
+    refused(lambda: load_model(tmp_path / "none.py"), "does not exist")
+    (tmp_path / "model.yaml").write_text("name: taxi")
+    refused(lambda: load_model(tmp_path / "model.yaml"), "model file 'model.yaml' must be a Python file (.py)")
+
+
+def test_the_hash_is_of_what_is_declared_not_of_where(tmp_path: Path):
+    """A moved file is the same definition; another constant is another."""
+    hashes = []
+    for folder, text in [("a", FILE), ("b", FILE), ("c", FILE.replace("epsilon=4", "epsilon=3"))]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.py").write_text(text)
+        hashes.append(definition_hash(load_model(tmp_path / folder / "model.py").definition()))
+    assert hashes[0] == hashes[1] != hashes[2]
