@@ -21,8 +21,7 @@ class TritonServer:
     grpc: str
 
 
-def processes_naming(text: str) -> list[str]:
-    """Command lines in the process table that contain `text`."""
+def _processes_naming(text: str) -> list[str]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -32,11 +31,17 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="session")
+def processes_naming() -> Callable[[str], list[str]]:
+    """Gives the command lines in the process table that contain a text."""
+    return _processes_naming
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_remains(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every server is given a folder below pytest's own; at the end no process names it."""
     yield
-    assert processes_naming(str(tmp_path_factory.getbasetemp())) == []
+    assert _processes_naming(str(tmp_path_factory.getbasetemp())) == []
 
 
 @pytest.fixture(scope="session")

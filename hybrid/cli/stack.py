@@ -106,7 +106,7 @@ class _Progress:
 def _show(state: State | None, *, as_json: bool) -> None:
     """One row per server: its process, its ports, its log."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from hybrid.local.stack import NOTICE
 
@@ -116,7 +116,9 @@ def _show(state: State | None, *, as_json: bool) -> None:
     if state is None:
         typer.echo("The local stack is down. Start it with `hybrid up`.")
         return
-    table = Table("server", "state", "pid", "127.0.0.1:port", "log", title=f"local stack: {state.phase}")
+    table = Table(
+        "server", "state", "pid", "127.0.0.1:port", Column("log", overflow="fold"), title=f"local stack: {state.phase}"
+    )
     for server in state.servers:
         ports = "\n".join(f"{port} ({use})" for use, port in server.ports.items())
         table.add_row(server.name, server.phase, str(server.pid or ""), ports, os.path.relpath(server.log))

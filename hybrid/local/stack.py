@@ -106,7 +106,7 @@ class Settings(BaseModel):
                     http_port=ports.triton_http,
                     grpc_port=ports.triton_grpc,
                     metrics_port=ports.triton_metrics,
-                    shared_memory=_shared_memory(workspace),
+                    shared_memory=shared_memory(workspace),
                 ),
             ),
             (
@@ -222,6 +222,11 @@ def supervise(settings: Settings) -> int:
     return Supervisor(settings.folder, settings.stages()).run()
 
 
+def shared_memory(workspace: Workspace) -> str:
+    """What the names of this workspace's files in /dev/shm begin with."""
+    return f"hybrid-{hashlib.sha256(str(workspace.stack).encode()).hexdigest()[:12]}-"
+
+
 def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
     """A supervisor in a session of its own, which a terminal's Ctrl-C or end does not reach."""
     logs = settings.folder / "logs"
@@ -263,18 +268,13 @@ def _sweep(workspace: Workspace, state: State | None) -> None:
     for server in state.servers if state else ():
         if server.pid is not None and server.started is not None:
             end_session(server.pid, server.started)
-    triton.remove_shared_memory(_shared_memory(workspace))
+    triton.remove_shared_memory(shared_memory(workspace))
     shutil.rmtree(_kafka_data(workspace), ignore_errors=True)
     State.file(workspace.stack).unlink(missing_ok=True)
 
 
 def _kafka_data(workspace: Workspace) -> Path:
     return workspace.stack / "kafka"
-
-
-def _shared_memory(workspace: Workspace) -> str:
-    """A prefix for this workspace's Triton alone."""
-    return f"hybrid-{hashlib.sha256(str(workspace.stack).encode()).hexdigest()[:12]}-"
 
 
 @contextlib.contextmanager
