@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from hybrid.deployment import Deployment
-from hybrid.errors import HybridError
+from hybrid.errors import ConfigError, HybridError
+from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.deployments import Deployments
 
 log = logging.getLogger("serving")
@@ -35,8 +36,11 @@ def gateway(arguments: argparse.Namespace) -> None:
 
     from serving.exchange import Limits
     from serving.gateway import over_kafka
-    from serving.kafka import create_topics
+    from serving.kafka import PARTITIONS, create_topics
 
+    if not 0 <= arguments.reply_partition < PARTITIONS[Predictions.TOPIC]:
+        highest = PARTITIONS[Predictions.TOPIC] - 1
+        raise ConfigError(f"--reply-partition must be from 0 to {highest}, got {arguments.reply_partition}")
     create_topics(arguments.kafka)
     limits = Limits(deadline_s=arguments.deadline_s)
     deployments = Deployments(arguments.deployments)
@@ -56,7 +60,6 @@ def gateway(arguments: argparse.Namespace) -> None:
 def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
     from feature_store.online import PackedReader
-    from hybrid.messages import DeviceEmbeddings
     from serving.kafka import GroupInbox, ProducerOutbox, create_topics
     from serving.triton import Triton
     from serving.worker import Worker

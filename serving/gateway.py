@@ -15,6 +15,7 @@ from importlib.metadata import version as installed
 from typing import Any
 
 import orjson
+import pyarrow as pa
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -122,6 +123,7 @@ def over_kafka(
         now_ms: Unix time in milliseconds, UTC.
         limits: of what may wait.
     """
+    pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
     exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
     tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange))

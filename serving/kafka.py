@@ -149,7 +149,7 @@ class ProducerOutbox:
     """A producer that knows whether everything sent has arrived."""
 
     def __init__(self, bootstrap: str) -> None:
-        self._producer = _producer(bootstrap)
+        self._producer = _producer(bootstrap, Predictions.TOPIC)
         self._sent: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -214,7 +214,7 @@ class ThreadedOutbox:
             raise Unavailable("too many records wait for Kafka") from None
 
     def _run(self) -> None:
-        producer = _producer(self._bootstrap)
+        producer = _producer(self._bootstrap, DeviceEmbeddings.TOPIC)
         self._connected.set()
         while (item := self._waiting.get()) is not None:
             topic, value, key, on_failure = item
@@ -269,8 +269,9 @@ class Tail:
             consumer.close()
 
 
-def _producer(bootstrap: str) -> Any:
-    return kafka.KafkaProducer(
+def _producer(bootstrap: str, topic: str) -> Any:
+    """A producer that knows where `topic` lies, so that its first record does not wait for that."""
+    producer = kafka.KafkaProducer(
         bootstrap_servers=bootstrap,
         acks="all",
         retry_backoff_ms=20,
@@ -278,6 +279,8 @@ def _producer(bootstrap: str) -> Any:
         request_timeout_ms=SEND_TIMEOUT_MS - 1_000,
         delivery_timeout_ms=SEND_TIMEOUT_MS,
     )
+    producer.partitions_for(topic)
+    return producer
 
 
 def _records(consumer: Any, timeout_s: float) -> list[Record]:

@@ -173,6 +173,15 @@ def merge(batch: Batch, reader_of: Callable[[Deployment], Reader], models: Model
     return encode(batch, failed, np.full(n, np.nan, np.float32))
 
 
+def probe(deployment: Deployment) -> tuple[Batch, Joined]:
+    """One row of zeros, as if it had been read, to try a deployment's models with."""
+    inputs, size = len(deployment.request), deployment.device_embedding
+    one, zeros = np.zeros(1, np.int64), np.zeros((1, inputs), np.float32)
+    entity, slots = np.array([""], dtype=object), np.zeros((1, len(deployment.server) + inputs), np.float32)
+    batch = Batch(deployment, one, np.zeros(1, "V16"), entity, zeros, np.zeros((1, size), np.float32))
+    return batch, Joined(slots, one, np.array([OK], dtype=object))
+
+
 def refusal(message: DeviceEmbeddings, reason: str) -> Predictions:
     """The answer to a record none of whose rows can be predicted."""
     n = len(message)

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable
 
 from hybrid.deployment import Deployment
-from hybrid.errors import ConfigError, Unavailable
+from hybrid.errors import ConfigError, HybridError, Unavailable
 from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.kafka import Inbox, Outbox
-from serving.merge import Batch, Reader, decode, merge
+from serving.merge import Batch, Reader, decode, forward, merge, probe
 from serving.triton import Models
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Worker:
         """Works until `stopping` is set, then ends between two polls; calls `announce` once `ready`."""
         announced = False
         self._open_readers()
+        self._warm_up()
         while not stopping.is_set():
             try:
                 self.step()
@@ -79,7 +80,7 @@ class Worker:
         if not records:
             return
         self._behind = True
-        decoded = decode(records, self._deployments.find)
+        decoded = decode(records, self._find)
         for message in [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch))]:
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
         for letter in decoded.dead:
@@ -88,6 +89,13 @@ class Worker:
         self._outbox.flush()
         self._inbox.commit()
         self._behind = False
+
+    def _find(self, model: str, version: int) -> Deployment | None:
+        found = self._deployments.find(model, version)
+        if found is None:  # the gateway may have seen a promotion first
+            self._deployments.refresh()
+            found = self._deployments.find(model, version)
+        return found
 
     def _merge(self, batch: Batch) -> list[Predictions]:
         return merge(batch, self._reader, self._models, self._now_ms())
@@ -103,6 +111,16 @@ class Worker:
             self._refreshed_ms = self._now_ms()
             self._deployments.refresh()
             self._open_readers()
+
+    def _warm_up(self) -> None:
+        """Runs each stage once for each model, which takes seconds that the first request would wait."""
+        for deployment in self._deployments.current.values():
+            batch, joined = probe(deployment)
+            try:
+                self._reader(deployment).read([""], self._now_ms())
+                forward(batch, joined, self._models)
+            except HybridError as error:
+                log.warning("model %s could not be tried: %s", deployment.model, error)
 
     def _open_readers(self) -> None:
         """Ahead of the first request, which would wait for it for seconds."""

@@ -1,0 +1,124 @@
+"""Serving without servers, for unit tests: topics, feature store and networks in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.deployment import Deployment
+from hybrid.errors import Unavailable, UnknownEntity
+from hybrid.features import Categorical, Features, Numeric
+from serving.kafka import Record
+
+EMBEDDING = 2
+
+
+def deployment(version: int = 1, join_key_type: str = "text") -> Deployment:
+    """A deployment of model "shop": one server slot, a text and a number from the request, embeddings of 2."""
+    return Deployment(
+        model="shop",
+        version=version,
+        definition_hash="0" * 64,
+        packed_view="shops__packed",
+        join_key="shop_id",
+        join_key_type=join_key_type,
+        max_feature_age_s=60.0,
+        server=Features.of({"size": Numeric()}),
+        request=Features.of({"hour": Categorical(vocabulary=("7AM", "2PM")), "budget": Numeric()}),
+        server_embedding=EMBEDDING,
+        device_embedding=EMBEDDING,
+        server_tower="shop_server_tower",
+        head="shop_head",
+    )
+
+
+@dataclass
+class MemoryTopic:
+    """An `Inbox` and `Outbox` in one: what is sent can be polled, and delivery can be made to fail.
+
+    Attributes:
+        records: all that lies in the topic, in order.
+        committed, position: of the one reader, as places in `records`.
+        failures: how many flushes from now on fail; what they should have delivered is lost.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    committed: int = 0
+    position: int = 0
+    failures: int = 0
+    _sent: list[Record] = field(default_factory=list)
+
+    def send(self, topic: str, value: bytes, partition: int | None = None) -> None:
+        """See `Outbox`."""
+        self._sent.append(Record(topic, partition or 0, len(self.records) + len(self._sent), value))
+
+    def flush(self) -> None:
+        """See `Outbox`."""
+        sent, self._sent = self._sent, []
+        if self.failures:
+            self.failures -= 1
+            raise Unavailable("the topic was told to fail")
+        self.records += sent
+
+    def poll(self, timeout_s: float) -> list[Record]:
+        """See `Inbox`; never waits."""
+        found = self.records[self.position :]
+        self.position = len(self.records)
+        return found
+
+    def commit(self) -> None:
+        """See `Inbox`."""
+        self.committed = self.position
+
+    def rewind(self) -> None:
+        """See `Inbox`."""
+        self.position = self.committed
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """What `MemoryReader` answers."""
+
+    slots: NDArray[np.float32]
+    age_ms: NDArray[np.int64]
+    status: NDArray[np.object_]
+
+
+@dataclass(frozen=True)
+class MemoryReader:
+    """A feature store: entity -> (its one slot, "ok" or why it cannot be used); every row is 5 ms old."""
+
+    known: Mapping[str, tuple[float, str]]
+
+    def read(self, entities: Sequence[str], now_ms: int) -> MemoryRows:
+        """See `serving.merge.Reader`."""
+        rows = [self.known.get(entity, (np.nan, UnknownEntity.code)) for entity in entities]
+        age = [5 if entity in self.known else -1 for entity in entities]
+        slots = np.array([[slot] for slot, _ in rows], np.float32)
+        return MemoryRows(slots, np.array(age), np.array([status for _, status in rows], dtype=object))
+
+
+@dataclass
+class SumModels:
+    """Networks easy to do by hand: the tower sums a row's slots into each place, the head sums both embeddings.
+
+    Attributes:
+        calls: (model, version, rows) of each call.
+        broken: whether every call fails.
+    """
+
+    calls: list[tuple[str, int, int]] = field(default_factory=list)
+    broken: bool = False
+
+    def infer(
+        self, model: str, version: int, inputs: Mapping[str, NDArray[np.float32]], output: str
+    ) -> NDArray[np.float32]:
+        """See `serving.triton.Models`."""
+        if self.broken:
+            raise Unavailable("told to fail")
+        total = np.concatenate(list(inputs.values()), axis=1).sum(axis=1)
+        self.calls.append((model, version, len(total)))
+        return np.repeat(total[:, None], EMBEDDING if output == "embedding" else 1, axis=1)

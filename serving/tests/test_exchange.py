@@ -1,0 +1,171 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from hybrid.errors import StaleFeatures, Unavailable, UnknownEntity
+from hybrid.messages import Predictions
+from serving.exchange import Exchange, Limits
+from serving.oip import Rows
+from serving.testing import deployment
+
+PATIENT = Limits(deadline_s=30, linger_s=0.001, record_rows=100)
+
+
+def rows(*entities, size=2):
+    n = len(entities)
+    return Rows(np.array(entities, dtype=object), np.zeros((n, 2), np.float32), np.ones((n, size), np.float32))
+
+
+class Broker:
+    """Keeps what is sent; answers when told to."""
+
+    def __init__(self, limits=PATIENT):
+        self.sent, self.arrived = asyncio.Queue(), 0
+        self.exchange = Exchange(self.send, 3, lambda: 1_000, limits)
+        self.exchange.start()
+
+    def send(self, message, on_failure):
+        self.sent.put_nowait((message, on_failure))
+
+    def answer(self, message, status="ok", picked=slice(None)):
+        ids = message.request_id[picked]
+        n, prediction = len(ids), np.array([len(e) for e in message.entity[picked]], np.float32)
+        status = np.array([status] * n, dtype=object)
+        answer = Predictions("shop", 1, 3, request_id=ids, status=status, prediction=prediction,
+                             feature_age_ms=np.full(n, 9))  # fmt: skip
+        self.exchange.answer(answer)
+
+    def ask(self, *entities, **changes):
+        return asyncio.create_task(self.exchange.ask(deployment(), rows(*entities, **changes)))
+
+
+def test_requests_that_wait_at_the_same_time_leave_as_one_record():
+    """Three callers, four rows, one record of gateway 3; each caller gets its own rows back."""
+
+    async def scenario():
+        broker = Broker()
+        asked = [broker.ask("a"), broker.ask("bb", "ccc"), broker.ask("dddd")]
+        message, _ = await broker.sent.get()
+        broker.answer(message)
+        assert (len(message), message.reply_partition, message.event_ms.tolist()) == (4, 3, [1_000] * 4)
+        assert [a.prediction.tolist() for a in await asyncio.gather(*asked)] == [[1.0], [2.0, 3.0], [4.0]]
+        assert broker.sent.empty()
+
+    asyncio.run(scenario())
+
+
+def test_a_full_record_leaves_at_once_and_a_large_question_as_several():
+    """At 2 rows a record, with a linger of a minute: 5 rows leave as 2 + 2 + 1 and are answered together."""
+
+    async def scenario():
+        broker = Broker(Limits(deadline_s=30, linger_s=60, record_rows=2))
+        asked = broker.ask("a", "b", "c", "d", "e")
+        messages = [(await broker.sent.get())[0] for _ in range(3)]
+        assert [len(message) for message in messages] == [2, 2, 1]
+        for message in reversed(messages):
+            assert not asked.done()
+            broker.answer(message)
+        assert len((await asked).prediction) == 5
+
+    asyncio.run(scenario())
+
+
+def test_no_record_is_larger_than_kafka_takes():
+    """An embedding of 65,536 floats is 256 KiB: at most two rows fit below 768 KiB with the rest."""
+
+    async def scenario():
+        broker = Broker()
+        asked = broker.ask("a", "b", "c", "d", size=2)
+        asked.cancel()
+        wide = deployment().model_copy(update={"device_embedding": 1 << 16})
+        task = asyncio.create_task(broker.exchange.ask(wide, rows("a", "b", "c", "d", size=1 << 16)))
+        sizes = [len((await broker.sent.get())[0].to_bytes()) for _ in range(2)]
+        task.cancel()
+        assert max(sizes) < 1 << 20
+
+    asyncio.run(scenario())
+
+
+def test_a_repeated_or_unknown_answer_is_dropped():
+    """Kafka delivers at least once: the second copy, and an answer to nobody, change nothing."""
+
+    async def scenario():
+        broker = Broker()
+        asked = broker.ask("a", "bb")
+        message, _ = await broker.sent.get()
+        broker.answer(message, picked=slice(0, 1))
+        broker.answer(message, "unavailable", picked=slice(0, 1))
+        assert not asked.done()
+        broker.answer(message, picked=slice(1, 2))
+        broker.answer(message)
+        assert (await asked).prediction.tolist() == [1.0, 2.0]
+
+    asyncio.run(scenario())
+
+
+def test_no_answer_in_time_is_unavailable_and_a_late_one_is_dropped():
+    """The deadline passes; the answer that then comes finds nobody."""
+
+    async def scenario():
+        broker = Broker(Limits(deadline_s=0.01, linger_s=0.001))
+        with pytest.raises(Unavailable, match="no answer in time"):
+            await broker.ask("a")
+        message, _ = await broker.sent.get()
+        broker.answer(message)
+        assert not broker.exchange._asked
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [("unknown_entity", UnknownEntity), ("stale_features", StaleFeatures), ("a word of a later worker", Unavailable)],
+)
+def test_a_row_that_cannot_be_predicted_raises_its_error(status, error):
+    """The first such row says why, by its place and without its entity."""
+
+    async def scenario():
+        broker = Broker()
+        asked = broker.ask("a", "bb")
+        message, _ = await broker.sent.get()
+        broker.answer(message, picked=slice(0, 1))
+        broker.answer(message, status, picked=slice(1, 2))
+        with pytest.raises(error, match=r"^row 2 of 2: [^b]") as raised:
+            await asked
+        assert type(raised.value) is error
+
+    asyncio.run(scenario())
+
+
+def test_a_record_that_kafka_did_not_take_fails_its_requests_at_once():
+    """The failure comes from Kafka's thread; nobody waits for the deadline."""
+
+    async def scenario():
+        broker = Broker()
+        asked = [broker.ask("a"), broker.ask("b")]
+        _, on_failure = await broker.sent.get()
+        await asyncio.to_thread(on_failure)
+        for each in asked:
+            with pytest.raises(Unavailable, match="Kafka did not take"):
+                await each
+
+    asyncio.run(scenario())
+
+
+def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
+    """With room for two rows, a third waits for nothing: it is told at once."""
+
+    async def scenario():
+        broker = Broker(Limits(deadline_s=30, linger_s=0.001, waiting_rows=2))
+        asked = broker.ask("a", "b")
+        message, _ = await broker.sent.get()
+        with pytest.raises(Unavailable, match="too many rows"):
+            await broker.ask("c")
+        broker.answer(message)
+        await asked
+        last = broker.ask("c")
+        broker.answer((await broker.sent.get())[0])
+        assert (await last).prediction.tolist() == [1.0]
+
+    asyncio.run(scenario())

@@ -1,0 +1,118 @@
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from starlette.requests import Request
+from starlette.testclient import TestClient
+
+from hybrid.errors import BodyTooLarge, Unavailable
+from serving.deployments import Deployments
+from serving.gateway import Gateway, _body, application
+from serving.oip import Answers
+from serving.testing import deployment
+
+INPUTS = [
+    {"name": "entity", "datatype": "BYTES", "shape": [1], "data": ["bakery"]},
+    {"name": "hour", "datatype": "BYTES", "shape": [1], "data": ["7AM"]},
+    {"name": "budget", "datatype": "FP32", "shape": [1], "data": [2]},
+    {"name": "device_embedding", "datatype": "FP32", "shape": [1, 2], "data": [3, 4]},
+]
+BODY = json.dumps({"inputs": INPUTS}).encode()
+
+
+class Setup:
+    """The HTTP side over an `ask` that adds up the request's slots and the embedding."""
+
+    def __init__(self, folder):
+        deployment().write(folder)
+        self.is_ready, self.error = True, None
+        gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, max_body_bytes=2_000)
+        self.client = TestClient(application(gateway), raise_server_exceptions=False)
+
+    async def ask(self, _, rows):
+        if self.error:
+            raise self.error
+        total = rows.request.sum(axis=1) + rows.embedding.sum(axis=1)
+        return Answers(total.astype(np.float32), np.full(len(rows), 60_000))
+
+    def infer(self, body=BODY, path="/v2/models/shop/infer", **options):
+        return self.client.post(path, content=body, **options)
+
+
+@pytest.fixture
+def setup(tmp_path):
+    return Setup(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/v2/models/shop/infer", "/v2/models/shop/versions/1/infer"])
+def test_a_request_is_answered_by_the_default_or_the_named_version(setup, path):
+    """7AM is slot 0, the budget 2, the embedding 3 + 4: 9."""
+    answer = setup.infer(path=path)
+    assert answer.status_code == 200
+    assert {o["name"]: o["data"] for o in answer.json()["outputs"]} == {
+        "prediction": [9.0],
+        "version": [1],
+        "feature_age_ms": [60_000],
+        "merged": ["server"],
+    }
+
+
+def test_health_follows_the_broker(setup):
+    """Live at once; ready, and the model with it, once Kafka's two ends are there."""
+    setup.is_ready = False
+    status = {p: setup.client.get(f"/v2/{p}").status_code for p in ("health/live", "health/ready", "models/shop/ready")}
+    assert status == {"health/live": 200, "health/ready": 503, "models/shop/ready": 503}
+    setup.is_ready = True
+    assert setup.client.get("/v2/health/ready").status_code == 200
+    assert setup.client.get("/v2/models/shop/versions/1/ready").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v2/models/other", 404, "unknown_model"),
+        ("GET", "/v2/models/shop/versions/2", 404, "unknown_model"),
+        ("GET", "/v2/models/shop/versions/x/ready", 404, "unknown_model"),
+        ("POST", "/v2/models/other/infer", 404, "unknown_model"),
+        ("GET", "/v3", 404, "no_such_path"),
+        ("GET", "/v2/models/shop/infer", 405, "no_such_path"),
+    ],
+)
+def test_what_is_not_there_is_said_in_the_protocols_error_object(setup, method, path, status, code):
+    """Every error has a text and a word."""
+    answer = setup.client.request(method, path)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+def test_an_oversize_body_is_refused_while_it_is_read():
+    """Of an endless body, 16 MiB are read and dropped, so that a client sees the answer; one more ends it."""
+    chunks = []
+
+    async def receive():
+        chunks.append(1)
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    with pytest.raises(BodyTooLarge, match="at most 2000 bytes"):
+        asyncio.run(_body(Request({"type": "http"}, receive), 2_000))
+    assert len(chunks) == 17
+
+
+def test_a_body_of_the_largest_size_is_taken(setup):
+    """2,000 bytes are taken, 2,001 are not."""
+    assert setup.infer(BODY.ljust(2_000)).status_code == 200
+    assert setup.infer(BODY.ljust(2_001)).status_code == 413
+
+
+def test_a_compressed_body_is_refused(setup):
+    """It could unpack to any size."""
+    answer = setup.infer(headers={"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+
+
+def test_unavailable_says_when_to_come_back(setup):
+    """503 with Retry-After, in seconds."""
+    setup.error = Unavailable("no answer in time (5 s)")
+    answer = setup.infer()
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.json() == {"error": "no answer in time (5 s)", "code": "unavailable"}

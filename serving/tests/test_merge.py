@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+
+from hybrid.messages import DeviceEmbeddings
+from serving.kafka import Record
+from serving.merge import decode, encode, features, forward, merge
+from serving.testing import MemoryReader, SumModels, deployment
+
+KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok"), "ruin": (3.0, "stale_features"), "mall": (4.0, "schema_drift")}
+
+
+def message(entities=("bakery",), first_id=1, reply_partition=0, embedding=None, **changes):
+    n = len(entities)
+    columns = {
+        "model": "shop",
+        "version": 1,
+        "request_id": np.frombuffer(b"".join((first_id + i).to_bytes(16, "big") for i in range(n)), dtype="V16"),
+        "entity": np.array(entities, dtype=object),
+        "request": np.array([[1.0, 10.0]] * n, np.float32),
+        "embedding": np.ones((n, 2), np.float32) if embedding is None else np.array(embedding, np.float32),
+        "event_ms": np.zeros(n, np.int64),
+    }
+    return DeviceEmbeddings(reply_partition=reply_partition, **(columns | changes))
+
+
+def records(*messages):
+    return [Record("t", 0, i, m if isinstance(m, bytes) else m.to_bytes()) for i, m in enumerate(messages)]
+
+
+def find(model, version):
+    return deployment() if (model, version) == ("shop", 1) else None
+
+
+def only_batch(*messages):
+    return decode(records(*messages), find).batches[0]
+
+
+def test_rows_of_several_records_are_merged_into_one_batch():
+    """Two records of one version, of gateways 0 and 3, are three rows that go through together."""
+    batch = only_batch(message(["bakery", "kiosk"]), message(["ruin"], first_id=3, reply_partition=3))
+    assert batch.entity.tolist() == ["bakery", "kiosk", "ruin"]
+    assert batch.reply_partition.tolist() == [0, 0, 3]
+
+
+def test_a_record_that_cannot_be_read_is_a_value_beside_the_others():
+    """Garbage at offset 1 becomes a dead letter that says so; the rows around it are decoded."""
+    decoded = decode(records(message(), b"garbage", message(first_id=2)), find)
+    assert [len(batch) for batch in decoded.batches] == [2]
+    assert [(letter.offset, letter.length) for letter in decoded.dead] == [(1, 7)]
+
+
+def test_a_reply_partition_that_does_not_exist_is_a_dead_letter():
+    """Partitions are 0 to 7: nobody could read the answer."""
+    decoded = decode(records(message(reply_partition=8), message(reply_partition=-1)), find)
+    assert (decoded.batches, decoded.refused, len(decoded.dead)) == ([], [], 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": 9}, "unknown_model"),
+        ({"model": "other"}, "unknown_model"),
+        ({"embedding": [[1.0, 2.0, 3.0]]}, "bad_request"),
+        ({"request": np.zeros((1, 0), np.float32)}, "bad_request"),
+    ],
+)
+def test_a_record_of_another_model_or_width_is_refused_row_by_row(changes, reason):
+    """It can be read, so its gateway is told why."""
+    refused = decode(records(message(**changes)), find).refused
+    assert [r.status.tolist() for r in refused] == [[reason]]
+    assert np.isnan(refused[0].prediction).all()
+
+
+def test_features_puts_request_slots_after_the_servers():
+    """bakery's slot is 1; hour and budget came as 1 and 10."""
+    joined = features(only_batch(message()), MemoryReader(KNOWN), now_ms=0)
+    assert joined.slots.tolist() == [[1.0, 1.0, 10.0]]
+    assert (joined.age_ms.tolist(), joined.status.tolist()) == ([5], ["ok"])
+
+
+def test_forward_runs_only_rows_that_can_be_predicted():
+    """bakery: slots 1 + 1 + 10 = 12, tower (12, 12), head 24 + device 2 = 26; the unknown row costs nothing."""
+    batch, models = only_batch(message(["nowhere", "bakery"])), SumModels()
+    prediction = forward(batch, features(batch, MemoryReader(KNOWN), now_ms=0), models)
+    np.testing.assert_array_equal(prediction, [np.nan, 26.0])
+    assert models.calls == [("shop_server_tower", 1, 1), ("shop_head", 1, 1)]
+
+
+def test_each_gateway_is_answered_in_a_message_of_its_own():
+    """Rows 1 and 3 go to partition 0, row 2 to partition 5, each with its id."""
+    batch = only_batch(message(), message(["kiosk"], first_id=2, reply_partition=5), message(first_id=3))
+    answers = encode(batch, features(batch, MemoryReader(KNOWN), now_ms=0), np.array([0.1, 0.2, 0.3], np.float32))
+    found = {m.reply_partition: [int.from_bytes(i.tobytes(), "big") for i in m.request_id] for m in answers}
+    assert found == {0: [1, 3], 5: [2]}
+
+
+def test_every_row_has_its_own_reason():
+    """One batch holds a prediction, an unknown, a stale and a drifted entity, and NaN in an embedding."""
+    embedding = [[1, 1], [1, 1], [1, 1], [1, 1], [1, np.nan]]
+    batch = only_batch(message(["bakery", "nowhere", "ruin", "mall", "kiosk"], embedding=embedding))
+    (answer,) = merge(batch, lambda _: MemoryReader(KNOWN), SumModels(), now_ms=0)
+    assert answer.status.tolist() == ["ok", "unknown_entity", "stale_features", "schema_drift", "bad_request"]
+    np.testing.assert_array_equal(np.isnan(answer.prediction), [False, True, True, True, True])
+
+
+def no_store(_):
+    raise OSError("the key 'bakery' cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("reader_of", "models"),
+    [(no_store, SumModels()), (lambda _: MemoryReader(KNOWN), SumModels(broken=True))],
+    ids=["feature store", "Triton"],
+)
+def test_where_a_server_fails_every_row_says_unavailable(reader_of, models, caplog):
+    """Nothing is lost, and the log does not repeat what the store said."""
+    (answer,) = merge(only_batch(message(["bakery", "kiosk"])), reader_of, models, now_ms=0)
+    assert answer.status.tolist() == ["unavailable", "unavailable"]
+    assert "bakery" not in caplog.text
+
+
+def test_a_prediction_that_is_not_finite_is_no_prediction():
+    """An infinite embedding sum is answered with "unavailable"."""
+    huge = np.full((1, 2), 3e38, np.float32)
+    with np.errstate(over="ignore"):
+        (answer,) = merge(only_batch(message(embedding=huge)), lambda _: MemoryReader(KNOWN), SumModels(), now_ms=0)
+    assert answer.status.tolist() == ["unavailable"]

@@ -1,0 +1,167 @@
+import threading
+
+import numpy as np
+import pytest
+
+from hybrid.errors import ConfigError, Unavailable
+from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
+from serving.deployments import Deployments
+from serving.testing import MemoryReader, MemoryTopic, SumModels, deployment
+from serving.worker import REFRESH_MS, Worker
+
+
+class Setup:
+    """A worker between two topics in memory; `now_ms` is set by the test."""
+
+    def __init__(self, folder):
+        self.folder, self.now_ms, self.opened = folder, 0, []
+        deployment().write(folder)
+        self.inbox, self.outbox, self.models = MemoryTopic(), MemoryTopic(), SumModels()
+        self.worker = Worker(
+            inbox=self.inbox,
+            outbox=self.outbox,
+            deployments=Deployments(folder),
+            open_reader=self.open,
+            models=self.models,
+            now_ms=lambda: self.now_ms,
+        )
+
+    def open(self, asked):
+        self.opened.append(asked.version)
+        return MemoryReader({"bakery": (1.0, "ok")})
+
+    def put(self, value):
+        self.inbox.send(DeviceEmbeddings.TOPIC, value)
+        self.inbox.flush()
+
+    def ask(self, number, version=1):
+        message = DeviceEmbeddings(
+            "shop",
+            version,
+            reply_partition=2,
+            request_id=np.frombuffer(number.to_bytes(16, "big"), dtype="V16"),
+            entity=np.array(["bakery"], dtype=object),
+            request=np.zeros((1, 2), np.float32),
+            embedding=np.zeros((1, 2), np.float32),
+            event_ms=np.zeros(1, np.int64),
+        )
+        self.put(message.to_bytes())
+
+    @property
+    def answered(self):
+        messages = [Predictions.from_bytes(r.value) for r in self.outbox.records if r.topic == Predictions.TOPIC]
+        return [
+            (int.from_bytes(i.tobytes(), "big"), s)
+            for m in messages
+            for i, s in zip(m.request_id, m.status, strict=True)
+        ]
+
+
+@pytest.fixture
+def setup(tmp_path):
+    return Setup(tmp_path)
+
+
+def test_offsets_are_committed_once_the_answers_lie_in_kafka(setup):
+    """Two requests, two answers to partition 2, and nothing left to do."""
+    setup.ask(1)
+    setup.ask(2)
+    setup.worker.step()
+    assert setup.answered == [(1, "ok"), (2, "ok")]
+    assert {record.partition for record in setup.outbox.records} == {2}
+    assert setup.inbox.committed == 2
+
+
+def test_answers_that_kafka_did_not_take_are_given_again(setup):
+    """The flush fails once: no commit; the next step starts from the last one and answers the same row."""
+    setup.outbox.failures = 1
+    setup.ask(1)
+    with pytest.raises(Unavailable):
+        setup.worker.step()
+    assert (setup.answered, setup.inbox.committed) == ([], 0)
+    setup.worker.step()
+    assert (setup.answered, setup.inbox.committed) == ([(1, "ok")], 1)
+
+
+def test_a_worker_that_dies_before_its_commit_is_followed_by_one_that_answers(setup):
+    """A redelivery is answered twice with the same id: the gateway drops the second."""
+    setup.ask(1)
+    setup.worker.step()
+    setup.inbox.committed = 0
+    setup.inbox.rewind()
+    setup.worker.step()
+    assert setup.answered == [(1, "ok"), (1, "ok")]
+
+
+def test_garbage_goes_to_the_dead_letters_and_the_loop_goes_on(setup):
+    """The requests before and after it are answered; the letter holds none of its bytes."""
+    setup.ask(1)
+    setup.put(b"secret garbage")
+    setup.ask(2)
+    setup.worker.step()
+    assert setup.answered == [(1, "ok"), (2, "ok")]
+    (letter,) = [r for r in setup.outbox.records if r.topic == "hybrid.device-embeddings.v1.dead"]
+    assert b"secret" not in letter.value
+    assert DeadLetter.model_validate_json(letter.value).offset == 1
+    assert setup.inbox.committed == 3
+
+
+def test_small_records_polled_together_take_one_forward_pass(setup):
+    """Three records are one call of the tower and one of the head, three rows each."""
+    for number in range(3):
+        setup.ask(number)
+    setup.worker.step()
+    assert setup.models.calls == [("shop_server_tower", 1, 3), ("shop_head", 1, 3)]
+
+
+def test_a_promotion_is_taken_up_and_rows_of_the_version_before_are_still_answered(setup):
+    """After version 2 replaced version 1, rows of both that were on their way are predicted by their own."""
+    setup.ask(1)
+    deployment(version=2).write(setup.folder)
+    setup.ask(2, version=2)
+    setup.worker.step()
+    assert sorted(setup.answered) == [(1, "ok"), (2, "ok")]
+    assert {(model, version) for model, version, _ in setup.models.calls if model == "shop_head"} == {
+        ("shop_head", 1),
+        ("shop_head", 2),
+    }
+
+
+def test_the_feature_store_is_opened_once_per_version_and_ahead_of_its_requests(setup):
+    """At the next refresh, a second after the start, version 2 is opened before anybody asks."""
+    setup.ask(1)
+    setup.worker.step()
+    setup.worker.step()
+    deployment(version=2).write(setup.folder)
+    setup.now_ms = REFRESH_MS
+    setup.worker.step()
+    assert setup.opened == [1, 2]
+
+
+def test_it_announces_itself_once_it_is_ready_and_ends_between_two_polls(setup):
+    """`ready` is asked after each step until it is true, then never again; `stopping` ends the loop."""
+    stopping, answers, announced = threading.Event(), iter([False, True]), []
+
+    def announce():
+        announced.append(setup.answered)
+        stopping.set()
+
+    setup.ask(1)
+    setup.worker.run(stopping, lambda: next(answers), announce)
+    assert announced == [[(1, "ok")]]
+
+
+def test_a_view_that_is_not_there_yet_does_not_stop_the_worker(setup):
+    """Its rows are unavailable; a reader that opens later answers."""
+    opened = setup.worker._open_reader
+
+    def closed(_):
+        raise ConfigError("no such view")
+
+    setup.worker._open_reader = closed
+    setup.ask(1)
+    setup.worker.step()
+    setup.worker._open_reader = opened
+    setup.ask(2)
+    setup.worker.step()
+    assert setup.answered == [(1, "unavailable"), (2, "ok")]
