@@ -235,7 +235,8 @@ class Registry:
                 "an alias must be lower-case letters, digits, _ and -, start with a letter, "
                 f"and not be 'latest' or like 'v1', got {alias!r}"
             )
-        self._client.set_registered_model_alias(name, alias, str(self._resolve(name, number)))
+        found = self._resolve(name, number)
+        self._client.set_registered_model_alias(name, alias, str(found))
 
     def _record(self, name: str) -> dict[str, Any]:
         # Names first: a name from a command line must not become a path.
@@ -310,7 +311,8 @@ class Registry:
         return str(self._client.create_experiment(name, (self._folder / "artifacts" / name).as_uri()))
 
     def _artifact(self, run: str, file: str) -> bytes:
-        return Path(self._client.download_artifacts(run, file)).read_bytes()
+        with tempfile.TemporaryDirectory() as folder:  # MLflow copies, and would leave the copy behind
+            return Path(self._client.download_artifacts(run, file, folder)).read_bytes()
 
     @cached_property
     def _client(self) -> MlflowClient:
