@@ -73,13 +73,14 @@ def train(
         "server_optimizer": server_optimizer,
         "server_lr": server_lr,
     }
-    from hybrid.federation.training import train as train_model
     from hybrid.registry import Registry
 
     workspace = Workspace.current()
     registry = Registry(workspace)
     declared, digest = registry.load_model(model), registry.definition_hash(model)
     settings = _settings(declared, given)
+    from hybrid.federation.training import train as train_model
+
     train_on, held_out = _examples(declared, population or model, fold, workspace)
     run_dir = _new_run(workspace.runs, f"{model}-{kind}", datetime.now(UTC))
     with _progress(f"{kind} training of {model}") as progress:

@@ -41,7 +41,7 @@ class Fitting:
 
 def fit_server_side(
     network: Network, examples: Examples, *, seed: int, fitting: Fitting | None = None, on_epoch: OnEpoch | None = None
-) -> None:
+) -> int:
     """Fits server tower and head on the label, with the device embedding at zero, to early stopping.
 
     For a head that adds a linear score of each embedding this is the server
@@ -54,6 +54,12 @@ def fit_server_side(
         seed: of the split, the batches and dropout.
         fitting: how.
         on_epoch: called after each epoch with its number, from 1.
+
+    Returns:
+        The epoch whose weights are kept.
+
+    Raises:
+        ConfigError: there are too few users to set some aside.
     """
     server = torch.from_numpy(examples.server)
     absent = torch.zeros(1, network.device_embedding)
@@ -62,15 +68,15 @@ def fit_server_side(
         return network.head(network.server_tower(server[rows]), absent.expand(len(rows), -1))  # type: ignore[no-any-return]
 
     modules = nn.ModuleList([network.server_tower, network.head])
-    _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)
+    return _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)
 
 
 def fit_everything(
     network: Network, examples: Examples, *, seed: int, fitting: Fitting | None = None, on_epoch: OnEpoch | None = None
-) -> None:
+) -> int:
     """Fits both towers and the head together on pooled rows: what could be had if nothing were private.
 
-    Args: as of `fit_server_side`.
+    Arguments, result and errors are those of `fit_server_side`.
     """
     server, device = torch.from_numpy(examples.server), torch.from_numpy(examples.device)
 
@@ -78,7 +84,7 @@ def fit_everything(
         return network.head(network.server_tower(server[rows]), network.device_tower(device[rows]))  # type: ignore[no-any-return]
 
     modules = nn.ModuleList(network.parts.values())
-    _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)
+    return _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)
 
 
 def _fit(
@@ -89,7 +95,7 @@ def _fit(
     seed: int,
     fitting: Fitting,
     on_epoch: OnEpoch | None,
-) -> None:
+) -> int:
     train, validation = _split(examples, fitting.validation, seed)
     labels = torch.from_numpy(examples.labels)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=fitting.lr, weight_decay=fitting.weight_decay)
@@ -111,6 +117,7 @@ def _fit(
             elif epoch - best_epoch >= fitting.patience:
                 break
     modules.load_state_dict(kept)
+    return best_epoch
 
 
 def _split(examples: Examples, share: float, seed: int) -> tuple[Tensor, Tensor]:

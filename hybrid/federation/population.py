@@ -259,8 +259,9 @@ def _by_user(
     of_row = digests[coded.indices.to_numpy()]
     keys: list[NDArray[Any]] = [of_row]
     if time is not None:
-        if not pa.types.is_temporal(table[time].type) or table[time].null_count:
-            raise ConfigError(f"column {time!r} must hold a timestamp in every row, got {table[time].type}")
+        kind, missing = table[time].type, table[time].null_count
+        if missing or not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+            raise ConfigError(f"column {time!r} must hold a timestamp in every row, got {kind}, {missing} missing")
         keys.insert(0, table[time].to_numpy())
     distinct, counts = np.unique(of_row, return_counts=True)
     return np.lexsort(keys), _offsets(counts), (distinct % BUCKETS).astype(np.uint16)

@@ -37,10 +37,8 @@ Curves = dict[str, list[tuple[int, float]]]
 
 POINTS = 50  # of a curve over a federated training
 SMALL = 100_000  # parameters below which a second thread costs more than it brings
-ASSUMPTION = (
-    "each round the server tosses an independent coin for each user, and nobody sees who took part; "
-    "a seeded simulation; per run: repeats and tuning are not composed"
-)
+SAMPLED = "each round the server tosses an independent coin for each user (Poisson), and nobody sees who took part"
+SIMULATED = "a seeded simulation; per run: repeats and tuning are not composed"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def train(
         seed: of everything random; the same seed repeats the training bit by bit on one machine.
         run_dir: made where it is missing; its ledger is shared by every training in it.
         settings: in place of `model.training`.
-        progress: called after each round or epoch. An early stop jumps to the end.
+        progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
 
     Raises:
         ConfigError: the budget, delta, optimiser or label does not allow this training.
@@ -108,8 +106,6 @@ def train(
     _write_json(run_dir / "config.json", _config(run, kind, budget))
     with _threads(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
-        if progress:
-            progress(1, 1)
         return _finish(run, kind, privacy)
 
 
@@ -135,21 +131,20 @@ class _Run:
             self.curves.setdefault(name, []).append((step, measure(self.test.labels, predictions)))
 
     def checkpoint(self, step: int) -> None:
-        """Writes the weights as they are, all or nothing."""
+        """Writes the weights after a round or epoch, all or nothing."""
         draft = self.folder / ".checkpoint.npz"
         np.savez(draft, step=np.int64(step), **self.network.weights())  # type: ignore[arg-type]
         os.replace(draft, self.folder / "checkpoint.npz")
 
 
 def _central(run: _Run) -> dict[str, Any]:
-    fit_everything(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run))
+    run.checkpoint(fit_everything(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
 
 def _server_only(run: _Run) -> dict[str, Any]:
-    # What the record's weights say without a device is what they say with one.
-    _silence(run.network)
-    fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run))
+    _silence(run.network)  # so that the version says the same with a device as without
+    run.checkpoint(fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
 
@@ -179,8 +174,8 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "clip": model.privacy.clip,
         "sampling": settings.sampling,
         "rounds": settings.rounds - strategy.failed_rounds,
-        "mechanism": f"Gaussian on Poisson samples, zero-out adjacency; accountant: {spent.method}",
-        "assumption": ASSUMPTION,
+        "mechanism": f"Gaussian noise on sums of clipped updates, zero-out adjacency; accountant: {spent.method}",
+        "assumption": SIMULATED if settings.sampling == 1 else f"{SAMPLED}; {SIMULATED}",
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
@@ -211,12 +206,13 @@ def _epochs(run: _Run) -> Callable[[int], None]:
 
 
 def _finish(run: _Run, kind: Kind, privacy: Mapping[str, Any]) -> Trained:
+    if run.progress:
+        run.progress(1, 1)
     predictions, oracle = None, {}
     if run.test is not None:
         predictions = predict(run.network, run.test)
         oracle = _oracle(run.test, predictions)
         _write_json(run.folder / "metrics.json", {"oracle": oracle, "curves": run.curves})
-    run.checkpoint(run.settings.rounds)
     record = TrainingRecord(
         kind=kind,
         run=run.folder.name,

@@ -33,6 +33,17 @@ def _head():
     return Score()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Towers this small run slower on two."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """(**changes) -> a model with one server, one request and one device feature."""
