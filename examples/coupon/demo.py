@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def main() -> None:
     """Runs the demo; exit status 1 and a sentence if anything does not hold."""
     from hybrid.errors import HybridError
 
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of libraries, about libraries
     folder = Path("runs/demo").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -100,6 +102,7 @@ def run(demo: Demo) -> None:
         demo.say("People's devices ask: two processes, each with its share of fold 1's unseen users")
         answers = requests.ask(demo.workspace, served.number, prepared[0].held_out, demo.folder)
         servers = requests.servers(demo.workspace)
+        demo.say(f"{answers.answered} of {answers.requests} requests answered")
     finish(demo, outcome, answers, servers, served)
 
 
@@ -140,7 +143,7 @@ def finish(
         latency_ms=answers.latency_ms,
         users=outcome.users,
         rows=outcome.rows,
-        release=release_sentence(served.definition["release"]),
+        release=release_sentence(served.definition["declaration"]["release"]),
         protects=served.training.protects,
     )
     (demo.folder / "report.json").write_text(json.dumps(figures, indent=2))

@@ -145,7 +145,7 @@ def broker_records(bootstrap: str) -> int:
 
     from hybrid.messages import DeviceEmbeddings, Predictions
 
-    with KafkaConsumer(bootstrap_servers=bootstrap) as consumer:
+    with KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
         found = 0
         for topic in (DeviceEmbeddings.TOPIC, Predictions.TOPIC):
             partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
