@@ -145,6 +145,7 @@ def test_up_serves_on_loopback_only_until_down(project: Project):
         assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
         assert {c.laddr.port for c in listening} == set(server["ports"].values())
         assert Path(server["log"]).is_file()
+    assert not list(project.workspace.triton.rglob("__pycache__"))  # Triton would load every model again
     assert json.loads(project.hybrid("status", "--json")) == state
     assert json.loads(project.hybrid("up", "--json")) == state
     assert "plaintext and unauthenticated" in project.hybrid("status")

@@ -23,6 +23,8 @@ from hybrid.local.process import Service, http_ok
 VERSION = "2.51.0"  # of the server in nvidia-pytriton 0.7.0; `/v2` says the same
 
 _REQUIREMENTS = Path(__file__).with_name("triton-requirements.txt")
+# Byte code written beside a `model.py` would look like a changed model, and load it a second time.
+_SITECUSTOMIZE = "import sys\n\nsys.dont_write_bytecode = True\n"
 _NEWEST_PYTHON = (3, 12)  # for which NumPy 1.26 has wheels
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -40,12 +42,13 @@ def install(cache: Path, say: Callable[[str], None] = print) -> Path:
         StackError: it cannot be made; says what uv said.
     """
     folder, marker = _environment(cache), _environment(cache) / "installed"
-    wanted = hashlib.sha256(_REQUIREMENTS.read_bytes()).hexdigest()
+    wanted = hashlib.sha256(_REQUIREMENTS.read_bytes() + _SITECUSTOMIZE.encode()).hexdigest()
     if marker.is_file() and marker.read_text() == wanted:
         return folder
-    say(f"Installing NVIDIA Triton {VERSION} into {folder} (190 MB to download, 310 MB on disk) ...")
+    say(f"Installing NVIDIA Triton {VERSION} into {folder} (120 MB to download, 290 MB on disk) ...")
     cache.mkdir(parents=True, exist_ok=True)
-    _uv(cache, "venv", "--quiet", "--clear", *_python(), str(folder))
+    version = sys.version_info[:2]
+    _uv(cache, "venv", "--quiet", "--clear", *_python(version, shared=_has_shared_library(version)), str(folder))
     _uv(cache, "pip", "install", "--quiet", "--no-deps", "--python", str(folder), "-r", str(_REQUIREMENTS))
     site = _site_packages(folder)
     server, python = site / "pytriton/tritonserver", site.parent.name.removeprefix("python")
@@ -53,6 +56,7 @@ def install(cache: Path, say: Callable[[str], None] = print) -> Path:
         server / f"python_backend_stubs/{python}/triton_python_backend_stub",
         server / "backends/python/triton_python_backend_stub",
     )
+    (site / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     marker.write_text(wanted)
     return folder
 
@@ -93,6 +97,7 @@ def service(
             f"--model-repository={repository}",
             f"--backend-directory={server / 'backends'}",
             f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+            "--disable-auto-complete-config",
             "--model-control-mode=poll",
             "--repository-poll-secs=1",
             "--http-address=127.0.0.1",
@@ -106,7 +111,7 @@ def service(
         ],
         ready=http_ok(f"http://127.0.0.1:{http_port}/v2/health/ready"),
         ports={"triton-http": http_port, "triton-grpc": grpc_port, "triton-metrics": metrics_port},
-        environment=_variables(folder, site),
+        environment=_variables(folder),
         prepare=forget,
         cleanup=forget,
     )
@@ -126,26 +131,28 @@ def _site_packages(folder: Path) -> Path:
     return next(folder.glob("lib/python3.*/site-packages"))
 
 
-def _variables(folder: Path, site: Path) -> dict[str, str]:
-    """What makes the backend's Python processes use the environment and find its `libpython`."""
+def _variables(folder: Path) -> dict[str, str]:
+    """What makes the backend's Python processes, which ignore Python's own variables, use the environment."""
     libraries = (folder / "bin/python").resolve().parents[1] / "lib"
     found = [str(libraries)] if any(libraries.glob("libpython3.*.so*")) else []
     return {
         "PATH": f"{folder / 'bin'}:{os.environ.get('PATH', os.defpath)}",
-        "PYTHONPATH": str(site),
-        "PYTHONHOME": "",
         "LD_LIBRARY_PATH": ":".join([*found, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
     }
 
 
-def _python() -> list[str]:
+def _python(version: tuple[int, int], *, shared: bool) -> list[str]:
     """Arguments for uv that choose a Python with a shared library, for which NumPy 1.26 has wheels."""
-    library = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-    beside = Path(str(sysconfig.get_config_var("LIBDIR")), library)
-    shared = beside.is_file() or ctypes.util.find_library(library.removeprefix("lib").split(".so")[0]) is not None
-    if shared and sys.version_info[:2] <= _NEWEST_PYTHON:
+    if shared and version <= _NEWEST_PYTHON:
         return ["--python", sys.executable]
     return ["--managed-python", "--python", ".".join(map(str, _NEWEST_PYTHON))]
+
+
+def _has_shared_library(version: tuple[int, int]) -> bool:
+    """Whether the loader finds `libpython` of this version, or the running Python has it beside itself."""
+    name = "python{}.{}".format(*version)
+    beside = Path(str(sysconfig.get_config_var("LIBDIR")), f"lib{name}.so.1.0")
+    return beside.is_file() or ctypes.util.find_library(name) is not None
 
 
 def _uv(cache: Path, *arguments: str) -> None:
@@ -156,4 +163,8 @@ def _uv(cache: Path, *arguments: str) -> None:
         [uv.find_uv_bin(), *arguments], capture_output=True, text=True, check=False, env={**os.environ, **places}
     )
     if done.returncode:
-        raise StackError(f"NVIDIA Triton's environment could not be made: {done.stderr.strip()}")
+        raise StackError(
+            f"NVIDIA Triton's environment could not be made with `uv {' '.join(arguments)}`: {done.stderr.strip()}\n"
+            "It needs Python 3.11 or 3.12 with its shared library (on Debian and Ubuntu the package libpython3.11 or "
+            "libpython3.12); where the running Python is not that, uv must be able to download one"
+        )
