@@ -29,7 +29,7 @@ from hybrid.spec import HybridModel, View
 
 if TYPE_CHECKING:
     import pandas as pd
-    from feast import FeatureStore
+    from feast import FeatureStore, FeatureView
 
 SAMPLE = 100
 EPOCH = datetime(1970, 1, 2, tzinfo=UTC)
@@ -83,12 +83,14 @@ def materialize(model: HybridModel, folder: Path, now: datetime) -> Materialized
         now: with a time zone.
 
     Raises:
-        ConfigError: a source is not as declared, holds no row before `now`, or
-            has different values for one entity at one time.
+        ConfigError: the model was not applied as it is declared; a source is
+            not as declared, holds no row up to `now`, or has different values
+            for one entity at one time.
         HybridError: packed, unpacked and offline values differ.
     """
     store = open_store(folder)
     definitions = build(model, folder)
+    _check_applied(store, definitions, model)
     latest = {view.name: _latest(model, view, now) for view in model.server.views}
     packed = _pack(model, latest)
     _write(model, packed, folder)
@@ -99,12 +101,11 @@ def materialize(model: HybridModel, folder: Path, now: datetime) -> Materialized
 
 
 def _check_not_taken(store: FeatureStore, definitions: Definitions) -> None:
-    ours = {view.name: (view.batch_source.path, sorted(map(str, view.features))) for view in definitions.views}
+    ours = {view.name: _content(view) for view in definitions.views}
     others = [s for s in store.list_feature_services() if s.name != definitions.service.name]
     for service in others:
         for name in {projection.name for projection in service.feature_view_projections} & ours.keys():
-            view = store.get_feature_view(name)
-            if (view.batch_source.path, sorted(map(str, view.features))) != ours[name]:
+            if _content(store.get_feature_view(name)) != ours[name]:
                 raise ConfigError(
                     f"view {name!r} is also in feature service {service.name!r}, with other features or another "
                     "source; declare it alike in both models, or give it another name"
@@ -115,6 +116,22 @@ def _check_not_taken(store: FeatureStore, definitions: Definitions) -> None:
                 f"entity {entity.name!r} has join_key {entity.join_key!r} in the feature store, "
                 f"got {definitions.entity.join_key!r}; give it another name"
             )
+
+
+def _check_applied(store: FeatureStore, definitions: Definitions, model: HybridModel) -> None:
+    applied = {view.name: _content(view) for view in store.list_feature_views()}
+    declared = {view.name: _content(view) for view in (*definitions.views, definitions.packed)}
+    different = sorted(name for name, content in declared.items() if applied.get(name) != content)
+    if different:
+        raise ConfigError(
+            f"views {different} are not in the feature store as declared; run `hybrid features apply {model.name}`"
+        )
+
+
+def _content(view: FeatureView) -> tuple[str, str, list[tuple[str, str]]]:
+    """What makes a Feast view another one, though it has the same name."""
+    fields = sorted((field.name, str(field.dtype)) for field in view.features)
+    return view.batch_source.path, view.batch_source.timestamp_field, fields
 
 
 def _latest(model: HybridModel, view: View, now: datetime) -> pd.DataFrame:

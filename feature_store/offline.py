@@ -15,6 +15,7 @@ from hybrid.spec import HybridModel, Server, View
 
 if TYPE_CHECKING:
     import pandas as pd
+    from feast import FeatureService
 
 # Columns of ours beside the team's.
 KEY, TIME, ROW = "__key", "__time", "__row"
@@ -58,8 +59,8 @@ def join(
     absent = rows.merge(distinct[~_known(model.server, distinct)], on=[KEY, TIME])
     if len(absent):
         raise NotFound(
-            f"{len(absent)} of {len(rows)} rows name an {model.server.entity.name} without features at their time "
-            f"(in every view, at most {model.server.max_feature_age} old); {absent[KEY].nunique()} distinct"
+            f"{len(absent)} of {len(rows)} rows have no features of their {model.server.entity.name} at their time "
+            f"(in every view, at most {model.server.max_feature_age} old); {absent[KEY].nunique()} distinct keys"
         )
     place: NDArray[np.intp] = rows.merge(distinct.reset_index(names=ROW), on=[KEY, TIME], how="left")[ROW].to_numpy()
     return slots_of(model.server, joined)[place]
@@ -93,14 +94,20 @@ def _historical(model: HybridModel, distinct: pd.DataFrame, folder: Path) -> pd.
     try:
         service = store.get_feature_service(model.server.service)
     except FeatureServiceNotFoundException:
+        service = None
+    if service is None or set(_names(service)) != set(model.server.features.names):
         raise ConfigError(
-            f"feature service {model.server.service!r} is not in the feature store; "
+            f"feature service {model.server.service!r} is not in the feature store as declared; "
             f"run `hybrid features apply {model.name}`"
-        ) from None
+        )
     asked = distinct.rename(columns={KEY: model.server.entity.join_key, TIME: ENTITY_TIME})
     found: pd.DataFrame = store.get_historical_features(asked.reset_index(names=ROW), service).to_df()
     assert found[ROW].is_unique, "a historical join returned a row twice"
     return found.set_index(ROW).reindex(np.arange(len(asked)))
+
+
+def _names(service: FeatureService) -> list[str]:
+    return [field.name for projection in service.feature_view_projections for field in projection.features]
 
 
 def _known(server: Server, distinct: pd.DataFrame) -> NDArray[np.bool_]:
