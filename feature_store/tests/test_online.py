@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -108,6 +110,16 @@ def test_a_reader_works_on_another_thread_than_it_was_built_on(loaded):
     thread.start()
     thread.join()
     assert read == ["ok"]
+
+
+def test_reads_go_on_while_a_materialisation_writes(loaded):
+    """Another connection holds the write lock, as Feast does for a batch; the reader sees what was there before."""
+    read = reader(loaded.model, loaded.store).read
+    with closing(sqlite3.connect(loaded.store / "online.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        writer.execute('DELETE FROM "hybrid_offers_v1__packed"')
+        assert read(["a"], loaded.now_ms).status.tolist() == ["ok"]
+        writer.execute("ROLLBACK")
 
 
 def test_the_direct_read_gives_what_the_public_one_gives(loaded):
