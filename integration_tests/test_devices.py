@@ -1,0 +1,212 @@
+"""From a trained version to predictions: `hybrid promote`, the local stack, devices in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from device_runtime.store import Rows, write_rows
+from feature_store.materialize import apply, materialize
+from hybrid.bundle import read_bundle, signing_key, trusted_key
+from hybrid.cli import app
+from hybrid.deployment import Deployment
+from hybrid.errors import ConfigError
+from hybrid.network import Network
+from hybrid.registry import Registry
+from hybrid.spec import load_model
+from hybrid.version import TrainingRecord
+from hybrid.workspace import Workspace
+
+COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
+OFFERS = {"Bar/1d": ("Bar", "1d", 0.4), "Coffee House/2h": ("Coffee House", "2h", 0.5)}
+TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
+DEVICES = 40
+
+
+@dataclass
+class Project:
+    """A registered coupon model with one version of random weights, and one of a changed definition."""
+
+    workspace: Workspace
+    network: Network
+    rows: Rows
+    environment: dict[str, str]
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=os.environ | self.environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, *arguments: object) -> tuple[int, str, str]:
+        """Exit status, output and error of a command in a process of its own."""
+        with self.start(*arguments) as process:
+            output, error = process.communicate(timeout=150)
+        return process.returncode, output, error
+
+    def promote(self, *arguments: str) -> Result:
+        """`hybrid promote` in this process, which has imported what it needs."""
+        return CliRunner().invoke(app, ["promote", "coupon", "1", *arguments], env=self.environment)
+
+    def infer(self, store: Path, out: Path, gateway: str, *more: object) -> subprocess.Popen[str]:
+        bundle, trust = self.workspace.bundles / "coupon-1.bundle", self.workspace.keys / "bundle-signing.pub"
+        files = ("--bundle", bundle, "--trust", trust, "--store", store, "--gateway", gateway, "--out", out)
+        return self.start("device_runtime", "infer", *files, *more)
+
+    def offline(self) -> np.ndarray:
+        """What torch says of each row about a known offer, from raw values alone."""
+        model, network = self.network.model, self.network
+        names = ("coupon", "expiration", "acceptance_rate")
+        known = [OFFERS.get(offer, (None,) * 3) for offer in self.rows.entity]
+        columns = {name: [offer[i] for offer in known] for i, name in enumerate(names)}
+        slots = model.server_features.slots(model.server_features.inputs(columns | self.rows.request))
+        inputs = model.device_features.inputs(self.rows.features)
+        with torch.no_grad():
+            server = network.server_program()(torch.from_numpy(slots))
+            return torch.sigmoid(network.head(server, network.device_program()(torch.from_numpy(inputs)))).numpy()
+
+
+def rows_of(network: Network) -> Rows:
+    """Two rows a device, with values of every kind, missing ones among them; the last device knows no real offer."""
+    random, n = np.random.default_rng(3), 2 * DEVICES
+    features = {}
+    for name, transform in network.model.device.items():
+        words = [*getattr(transform, "vocabulary", ()), "unheard of", None]
+        numbers = [0.0, 1.0, 55.0, None]
+        features[name] = [(words if transform.text else numbers)[i] for i in random.integers(0, 4, n)]
+    return Rows(
+        device=np.repeat(np.arange(DEVICES), 2),
+        row=np.tile([0, 1], DEVICES),
+        entity=[*random.choice(list(OFFERS), n - 2).tolist(), "no such offer", "nor this"],
+        request={"time": [("7AM", "6PM", None)[i] for i in random.integers(0, 3, n)]},
+        features=features,
+    )
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Project]:
+    folder = tmp_path_factory.mktemp("devices")
+    (folder / "data").mkdir()
+    (folder / "model.py").write_text(COUPON.read_text())
+    seen = datetime.now(UTC) - timedelta(hours=1)
+    offers = [(key, *values, seen) for key, values in OFFERS.items()]
+    columns = ["offer_id", "coupon", "expiration", "acceptance_rate", "event_timestamp"]
+    pd.DataFrame(offers, columns=columns).to_parquet(folder / "data" / "offers.parquet")
+    workspace, model = Workspace(folder / ".hybrid"), load_model(folder / "model.py")
+    network = Network.build(model, seed=11)
+    registry = Registry(workspace)
+    registry.register(model, network.description(), folder / "model.py")
+    registry.create_version("coupon", weights=network.weights(), training=TRAINING, curves={})
+    apply(model, workspace.feast)
+    materialize(model, workspace.feast, datetime.now(UTC))
+    environment = {"HYBRID_HOME": str(workspace.root), "HYBRID_CACHE": str(cache)}
+    project = Project(workspace, network, rows_of(network), environment)
+    yield project
+    project.run("hybrid", "down")
+
+
+@pytest.fixture(scope="module")
+def promoted(project: Project) -> dict:
+    """What `hybrid promote` says of version 1."""
+    done = project.promote("production", "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def gateway(project: Project, promoted: dict) -> str:
+    """URL of the local stack's gateway, serving the promoted version."""
+    status, output, error = project.run("hybrid", "up", "--free-ports", "--json")
+    assert status == 0, output + error
+    servers = {server["name"]: server for server in json.loads(output)["servers"]}
+    return f"http://127.0.0.1:{servers['gateway']['ports']['gateway']}"
+
+
+@pytest.fixture(scope="module")
+def store(project: Project, promoted: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The devices' rows in one SQLite file."""
+    trusted = trusted_key(project.workspace.keys / "bundle-signing.pub")
+    manifest = read_bundle(Path(promoted["bundle"]).read_bytes(), trusted).manifest
+    file = tmp_path_factory.mktemp("store") / "rows.sqlite"
+    write_rows(file, project.rows, manifest)
+    return file
+
+
+def test_promotion_tells_what_it_wrote(project: Project, promoted: dict):
+    """Both Triton models, the bundle, the deployment and the alias are where the answer says."""
+    assert (promoted["model"], promoted["version"], promoted["alias"]) == ("coupon", 1, "production")
+    assert promoted["triton"] == ["coupon_server_tower", "coupon_head"]
+    assert Path(promoted["bundle"]).stat().st_size == promoted["bytes"]["bundle"]
+    deployed = Deployment.read_all(project.workspace.deployments)["coupon"]
+    assert (deployed.version, deployed.definition_hash) == (1, promoted["definition_hash"])
+    assert Registry(project.workspace).version("coupon", "production").number == 1
+
+
+def test_another_alias_changes_nothing_that_is_served(project: Project, promoted: dict):
+    """`canary` gets its exports and its alias; the deployment stays byte for byte, and the command says so."""
+    deployment = (project.workspace.deployments / "coupon.json").read_bytes()
+    done = project.promote("canary")
+    assert done.exit_code == 0, done.output
+    assert "Serving is unchanged" in done.stdout
+    assert "in the clear, because" in done.stdout
+    assert (project.workspace.deployments / "coupon.json").read_bytes() == deployment
+    assert Registry(project.workspace).version("coupon", "canary").number == 1
+
+
+def test_devices_get_the_predictions_that_torch_gives(project: Project, gateway: str, store: Path, tmp_path: Path):
+    """Two processes of 20 devices: 80 answers, 78 within 1e-5 of the network, 2 about no known offer."""
+    files = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
+    processes = [
+        project.infer(store, file, gateway, "--devices", part, "--concurrency", 8)
+        for file, part in zip(files, ("0:20", "20:40"), strict=True)
+    ]
+    said = [process.communicate(timeout=150) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [json.loads(output)["statuses"] for output, _ in said] == [{"ok": 40}, {"ok": 38, "unknown_entity": 2}]
+    results = pd.concat([pq.read_table(file).to_pandas() for file in files]).sort_values(["device", "row"])
+    assert results[["device", "row"]].to_numpy().tolist() == [[d, r] for d in range(DEVICES) for r in (0, 1)]
+    predicted, refused = results[:-2], results[-2:]
+    assert set(predicted["version"]) == {1}
+    assert set(predicted["merged"]) == {"server"}
+    assert predicted["feature_age_ms"].between(3_600_000, 4_200_000).all()
+    np.testing.assert_allclose(predicted["prediction"], project.offline()[:-2], atol=1e-5)
+    assert set(refused["status"]) == {"unknown_entity"}
+    assert set(refused["http_status"]) == {404}
+
+
+def test_a_device_refuses_a_bundle_that_its_host_app_did_not_sign(
+    project: Project, promoted: dict, store: Path, tmp_path: Path
+):
+    """One sentence, exit status 1, nothing sent: the gateway's address is a port where nobody listens."""
+    signing_key(tmp_path / "other")
+    other = tmp_path / "other" / "bundle-signing.pub"
+    with project.infer(store, tmp_path / "out.parquet", "http://127.0.0.1:1", "--trust", other) as process:
+        output, error = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, "")
+    assert error == "error: the bundle is not signed by the key this device trusts\n"
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_version_of_another_definition_is_not_promoted(project: Project, promoted: dict):
+    """Registered anew with another constant, the model has no version of that definition yet."""
+    file = project.workspace.root.parent / "model.py"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("mean=60, std=20", "mean=55, std=20"))
+        Registry(project.workspace).register(load_model(file), project.network.description(), file)
+        done = project.promote("production")
+    finally:
+        file.write_text(before)
+    assert isinstance(done.exception, ConfigError)
+    assert "coupon:1 was trained from another definition than is registered now" in str(done.exception)
