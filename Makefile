@@ -11,6 +11,9 @@ UV := .cache/uv/bin/uv
 RUN := .venv/bin/
 PACKAGES := hybrid feature_store serving device_runtime
 
+# Without cached byte code every command would compile its libraries again, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check static unit integration servers clean
 .DEFAULT_GOAL := demo
 

@@ -210,6 +210,24 @@ class Network:
             "parameters": {part: sum(p.numel() for p in module.parameters()) for part, module in self.parts.items()},
         }
 
+    def check_registered(self, description: Mapping[str, Any]) -> None:
+        """Refuses to go on with another network than the registered one.
+
+        The model's file can be the same and the network another: a tower may
+        come from a module that the file imports.
+
+        Args:
+            description: what `description` returned at registration.
+
+        Raises:
+            ConfigError: this network is another one.
+        """
+        if self.description() != description:
+            raise ConfigError(
+                f"the network of {self.model.name!r} changed since it was registered, in a module that its file "
+                "imports; run `hybrid register` again"
+            )
+
 
 def _built(part: str, factory: Callable[[], Any]) -> nn.Module:
     try:

@@ -7,6 +7,7 @@ is built; `hybrid register` checks the rest (`hybrid.network`, `feature_store`).
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import re
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import CodeType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -316,13 +318,15 @@ def load_model(file: Path) -> HybridModel:
     """
     if not file.is_file():
         raise ConfigError(f"model file {str(file)!r} does not exist")
-    spec = importlib.util.spec_from_file_location(f"hybrid_model_{file.stem}", file)
-    if spec is None or spec.loader is None:
+    if file.suffix != ".py":
         raise ConfigError(f"model file {file.name!r} must be a Python file (.py)")
+    name = f"hybrid_model_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file, loader=_AsItIsNow(name, str(file)))
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        _AsItIsNow(name, str(file)).exec_module(module)
     except ConfigError as error:
         raise ConfigError(f"{file.name}: {error}") from None
     except ValidationError as error:  # of a transform
@@ -333,6 +337,15 @@ def load_model(file: Path) -> HybridModel:
     if len(found) != 1:
         raise ConfigError(f"{file.name} must build exactly one HybridModel at module level, got {len(found)}")
     return _resolved(next(iter(found.values())), file.parent)
+
+
+class _AsItIsNow(importlib.machinery.SourceFileLoader):
+    """Compiles the file itself: cached byte code can be that of an edit before, made in the same second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The code of the file's present text."""
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
 
 
 def _resolved(model: HybridModel, folder: Path) -> HybridModel:

@@ -54,7 +54,7 @@ class Version:
     Attributes:
         model, number: its name.
         definition_hash: of the definition it was trained from.
-        definition: that definition, as JSON values.
+        definition: that definition, as JSON values: its "declaration", and the "network" that its file built.
         training: how it was trained.
         weights: "part.name" -> array, as `hybrid.network.Network.weights` gives them.
         aliases: that point at it now.

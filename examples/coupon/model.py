@@ -94,6 +94,6 @@ model = HybridModel(
     label=Label(column="Y", visible_to="server"),
     privacy=Privacy(epsilon=8, delta=9e-4, clip=1.0, unit="user"),
     merge="server",
-    release=Clear(reason="a demonstration: the reader sees on the screen what a clear embedding carries"),
+    release=Clear(reason="a demonstration on a public survey, whose answers are published anyway"),
     training=Training(rounds=200, sampling=0.5, local_lr=2.0, server_optimizer="Adam", server_lr=0.005),
 )

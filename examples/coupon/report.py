@@ -127,7 +127,7 @@ def _training(axes: Any, findings: Findings) -> None:
     for kind in ("server_only", "central"):
         axes.axhline(fold[kind], color=COLOURS[kind], linestyle="--", label=KINDS[kind])
     axes.set(xlabel="round", ylabel="AUC, unseen users of fold 1")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right")
 
 
 def _calibration(axes: Any, findings: Findings) -> None:

@@ -26,6 +26,7 @@ from hybrid.federation.population import Population
 from hybrid.workspace import Workspace
 
 PROCESSES = 2
+CONCURRENCY = 4  # requests in flight of one process: people's devices ask now and then, they do not saturate a server
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def ask(workspace: Workspace, version: int, users: NDArray[np.bool_], folder: Pa
     cuts = np.linspace(0, users.sum(), PROCESSES + 1).astype(int).tolist()
     results = [folder / f"results-{part}.parquet" for part in range(PROCESSES)]
     summaries = run_together(
-        [*infer, "--gateway", gateway, "--out", out, "--devices", f"{first}:{end}"]
+        [*infer, "--gateway", gateway, "--concurrency", str(CONCURRENCY), "--out", out, "--devices", f"{first}:{end}"]
         for out, first, end in zip(results, cuts[:-1], cuts[1:], strict=True)
     )
     table = pd.concat([pd.read_parquet(file) for file in results])

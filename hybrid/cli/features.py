@@ -90,9 +90,12 @@ def _print_rows(rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("entity", "status", "age (s)", *names)
+    table = Table("entity")
     for row in rows:
-        age = "" if row["age_s"] is None else f"{row['age_s']:.0f}"
-        slots = ["" if slot is None else f"{slot:.6g}" for slot in row["slots"].values()]
-        table.add_row(row["entity"], row["status"], age, *slots)
+        table.add_column(row["entity"], overflow="fold")
+    table.add_row("status", *(row["status"] for row in rows))
+    table.add_row("age (s)", *("" if row["age_s"] is None else f"{row['age_s']:.0f}" for row in rows))
+    for name in names:
+        slots = [row["slots"][name] for row in rows]
+        table.add_row(name, *("" if slot is None else f"{slot:.6g}" for slot in slots))
     Console(highlight=False).print(table)

@@ -73,12 +73,14 @@ def train(
         "server_optimizer": server_optimizer,
         "server_lr": server_lr,
     }
+    from hybrid.network import Network
     from hybrid.registry import Registry
 
     workspace = Workspace.current()
     registry = Registry(workspace)
     declared, digest = registry.load_model(model), registry.definition_hash(model)
     settings = _settings(declared, given)
+    Network.build(declared).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import train as train_model
 
     train_on, held_out = _examples(declared, population or model, fold, workspace)
@@ -157,9 +159,9 @@ def _new_run(runs: Path, name: str, now: datetime) -> Path:
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, so that what a script reads stays clean."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)

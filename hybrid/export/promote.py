@@ -48,6 +48,7 @@ def export_version(
     """
     _check(version, model)
     network = Network.build(model)
+    network.check_registered(version.definition["network"])
     network.load_weights(version.weights)
     programs = executorch.device_programs(network)
     tower, head = triton.export(network, version.number, workspace.triton, backend=backend)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hybrid.features import Float32
 from hybrid.federation.engine import Engine
 from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
-from hybrid.privacy.mechanisms import NoiseSource, Release, SeededNoise, gaussian_sum
+from hybrid.privacy.mechanisms import PaidNoise, Release, SeededNoise, gaussian_sum
 
 PURPOSE = "train"
 COHORT, NOISE = 0, 1  # independent streams of one seed
@@ -69,19 +67,6 @@ class SimulatedAggregator:
 
         coins = np.random.default_rng([self._seed, COHORT, number, attempt]).random(self._engine.users)
         updates = self._engine.updates(flat, np.flatnonzero(coins < self._settings.sampling))
-        noise = _PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
+        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
         self._state, release = self._mechanism.step(self._state, updates, noise)
         return release
-
-
-@dataclass(frozen=True)
-class _PaidNoise:
-    """Noise that is paid for before it is drawn: a cohort too small draws none, and costs nothing."""
-
-    source: NoiseSource
-    pay: Callable[[], None]
-
-    def gaussian(self, size: int, sd: float) -> NDArray[np.float64]:
-        """See `NoiseSource`."""
-        self.pay()
-        return self.source.gaussian(size, sd)

@@ -199,7 +199,7 @@ def started(pid: int) -> float:
     Raises:
         psutil.NoSuchProcess: there is none.
     """
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return float(psutil.Process(pid).create_time())
 

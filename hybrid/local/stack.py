@@ -295,10 +295,11 @@ def _noted_interrupts() -> Iterator[list[int]]:
 
 def _holder(port: int) -> str:
     """Who listens on the port, in words; "" where the system does not tell."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     with contextlib.suppress(psutil.Error, PermissionError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            address = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and connection.pid and address and address.port == port:
                 return f"{psutil.Process(connection.pid).name()}, pid {connection.pid}, has it"
     return ""

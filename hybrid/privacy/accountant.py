@@ -96,6 +96,7 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Spent:
     return Spent(min(bounds), bounds[min(bounds)])
 
 
+@lru_cache(maxsize=64)  # pure, and a second's work
 def noise_multiplier_for(epsilon_target: float, delta: float, sampling: float, rounds: int) -> float:
     """The least noise multiplier with which `rounds` releases stay within a budget.
 

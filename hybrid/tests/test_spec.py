@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,13 @@ def test_the_hash_is_of_what_is_declared_not_of_where(tmp_path: Path):
         (tmp_path / folder / "model.py").write_text(text)
         hashes.append(definition_hash(load_model(tmp_path / folder / "model.py").definition()))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_file_is_read_as_it_is_now(tmp_path: Path):
+    """An edit of equal length within the same second counts: no cached byte code is used, and none is written."""
+    file = tmp_path / "model.py"
+    for name in ("taxi", "taxa"):
+        file.write_text(FILE.replace('"taxi"', f'"{name}"'))
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert load_model(file).name == name
+    assert [path.name for path in tmp_path.iterdir()] == ["model.py"]

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybrid.errors import ConfigError
 from hybrid.export.promote import export_version
@@ -61,3 +62,14 @@ def test_weights_of_another_network_are_refused(every, tmp_path: Path):
     weights = {name: value for name, value in version.weights.items() if name != "device_tower.2.bias"}
     with pytest.raises(ConfigError, match="device_tower: the weights are of another network"):
         export_version(replace(version, weights=weights), every.network.model, Workspace(tmp_path))
+
+
+def test_a_network_other_than_the_registered_one_is_refused(every, tmp_path: Path):
+    """A tower that changed in a module beside the model's file does not pass for the registered one."""
+    other = every.network.model.model_copy(update={"head": lambda: torch.nn.Bilinear(3, 2, 1)})
+    with pytest.raises(ConfigError, match="head must return"):
+        export_version(every.version, other, Workspace(tmp_path))
+    deeper = lambda: torch.nn.Sequential(torch.nn.LazyLinear(5), torch.nn.ReLU(), torch.nn.Linear(5, 2))  # noqa: E731
+    other = every.network.model.model_copy(update={"device_tower": deeper})
+    with pytest.raises(ConfigError, match="the network of 'every' changed since it was registered"):
+        export_version(every.version, other, Workspace(tmp_path))
