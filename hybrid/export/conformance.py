@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,11 +77,14 @@ def check(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the exporters' chatter off the terminal; errors still raise."""
-    disabled = logging.root.manager.disable
+    """Keeps the exporters' chatter off the terminal, what native code writes to stderr included; errors still raise."""
+    disabled, stderr = logging.root.manager.disable, os.dup(2)
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
         logging.disable(disabled)

@@ -52,7 +52,8 @@ def device_programs(network: Network) -> dict[str, bytes]:
     server = server[torch.arange(len(inputs)) % len(server)]
     embed = network.device_program()
     predict = PredictProgram(embed, network.head).eval()
-    return {"embed": _pte("embed", embed, [inputs]), "predict": _pte("predict", predict, [inputs, server])}
+    with quiet():
+        return {"embed": _pte("embed", embed, [inputs]), "predict": _pte("predict", predict, [inputs, server])}
 
 
 def _pte(name: str, program: nn.Module, probes: Sequence[Tensor]) -> bytes:
@@ -73,7 +74,7 @@ def _portable(name: str, program: nn.Module, probes: Sequence[Tensor]) -> bytes:
 
 
 def _lowered(name: str, program: nn.Module, probes: Sequence[Tensor], partitioners: list[object]) -> bytes:
-    with quiet(), torch.no_grad():
+    with torch.no_grad():
         exported = torch.export.export(program, tuple(probe[:1] for probe in probes))
         data = bytes(to_edge_transform_and_lower(exported, partitioner=partitioners).to_executorch().buffer)
     check(name, program, _by_row(data), probes)
