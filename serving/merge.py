@@ -24,7 +24,8 @@ from serving.triton import Models
 log = logging.getLogger(__name__)
 
 OK = "ok"
-MAX_BATCH_ROWS = 2048  # of one forward pass; a Triton model takes 4096
+MAX_BATCH_ROWS = 2048  # of one forward pass and of one answer; a Triton model takes 4096
+MAX_NAME_BYTES = 256  # of a model; every answer repeats it
 Find = Callable[[str, int], Deployment | None]
 
 
@@ -99,7 +100,8 @@ class Joined:
 def decode(records: Sequence[Record], find: Find) -> Decoded:
     """Bytes -> rows, merged by deployment; nothing is checked again after this but single values."""
     parts: dict[tuple[str, int], list[DeviceEmbeddings]] = defaultdict(list)
-    refused, dead = [], []
+    refused: list[Predictions] = []
+    dead: list[DeadLetter] = []
     for record in records:
         try:
             message = _readable(record)
@@ -110,7 +112,7 @@ def decode(records: Sequence[Record], find: Find) -> Decoded:
         if reason is None:
             parts[message.model, message.version].append(message)
         else:
-            refused.append(refusal(message, reason))
+            refused += refusals(message, reason)
     batches = [batch for key, messages in parts.items() for batch in _batches(find(*key), messages)]
     return Decoded(batches, refused, dead)
 
@@ -182,24 +184,30 @@ def probe(deployment: Deployment) -> tuple[Batch, Joined]:
     return batch, Joined(slots, one, np.array([OK], dtype=object))
 
 
-def refusal(message: DeviceEmbeddings, reason: str) -> Predictions:
-    """The answer to a record none of whose rows can be predicted."""
-    n = len(message)
-    return Predictions(
-        message.model,
-        message.version,
-        message.reply_partition,
-        request_id=message.request_id,
-        status=np.full(n, reason, dtype=object),
-        prediction=np.full(n, np.nan, np.float32),
-        feature_age_ms=np.full(n, -1),
-    )
+def refusals(message: DeviceEmbeddings, reason: str) -> list[Predictions]:
+    """The answers to a record none of whose rows can be predicted: several, so that none outgrows Kafka's limit."""
+    rows = len(message)
+    return [
+        Predictions(
+            message.model,
+            message.version,
+            message.reply_partition,
+            request_id=message.request_id[start : start + MAX_BATCH_ROWS],
+            status=np.full(n, reason, dtype=object),
+            prediction=np.full(n, np.nan, np.float32),
+            feature_age_ms=np.full(n, -1),
+        )
+        for start in range(0, rows, MAX_BATCH_ROWS)
+        for n in [min(MAX_BATCH_ROWS, rows - start)]
+    ]
 
 
 def _readable(record: Record) -> DeviceEmbeddings:
     message = DeviceEmbeddings.from_bytes(record.value)
     if not 0 <= message.reply_partition < PARTITIONS[Predictions.TOPIC]:
         raise BadMessage(f"reply_partition must be below {PARTITIONS[Predictions.TOPIC]}")
+    if len(message.model.encode()) > MAX_NAME_BYTES:
+        raise BadMessage(f"the model's name must have at most {MAX_NAME_BYTES} bytes")
     return message
 
 

@@ -43,12 +43,14 @@ class MemoryTopic:
         records: all that lies in the topic, in order.
         committed, position: of the one reader, as places in `records`.
         failures: how many flushes from now on fail; what they should have delivered is lost.
+        max_bytes: a flush fails that holds a larger record, as Kafka's default limit has it.
     """
 
     records: list[Record] = field(default_factory=list)
     committed: int = 0
     position: int = 0
     failures: int = 0
+    max_bytes: int = 1 << 20
     _sent: list[Record] = field(default_factory=list)
 
     def send(self, topic: str, value: bytes, partition: int | None = None) -> None:
@@ -61,6 +63,8 @@ class MemoryTopic:
         if self.failures:
             self.failures -= 1
             raise Unavailable("the topic was told to fail")
+        if any(len(record.value) > self.max_bytes for record in sent):
+            raise Unavailable("a record is larger than the topic takes")
         self.records += sent
 
     def poll(self, timeout_s: float) -> list[Record]:

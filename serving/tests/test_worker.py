@@ -106,6 +106,40 @@ def test_garbage_goes_to_the_dead_letters_and_the_loop_goes_on(setup):
     assert setup.inbox.committed == 3
 
 
+def narrow(n, model):
+    """A record of a model that is not served, whose rows take 28 bytes; each refusal takes 45."""
+    return DeviceEmbeddings(
+        model,
+        9,
+        reply_partition=2,
+        request_id=np.arange(2 * n, dtype=np.int64).view("V16"),
+        entity=np.full(n, "", dtype=object),
+        request=np.zeros((n, 0), np.float32),
+        embedding=np.zeros((n, 0), np.float32),
+        event_ms=np.zeros(n, np.int64),
+    ).to_bytes()
+
+
+def test_refusals_of_many_narrow_rows_stay_below_kafkas_limit(setup):
+    """30,000 rows are a record of 841 kB; their refusals, 1.35 MB, leave in several."""
+    setup.put(narrow(30_000, "shop"))
+    setup.worker.step()
+    assert len({number for number, _ in setup.answered}) == 30_000
+    assert {status for _, status in setup.answered} == {"unknown_model"}
+    assert setup.inbox.committed == 1
+
+
+def test_a_record_whose_answer_would_be_too_large_is_a_dead_letter(setup):
+    """A name of 1 MB, which each answer repeats, fits beside 1,500 rows but not beside their refusals."""
+    setup.put(narrow(1_500, "x" * 1_000_000))
+    setup.ask(2)
+    setup.worker.step()
+    assert setup.answered == [(2, "ok")]
+    (letter,) = [r for r in setup.outbox.records if r.topic == "hybrid.device-embeddings.v1.dead"]
+    assert DeadLetter.model_validate_json(letter.value).reason == "the model's name must have at most 256 bytes"
+    assert setup.inbox.committed == 2
+
+
 def test_small_records_polled_together_take_one_forward_pass(setup):
     """Three records are one call of the tower and one of the head, three rows each."""
     for number in range(3):
