@@ -150,13 +150,20 @@ class Engine:
             here = {name: start[name] + value for name, value in moved.items()}
             moved = {n: moved[n] - self.local.lr * g for n, g in vmap(gradient)(here, *batch).items()}
         update: Float32 = torch.cat([value.flatten(1) for value in moved.values()], dim=1).numpy()
+        update[counts == 0] = 0.0  # whatever row they were computed on
         return update
 
     def _padded(self, users: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(c, m, ...) rows of each user, and the weight of each: 1 / count, 0 where it is padding."""
+        """(c, m, ...) rows of each user, and the weight of each: 1 / count, 0 where it is padding.
+
+        Padding repeats the user's own first row. Another's would reach the
+        update where it overflows, as 0 x infinity; so would zeros, for as long
+        as others have more rows.
+        """
         place = np.arange(max(1, counts.max()))
         real = place < counts[:, None]
-        rows = torch.from_numpy(np.where(real, self.offsets[users][:, None] + place, 0))
+        first = np.where(counts > 0, self.offsets[users], 0)[:, None]
+        rows = torch.from_numpy(first + np.where(real, place, 0))
         weight = torch.from_numpy((real / np.maximum(counts, 1)[:, None]).astype(np.float32))
         return self.server_embedding[rows], self.device[rows], self.labels[rows], weight
 

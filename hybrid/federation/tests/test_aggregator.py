@@ -1,5 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall
 from hybrid.federation.aggregator import Round, SimulatedAggregator
@@ -15,8 +19,9 @@ def aggregator(tiny_model, tiny_examples, tmp_path):
     """(**settings) -> an aggregator over 40 users, its weights, and its ledger."""
     ledgers = []
 
-    def build(examples=None, seed=3, folder="run", budget=1e9, **changes):
-        engine = Engine.build(Network.build(tiny_model()), examples or tiny_examples(USERS), LocalTraining(1, 0.5))
+    def build(examples=None, seed=3, folder="run", budget=1e9, tower=None, **changes):
+        network = Network.build(tiny_model(**{"device_tower": tower} if tower else {}))
+        engine = Engine.build(network, examples or tiny_examples(USERS), LocalTraining(1, 0.5))
         settings = Round(**{"sampling": 0.5, "clip": 0.1, "noise_multiplier": 1.0, "minimum": 1} | changes)
         ledgers.append(Ledger.open(tmp_path / folder, budget_epsilon=budget, delta=1e-3))
         return SimulatedAggregator(engine, ledgers[-1], settings, seed=seed), engine.module.flat(), ledgers[-1]
@@ -81,6 +86,35 @@ def test_one_user_changed_to_nothing_moves_the_sum_by_at_most_the_clip_norm(aggr
         moved.append(np.linalg.norm(_noiseless(other, flat) - with_all))
     assert max(moved) <= 0.1 + 1e-6
     assert max(moved) == pytest.approx(0.1, rel=1e-3)
+
+
+class _Wild(nn.Module):
+    """Of the one device feature: infinite for large values by `exp`, for zeros by `log`."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.linear = function, nn.Linear(1, 3)
+
+    def forward(self, rows):
+        return self.linear(self.function(rows[:, :1].abs()))
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.log])
+def test_one_user_whose_tower_overflows_moves_nobody_else(aggregator, tiny_examples, function):
+    """Without noise, any user dropped moves the sum by 0.1 at most; the first, of endless age, moves it by nothing."""
+    whole = tiny_examples(USERS)
+    whole = replace(whole, device=np.where(whole.user_of_row[:, None] == whole.user_of_row[0], 1e30, whole.device))
+    whole = replace(whole, device=whole.device.astype(np.float32))
+    noiseless = {"tower": lambda: _Wild(function), "noise_multiplier": 0.0, "sampling": 1.0}
+    one, flat, _ = aggregator(whole, folder="whole", **noiseless)
+    with_all = _noiseless(one, flat)
+    moved = []
+    for user in range(USERS):
+        other, _, _ = aggregator(whole.with_labels(whole.user_of_row != user), folder=f"without-{user}", **noiseless)
+        moved.append(np.linalg.norm(_noiseless(other, flat) - with_all))
+    assert max(moved) <= 0.1 + 1e-6
+    assert np.median(moved) > 0.01
+    assert function is torch.log or moved[whole.user_of_row[0]] == pytest.approx(0, abs=1e-6)
 
 
 def _noiseless(aggregator, flat):
