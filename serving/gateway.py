@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ MAX_BODY_BYTES = 1 << 20
 DRAIN_BYTES = 16 << 20  # of a refused body, read and dropped so that the client sees the answer
 REFRESH_S = 1.0
 Ask = Callable[[Any, oip.Rows], Awaitable[oip.Answers]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class Gateway:
         """The protocol's paths."""
         model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         return [
-            Route("/v2", self.server_metadata),
-            Route("/v2/health/live", self.live),
-            Route("/v2/health/ready", self.health),
-            *(Route(path, self.model_metadata) for path in (model, versioned)),
-            *(Route(f"{path}/ready", self.model_ready) for path in (model, versioned)),
-            *(Route(f"{path}/infer", self.infer, methods=["POST"]) for path in (model, versioned)),
+            Route("/v2", _guarded(self.server_metadata)),
+            Route("/v2/health/live", _guarded(self.live)),
+            Route("/v2/health/ready", _guarded(self.health)),
+            *(Route(path, _guarded(self.model_metadata)) for path in (model, versioned)),
+            *(Route(f"{path}/ready", _guarded(self.model_ready)) for path in (model, versioned)),
+            *(Route(f"{path}/infer", _guarded(self.infer), methods=["POST"]) for path in (model, versioned)),
         ]
 
     async def server_metadata(self, _: Request) -> Response:
@@ -189,3 +191,22 @@ def _refused(_: Request, error: ServingError) -> Response:
 def _no_route(_: Request, error: HTTPException) -> Response:
     content = orjson.dumps({"error": error.detail, "code": "no_such_path"})
     return Response(content, error.status_code, error.headers, media_type="application/json")
+
+
+def _guarded(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, whose unexpected errors tell their class and place; their text may hold a caller's values.
+
+    A handler for `Exception` would not do: Starlette raises it again, for uvicorn to log with its text.
+    """
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except (ServingError, HTTPException):
+            raise
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            log.error("internal error: %s in %s, line %s", type(error).__name__, at.name, at.lineno)
+            raise ServingError("internal error") from None
+
+    return answer

@@ -116,3 +116,12 @@ def test_unavailable_says_when_to_come_back(setup):
     answer = setup.infer()
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert answer.json() == {"error": "no answer in time (5 s)", "code": "unavailable"}
+
+
+def test_an_error_of_ours_is_said_in_the_protocols_error_object_without_its_text(setup, caplog):
+    """500; what went wrong may hold a caller's values, so neither the answer nor the log repeats it."""
+    setup.error = KeyError("bakery")
+    answer = setup.infer()
+    assert (answer.status_code, answer.json()) == (500, {"error": "internal error", "code": "internal"})
+    assert "internal error: KeyError in ask" in caplog.text
+    assert "bakery" not in caplog.text
