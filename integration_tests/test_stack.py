@@ -113,10 +113,11 @@ def project(promoted: Project) -> Iterator[Project]:
     assert promoted.left() == []
 
 
-def wait(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait_until_none(remaining: Callable[[], list[str]], timeout_s: float = 60) -> None:
+    """Looks again and again; what is still there in the end is the message."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+    while left := remaining():
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
@@ -172,13 +173,13 @@ def test_after_a_crash_nothing_is_left_and_up_works_again(project: Project):
     """Kafka is killed: the supervisor stops the rest and says so. The supervisor is: the kernel ends its servers."""
     state = project.up()
     os.kill(state["servers"][0]["pid"], signal.SIGKILL)
-    wait(lambda: project.left() == [])
+    wait_until_none(project.left)
     assert "kafka was killed by SIGKILL" in project.hybrid("status", status=1)
     state = project.up()
     assert state["phase"] == "ready"
     os.kill(state["supervisor"], signal.SIGKILL)
     root = str(project.workspace.root)
-    wait(lambda: not any(root in line for line in project.left()))  # shared memory stays until `down` or `up`
+    wait_until_none(lambda: [line for line in project.left() if root in line])  # shared memory stays until `down`
     assert "was killed" in project.hybrid("status", status=1)
 
 
@@ -186,7 +187,8 @@ def test_ctrl_c_during_up_ends_all(project: Project):
     """It comes when Kafka has begun to start; the exit status is the shell's for it."""
     with project.command("up", "--free-ports") as process:
         assert process.stderr is not None
-        wait(lambda: "kafka: starting" in process.stderr.readline())
+        while "kafka: starting" not in process.stderr.readline():
+            assert process.poll() is None, "it ended before Kafka began to start"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
