@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def gateway(arguments: argparse.Namespace) -> None:
-    """Serves HTTP until a signal; then finishes what waits and exits with 0."""
+    """Serves HTTP until a signal; then finishes what waits and exits with 0, or with 1 if Kafka was lost."""
     import uvicorn
 
     from serving.exchange import Limits
@@ -44,9 +44,15 @@ def gateway(arguments: argparse.Namespace) -> None:
     create_topics(arguments.kafka)
     limits = Limits(deadline_s=arguments.deadline_s)
     deployments = Deployments(arguments.deployments)
-    app = over_kafka(arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits)
+    lost = threading.Event()
+
+    def end() -> None:
+        lost.set()
+        signal.raise_signal(signal.SIGTERM)
+
+    app = over_kafka(arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits, on_loss=end)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
     uvicorn.run(
         app,
         host=arguments.host,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -99,6 +99,8 @@ class Gateway:
             raise BadRequest("the body must not be compressed (no Content-Encoding)")
         body = await _body(request, self.max_body_bytes)
         asked = oip.decode(body, request.headers.get(oip.HEADER_LENGTH), deployment)
+        if not self.ready():
+            raise Unavailable("Kafka is not connected")
         answers = await self.ask(deployment, asked.rows)
         content, json_length = oip.encode(asked, answers, deployment)
         if json_length is None:
@@ -114,7 +116,13 @@ def application(gateway: Gateway, lifespan: Any = None) -> Starlette:
 
 
 def over_kafka(
-    bootstrap: str, reply_partition: int, deployments: Deployments, now_ms: Callable[[], int], limits: Limits
+    bootstrap: str,
+    reply_partition: int,
+    deployments: Deployments,
+    now_ms: Callable[[], int],
+    limits: Limits,
+    *,
+    on_loss: Callable[[], None],
 ) -> Starlette:
     """A gateway whose questions and answers cross Kafka; connects while the application starts.
 
@@ -124,6 +132,7 @@ def over_kafka(
         deployments: what is served.
         now_ms: Unix time in milliseconds, UTC.
         limits: of what may wait.
+        on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
@@ -134,11 +143,12 @@ def over_kafka(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         exchange.start()
         with outbox, tail:
-            refreshing = asyncio.create_task(_refresh(deployments))
+            tasks = [asyncio.create_task(_refresh(deployments)), asyncio.create_task(_watch((outbox, tail), on_loss))]
             try:
                 yield
             finally:
-                refreshing.cancel()
+                for task in tasks:
+                    task.cancel()
 
     return application(Gateway(deployments, exchange.ask, lambda: outbox.ready and tail.ready), lifespan)
 
@@ -164,6 +174,12 @@ async def _refresh(deployments: Deployments) -> None:
     while True:
         await asyncio.sleep(REFRESH_S)
         deployments.refresh()
+
+
+async def _watch(ends: Sequence[ThreadedOutbox | Tail], on_loss: Callable[[], None]) -> None:
+    while all(end.alive for end in ends):
+        await asyncio.sleep(REFRESH_S)
+    on_loss()
 
 
 async def _body(request: Request, limit: int) -> bytes:

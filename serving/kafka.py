@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -194,26 +195,44 @@ class ThreadedOutbox:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._waiting.put(None)
+        if self.alive:
+            with suppress(queue.Full):  # so many records wait that the broker takes none
+                self._waiting.put(None, timeout=SEND_TIMEOUT_MS / 1000)
         self._thread.join(timeout=2 * SEND_TIMEOUT_MS / 1000)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is; an error that nobody foresaw ends it."""
+        return self._thread.is_alive()
 
     @property
     def ready(self) -> bool:
         """Whether the producer is there and its thread lives."""
-        return self._connected.is_set() and self._thread.is_alive()
+        return self._connected.is_set() and self.alive
 
     def send(self, topic: str, value: bytes, key: bytes | None, on_failure: Callable[[], None]) -> None:
         """Takes a record and returns at once; `on_failure` is called, in some thread, if it was not delivered.
 
         Raises:
-            Unavailable: too many records wait already.
+            Unavailable: too many records wait already, or the thread ended.
         """
+        if not self.alive:
+            raise Unavailable("nothing is sent to Kafka any more")
         try:
             self._waiting.put_nowait((topic, value, key, on_failure))
         except queue.Full:
             raise Unavailable("too many records wait for Kafka") from None
 
     def _run(self) -> None:
+        try:
+            self._send_all()
+        except Exception as error:
+            log.critical("records are sent to Kafka no more: %s", type(error).__name__)
+        while not self._waiting.empty():
+            if item := self._waiting.get():
+                item[-1]()
+
+    def _send_all(self) -> None:
         producer = _producer(self._bootstrap, DeviceEmbeddings.TOPIC)
         self._connected.set()
         while (item := self._waiting.get()) is not None:
@@ -251,11 +270,23 @@ class Tail:
         self._thread.join(timeout=SEND_TIMEOUT_MS / 1000)
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread is; an error that nobody foresaw ends it."""
+        return self._thread.is_alive()
+
+    @property
     def ready(self) -> bool:
         """Whether every record written from now on will be read."""
-        return self._assigned.is_set() and self._thread.is_alive()
+        return self._assigned.is_set() and self.alive
 
     def _run(self) -> None:
+        try:
+            self._read_all()
+        except Exception as error:
+            # The class alone: a record's bytes can stand in the text.
+            log.critical("partition %s is read no more: %s", self._partition, type(error).__name__)
+
+    def _read_all(self) -> None:
         consumer = kafka.KafkaConsumer(bootstrap_servers=self._bootstrap, enable_auto_commit=False)
         try:
             consumer.assign([self._partition])

@@ -118,6 +118,14 @@ def test_unavailable_says_when_to_come_back(setup):
     assert answer.json() == {"error": "no answer in time (5 s)", "code": "unavailable"}
 
 
+def test_without_kafka_a_request_is_refused_at_once(setup):
+    """A good one is told to come back; a bad one what is wrong with it."""
+    setup.is_ready = False
+    answer = setup.infer()
+    assert (answer.status_code, answer.json()["code"], answer.headers["Retry-After"]) == (503, "unavailable", "1")
+    assert setup.infer(b"{").status_code == 400
+
+
 def test_an_error_of_ours_is_said_in_the_protocols_error_object_without_its_text(setup, caplog):
     """500; what went wrong may hold a caller's values, so neither the answer nor the log repeats it."""
     setup.error = KeyError("bakery")
