@@ -14,6 +14,7 @@ from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.deployments import Deployments
+from serving.exchange import DEADLINE_S
 
 log = logging.getLogger("serving")
 DRAIN_S = 10
@@ -97,6 +98,7 @@ def worker(arguments: argparse.Namespace) -> None:
             open_reader=open_reader,
             models=triton,
             now_ms=_now_ms,
+            deadline_s=arguments.deadline_s,
         )
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
@@ -107,11 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--deployments", type=Path, required=True, help="folder that `hybrid promote` writes")
     common.add_argument("--kafka", required=True, metavar="HOST:PORT")
+    common.add_argument(
+        "--deadline-s",
+        type=float,
+        default=DEADLINE_S,
+        help="from a request to its answer; gateway's and worker's agree",
+    )
     http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=int, required=True)
     http.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one gateway each")
-    http.add_argument("--deadline-s", type=float, default=5.0, help="from a request to its answer")
     http.set_defaults(run=gateway)
     merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")

@@ -16,6 +16,7 @@ from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
 
 ID_BYTES = 16
+DEADLINE_S = 5.0
 MAX_RECORD_BYTES = 768 << 10  # below Kafka's default limit of 1 MiB, with room for the framing
 EXPLAIN = {
     "bad_request": "the worker refused it as malformed",
@@ -40,7 +41,7 @@ class Limits:
         waiting_rows: rows in flight; more are refused.
     """
 
-    deadline_s: float = 5.0
+    deadline_s: float = DEADLINE_S
     linger_s: float = 0.002
     record_rows: int = 512
     waiting_rows: int = 20_000

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, Unavailable, UnknownModel
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from serving.exchange import DEADLINE_S
 from serving.kafka import PARTITIONS, Record
 from serving.triton import Models
 
@@ -59,7 +60,7 @@ class Batch:
     Attributes:
         deployment: the version that answers.
         reply_partition: (n,) where each row's gateway waits.
-        request_id, entity, request, embedding: as in `DeviceEmbeddings`, of the deployment's widths.
+        request_id, entity, request, embedding, event_ms: as in `DeviceEmbeddings`, of the deployment's widths.
     """
 
     deployment: Deployment
@@ -68,6 +69,7 @@ class Batch:
     entity: NDArray[np.object_]
     request: NDArray[np.float32]
     embedding: NDArray[np.float32]
+    event_ms: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -117,11 +119,17 @@ def decode(records: Sequence[Record], find: Find) -> Decoded:
     return Decoded(batches, refused, dead)
 
 
-def features(batch: Batch, reader: Reader, now_ms: int) -> Joined:
-    """The server's slots of each row, and the request's beside them."""
+def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEADLINE_S) -> Joined:
+    """The server's slots of each row, and the request's beside them.
+
+    A row asked more than `deadline_s` ago is "unavailable": after an outage, those who
+    gave up cost those who still wait nothing. The gateways' clocks and ours must agree
+    to well below that.
+    """
     n, width = len(batch), len(batch.deployment.server)
     status = np.full(n, OK, dtype=object)
     status[~np.isfinite(batch.embedding).all(axis=1)] = BadRequest.code
+    status[now_ms - batch.event_ms > 1000 * deadline_s] = Unavailable.code
     slots, age_ms = np.zeros((n, width), np.float32), np.full(n, -1, np.int64)
     asked = status == OK
     if asked.any():
@@ -160,10 +168,16 @@ def encode(batch: Batch, joined: Joined, prediction: NDArray[np.float32]) -> lis
     ]
 
 
-def merge(batch: Batch, reader_of: Callable[[Deployment], Reader], models: Models, now_ms: int) -> list[Predictions]:
+def merge(
+    batch: Batch,
+    reader_of: Callable[[Deployment], Reader],
+    models: Models,
+    now_ms: int,
+    deadline_s: float = DEADLINE_S,
+) -> list[Predictions]:
     """The last three stages; where the store or Triton fails, every row says "unavailable"."""
     try:
-        joined = features(batch, reader_of(batch.deployment), now_ms)
+        joined = features(batch, reader_of(batch.deployment), now_ms, deadline_s)
         return encode(batch, joined, forward(batch, joined, models))
     except Unavailable as error:
         log.warning("%d rows unavailable: %s", len(batch), error)
@@ -180,7 +194,7 @@ def probe(deployment: Deployment) -> tuple[Batch, Joined]:
     inputs, size = len(deployment.request), deployment.device_embedding
     one, zeros = np.zeros(1, np.int64), np.zeros((1, inputs), np.float32)
     entity, slots = np.array([""], dtype=object), np.zeros((1, len(deployment.server) + inputs), np.float32)
-    batch = Batch(deployment, one, np.zeros(1, "V16"), entity, zeros, np.zeros((1, size), np.float32))
+    batch = Batch(deployment, one, np.zeros(1, "V16"), entity, zeros, np.zeros((1, size), np.float32), one)
     return batch, Joined(slots, one, np.array([OK], dtype=object))
 
 
@@ -221,7 +235,7 @@ def _misfit(message: DeviceEmbeddings, deployment: Deployment | None) -> str | N
 
 def _batches(deployment: Deployment | None, messages: Sequence[DeviceEmbeddings]) -> list[Batch]:
     assert deployment is not None
-    names = ("request_id", "entity", "request", "embedding")
+    names = ("request_id", "entity", "request", "embedding", "event_ms")
     columns = {name: np.concatenate([getattr(message, name) for message in messages]) for name in names}
     columns["reply_partition"] = np.concatenate([np.full(len(m), m.reply_partition) for m in messages])
     starts = range(0, len(columns["entity"]), MAX_BATCH_ROWS)

@@ -10,6 +10,7 @@ from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError, Unavailable
 from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
+from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox
 from serving.merge import Batch, Reader, decode, forward, merge, probe
 from serving.triton import Models
@@ -33,6 +34,7 @@ class Worker:
         open_reader: opens the feature store for a deployment; called once for each.
         models: the networks.
         now_ms: Unix time in milliseconds, UTC.
+        deadline_s: the gateways'; nobody waits longer for an answer.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Worker:
         open_reader: Callable[[Deployment], Reader],
         models: Models,
         now_ms: Callable[[], int],
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
+        self._deadline_s = deadline_s
         self._readers: dict[tuple[str, int], Reader] = {}
         self._behind = False
         self._refreshed_ms = now_ms()
@@ -98,7 +102,7 @@ class Worker:
         return found
 
     def _merge(self, batch: Batch) -> list[Predictions]:
-        return merge(batch, self._reader, self._models, self._now_ms())
+        return merge(batch, self._reader, self._models, self._now_ms(), self._deadline_s)
 
     def _reader(self, deployment: Deployment) -> Reader:
         key = deployment.model, deployment.version

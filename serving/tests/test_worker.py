@@ -43,7 +43,7 @@ class Setup:
             entity=np.array(["bakery"], dtype=object),
             request=np.zeros((1, 2), np.float32),
             embedding=np.zeros((1, 2), np.float32),
-            event_ms=np.zeros(1, np.int64),
+            event_ms=np.array([self.now_ms]),
         )
         self.put(message.to_bytes())
 
@@ -91,6 +91,18 @@ def test_a_worker_that_dies_before_its_commit_is_followed_by_one_that_answers(se
     setup.inbox.rewind()
     setup.worker.step()
     assert setup.answered == [(1, "ok"), (1, "ok")]
+
+
+def test_rows_whose_callers_gave_up_are_told_so_without_a_forward_pass(setup):
+    """After an outage: a row asked 5,001 ms ago costs nothing, one of 5,000 ms ago is predicted."""
+    setup.ask(1)
+    setup.now_ms = 1
+    setup.ask(2)
+    setup.now_ms = 5_001
+    setup.worker.step()
+    assert setup.answered == [(1, "unavailable"), (2, "ok")]
+    assert setup.models.calls == [("shop_server_tower", 1, 1), ("shop_head", 1, 1)]
+    assert setup.inbox.committed == 2
 
 
 def test_garbage_goes_to_the_dead_letters_and_the_loop_goes_on(setup):
