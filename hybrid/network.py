@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
 
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Features, Log1p, Numeric, Transform
@@ -150,9 +156,10 @@ class Network:
         """Runs the factories under `seed` and checks the cut.
 
         The check: each tower takes its own side's features alone, computes each
-        row by itself, shares no parameter or buffer with another part, and the
-        head takes the two embeddings to one logit a row. So nothing crosses
-        between the sides but the embeddings and their gradients.
+        row by itself, shares no parameter or buffer with another part, gives the
+        same whatever the other parts were given, and the head takes the two
+        embeddings to one logit a row. With what `description` refuses, nothing
+        crosses between the sides but the embeddings and their gradients.
 
         Raises:
             ConfigError: a factory fails, or the check does; the message names the part.
@@ -164,6 +171,7 @@ class Network:
             device = _embedding("device_tower", parts["device_tower"], model.device_features.width)
             _check_head(parts["head"], server, device)
             _check_nothing_shared(parts)
+            _check_parts_alone(parts, _widths(model, server, device))
         return cls(model, **parts, server_embedding=server, device_embedding=device)
 
     @property
@@ -202,8 +210,19 @@ class Network:
                 raise ConfigError(f"{part}: the weights are of another network: {error}") from None
 
     def description(self) -> dict[str, Any]:
-        """Sizes and structure as JSON values: part of what a definition's hash covers."""
+        """Sizes, structure and operations as JSON values: part of what a definition's hash covers.
+
+        "graphs" has the SHA-256 of each part's exported operations, so that code
+        counts wherever it is written. They are those of the installed torch.
+        The first call in a process takes seconds.
+
+        Raises:
+            ConfigError: a part is no fixed program of its input, its parameters and its
+                persistent buffers: it branches on values, or holds a tensor that no version would.
+        """
+        widths = _widths(self.model, self.server_embedding, self.device_embedding)
         return {
+            "graphs": {part: _graph_sha256(part, module, widths[part]) for part, module in self.parts.items()},
             "server_embedding": self.server_embedding,
             "device_embedding": self.device_embedding,
             "parts": {part: str(module) for part, module in self.parts.items()},
@@ -229,6 +248,15 @@ class Network:
             )
 
 
+def _widths(model: HybridModel, server_embedding: int, device_embedding: int) -> dict[str, tuple[int, ...]]:
+    """Columns of each part's inputs."""
+    return {
+        "server_tower": (model.server_features.width,),
+        "device_tower": (model.device_features.width,),
+        "head": (server_embedding, device_embedding),
+    }
+
+
 def _built(part: str, factory: Callable[[], Any]) -> nn.Module:
     try:
         module = factory()
@@ -245,7 +273,7 @@ def _embedding(part: str, tower: nn.Module, width: int) -> int:
     output = _run(part, tower, probe, expected=f"({ROWS}, {width}) float32")
     if output.ndim != 2 or len(output) != ROWS or output.dtype != torch.float32:
         raise ConfigError(f"{part} must return (n, size) float32, got {tuple(output.shape)} {output.dtype}")
-    _check_rows_apart(part, output, tower.eval()(probe[:1]))
+    _check_rows_apart(part, output, _run(part, tower, probe[:1], expected=f"(1, {width}) float32 too"))
     return int(output.shape[1])
 
 
@@ -254,7 +282,7 @@ def _check_head(head: nn.Module, server: int, device: int) -> None:
     logits = _run("head", head, a, b, expected=f"a ({ROWS}, {server}) server and a ({ROWS}, {device}) device embedding")
     if logits.shape != (ROWS,):
         raise ConfigError(f"head must return (n,) logits, got shape {tuple(logits.shape)} for n = {ROWS}")
-    _check_rows_apart("head", logits, head.eval()(a[:1], b[:1]))
+    _check_rows_apart("head", logits, _run("head", head, a[:1], b[:1], expected="embeddings of one row too"))
 
 
 def _run(part: str, module: nn.Module, *inputs: Tensor, expected: str) -> Tensor:
@@ -282,3 +310,75 @@ def _check_nothing_shared(parts: Mapping[str, nn.Module]) -> None:
             first = owner.setdefault(tensor.data_ptr(), part)
             if first != part and tensor.numel():
                 raise ConfigError(f"{part} shares a tensor with {first}: the towers may meet only in the head")
+
+
+def _check_parts_alone(parts: Mapping[str, nn.Module], widths: Mapping[str, tuple[int, ...]]) -> None:
+    """No part keeps anything of what it is given, for itself or for another."""
+    with torch.no_grad():
+        for part, module in parts.items():
+            inputs = _probe(widths[part])
+            held = [*inputs, *module.parameters(), *module.buffers()]
+            versions = [tensor._version for tensor in held]
+            before = module(*inputs).clone()
+            if versions != [tensor._version for tensor in held]:
+                raise ConfigError(f"{part} must not change its input, a parameter or a buffer while it runs")
+            for other, another in parts.items():
+                another(*_probe(widths[other]))
+            if not torch.equal(before, module(*inputs)):
+                raise ConfigError(
+                    f"{part} must give the same for the same input, whatever the parts were given before, but it "
+                    "does not: nothing may cross between the sides but the embeddings"
+                )
+
+
+def _probe(widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.rand(ROWS, width) for width in widths)
+
+
+def _graph_sha256(part: str, module: nn.Module, widths: tuple[int, ...]) -> str:
+    """Of the text of a part's operations, subgraphs and the shapes of what they read included."""
+    exported = _exported(part, module, widths)
+    specs = exported.graph_signature.input_specs
+    for spec in specs:
+        _check_read(part, spec)
+    graphs = [graph for graph in exported.graph_module.modules() if isinstance(graph, torch.fx.GraphModule)]
+    if any(str(node.target) in {"cond", "while_loop"} for graph in graphs for node in graph.graph.nodes):
+        raise ConfigError(f"{part} must compute each row by itself, but it branches on values of a whole batch")
+    text = [f"{spec.kind.name} {spec.target}" for spec in specs]
+    text += [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in exported.state_dict.items()]
+    return hashlib.sha256("\n".join(text + [graph.code for graph in graphs]).encode()).hexdigest()
+
+
+def _exported(part: str, module: nn.Module, widths: tuple[int, ...]) -> ExportedProgram:
+    rows = torch.export.Dim("n")
+    inputs = tuple(torch.zeros(ROWS, width) for width in widths)
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(module.eval(), inputs, dynamic_shapes=tuple({0: rows} for _ in inputs))
+    except Exception as error:  # whatever torch raises at what it cannot trace
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{part} must run the same operations on every input, of any number of rows, so that it can be "
+            f"exported, but: {type(error).__name__}: {reason}"
+        ) from None
+
+
+def _check_read(part: str, spec: InputSpec) -> None:
+    """What a part reads is its input or comes back with a version's weights."""
+    if spec.kind not in (InputKind.USER_INPUT, InputKind.PARAMETER, InputKind.BUFFER) or spec.persistent is False:
+        raise ConfigError(
+            f"{part} reads the tensor {spec.target!r}, which is neither a parameter nor a persistent buffer of it, "
+            "so that no version would hold it: use register_buffer(name, tensor) in its constructor"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells at length what the error says."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,7 +1,7 @@
 """Models, versions and aliases, kept by MLflow.
 
-A model is registered as its definition: the declaration and the structure of
-its network, under one hash. Each training adds a version bound to that hash.
+A model is registered as its definition: the declaration, and the structure and
+operations of its network, under one hash. Each training adds a version bound to that hash.
 Versions never change; aliases (`production`) point at them.
 """
 

@@ -34,7 +34,7 @@ def register(
     """Checks a model's declaration, its towers and its feature sources, and stores it.
 
     Nothing is trained or served. The hash that it prints covers everything that
-    was declared and the structure of the network: training binds versions to it.
+    was declared, and the network with its operations: training binds versions to it.
 
     Example: hybrid register examples/coupon/model.py
     """

@@ -80,7 +80,7 @@ def train(
     registry = Registry(workspace)
     declared, digest = registry.load_model(model), registry.definition_hash(model)
     settings = _settings(declared, given)
-    Network.build(declared).check_registered(registry.definition(model)["network"])
+    Network.build(declared, seed=seed).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import train as train_model
 
     train_on, held_out = _examples(declared, population or model, fold, workspace)

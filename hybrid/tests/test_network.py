@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -77,6 +81,80 @@ class Column(Join):
         return super().forward(server, device).unsqueeze(-1)
 
 
+HEARD: list[Any] = []
+
+
+class Tells(nn.Linear):
+    """Keeps what it hears where another part can find it."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        HEARD.append(rows)
+        return super().forward(rows)
+
+
+class Listens(nn.Linear):
+    """Adds what another part was given."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return super().forward(rows) + (HEARD[-1].sum() if HEARD else 0)
+
+
+class TellsWhenTold(Tells):
+    """Keeps a number where export sees none."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            return nn.Linear.forward(self, rows)
+        HEARD.append(rows)
+        return nn.Linear.forward(self, rows)
+
+
+class Branches(nn.Linear):
+    """Another operation for some inputs."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return super().forward(rows) if rows.sum() > -1e9 else rows
+
+
+class Conditional(nn.Linear):
+    """The same in an operation of its own."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cond(super().forward(rows).sum() > 1e9, torch.sin, torch.cos, (rows,))
+
+
+class Scales(nn.Linear):
+    """By a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return super().forward(rows) * self.scale
+
+
+class Forgets(Scales):
+    """By a buffer that is not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.scale
+        self.register_buffer("scale", torch.ones(4), persistent=False)
+
+
+class Counts(nn.Linear):
+    """Its runs, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return super().forward(rows)
+
+
 def model(**changes: Any) -> HybridModel:
     fields: dict[str, Any] = {
         "name": "taxi",
@@ -132,6 +210,14 @@ def test_batch_norm_is_refused():
     )
 
 
+def test_a_tower_of_one_batch_size_is_refused():
+    """It takes the three rows of the probe, and not one."""
+    refused(
+        r"device_tower must take \(1, 4\) float32 too, but: RuntimeError",
+        device_tower=lambda: nn.Sequential(nn.Linear(4, 4), nn.Unflatten(0, (3, 1)), nn.Flatten(1)),
+    )
+
+
 def test_rows_that_mix_are_refused():
     """A row's embedding must be the same alone and among others."""
     refused("device_tower must compute each row by itself", device_tower=Across)
@@ -156,6 +242,69 @@ def test_a_shared_weight_in_another_layer_is_refused():
         server_tower=lambda: nn.Sequential(nn.Linear(2, 4), first),
         device_tower=lambda: second,
     )
+
+
+@pytest.mark.parametrize("teller", [Tells, TellsWhenTold])
+def test_what_a_tower_keeps_of_its_input_reaches_no_other(teller: type[nn.Module]):
+    """A tower that adds what the other was given before is seen, though no tensor is shared."""
+    HEARD.clear()
+    refused(
+        "device_tower must give the same for the same input, whatever the parts were given before",
+        server_tower=lambda: teller(2, 4),
+        device_tower=lambda: Listens(4, 4),
+    )
+
+
+@pytest.mark.parametrize("tower", [Counts, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))])
+def test_a_tower_that_changes_its_input_or_its_state_is_refused(tower: Any):
+    """Rows would no more be what they were, or predictions depend on those before."""
+    refused("device_tower must not change its input, a parameter or a buffer", device_tower=tower)
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        (lambda: Branches(4, 4), "device_tower must run the same operations on every input, of any number of rows"),
+        (lambda: Conditional(4, 4), "device_tower must compute each row by itself, but it branches"),
+        (Scales, "device_tower reads the tensor '.*', which is neither a parameter nor a persistent buffer"),
+        (Forgets, "device_tower reads the tensor 'scale', which is neither a parameter nor a persistent buffer"),
+    ],
+)
+def test_a_tower_that_no_export_can_hold_is_refused_before_it_is_trained(
+    tower: Any, message: str, capfd: pytest.CaptureFixture[str]
+):
+    """The description that is registered is of its exported graph; the message is all that is printed."""
+    with pytest.raises(ConfigError, match=message):
+        Network.build(model(device_tower=tower)).description()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_description_covers_what_a_part_computes():
+    """Twice a head's logits: the same modules, parameters and shapes, and another description of the head alone."""
+    doubled = type("Join", (Join,), {"forward": lambda self, a, b: 2 * Join.forward(self, a, b)})
+    one, other = (Network.build(model(head=head)) for head in (Join, doubled))
+    first, second = one.description(), other.description()
+    assert {**first, "graphs": None} == {**second, "graphs": None}
+    assert {part for part in first["graphs"] if first["graphs"][part] != second["graphs"][part]} == {"head"}
+    with pytest.raises(ConfigError, match="changed since it was registered"):
+        other.check_registered(first)
+
+
+def test_the_description_is_the_same_for_every_seed_and_process():
+    """Dropout in a tower included: what is described is evaluation."""
+    here = Network.build(_with_dropout(), seed=3).description()
+    code = (
+        "import json, sys; from hybrid.network import Network; import runpy; "
+        f"m = runpy.run_path({__file__!r}); print(json.dumps(Network.build(m['_with_dropout']()).description()))"
+    )
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        there = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout
+        assert json.loads(there) == here
+
+
+def _with_dropout() -> HybridModel:
+    return model(device_tower=lambda: nn.Sequential(nn.Dropout(0.5), nn.LazyLinear(4), nn.Tanh()))
 
 
 def test_a_head_gives_one_logit_a_row():

@@ -180,6 +180,20 @@ def test_a_trained_version_is_shown_with_what_it_cost(project: Path):
     assert "canary -> 1" in hybrid("models")
 
 
+def test_weights_are_not_promoted_under_other_mathematics(project: Path):
+    """A head that subtracts where it multiplied has the same modules and shapes: registered again, another definition."""
+    hybrid("register", str(project / "model.py"))
+    registry = Registry(Workspace.current())
+    before = registry.definition_hash("taxi")
+    training = TrainingRecord(kind="federated", run="r1", population="riders", users=9, examples=90)
+    registry.create_version("taxi", weights={"head.scale": np.ones(1)}, training=training, curves={})
+    (project / "model.py").write_text(FILE.replace("server * device", "server - device"))
+    hybrid("register", str(project / "model.py"))
+    assert registry.definition_hash("taxi") != before
+    with pytest.raises(ConfigError, match="taxi:1 was trained from another definition than is registered now"):
+        hybrid("promote", "taxi", "1", "production")
+
+
 def test_features_are_applied_materialised_and_read(project: Path):
     """(20 - 10) / 5 = 2 for the centre; the port's row is two hours old where one is allowed; the moon is unknown."""
     hybrid("register", str(project / "model.py"))
