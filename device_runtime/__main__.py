@@ -29,7 +29,7 @@ def main() -> None:
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
-    infer.add_argument("--timeout", type=float, default=5.0, help="seconds for one attempt (default 5)")
+    infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.set_defaults(run=_infer)
     arguments = vars(parser.parse_args())
     run = arguments.pop("run")

@@ -31,6 +31,7 @@ from hybrid.spec import Noised
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 ATTEMPTS = 3
+TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
 
 
@@ -161,7 +162,7 @@ class InferenceClient:
         program: EmbedProgram,
         gateway: str,
         *,
-        timeout_s: float = 5.0,
+        timeout_s: float = TIMEOUT_S,
         noise: NoiseSource | None = None,
     ) -> None:
         if manifest.merge != "server" or manifest.release is None:
