@@ -54,6 +54,6 @@ $(UV):
 	@.cache/uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 clean:
-	@if [ -x $(RUN)hybrid ]; then $(RUN)hybrid down || true; fi
-	rm -rf .venv .cache .hybrid build runs dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@if [ -x $(RUN)hybrid ]; then $(RUN)hybrid down; HYBRID_HOME=runs/demo/.hybrid $(RUN)hybrid down; fi
+	rm -rf examples/*/data/*.parquet .venv .cache .hybrid build runs dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

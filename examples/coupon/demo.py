@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from examples.coupon import folds, prepare, report, requests
+from examples.coupon import devices, folds, prepare, report
+from hybrid.errors import HybridError
 from hybrid.version import Version
 from hybrid.workspace import Workspace
 
@@ -52,24 +54,30 @@ class Demo:
         from hybrid.cli import app
 
         console.print(f"\n[cyan]$ hybrid {' '.join(words)}[/cyan]", highlight=False)
-        app(list(words), standalone_mode=False)
+        if status := app(list(words), standalone_mode=False):
+            raise SystemExit(status)
 
 
 def main() -> None:
-    """Runs the demo; exit status 1 and a sentence if anything does not hold."""
-    from hybrid.errors import HybridError
+    """Runs the demo; exit status 1 and a sentence if anything fails, or is not as the product promises."""
+    from hybrid.local import stack as local
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of libraries, about libraries
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stack is stopped
     folder = Path("runs/demo").resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     os.environ["HYBRID_HOME"] = str(folder / ".hybrid")
     demo = Demo(folder, Workspace.current(), time.monotonic())
     try:
+        local.down(demo.workspace)  # of a demo that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         run(demo)
     except HybridError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("Interrupted. Nothing is left running.")
+        sys.exit(128 + signal.SIGINT)
 
 
 def run(demo: Demo) -> None:
@@ -100,8 +108,8 @@ def run(demo: Demo) -> None:
     demo.hybrid("promote", "coupon", str(served.number), "production")
     with stack(demo):
         demo.say("People's devices ask: two processes, each with its share of fold 1's unseen users")
-        answers = requests.ask(demo.workspace, served.number, prepared[0].held_out, demo.folder)
-        servers = requests.servers(demo.workspace)
+        answers = devices.ask(demo.workspace, served.number, prepared[0].held_out, demo.folder)
+        servers = devices.servers(demo.workspace)
         demo.say(f"{answers.answered} of {answers.requests} requests answered")
     finish(demo, outcome, answers, servers, served)
 
@@ -117,7 +125,7 @@ def stack(demo: Demo) -> Iterator[None]:
 
 
 def finish(
-    demo: Demo, outcome: folds.Outcome, answers: requests.Answers, servers: dict[str, Any], served: Version
+    demo: Demo, outcome: folds.Outcome, answers: devices.Answers, servers: dict[str, Any], served: Version
 ) -> None:
     """Writes report.json and report.html, and prints the table."""
     offline: NDArray[np.float64] = outcome.served_predictions[answers.row]
@@ -127,7 +135,7 @@ def finish(
         "requests": answers.requests,
         "answered": answers.answered,
         "predicted": len(answers.row),
-        "max_abs_difference": float(np.max(np.abs(answers.prediction - offline), initial=0.0)),
+        "max_abs_difference": float(np.abs(answers.prediction - offline).max()) if len(offline) else None,
         "latency_ms": {
             "p50": float(np.percentile(answers.latency_ms, 50)),
             "p99": float(np.percentile(answers.latency_ms, 99)),
@@ -144,11 +152,13 @@ def finish(
         users=outcome.users,
         rows=outcome.rows,
         release=release_sentence(served.definition["declaration"]["release"]),
-        protects=served.training.protects,
+        training=served.training,
     )
     (demo.folder / "report.json").write_text(json.dumps(figures, indent=2))
     (demo.folder / "report.html").write_text(report.html(findings))
     show(demo, findings)
+    if broken := report.broken_promises(figures):
+        raise HybridError(f"the demo does not hold: {'; '.join(broken)}")
 
 
 def release_sentence(release: dict[str, Any]) -> str:

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.version import TrainingRecord
+
 KINDS = {"server_only": "server only", "central": "central, no privacy", "federated": "federated, private"}
+MIN_REQUESTS, MAX_DIFFERENCE, MAX_EPSILON = 2000, 1e-4, 8
 COLOURS = {"server_only": "#999999", "central": "#0072b2", "federated": "#d55e00"}  # Okabe and Ito: told apart by all
 
 STYLE = """
@@ -40,7 +43,7 @@ class Findings:
         latency_ms: one per answered request.
         users, rows: of the population.
         release: how the device embedding leaves the device, in words.
-        protects: what epsilon is about.
+        training: how the served version was trained, and what it cost.
     """
 
     report: Mapping[str, Any]
@@ -52,7 +55,7 @@ class Findings:
     users: int
     rows: int
     release: str
-    protects: str
+    training: TrainingRecord
 
 
 def metric_rows(findings: Findings) -> list[tuple[str, str, str, str]]:
@@ -63,13 +66,30 @@ def metric_rows(findings: Findings) -> list[tuple[str, str, str, str]]:
 
 def privacy_sentence(findings: Findings) -> str:
     """What the training cost in privacy, and how much that claim is worth here."""
-    report = findings.report
+    training = findings.training
     return (
-        f"One training spent ε = {report['epsilon']:.2f} at δ = {report['delta']:.1e} (unit: one user's whole "
-        f"contribution; sampling assumption: Poisson, by the server), which protects each user's {findings.protects}. "
-        f"With {findings.users} users a δ of that size is weak: it is of the order of one user in "
-        f"{1 / report['delta']:,.0f}. It counts one training: the five folds, repeats and tuning are not composed."
+        f"One training spent ε = {training.epsilon:.2f} at δ = {training.delta:.1e} over {training.rounds} rounds, "
+        f"which protects each {training.unit}'s {training.protects}: {training.mechanism}. "
+        f"It assumes: {training.assumption}. With {findings.users} users a δ of that size is weak: it is of the order "
+        f"of one user in {1 / training.delta:,.0f}. It counts one training, not the five folds."
     )
+
+
+def broken_promises(figures: Mapping[str, Any]) -> list[str]:
+    """Which sentences about the figures of `report.json` are not true; none where the demo holds."""
+    auc, loss = figures["auc"], figures["log_loss"]
+    difference = figures["max_abs_difference"]
+    promises = {
+        "every request is answered with a prediction": (
+            figures["requests"] == figures["answered"] == figures["predicted"] >= MIN_REQUESTS
+        ),
+        "served predictions are the offline ones": difference is not None and difference <= MAX_DIFFERENCE,
+        "records went through the broker": figures["broker_records"] > 0,
+        "the budget is kept": 0 < figures["epsilon"] <= MAX_EPSILON,
+        "federated beats server only in log-loss": loss["federated"] < loss["server_only"],
+        "federated beats server only in AUC by more than chance": auc["federated_minus_server_only_low"] > 0,
+    }
+    return [promise for promise, holds in promises.items() if not holds]
 
 
 def html(findings: Findings) -> str:
@@ -94,6 +114,9 @@ def html(findings: Findings) -> str:
 <p>Calibration is the mean prediction over the mean label: 1 is right. Federated minus server only, AUC, lower 95 %
 bound (paired bootstrap over users): <b>{report["auc"]["federated_minus_server_only_low"]:+.4f}</b>. These are
 <b>oracle</b> figures: computed on pooled data, which only a simulation has.</p>
+<p>For comparison, on all features of the same data logistic regression has an AUC of 0.720 and boosted trees 0.770. The
+towers are small networks that meet in one score, so they come near the trees and not past them; the trees also see
+education, occupation, income and car, which this example leaves on the device unused.</p>
 <p class="note">{escape(privacy_sentence(findings))}</p>
 <p>The device embedding was released to the server {escape(findings.release)}.</p>
 <h2>What happened</h2>
@@ -151,7 +174,7 @@ def _latency(axes: Any, findings: Findings) -> None:
 def _privacy(axes: Any, findings: Findings) -> None:
     rounds, epsilon = zip(*findings.epsilon_by_round, strict=True)
     axes.plot(rounds, epsilon, color=COLOURS["federated"])
-    axes.set(xlabel="round", ylabel=f"ε spent, at δ = {findings.report['delta']:.1e}", ylim=(0, None))
+    axes.set(xlabel="round", ylabel=f"ε spent, at δ = {findings.training.delta:.1e}", ylim=(0, None))
 
 
 PLOTS: Sequence[tuple[Callable[[Any, Findings], None], str]] = (

@@ -1,6 +1,6 @@
 """People as devices: their rows in one SQLite file, and processes of devices that ask the gateway.
 
-`python -m examples.coupon.requests` asks for the people of one fold, of the promoted version.
+`python -m examples.coupon.devices` asks for the people of one fold, of the promoted version.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Answers:
         requests, answered: how many rows were asked about, and got a prediction or an explained error.
         row: (p,) of the predicted ones: place among the rows asked about.
         prediction: (p,) as served.
-        latency_ms: (answered,) each request's.
+        latency_ms: (requests,) from a row's inputs to its answer.
     """
 
     requests: int
