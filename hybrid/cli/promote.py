@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, StackError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from hybrid.deployment import Deployment
     from hybrid.export.promote import Exported
     from hybrid.spec import HybridModel
 
 PRODUCTION = "production"
+LOAD_TIMEOUT_S = 60.0
 app = typer.Typer()
 
 
@@ -47,12 +50,40 @@ def promote(
             "train a version of the registered one, or register the file it was trained from"
         )
     exported = export_version(found, declared, workspace)
+    if alias == PRODUCTION:
+        _wait_loaded(exported.deployment, workspace)
     registry.set_alias(model, found.number, alias)
     served = exported.deployment.write(workspace.deployments) if alias == PRODUCTION else None
     if as_json:
         print(json.dumps(_json(exported, declared, alias, served)))
     else:
         _show(exported, declared, alias, served)
+
+
+def _wait_loaded(deployment: Deployment, workspace: Workspace) -> None:
+    """Returns once the local stack's Triton, if it is up, has both models: serving would ask for them at once.
+
+    Raises:
+        StackError: it does not load them.
+    """
+    from hybrid.local import stack
+    from hybrid.local.process import http_ok
+
+    state = stack.status(workspace)
+    if state is None or state.phase != "ready":
+        return
+    (triton,) = (server for server in state.servers if server.name == "triton")
+    models = f"http://127.0.0.1:{triton.ports['triton-http']}/v2/models"
+    deadline = time.monotonic() + LOAD_TIMEOUT_S
+    for name in (deployment.server_tower, deployment.head):
+        loaded = http_ok(f"{models}/{name}/versions/{deployment.version}/ready")
+        while not loaded(triton.log):
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"Triton did not load {name} version {deployment.version} within {LOAD_TIMEOUT_S:g} s: "
+                    f"what is served stays as it was; {triton.log} may say why"
+                )
+            time.sleep(0.1)
 
 
 def _json(exported: Exported, model: HybridModel, alias: str, served: Path | None) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from hybrid.cli import promote
+from hybrid.deployment import Deployment
+from hybrid.errors import StackError
+from hybrid.features import Features
+from hybrid.local.process import started
+from hybrid.local.supervisor import Server, State
+from hybrid.workspace import Workspace
+
+DEPLOYMENT = Deployment(
+    model="shop",
+    version=4,
+    definition_hash="0" * 64,
+    packed_view="shops__packed",
+    join_key="shop_id",
+    join_key_type="text",
+    max_feature_age_s=60.0,
+    server=Features.of({}),
+    request=Features.of({}),
+    server_embedding=2,
+    device_embedding=2,
+    server_tower="shop_server_tower",
+    head="shop_head",
+)
+
+
+class Triton(HTTPServer):
+    """Answers 400 to the first `loading` requests, then 200; keeps their paths."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Ready)
+        self.loading, self.paths = 0, []
+
+
+class Ready(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        self.send_response(400 if len(self.server.paths) <= self.server.loading else 200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = Workspace(tmp_path)
+    workspace.stack.mkdir(parents=True)
+    return workspace
+
+
+@pytest.fixture
+def triton(workspace: Workspace) -> Iterator[Triton]:
+    """The Triton of a stack that is up: its supervisor is this process."""
+    with Triton() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        one = Server(name="triton", ports={"triton-http": server.server_port}, log=workspace.stack / "triton.log")
+        pid = os.getpid()
+        State(phase="ready", supervisor=pid, started=started(pid), servers=(one,)).write(workspace.stack)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_serving_is_switched_once_triton_has_both_models(workspace: Workspace, triton: Triton):
+    """It is asked for the tower's version until that is ready, then for the head's."""
+    triton.loading = 2
+    promote._wait_loaded(DEPLOYMENT, workspace)
+    tower, head = "/v2/models/shop_server_tower/versions/4/ready", "/v2/models/shop_head/versions/4/ready"
+    assert triton.paths == [tower, tower, tower, head]
+
+
+def test_models_that_triton_does_not_load_are_not_waited_for_forever(
+    workspace: Workspace, triton: Triton, monkeypatch: pytest.MonkeyPatch
+):
+    """The message names the model, the time and the log."""
+    triton.loading = 1_000_000
+    monkeypatch.setattr(promote, "LOAD_TIMEOUT_S", 0.2)
+    with pytest.raises(StackError, match=r"did not load shop_server_tower version 4 within 0\.2 s.*triton\.log"):
+        promote._wait_loaded(DEPLOYMENT, workspace)
+
+
+def test_without_a_stack_nothing_is_waited_for(workspace: Workspace):
+    """The first promotion comes before the first `hybrid up`."""
+    promote._wait_loaded(DEPLOYMENT, workspace)
