@@ -173,6 +173,12 @@ def test_a_request_feature_must_not_be_served_too():
     refused(lambda: declare(request={"demand": Numeric()}), "server and request features must have distinct names")
 
 
+@pytest.mark.parametrize("name", ["entity", "device_embedding"])
+def test_a_request_feature_must_not_be_called_as_an_input_of_every_request(name: str):
+    """Both arrive by name in one request."""
+    refused(lambda: declare(request={name: Numeric()}), f"request features cannot be called ['{name}']")
+
+
 def test_a_transform_of_unknown_kind_is_refused():
     """It has no form that a device program or Triton could run."""
     kinds = "must be Numeric, Log1p, Bucketize, Categorical or Hash"
