@@ -40,7 +40,7 @@ def train(
         bool, typer.Option("--central", help="The same model on pooled data, without privacy: the reference.")
     ] = False,
     server_only: Annotated[
-        bool, typer.Option("--server-only", help="What the server can do without any device: the baseline.")
+        bool, typer.Option("--server-only", help="The baseline: the model's own head with no device embedding.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in this simulation.")] = 0,
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,

@@ -183,14 +183,19 @@ def embed(tower: nn.Module, rows: Float32) -> Tensor:
         return torch.cat([tower(part) for part in torch.split(torch.from_numpy(rows), ROWS_A_PASS)])
 
 
-def predict(network: Network, examples: Examples) -> Float32:
-    """(n,) probabilities by the network as it is."""
-    side = DeviceSide(network)
+def predict(network: Network, examples: Examples, *, with_devices: bool = True) -> Float32:
+    """(n,) probabilities by the network as it is; without devices, the head is given zeros for their embeddings."""
     parts = zip(
         torch.split(embed(network.server_tower, examples.server), ROWS_A_PASS),
         torch.split(torch.from_numpy(examples.device), ROWS_A_PASS),
         strict=True,
     )
+    absent = torch.zeros(1, network.device_embedding)
+
+    def probabilities(server: Tensor, device: Tensor) -> Tensor:
+        embedding = network.device_tower(device) if with_devices else absent.expand(len(device), -1)
+        return torch.sigmoid(network.head(server, embedding))
+
     with torch.no_grad():
-        predictions: Float32 = torch.cat([torch.sigmoid(side(a, b)) for a, b in parts]).numpy()
+        predictions: Float32 = torch.cat([probabilities(a, b) for a, b in parts]).numpy()
     return predictions

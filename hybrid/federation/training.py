@@ -75,9 +75,10 @@ def train(
     "federated": server tower and head are fitted on the server's label, then the
     tower is frozen and device tower and head are trained by federated rounds
     under user-level differential privacy. "central": everything on pooled data,
-    without privacy. "server-only": server tower and head, with no device
-    embedding. The run directory gets config.json, checkpoint.npz, metrics.json
-    where there are held-out users, and ledger.jsonl where privacy was spent.
+    without privacy. "server-only": server tower and the model's own head, with
+    zeros for the device embedding, to fit and to predict. The run directory gets
+    config.json, checkpoint.npz, metrics.json where there are held-out users, and
+    ledger.jsonl where privacy was spent.
 
     Args:
         model: what to train.
@@ -102,17 +103,18 @@ def train(
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
-    run = _Run(network, examples_train, examples_test, seed, run_dir, settings, progress)
-    _write_json(run_dir / "config.json", _config(run, kind, budget))
+    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress)
+    _write_json(run_dir / "config.json", _config(run, budget))
     with _threads(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
-        return _finish(run, kind, privacy)
+        return _finish(run, privacy)
 
 
 @dataclass(frozen=True)
 class _Run:
     """What every way of training has before it."""
 
+    kind: Kind
     network: Network
     examples: Examples
     test: Examples | None
@@ -126,9 +128,13 @@ class _Run:
         """Measures the network as it is on held-out users."""
         if self.test is None:
             return
-        predictions = predict(self.network, self.test)
+        predictions = self.predict(self.test)
         for name, measure in (("oracle_auc", auc), ("oracle_log_loss", log_loss)):
             self.curves.setdefault(name, []).append((step, measure(self.test.labels, predictions)))
+
+    def predict(self, examples: Examples) -> Float32:
+        """(n,) probabilities by the network as it is, of what this kind has."""
+        return predict(self.network, examples, with_devices=self.kind != "server-only")
 
     def checkpoint(self, step: int) -> None:
         """Writes the weights after a round or epoch, all or nothing."""
@@ -143,7 +149,6 @@ def _central(run: _Run) -> dict[str, Any]:
 
 
 def _server_only(run: _Run) -> dict[str, Any]:
-    _silence(run.network)  # so that the version says the same with a device as without
     run.checkpoint(fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
@@ -205,16 +210,16 @@ def _epochs(run: _Run) -> Callable[[int], None]:
     return on_epoch
 
 
-def _finish(run: _Run, kind: Kind, privacy: Mapping[str, Any]) -> Trained:
+def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
     if run.progress:
         run.progress(1, 1)
     predictions, oracle = None, {}
     if run.test is not None:
-        predictions = predict(run.network, run.test)
+        predictions = run.predict(run.test)
         oracle = _oracle(run.test, predictions)
         _write_json(run.folder / "metrics.json", {"oracle": oracle, "curves": run.curves})
     record = TrainingRecord(
-        kind=kind,
+        kind=run.kind,
         run=run.folder.name,
         population=run.examples.population,
         users=run.examples.users,
@@ -248,11 +253,11 @@ def _checked_budget(model: HybridModel, users: int, epsilon: float | None) -> fl
     return budget
 
 
-def _config(run: _Run, kind: Kind, budget: float | None) -> dict[str, Any]:
+def _config(run: _Run, budget: float | None) -> dict[str, Any]:
     model = run.network.model
     config = {
         "model": model.name,
-        "kind": kind,
+        "kind": run.kind,
         "seed": run.seed,
         "population": run.examples.population,
         "users": run.examples.users,
@@ -261,13 +266,6 @@ def _config(run: _Run, kind: Kind, budget: float | None) -> dict[str, Any]:
     if budget is None:
         return config
     return config | {"epsilon": budget, "privacy": model.privacy.model_dump(), "training": run.settings.model_dump()}
-
-
-def _silence(network: Network) -> None:
-    """Makes the device tower answer zero, by its parameters."""
-    with torch.no_grad():
-        for parameter in network.device_tower.parameters():
-            parameter.zero_()
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

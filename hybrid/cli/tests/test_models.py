@@ -181,7 +181,7 @@ def test_a_trained_version_is_shown_with_what_it_cost(project: Path):
 
 
 def test_weights_are_not_promoted_under_other_mathematics(project: Path):
-    """A head that subtracts where it multiplied has the same modules and shapes: registered again, another definition."""
+    """A head that subtracts where it multiplied has the same modules and shapes; registered again, it is another."""
     hybrid("register", str(project / "model.py"))
     registry = Registry(Workspace.current())
     before = registry.definition_hash("taxi")

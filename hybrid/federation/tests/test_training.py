@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from hybrid import Label, Privacy, Training
 from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.federation.training import train
+from hybrid.network import Network
 
 USERS = 500
 QUICK = Training(rounds=60, sampling=0.5, local_lr=2.0, server_lr=0.05)
@@ -55,6 +57,21 @@ def test_the_server_tower_is_the_servers_own_and_frozen(trained):
     federated, server_only = (trained[kind][0].weights for kind in ("federated", "server-only"))
     for name in (name for name in federated if name.startswith("server_tower.")):
         np.testing.assert_array_equal(federated[name], server_only[name])
+
+
+def test_server_only_is_the_head_with_zeros_for_a_device(tiny_model, people, tmp_path):
+    """Also where no device features make the device tower answer zero: its sigmoid never does."""
+
+    def tower():
+        return torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Sigmoid())
+
+    test = people[1]
+    result = train(tiny_model(device_tower=tower), *people, kind="server-only", run_dir=tmp_path)
+    network = Network.build(tiny_model(device_tower=tower))
+    network.load_weights(result.weights)
+    with torch.no_grad():
+        logits = network.head(network.server_tower(torch.tensor(test.server)), torch.zeros(len(test), 3))
+    np.testing.assert_allclose(result.test_predictions, torch.sigmoid(logits).numpy(), atol=1e-6)
 
 
 def test_a_run_directory_holds_the_whole_run(trained):
