@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -149,22 +151,35 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    file = folder / "bundle-signing.pem"
+    file, public_file = folder / "bundle-signing.pem", folder / "bundle-signing.pub"
+    encoding = serialization.Encoding.PEM
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        no_password = serialization.NoEncryption()
         made = Ed25519PrivateKey.generate()
-        encoding, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
-        private = made.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password)
-        public = made.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
-            handle.write(private)
-        (folder / "bundle-signing.pub").write_bytes(public)
+        _create(file, made.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password), 0o600)
     if file.stat().st_mode & 0o077:
         raise ConfigError(f"{file.name} must be readable by its owner only (chmod 600)")
     key = serialization.load_pem_private_key(file.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{file.name} must hold an Ed25519 key")
+    if not public_file.exists():
+        public = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+        _create(public_file, public, 0o644)
     return key
+
+
+def _create(file: Path, data: bytes, mode: int) -> None:
+    """Writes a file whole or not at all; one that another process made first stays."""
+    descriptor, draft = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            os.fchmod(descriptor, mode)
+        with suppress(FileExistsError):
+            os.link(draft, file)
+    finally:
+        Path(draft).unlink()
 
 
 def trusted_key(file: Path) -> Ed25519PublicKey:

@@ -1,6 +1,8 @@
 import hashlib
 import io
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,27 @@ def test_the_signing_key_is_made_once_and_its_public_half_verifies(tmp_path: Pat
     assert first.private_bytes_raw() == again.private_bytes_raw()
     trusted = trusted_key(tmp_path / "keys" / "bundle-signing.pub")
     trusted.verify(first.sign(b"text"), b"text")
+
+
+def test_a_lost_public_half_is_written_again(tmp_path: Path):
+    """As where a crash came between the two files: the next use mends it, and the key stays."""
+    key = signing_key(tmp_path)
+    (tmp_path / "bundle-signing.pub").unlink()
+    assert signing_key(tmp_path).private_bytes_raw() == key.private_bytes_raw()
+    trusted_key(tmp_path / "bundle-signing.pub").verify(key.sign(b"text"), b"text")
+
+
+def test_first_uses_at_the_same_time_agree_on_one_key(tmp_path: Path):
+    """Eight threads, one key, and no other file than its two halves."""
+    together = threading.Barrier(8)
+
+    def use(_: int) -> bytes:
+        together.wait(10)
+        return signing_key(tmp_path).private_bytes_raw()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(use, range(8)))) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bundle-signing.pem", "bundle-signing.pub"]
 
 
 def test_only_the_owner_may_read_the_signing_key(tmp_path: Path):
