@@ -51,11 +51,11 @@ class Deployments:
 
     def refresh(self) -> None:
         """Reads the folder again if a file changed; one that cannot be read leaves all as it was."""
-        stamp = self._stamps()
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         try:
+            stamp = self._stamps()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
             self._take(Deployment.read_all(self._folder))
         except (ConfigError, OSError) as error:
             log.error("deployments stay as they were: %s", error)

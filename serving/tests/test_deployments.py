@@ -28,6 +28,16 @@ def test_a_file_that_cannot_be_read_leaves_all_as_it_was(tmp_path, caplog):
     assert "shop.json is not a deployment" in caplog.text
 
 
+def test_a_file_that_vanishes_while_it_is_looked_at_leaves_all_as_it_was(tmp_path, caplog):
+    """A link to nothing is listed and cannot be asked for its time, like a file deleted in between."""
+    deployment(1).write(tmp_path)
+    deployments = Deployments(tmp_path)
+    (tmp_path / "other.json").symlink_to(tmp_path / "nothing")
+    deployments.refresh()
+    assert deployments.served("shop").version == 1
+    assert "deployments stay as they were" in caplog.text
+
+
 def test_a_file_that_cannot_be_read_at_the_start_is_an_error(tmp_path):
     """There is nothing to go on with."""
     (tmp_path / "shop.json").write_text("{}")
