@@ -52,6 +52,7 @@ class Worker:
         self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
         self._deadline_s = deadline_s
         self._readers: dict[tuple[str, int], Reader] = {}
+        self._said: dict[str, str | None] = {}
         self._behind = False
         self._refreshed_ms = now_ms()
 
@@ -129,7 +130,11 @@ class Worker:
     def _open_readers(self) -> None:
         """Ahead of the first request, which would wait for it for seconds."""
         for deployment in self._deployments.current.values():
+            said = None
             try:
                 self._reader(deployment)
             except ConfigError as error:
-                log.error("model %s cannot be predicted yet: %s", deployment.model, error)
+                said = f"cannot be predicted yet: {error}"
+            if said and said != self._said.get(deployment.model):  # else once a second
+                log.error("model %s %s", deployment.model, said)
+            self._said[deployment.model] = said

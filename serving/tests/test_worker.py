@@ -211,3 +211,21 @@ def test_a_view_that_is_not_there_yet_does_not_stop_the_worker(setup):
     setup.ask(2)
     setup.worker.step()
     assert setup.answered == [(1, "unavailable"), (2, "ok")]
+
+
+def test_a_view_that_is_missing_is_logged_once_until_something_changes(setup, caplog):
+    """Three refreshes say so once; another reason, or the same one after a success, is said again."""
+    opened, reasons = setup.worker._open_reader, ["no view", "no view", "no view", "no folder", None, "no view"]
+
+    def reader(asked):
+        if reason := reasons[setup.now_ms // REFRESH_MS - 1]:
+            raise ConfigError(reason)
+        return opened(asked)
+
+    setup.worker._open_reader = reader
+    for _ in reasons:
+        setup.now_ms += REFRESH_MS
+        setup.worker._readers.clear()
+        setup.worker.step()
+    said = [record.getMessage() for record in caplog.records if "cannot be predicted" in record.getMessage()]
+    assert said == [f"model shop cannot be predicted yet: {reason}" for reason in ("no view", "no folder", "no view")]
