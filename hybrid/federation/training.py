@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
     strategy = NoisedSum(planned, ServerOptimizer(settings.server_optimizer, settings.server_lr, start))
     engine = Engine.build(run.network, run.examples, LocalTraining(settings.local_steps, settings.local_lr))
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        ledger.reserve([rounds.event] * settings.rounds)
+        ledger.reserve([replace(rounds.event, count=settings.rounds)])
         nodes = {1: client_app(SimulatedAggregator(engine, ledger, rounds, seed=run.seed))}
         simulate(server_app(strategy, start, settings.rounds, _rounds(run, side)), nodes)
         spent = ledger.spent()

@@ -75,10 +75,12 @@ def test_server_only_is_the_head_with_zeros_for_a_device(tiny_model, people, tmp
 
 
 def test_a_run_directory_holds_the_whole_run(trained):
-    """Sixty spent rounds, the last checkpoint's weights, the settings, and metrics marked oracle."""
+    """Sixty spent rounds, reserved as one event, the last checkpoint's weights, the settings, and metrics marked oracle."""
     result, folder = trained["federated"]
     lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "spent" for line in lines) == 60
+    (reserved,) = (line for line in lines if line["kind"] == "reserved")
+    assert [event["count"] for event in reserved["events"]] == [60]
     with np.load(folder / "checkpoint.npz") as checkpoint:
         assert checkpoint["step"] == 60
         for name, value in result.weights.items():
