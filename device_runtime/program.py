@@ -49,8 +49,7 @@ class EmbedProgram:
         self._features: Features = bundle.manifest.features
         self._size = bundle.manifest.device_embedding
         # The program owns the bytes that its method reads, so it is kept as long as the method.
-        self._program = _load(bundle, "embed")
-        self._method = self._program.load_method("forward")
+        self._program, self._method = _load(bundle, "embed")
 
     def inputs(self, columns: Mapping[str, Sequence[Any]]) -> NDArray[np.float32]:
         """Raw device features by name, each (n,) -> (n, features) inputs.
@@ -75,7 +74,8 @@ class EmbedProgram:
         return embedding
 
 
-def _load(bundle: Bundle, name: str) -> Any:
+def _load(bundle: Bundle, name: str) -> tuple[Any, Any]:
+    """A program and its method."""
     if name not in bundle.programs:
         raise BundleError(f"the bundle must hold a program {name!r}, got {sorted(bundle.programs)}")
     disabled = logging.root.manager.disable
@@ -83,8 +83,9 @@ def _load(bundle: Bundle, name: str) -> Any:
     try:
         from executorch.runtime import Runtime
 
-        return Runtime.get().load_program(bundle.programs[name])
-    except RuntimeError as error:
-        raise BundleError(f"program {name!r} does not load in ExecuTorch: {error}") from None
+        program = Runtime.get().load_program(bundle.programs[name])
+        return program, program.load_method("forward")
+    except (RuntimeError, KeyError) as error:
+        raise BundleError(f"program {name!r} does not load in ExecuTorch: {error!r}") from None
     finally:
         logging.disable(disabled)
