@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,13 +51,13 @@ class PackedReader:
     Args:
         folder: of the Feast store.
         packed_view, join_key: their names in Feast.
-        join_key_type: "text" or "integer".
+        join_key_type: of the entity.
         schema_hash: of the features the model was trained with.
         max_age_s: older rows are stale; seconds.
         width: how many slots, s.
 
     Raises:
-        ConfigError: the view was not applied, or the key type is neither.
+        ConfigError: the view was not applied.
     """
 
     def __init__(
@@ -66,15 +66,13 @@ class PackedReader:
         *,
         packed_view: str,
         join_key: str,
-        join_key_type: str,
+        join_key_type: Literal["text", "integer"],
         schema_hash: str,
         max_age_s: float,
         width: int,
     ) -> None:
         from feast.errors import FeatureViewNotFoundException
 
-        if join_key_type not in ("text", "integer"):
-            raise ConfigError(f"join_key_type must be 'text' or 'integer', got {join_key_type!r}")
         store = _shared_store(folder)
         try:
             self._view = store.get_feature_view(packed_view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,7 +18,7 @@ class Deployment(BaseModel):
         model, version: the pair.
         definition_hash: of the definition it was trained from.
         packed_view: Feast view that holds the packed server slots.
-        join_key, join_key_type: of the entity; "text" or "integer".
+        join_key, join_key_type: of the entity.
         max_feature_age_s: older rows are refused as stale.
         server: server features, in slot order; their `schema_hash` is stored with each packed row.
         request: request features, in slot order, after the server's in the tower's input.
@@ -34,7 +35,7 @@ class Deployment(BaseModel):
     definition_hash: str
     packed_view: str
     join_key: str
-    join_key_type: str
+    join_key_type: Literal["text", "integer"]
     max_feature_age_s: float
     server: Features
     request: Features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from serving.kafka import Record
 EMBEDDING = 2
 
 
-def deployment(version: int = 1, join_key_type: str = "text") -> Deployment:
+def deployment(version: int = 1, join_key_type: Literal["text", "integer"] = "text") -> Deployment:
     """A deployment of model "shop": one server slot, a text and a number from the request, embeddings of 2."""
     return Deployment(
         model="shop",
