@@ -75,7 +75,7 @@ def test_server_only_is_the_head_with_zeros_for_a_device(tiny_model, people, tmp
 
 
 def test_a_run_directory_holds_the_whole_run(trained):
-    """Sixty spent rounds, reserved as one event, the last checkpoint's weights, the settings, and metrics marked oracle."""
+    """Sixty spent rounds, reserved as one, the last checkpoint's weights, the settings, and metrics marked oracle."""
     result, folder = trained["federated"]
     lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "spent" for line in lines) == 60
