@@ -49,7 +49,7 @@ class Answer:
         feature_age_ms: of the server's features when merged; -1 unless ok.
         merged: where the embeddings met; "" unless ok.
         latency_ms: from the row's inputs to the answer, retries included.
-        attempts: requests sent; 0 where the row could not be embedded.
+        attempts: requests sent; 1 to 3.
         error: one sentence; "" where ok.
     """
 
