@@ -27,9 +27,17 @@ from device_runtime.store import Rows
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, HybridError, ServingError
 from hybrid.privacy.mechanisms import NoiseSource, SystemNoise, clip_and_noise
+from hybrid.protocol import (
+    DEVICE_EMBEDDING,
+    ENTITY,
+    FEATURE_AGE_MS,
+    HEADER_LENGTH,
+    MERGED,
+    PREDICTION,
+    VERSION,
+)
 from hybrid.spec import Noised
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
 ATTEMPTS = 3
 TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
@@ -288,12 +296,12 @@ def request_body(
     """
     raw = np.ascontiguousarray(released, dtype="<f4").tobytes()
     datatypes = {name: "BYTES" if kind == "text" else "FP32" for name, kind in kinds.items()}
-    inputs: list[dict[str, Any]] = [{"name": "entity", "datatype": "BYTES", "shape": [1], "data": [entity]}]
+    inputs: list[dict[str, Any]] = [{"name": ENTITY, "datatype": "BYTES", "shape": [1], "data": [entity]}]
     inputs += [
         {"name": name, "datatype": datatype, "shape": [1], "data": [request[name]]}
         for name, datatype in datatypes.items()
     ]
-    embedding = {"name": "device_embedding", "datatype": "FP32", "shape": list(released.shape)}
+    embedding = {"name": DEVICE_EMBEDDING, "datatype": "FP32", "shape": list(released.shape)}
     inputs.append({**embedding, "parameters": {"binary_data_size": len(raw)}})
     header = json.dumps({"inputs": inputs}, allow_nan=False).encode()
     return header + raw, len(header)
@@ -313,7 +321,7 @@ def read_answer(status: int, content: bytes, manifest: Manifest) -> dict[str, An
 
 
 def _prediction(outputs: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    prediction, version = float(outputs["prediction"]), int(outputs["version"])
+    prediction, version = float(outputs[PREDICTION]), int(outputs[VERSION])
     if not 0 <= prediction <= 1:
         raise ValueError("not a probability")
     if version != manifest.version:
@@ -322,6 +330,6 @@ def _prediction(outputs: Mapping[str, Any], manifest: Manifest) -> dict[str, Any
         "status": "ok",
         "prediction": prediction,
         "version": version,
-        "feature_age_ms": int(outputs["feature_age_ms"]),
-        "merged": str(outputs["merged"]),
+        "feature_age_ms": int(outputs[FEATURE_AGE_MS]),
+        "merged": str(outputs[MERGED]),
     }

@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from hybrid.errors import BadRequest, BodyTooLarge, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.protocol import HEADER_LENGTH
 from serving import oip
 from serving.deployments import Deployments
 from serving.exchange import Exchange, Limits
@@ -98,14 +99,14 @@ class Gateway:
         if request.headers.get("content-encoding", "identity") != "identity":
             raise BadRequest("the body must not be compressed (no Content-Encoding)")
         body = await _body(request, self.max_body_bytes)
-        asked = oip.decode(body, request.headers.get(oip.HEADER_LENGTH), deployment)
+        asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
         if not self.ready():
             raise Unavailable("Kafka is not connected")
         answers = await self.ask(deployment, asked.rows)
         content, json_length = oip.encode(asked, answers, deployment)
         if json_length is None:
             return Response(content, media_type="application/json")
-        headers = {oip.HEADER_LENGTH: str(json_length)}
+        headers = {HEADER_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
 

@@ -21,12 +21,19 @@ from numpy.typing import NDArray
 
 from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, ServingError
+from hybrid.protocol import (
+    DEVICE_EMBEDDING,
+    ENTITY,
+    FEATURE_AGE_MS,
+    HEADER_LENGTH,
+    MERGED,
+    OUTPUTS,
+    PREDICTION,
+    VERSION,
+)
 
 MAX_ROWS = 1024  # of one request
 MAX_ENTITY_BYTES = 256
-ENTITY, EMBEDDING = "entity", "device_embedding"
-OUTPUTS = {"prediction": "FP32", "version": "INT64", "feature_age_ms": "INT64", "merged": "BYTES"}
-HEADER_LENGTH = "Inference-Header-Content-Length"
 _NUMPY: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
 
@@ -74,7 +81,7 @@ class Answers:
 def model_metadata(deployment: Deployment) -> dict[str, Any]:
     """What `GET /v2/models/{name}` answers."""
     inputs = {name: (datatype, [-1]) for name, datatype in _scalars(deployment).items()}
-    inputs[EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
+    inputs[DEVICE_EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
     return {
         "name": deployment.model,
         "versions": [str(deployment.version)],
@@ -99,7 +106,7 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
     document, raw = _split(body, header_length)
     inputs = _by_name(document.get("inputs"), "inputs")
     scalars = _scalars(deployment)
-    expected = [*scalars, EMBEDDING]
+    expected = [*scalars, DEVICE_EMBEDDING]
     unknown, missing = [n for n in inputs if n not in expected], [n for n in expected if n not in inputs]
     if unknown:
         raise BadRequest(f"unknown input {_short(unknown[0])}; {deployment.model} takes {expected}")
@@ -108,9 +115,9 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
     chunks = _chunks(inputs, raw)
     rows = _rows_of(inputs[ENTITY])
     columns = {n: _tensor(inputs[n], d, (rows,), chunks[n], n in deployment.request.names) for n, d in scalars.items()}
-    embedding = _tensor(inputs[EMBEDDING], "FP32", (rows, deployment.device_embedding), chunks[EMBEDDING])
+    embedding = _tensor(inputs[DEVICE_EMBEDDING], "FP32", (rows, deployment.device_embedding), chunks[DEVICE_EMBEDDING])
     if not np.isfinite(embedding).all():
-        raise BadRequest(f"input {EMBEDDING!r} must be finite, got NaN or infinity")
+        raise BadRequest(f"input {DEVICE_EMBEDDING!r} must be finite, got NaN or infinity")
     request = deployment.request.slots(deployment.request.inputs(columns)).reshape(rows, len(deployment.request))
     entity = _entities(columns[ENTITY], deployment.join_key_type)
     return Infer(_id(document), Rows(entity, request, embedding), _wanted(document))
@@ -120,10 +127,10 @@ def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[byte
     """The body of an answer, and the length of its JSON part if raw tensors follow it."""
     n = len(infer.rows)
     columns: dict[str, Any] = {
-        "prediction": answers.prediction,
-        "version": np.full(n, deployment.version),
-        "feature_age_ms": answers.feature_age_ms,
-        "merged": ["server"] * n,
+        PREDICTION: answers.prediction,
+        VERSION: np.full(n, deployment.version),
+        FEATURE_AGE_MS: answers.feature_age_ms,
+        MERGED: ["server"] * n,
     }
     outputs, raw = [], []
     for name, binary in infer.outputs.items():

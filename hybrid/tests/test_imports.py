@@ -7,7 +7,9 @@ HEAVY = {"executorch", "feast", "flwr", "kafka", "mlflow", "opacus", "pandas", "
 DEVICE = "device_runtime, device_runtime.client, device_runtime.program, device_runtime.store"
 
 
-@pytest.mark.parametrize("modules", ["hybrid", "hybrid.bundle, hybrid.messages, hybrid.deployment", DEVICE])
+@pytest.mark.parametrize(
+    "modules", ["hybrid", "hybrid.bundle, hybrid.messages, hybrid.deployment, hybrid.protocol", DEVICE]
+)
 def test_import_brings_nothing_heavy(modules: str):
     """Importing the nouns or the device's modules loads none of HEAVY: a phone pays only for what it runs."""
     code = f"import sys, {modules}; print(*sys.modules)"

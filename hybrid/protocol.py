@@ -1,0 +1,19 @@
+"""What gateway and devices call things in the Open Inference Protocol v2.
+
+Source: https://github.com/kserve/open-inference-protocol (inference_rest.md) and
+Triton's extension_binary_data.md.
+"""
+
+from __future__ import annotations
+
+HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON, where raw tensors follow it
+
+# Inputs; each request feature is one more, by its own name.
+ENTITY = "entity"  # BYTES (n,), join keys as text
+DEVICE_EMBEDDING = "device_embedding"  # FP32 (n, d), as released
+
+PREDICTION = "prediction"  # a probability
+VERSION = "version"  # that predicted
+FEATURE_AGE_MS = "feature_age_ms"  # of the server's features when merged
+MERGED = "merged"  # where the embeddings met
+OUTPUTS = {PREDICTION: "FP32", VERSION: "INT64", FEATURE_AGE_MS: "INT64", MERGED: "BYTES"}  # (n,) each
