@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def main() -> None:
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.set_defaults(run=_infer)
     arguments = vars(parser.parse_args())
+    os.umask(0o077)  # results are the person's
     run = arguments.pop("run")
     try:
         print(json.dumps(asyncio.run(run(**arguments))))

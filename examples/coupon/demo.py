@@ -62,6 +62,7 @@ def main() -> None:
     """Runs the demo; exit status 1 and a sentence if anything fails, or is not as the product promises."""
     from hybrid.local import stack as local
 
+    os.umask(0o077)  # as the `hybrid` command does: people's rows are their owner's
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of libraries, about libraries
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stack is stopped
     folder = Path("runs/demo").resolve()
@@ -130,6 +131,7 @@ def finish(
     """Writes report.json and report.html, and prints the table."""
     offline: NDArray[np.float64] = outcome.served_predictions[answers.row]
     figures = outcome.figures() | {
+        "oracle": ["auc", "log_loss", "fold_1"],  # computed on pooled data, as only a simulation can
         "epsilon": served.training.epsilon,
         "delta": served.training.delta,
         "requests": answers.requests,

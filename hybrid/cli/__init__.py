@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -21,6 +22,7 @@ for group in (models, features, population, train, promote, stack):
 
 def main() -> None:
     """Runs the command line; an error of ours is one sentence and exit status 1."""
+    os.umask(0o077)  # people's rows, keys and logs are their owner's, in every process that starts from here
     try:
         app()
     except HybridError as error:

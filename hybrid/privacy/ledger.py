@@ -8,9 +8,11 @@ from a device. One process at a time has it open.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +86,19 @@ class Entry(Line):
         return GaussianEvent(self.noise_multiplier, self.sampling)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A stretch of the file that cannot be read.
+
+    Attributes:
+        releases: that it may have held, at most; >= 1.
+    """
+
+    releases: int
+
+
+SHORTEST_ENTRY = 155  # bytes of a line of an `Entry` with a purpose of one letter, its end included
+
 _LINE: TypeAdapter[Opened | Reserved | Entry] = TypeAdapter(
     Annotated[Opened | Reserved | Entry, Field(discriminator="kind")]
 )
@@ -101,11 +116,12 @@ class Ledger:
         entries: every release so far, in order.
     """
 
-    def __init__(self, descriptor: int, lines: Sequence[Opened | Reserved | Entry | None], opened: Opened) -> None:
+    def __init__(self, descriptor: int, lines: Sequence[Opened | Reserved | Entry | Lost], opened: Opened) -> None:
         self.budget_epsilon, self.delta = opened.budget_epsilon, opened.delta
         self.entries = [line for line in lines if isinstance(line, Entry)]
         self._descriptor = descriptor
-        self._lost = [_costliest(lines)] * lines.count(None) if None in lines else []
+        lost = sum(line.releases for line in lines if isinstance(line, Lost))
+        self._lost = [_costliest(lines)] * lost if lost else []
         self._attempts = {(entry.purpose, entry.round): entry.attempt for entry in self.entries}
         self._reserved: Counter[tuple[float, float]] = Counter()
 
@@ -114,8 +130,9 @@ class Ledger:
         """Opens the ledger of a run, or starts one, and keeps other processes out until it is closed.
 
         A line that cannot be read, as a power cut may leave one, counts as the
-        costliest release that the ledger knows of: what was spent is never
-        taken for less.
+        costliest release that the ledger knows of, and as many of them as its
+        length can hold: damage is never taken for less spent. Whoever may write
+        the file can of course rewrite it: it is an account, not a seal.
 
         Args:
             folder: of the run, `runs/<run>`; made where it is missing.
@@ -234,7 +251,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise ConfigError(f"the ledger of run {folder.name!r} is open in another process: wait for it to end") from None
 
 
-def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened | Reserved | Entry | None]:
+def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened | Reserved | Entry | Lost]:
     content = _read(descriptor)
     if not content:
         _write(descriptor, wanted)
@@ -255,14 +272,14 @@ def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened
     return lines
 
 
-def _parse(line: bytes) -> Opened | Reserved | Entry | None:
+def _parse(line: bytes) -> Opened | Reserved | Entry | Lost:
     try:
         return _LINE.validate_json(line)
     except (ValidationError, ConfigError):
-        return None
+        return Lost(1 if len(line) < 2 * SHORTEST_ENTRY else math.ceil((len(line) + 1) / SHORTEST_ENTRY))
 
 
-def _costliest(lines: Sequence[Opened | Reserved | Entry | None]) -> GaussianEvent:
+def _costliest(lines: Sequence[Opened | Reserved | Entry | Lost]) -> GaussianEvent:
     """The least noise and the highest sampling of any release that a lost line may have been.
 
     Raises:

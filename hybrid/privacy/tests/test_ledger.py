@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import hybrid.privacy.ledger
 from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.privacy.accountant import GaussianEvent, epsilon
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
 
 DELTA = 1e-6
 PLAIN = GaussianEvent(10.0)
@@ -162,6 +163,28 @@ def test_a_lost_line_counts_as_the_costliest_release(tmp_path):
         assert ledger.spent() == epsilon([GaussianEvent(10.0)], DELTA)
 
 
+@pytest.mark.parametrize("damage", [lambda text: text.replace(b"\n", b" "), lambda text: bytes(len(text))])
+def test_damage_across_lines_counts_each_line_that_it_may_have_held(tmp_path, damage):
+    """Four of six releases run into one line, or are zeroed: never fewer than six are accounted for."""
+    with opened(tmp_path) as ledger:
+        for number in range(1, 7):
+            spend(ledger, number)
+    file = tmp_path / "ledger.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    entries = [place for place, line in enumerate(lines) if b'"spent"' in line][1:5]
+    first, last = entries[0], entries[-1] + 1
+    file.write_bytes(b"".join(lines[:first]) + damage(b"".join(lines[first:last])) + b"\n" + b"".join(lines[last:]))
+    with opened(tmp_path) as ledger:
+        assert ledger.spent().epsilon >= epsilon([GaussianEvent(10.0, count=6)], DELTA).epsilon
+
+
+def test_no_entry_is_shorter_than_what_damage_is_divided_by():
+    """One letter, one digit a number, a time in UTC without a fraction: the shortest line there can be."""
+    time = datetime(2026, 1, 1, tzinfo=UTC)
+    shortest = Entry(purpose="t", noise_multiplier=1.0, sampling=1.0, clip=1.0, round=1, attempt=1, time=time)
+    assert len(shortest.model_dump_json()) + 1 == SHORTEST_ENTRY
+
+
 @pytest.mark.parametrize("keep", [1, 30])
 def test_a_ledger_that_says_nothing_is_not_a_fresh_one(tmp_path, keep):
     """Cut within its first line it is refused: an account that was lost is not an empty one."""
@@ -174,9 +197,10 @@ def test_a_ledger_that_says_nothing_is_not_a_fresh_one(tmp_path, keep):
 
 CHILD = """
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from hybrid.privacy.accountant import GaussianEvent
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
 
 ledger = Ledger.open(Path(sys.argv[1]), budget_epsilon=float(sys.argv[2]), delta=float(sys.argv[3]))
 ledger.reserve([GaussianEvent(10.0, count=5)])
@@ -205,7 +229,7 @@ FULL_DISK = """
 import os, resource, sys
 from pathlib import Path
 from hybrid.privacy.accountant import GaussianEvent
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
 
 folder = Path(sys.argv[1])
 ledger = Ledger.open(folder, budget_epsilon=float(sys.argv[2]), delta=float(sys.argv[3]))
