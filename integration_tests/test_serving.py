@@ -23,7 +23,7 @@ from torch import nn
 
 from feature_store.materialize import apply, materialize
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, View
-from hybrid.deployment import Deployment
+from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local import kafka as local_kafka
 from hybrid.local.process import Process, Service, free_ports, http_ok, log_has, running
@@ -32,6 +32,7 @@ from hybrid.network import Network
 from serving.kafka import GROUP
 
 SIZE = 4
+NO_HASH = "0" * 64  # nothing is registered here
 SHOPS = {"bakery": ("food", 12.0), "kiosk": ("press", None), "cinéma": ("film", 300.0)}
 
 
@@ -70,24 +71,6 @@ def shop_model(source):
         privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
         merge="server",
         release=Clear(reason="random weights in a test"),
-    )
-
-
-def deployment_of(model, version, names):
-    return Deployment(
-        model=model.name,
-        version=version,
-        definition_hash="0" * 64,
-        packed_view=model.server.packed_view,
-        join_key=model.server.entity.join_key,
-        join_key_type=model.server.entity.dtype,
-        max_feature_age_s=model.server.max_feature_age.total_seconds(),
-        server=model.server.features,
-        request=model.request_features,
-        server_embedding=SIZE,
-        device_embedding=SIZE,
-        server_tower=names[0],
-        head=names[1],
     )
 
 
@@ -137,7 +120,7 @@ def serving(kafka, triton, cache, tmp_path_factory):
     write_shops(folder / "shops.parquet")
     model = shop_model(folder / "shops.parquet")
     network = Network.build(model, seed=3)
-    deployment_of(model, 2, export(network, 2, folder / "triton")).write(folder / "deployments")
+    deployment_of(network, 2, NO_HASH, export(network, 2, folder / "triton")).write(folder / "deployments")
     apply(model, folder / "feast")
     materialize(model, folder / "feast", datetime.now(UTC))
     models = triton(folder / "triton").grpc
@@ -348,7 +331,7 @@ def test_a_version_promoted_later_is_served_without_a_restart(serving):
     """Gateway, worker and Triton take up version 5; its answers are its own network's."""
     promoted = Network.build(serving.network.model, seed=9)
     names = export(promoted, 5, serving.folder / "triton")
-    first = deployment_of(promoted.model, 5, names).write(serving.folder / "deployments")
+    first = deployment_of(promoted, 5, NO_HASH, names).write(serving.folder / "deployments")
     assert first.is_file()
     embedding = np.array([[0.5, -1.0, 0.25, 2.0]], np.float32)
     expected = replace(serving, network=promoted).offline(["bakery"], ["7AM"], [12.5], embedding)

@@ -19,11 +19,11 @@ import psutil
 import pytest
 
 from feature_store.materialize import apply, materialize
-from hybrid.deployment import Deployment
+from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local.stack import shared_memory
 from hybrid.network import Network
-from hybrid.spec import HybridModel, load_model
+from hybrid.spec import load_model
 from hybrid.workspace import Workspace
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
@@ -65,25 +65,6 @@ class Project:
         return [*self.processes_naming(str(self.workspace.root)), *(file.name for file in files)]
 
 
-def deployment(model: HybridModel, network: Network, names: tuple[str, str]) -> Deployment:
-    server = model.server
-    return Deployment(
-        model=model.name,
-        version=1,
-        definition_hash="0" * 64,
-        packed_view=server.packed_view,
-        join_key=server.entity.join_key,
-        join_key_type=server.entity.dtype,
-        max_feature_age_s=server.max_feature_age.total_seconds(),
-        server=server.features,
-        request=model.request_features,
-        server_embedding=network.server_embedding,
-        device_embedding=network.device_embedding,
-        server_tower=names[0],
-        head=names[1],
-    )
-
-
 @pytest.fixture(scope="module")
 def promoted(
     tmp_path_factory: pytest.TempPathFactory, cache: Path, processes_naming: Callable[[str], list[str]]
@@ -99,7 +80,7 @@ def promoted(
     )
     workspace, model = Workspace(folder / ".hybrid"), load_model(file)
     network = Network.build(model)
-    deployment(model, network, export(network, 1, workspace.triton)).write(workspace.deployments)
+    deployment_of(network, 1, "0" * 64, export(network, 1, workspace.triton)).write(workspace.deployments)
     apply(model, workspace.feast)
     materialize(model, workspace.feast, datetime.now(UTC))
     return Project(workspace, cache, processes_naming)

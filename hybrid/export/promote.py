@@ -57,7 +57,36 @@ def export_version(
     files = {name: workspace.triton / name / str(version.number) / "model.onnx" for name in (tower, head)}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(data) for name, data in programs.items()} | {"bundle": bundle.stat().st_size}
-    return Exported(_deployment(version, network, tower, head), bundle, manifest, sizes)
+    deployment = deployment_of(network, version.number, version.definition_hash, (tower, head))
+    return Exported(deployment, bundle, manifest, sizes)
+
+
+def deployment_of(network: Network, version: int, definition_hash: str, names: tuple[str, str]) -> Deployment:
+    """What serving is told of a version.
+
+    Args:
+        network: of the model.
+        version: its number, in Triton too.
+        definition_hash: of the definition it was trained from.
+        names: of the Triton models, as `triton.export` returns them.
+    """
+    model, server = network.model, network.model.server
+    server_tower, head = names
+    return Deployment(
+        model=model.name,
+        version=version,
+        definition_hash=definition_hash,
+        packed_view=server.packed_view,
+        join_key=server.entity.join_key,
+        join_key_type=server.entity.dtype,
+        max_feature_age_s=server.max_feature_age.total_seconds(),
+        server=server.features,
+        request=model.request_features,
+        server_embedding=network.server_embedding,
+        device_embedding=network.device_embedding,
+        server_tower=server_tower,
+        head=head,
+    )
 
 
 def _check(version: Version, model: HybridModel) -> None:
@@ -84,23 +113,4 @@ def _manifest(version: Version, network: Network) -> Manifest:
         merge=model.merge,
         release=model.release,
         programs={},
-    )
-
-
-def _deployment(version: Version, network: Network, tower: str, head: str) -> Deployment:
-    server = network.model.server
-    return Deployment(
-        model=network.model.name,
-        version=version.number,
-        definition_hash=version.definition_hash,
-        packed_view=server.packed_view,
-        join_key=server.entity.join_key,
-        join_key_type=server.entity.dtype,
-        max_feature_age_s=server.max_feature_age.total_seconds(),
-        server=server.features,
-        request=network.model.request_features,
-        server_embedding=network.server_embedding,
-        device_embedding=network.device_embedding,
-        server_tower=tower,
-        head=head,
     )
