@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -183,6 +184,13 @@ def test_devices_get_the_predictions_that_torch_gives(project: Project, gateway:
     np.testing.assert_allclose(predicted["prediction"], project.offline()[:-2], atol=1e-5)
     assert set(refused["status"]) == {"unknown_entity"}
     assert set(refused["http_status"]) == {404}
+
+
+def test_promotion_on_a_running_stack_finds_its_triton(project: Project, gateway: str):
+    """It asks the real one for both models, and the gateway goes on serving."""
+    done = project.promote("production")
+    assert done.exit_code == 0, done.output
+    assert httpx.get(f"{gateway}/v2/models/coupon/versions/1/ready").status_code == 200
 
 
 def test_a_device_refuses_a_bundle_that_its_host_app_did_not_sign(
