@@ -154,6 +154,11 @@ class Label(Declared):
             raise ValueError("absent says what no event within `window` means, so it needs a window")
         return self
 
+    @property
+    def protects(self) -> str:
+        """What epsilon is about."""
+        return "device features" if self.visible_to == "server" else "device features and label"
+
 
 class Privacy(Declared):
     """The privacy budget of one training, and what it protects.
@@ -176,7 +181,7 @@ class Clear(Declared):
     """The device embedding is released as it is. Whoever holds the tower may invert it.
 
     Attributes:
-        reason: why that is acceptable here; shown wherever the model is.
+        reason: why that is acceptable here; printed by `hybrid register`, `show` and `promote`.
     """
 
     kind: Literal["clear"] = "clear"
@@ -300,7 +305,7 @@ class HybridModel(Declared):
     @property
     def protects(self) -> str:
         """What epsilon is about."""
-        return "device features" if self.label.visible_to == "server" else "device features and label"
+        return self.label.protects
 
     def definition(self) -> dict[str, Any]:
         """The declaration as JSON values, without the towers' code."""

@@ -46,6 +46,24 @@ class TrainingRecord(BaseModel):
     protects: str | None = None
     oracle: dict[str, float] = {}
 
+    def privacy_lines(self) -> tuple[str, ...]:
+        """The whole claim in words, to be printed wherever epsilon is.
+
+        Returns:
+            Epsilon with delta, unit and what it protects; the mechanism over its rounds
+            and their sampling; what it rests on. One line where there was no mechanism.
+        """
+        if self.epsilon is None:
+            return ("none: trained on pooled data, without a mechanism",)
+        said = {name: "?" if value is None else value for name, value in self.model_dump().items()}
+        sampling = "everybody in each" if self.sampling == 1 else "each person in each with probability {sampling}"
+        lines = (
+            f"epsilon {self.epsilon:.3f} at delta {{delta}} per {{unit}}; protects the {{protects}}",
+            f"{{mechanism}}; {{rounds}} rounds, {sampling}",
+            "assumes: {assumption}",
+        )
+        return tuple(line.format_map(said) for line in lines)
+
 
 @dataclass(frozen=True)
 class Version:

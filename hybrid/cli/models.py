@@ -16,10 +16,9 @@ from hybrid.workspace import Workspace
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hybrid.features import Transform
     from hybrid.registry import Registered
     from hybrid.spec import HybridModel
-    from hybrid.version import Version
+    from hybrid.version import TrainingRecord, Version
 
 app = typer.Typer()
 
@@ -111,16 +110,8 @@ def _print_registered(model: HybridModel, digest: str, network: Mapping[str, Any
 
     console = Console(highlight=False)
     table = _table(f"{model.name}, definition {digest[:12]}")
-    for side, transforms in _sides(model).items():
-        table.add_row(f"{side} features", ", ".join(f"{n} ({_kind(t)})" for n, t in transforms.items()) or "none")
+    _add_declaration(table, model.definition())
     _add_network(table, network)
-    table.add_row("label", f"{model.label.column}, visible to the {model.label.visible_to}")
-    privacy = model.privacy
-    table.add_row(
-        "privacy",
-        f"epsilon <= {privacy.epsilon:g} at delta {privacy.delta:g} per {privacy.unit}; protects {model.protects}",
-    )
-    table.add_row("release", _released(model))
     console.print(table)
     if model.label.visible_to == "device":
         console.print("Registered. Training with a label that only devices see comes with a later release.")
@@ -131,26 +122,32 @@ def _print_registered(model: HybridModel, digest: str, network: Mapping[str, Any
         )
 
 
-def _sides(model: HybridModel) -> dict[str, Mapping[str, Transform]]:
-    return {"server": model.server.features.transforms, "request": model.request, "device": model.device}
+def _add_declaration(table: Table, declaration: Mapping[str, Any]) -> None:
+    """What was declared: features by side, who learns the label, the budget, and what a release discloses."""
+    from hybrid.spec import Label, Privacy
+
+    served = {name: kind for view in declaration["server"]["views"] for name, kind in view["features"].items()}
+    sides = {"server": served, "request": declaration["request"], "device": declaration["device"]}
+    for side, transforms in sides.items():
+        features = ", ".join(f"{name} ({transform['kind']})" for name, transform in transforms.items())
+        table.add_row(f"{side} features", features or "none")
+    label, privacy = Label(**declaration["label"]), Privacy(**declaration["privacy"])
+    table.add_row("label", f"{label.column}, visible to the {label.visible_to}")
+    budget = f"epsilon <= {privacy.epsilon:g} at delta {privacy.delta:g} per {privacy.unit}"
+    table.add_row("privacy", f"{budget}; protects {label.protects}")
+    table.add_row("release", _released(declaration["release"], privacy.delta))
 
 
-def _kind(transform: Transform) -> str:
-    return type(transform).__name__.lower()
-
-
-def _released(model: HybridModel) -> str:
+def _released(release: Mapping[str, Any] | None, delta: float) -> str:
     """How the device embedding leaves the device, and what that discloses."""
     from hybrid.privacy.mechanisms import local_epsilon
-    from hybrid.spec import Noised
 
-    release, delta = model.release, model.privacy.delta
-    if isinstance(release, Noised):
-        epsilon = local_epsilon(release.sigma, delta)
-        return f"noised: each request has a local epsilon of {epsilon:.3g} at delta {delta:g}, and requests add up"
     if release is None:
         return "none"
-    return f"clear: whoever holds the tower can try inputs until one gives the embedding. Reason: {release.reason}"
+    if release["kind"] == "noised":
+        epsilon = local_epsilon(release["sigma"], delta)
+        return f"noised: each request has a local epsilon of {epsilon:.3g} at delta {delta:g}, and requests add up"
+    return f"clear: whoever holds the tower can try inputs until one gives the embedding. Reason: {release['reason']}"
 
 
 def _add_network(table: Table, network: Mapping[str, Any]) -> None:
@@ -176,27 +173,31 @@ def _version_json(version: Version) -> dict[str, Any]:
 def _print_shown(shown: Mapping[str, Any]) -> None:
     from rich.console import Console
 
+    from hybrid.version import TrainingRecord
+
     number = f":{shown['version']}" if "version" in shown else ""
     table = _table(f"{shown['name']}{number}")
     table.add_row("definition", shown["definition_hash"])
     if "version" in shown:
         table.add_row("aliases", ", ".join(shown["aliases"]) or "none")
-        _add_training(table, shown["training"])
+        _add_training(table, TrainingRecord(**shown["training"]))
     else:
         table.add_row("file", shown["file"])
         table.add_row("versions", ", ".join(map(str, shown["versions"])) or "not trained")
         table.add_row("aliases", ", ".join(f"{a} -> {n}" for a, n in sorted(shown["aliases"].items())) or "none")
+    _add_declaration(table, shown["definition"]["declaration"])
     _add_network(table, shown["definition"]["network"])
     Console(highlight=False).print(table)
 
 
-def _add_training(table: Table, training: Mapping[str, Any]) -> None:
-    for field, value in training.items():
-        if value is not None and field != "oracle":
-            table.add_row(field, f"{value:.4g}" if isinstance(value, float) else str(value))
-    if training["epsilon"] is None:
-        table.add_row("privacy", "none: no mechanism")
-    for metric, value in training["oracle"].items():
+def _add_training(table: Table, record: TrainingRecord) -> None:
+    learned = f"{record.kind}, from {record.users} users and {record.examples} examples of {record.population}"
+    table.add_row("training", learned)
+    table.add_row("run", record.run)
+    table.add_row("privacy spent", "\n".join(record.privacy_lines()))
+    if record.noise_multiplier is not None:
+        table.add_row("noise", f"{record.noise_multiplier:.4g} x clip {record.clip}")
+    for metric, value in record.oracle.items():
         table.add_row(f"{metric} (oracle: pooled data, simulation only)", f"{value:.4g}")
 
 

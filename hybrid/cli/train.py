@@ -173,12 +173,7 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         print(json.dumps(shown))
         return
     print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
-    if record.epsilon is not None:
-        print(f"privacy: epsilon {record.epsilon:.3f} at delta {record.delta:g}, unit {record.unit}")
-        print(f"  protects the {record.protects}; {record.mechanism}")
-        print(f"  assumes: {record.assumption}")
-    else:
-        print("privacy: none, trained on pooled data")
+    print("privacy: " + "\n  ".join(record.privacy_lines()))
     if record.oracle:
         print("held-out users (oracle): " + ", ".join(f"{name} {value:.4f}" for name, value in record.oracle.items()))
     print(f"run: {run_dir}")

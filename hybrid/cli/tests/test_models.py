@@ -79,8 +79,9 @@ def hybrid(*words: str) -> str:
 
 
 def test_registering_says_what_was_declared(project: Path):
-    """Features by side, sizes, the budget and what it protects, the release and what it discloses."""
+    """Features by side, sizes, the budget and what it protects, the release and what it discloses; so does showing."""
     shown = hybrid("register", str(project / "model.py"))
+    shown_again = hybrid("show", "taxi")
     for part in (
         "demand (numeric)",
         "hour (categorical)",
@@ -90,9 +91,10 @@ def test_registering_says_what_was_declared(project: Path):
         "epsilon <= 4 at delta 1e-05 per user; protects device features",
         "clear: whoever holds the tower can try inputs until one gives the embedding",
         "for a test of the command",
-        "Registered. Next: `hybrid features apply taxi`",
     ):
         assert part in shown
+        assert part in shown_again
+    assert "Registered. Next: `hybrid features apply taxi`" in shown
 
 
 def test_a_noised_release_is_shown_with_its_local_epsilon(project: Path):
@@ -168,6 +170,12 @@ def test_a_trained_version_is_shown_with_what_it_cost(project: Path):
         examples=90,
         epsilon=3.21,
         delta=1e-5,
+        sampling=0.5,
+        rounds=70,
+        mechanism="Gaussian; accountant: PRV",
+        assumption="independent coins",
+        unit="user",
+        protects="device features",
         oracle={"auc": 0.7},
     )
     weights = {"head.scale": np.ones(1, dtype=np.float32)}
@@ -176,6 +184,9 @@ def test_a_trained_version_is_shown_with_what_it_cost(project: Path):
     assert (shown["version"], shown["aliases"], shown["training"]["epsilon"]) == (1, ["canary"], 3.21)
     text = hybrid("show", "taxi:1")
     assert "3.21" in text
+    for line in training.privacy_lines():
+        assert line in text
+    assert "for a test of the command" in text
     assert "auc (oracle: pooled data, simulation only)" in text
     assert "canary -> 1" in hybrid("models")
 

@@ -1,0 +1,39 @@
+"""What a training record says of its privacy."""
+
+from __future__ import annotations
+
+from hybrid.version import TrainingRecord
+
+RECORD = TrainingRecord(
+    kind="federated",
+    run="r1",
+    population="riders",
+    users=30,
+    examples=90,
+    epsilon=3.5,
+    delta=1e-5,
+    noise_multiplier=2.0,
+    clip=1.0,
+    sampling=0.5,
+    rounds=70,
+    mechanism="Gaussian noise; accountant: PRV",
+    assumption="nobody sees who took part",
+    unit="user",
+    protects="device features",
+)
+
+
+def test_an_epsilon_is_told_with_all_that_it_means():
+    """Delta, unit, what it protects, mechanism, rounds, sampling, assumption."""
+    assert RECORD.privacy_lines() == (
+        "epsilon 3.500 at delta 1e-05 per user; protects the device features",
+        "Gaussian noise; accountant: PRV; 70 rounds, each person in each with probability 0.5",
+        "assumes: nobody sees who took part",
+    )
+    assert "70 rounds, everybody in each" in RECORD.model_copy(update={"sampling": 1.0}).privacy_lines()[1]
+
+
+def test_without_a_mechanism_nothing_is_claimed():
+    """A reference has one line, and no epsilon in it."""
+    record = TrainingRecord(kind="central", run="r1", population="riders", users=30, examples=90)
+    assert record.privacy_lines() == ("none: trained on pooled data, without a mechanism",)
