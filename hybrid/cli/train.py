@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -51,6 +52,12 @@ def train(
     local_lr: Annotated[float | None, typer.Option(help="Learning rate of those steps.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="A class of torch.optim, e.g. SGD, Adam.")] = None,
     server_lr: Annotated[float | None, typer.Option(help="Its learning rate.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one with a new budget."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the new version as JSON.")] = False,
 ) -> None:
     """Trains a new version of a model on a population, and registers it.
@@ -59,7 +66,8 @@ def train(
     tower is fitted on the label that the server sees, then device tower and head
     learn from noised sums of clipped updates. The last options stand for fields
     of the model's `training`. Everything about the run is in one folder under
-    `runs/`, its privacy ledger included. Whatever is measured on held-out users
+    `runs/`, its privacy ledger included: with --run, trainings share one budget,
+    and one that would pass it is refused. Whatever is measured on held-out users
     is marked "oracle": only a simulation can see it.
 
     Example: hybrid train coupon --epsilon 4 --fold 1/5
@@ -84,8 +92,8 @@ def train(
     from hybrid.federation.training import train as train_model
 
     train_on, held_out = _examples(declared, population or model, fold, workspace)
-    run_dir = _new_run(workspace.runs, f"{model}-{kind}", datetime.now(UTC))
-    with _progress(f"{kind} training of {model}") as progress:
+    folder = _run(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}")
+    with folder as run_dir, _progress(f"{kind} training of {model}") as progress:
         trained = train_model(
             declared,
             train_on,
@@ -142,9 +150,22 @@ def _fold(text: str) -> tuple[int, int]:
     return int(held_out), int(folds)
 
 
-def _new_run(runs: Path, name: str, now: datetime) -> Path:
-    """An empty folder of its own, and with it a ledger of its own."""
-    stem = f"{now:%Y%m%dT%H%M%SZ}-{name}"
+@contextmanager
+def _run(runs: Path, name: str | None, new: str) -> Iterator[Path]:
+    """The folder of a run, and with it a ledger; none is left of a training that was refused at once."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
+        raise ConfigError(f"--run must be letters, digits, _, . and -, and start with a letter or digit, got {name!r}")
+    folder = _new_run(runs, new) if name is None else runs / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _new_run(runs: Path, stem: str) -> Path:
+    """An empty folder of its own."""
     for attempt in range(1, 1000):
         folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:

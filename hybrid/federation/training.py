@@ -104,7 +104,6 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
     run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress)
-    _write_json(run_dir / "config.json", _config(run, budget))
     with _threads(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -144,11 +143,13 @@ class _Run:
 
 
 def _central(run: _Run) -> dict[str, Any]:
+    _write_json(run.folder / "config.json", _config(run))
     run.checkpoint(fit_everything(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
 
 def _server_only(run: _Run) -> dict[str, Any]:
+    _write_json(run.folder / "config.json", _config(run))
     run.checkpoint(fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
@@ -169,6 +170,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
     engine = Engine.build(run.network, run.examples, LocalTraining(settings.local_steps, settings.local_lr))
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
         ledger.reserve([replace(rounds.event, count=settings.rounds)])
+        _write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
         nodes = {1: client_app(SimulatedAggregator(engine, ledger, rounds, seed=run.seed))}
         simulate(server_app(strategy, start, settings.rounds, _rounds(run, side)), nodes)
         spent = ledger.spent()
@@ -253,7 +255,7 @@ def _checked_budget(model: HybridModel, users: int, epsilon: float | None) -> fl
     return budget
 
 
-def _config(run: _Run, budget: float | None) -> dict[str, Any]:
+def _config(run: _Run, budget: float | None = None) -> dict[str, Any]:
     model = run.network.model
     config = {
         "model": model.name,
