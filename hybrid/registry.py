@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,7 @@ class Registry:
         self._database = workspace.mlflow / "mlflow.db"
 
     def register(self, model: HybridModel, network_description: Mapping[str, Any], file: Path) -> str:
-        """Stores a definition and a copy of the file it came from; the newest is the one trained.
+        """Stores a definition and where its file is; the newest is the one trained.
 
         Args:
             model: built by `file`.
@@ -91,11 +92,15 @@ class Registry:
             The definition's hash, over declaration and network description.
         """
         definition = {"declaration": model.definition(), "network": dict(network_description)}
-        digest, code = definition_hash(definition), file.read_bytes()
-        record = {"hash": digest, "file": str(file.resolve()), "file_sha256": _sha256(code), **definition}
+        digest = definition_hash(definition)
+        record = {
+            "hash": digest,
+            "file": str(file.resolve()),
+            "file_sha256": _sha256(file.read_bytes()),
+            **definition,
+        }
         folder = self._definitions / model.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.py").write_bytes(code)
         draft = folder / f"{DEFINITION}.new"
         draft.write_text(json.dumps(record, indent=2))
         draft.replace(folder / DEFINITION)
@@ -110,9 +115,12 @@ class Registry:
         """
         record = self._record(name)
         file = Path(record["file"])
-        again = f"run `hybrid register {file.name}` again"
         if not file.is_file():
-            raise ConfigError(f"{name} was registered from {file.name!r}, which is gone; {again} from where it is")
+            raise ConfigError(
+                f"{name} was registered from {file.name!r}, which is gone; "
+                f"run `hybrid register {file.name}` again from where it is"
+            )
+        again = f"run `hybrid register {shlex.quote(os.path.relpath(file))}` again"
         if _sha256(file.read_bytes()) != record["file_sha256"]:
             raise ConfigError(f"{file.name!r} of {name} changed since it was registered; {again}")
         model = load_model(file)
@@ -157,7 +165,7 @@ class Registry:
         weights: Mapping[str, NDArray[Any]],
         training: TrainingRecord,
         curves: Curves,
-        expected_hash: str | None = None,
+        expected_hash: str,
     ) -> int:
         """Adds an immutable version of what is registered now.
 
@@ -166,7 +174,7 @@ class Registry:
             weights: "part.name" -> array, finite, as `Network.weights` gives them.
             training: how they came to be, and their cost in privacy.
             curves: metric -> (round, value) points, drawn by MLflow's UI.
-            expected_hash: of the definition that was trained; None: not checked.
+            expected_hash: of the definition that was trained.
 
         Returns:
             The version's number, from 1.
@@ -176,7 +184,7 @@ class Registry:
             ConfigError: another definition was registered since, or a weight is not finite.
         """
         record = self._record(name)
-        if expected_hash not in (None, record["hash"]):
+        if expected_hash != record["hash"]:
             raise ConfigError(f"another definition of {name} was registered while this one was trained; train it again")
         bad = sorted(part for part, value in weights.items() if not np.isfinite(value).all())
         if bad:

@@ -64,11 +64,11 @@ def registered(folder: Path, text: str = FILE) -> tuple[Registry, str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     """A registry with two versions of one model, the second in production; a store takes seconds to make."""
-    registry, _ = registered(tmp_path_factory.mktemp("trained"))
+    registry, digest = registered(tmp_path_factory.mktemp("trained"))
     curves = {"loss": [(1, 0.9), (2, 0.8)]}
-    assert registry.create_version("taxi", weights=WEIGHTS, training=TRAINING, curves=curves) == 1
+    assert registry.create_version("taxi", weights=WEIGHTS, training=TRAINING, curves=curves, expected_hash=digest) == 1
     doubled = {name: value * 2 for name, value in WEIGHTS.items()}
-    assert registry.create_version("taxi", weights=doubled, training=TRAINING, curves={}) == 2
+    assert registry.create_version("taxi", weights=doubled, training=TRAINING, curves={}, expected_hash=digest) == 2
     registry.set_alias("taxi", 2, "production")
     return registry
 
@@ -80,7 +80,7 @@ def test_a_registered_model_is_read_back_from_its_file(tmp_path: Path):
     assert registry.definition_hash("taxi") == digest
     stored = json.loads((tmp_path / ".hybrid/definitions/taxi/definition.json").read_text())
     assert stored["network"] == NETWORK
-    assert (tmp_path / ".hybrid/definitions/taxi/model.py").read_text() == FILE
+    assert stored["file"] == str(tmp_path / "model.py")
 
 
 def test_the_hash_covers_the_network(tmp_path: Path):
@@ -100,6 +100,15 @@ def test_a_file_that_changed_is_not_used(tmp_path: Path):
     assert registry.load_model("taxi").privacy.epsilon == 5
     (tmp_path / "model.py").unlink()
     with pytest.raises(ConfigError, match=r"which is gone; run `hybrid register model.py` again"):
+        registry.load_model("taxi")
+
+
+def test_the_command_that_mends_a_changed_file_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its path is the file's, from the current folder."""
+    registry, _ = registered(tmp_path / "my team")
+    (tmp_path / "my team/model.py").write_text(FILE.replace("epsilon=4", "epsilon=5"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"run `hybrid register 'my team/model.py'` again"):
         registry.load_model("taxi")
 
 
@@ -186,7 +195,8 @@ def test_curves_are_in_mlflow(trained: Registry):
 
 def test_damaged_weights_are_refused(trained: Registry):
     """A version never changes: weights that are others than recorded are not served."""
-    number = trained.create_version("taxi", weights=WEIGHTS, training=TRAINING, curves={})
+    digest = trained.definition_hash("taxi")
+    number = trained.create_version("taxi", weights=WEIGHTS, training=TRAINING, curves={}, expected_hash=digest)
     source = trained._client.get_model_version("taxi", str(number)).source
     stored = Path(source.removeprefix("file://")) / "weights.npz"
     stored.write_bytes(stored.read_bytes()[:-1] + b"\x01")
@@ -196,11 +206,10 @@ def test_damaged_weights_are_refused(trained: Registry):
 
 def test_weights_that_are_not_finite_are_no_version(trained: Registry):
     """A training that diverged says so, and adds nothing."""
-    before = trained.model("taxi").versions
+    before, digest = trained.model("taxi").versions, trained.definition_hash("taxi")
+    weights = WEIGHTS | {"head.bias": np.array([np.nan])}
     with pytest.raises(ConfigError, match=r"weights must be finite, got others in \['head.bias'\]"):
-        trained.create_version(
-            "taxi", weights=WEIGHTS | {"head.bias": np.array([np.nan])}, training=TRAINING, curves={}
-        )
+        trained.create_version("taxi", weights=weights, training=TRAINING, curves={}, expected_hash=digest)
     assert trained.model("taxi").versions == before
 
 

@@ -179,7 +179,9 @@ def test_a_trained_version_is_shown_with_what_it_cost(project: Path):
         oracle={"auc": 0.7},
     )
     weights = {"head.scale": np.ones(1, dtype=np.float32)}
-    registry.set_alias("taxi", registry.create_version("taxi", weights=weights, training=training, curves={}), "canary")
+    digest = registry.definition_hash("taxi")
+    number = registry.create_version("taxi", weights=weights, training=training, curves={}, expected_hash=digest)
+    registry.set_alias("taxi", number, "canary")
     shown = json.loads(hybrid("show", "taxi@canary", "--json"))
     assert (shown["version"], shown["aliases"], shown["training"]["epsilon"]) == (1, ["canary"], 3.21)
     text = hybrid("show", "taxi:1")
@@ -197,7 +199,9 @@ def test_weights_are_not_promoted_under_other_mathematics(project: Path):
     registry = Registry(Workspace.current())
     before = registry.definition_hash("taxi")
     training = TrainingRecord(kind="federated", run="r1", population="riders", users=9, examples=90)
-    registry.create_version("taxi", weights={"head.scale": np.ones(1)}, training=training, curves={})
+    registry.create_version(
+        "taxi", weights={"head.scale": np.ones(1)}, training=training, curves={}, expected_hash=before
+    )
     (project / "model.py").write_text(FILE.replace("server * device", "server - device"))
     hybrid("register", str(project / "model.py"))
     assert registry.definition_hash("taxi") != before
