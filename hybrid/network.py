@@ -233,7 +233,7 @@ class Network:
         """Refuses to go on with another network than the registered one.
 
         The model's file can be the same and the network another: a tower may
-        come from a module that the file imports.
+        come from a module that the file imports, or another torch export other operations.
 
         Args:
             description: what `description` returned at registration.
@@ -244,7 +244,7 @@ class Network:
         if self.description() != description:
             raise ConfigError(
                 f"the network of {self.model.name!r} changed since it was registered, in a module that its file "
-                "imports; run `hybrid register` again"
+                "imports or with another release of torch; run `hybrid register` again"
             )
 
 
