@@ -21,7 +21,8 @@ def main() -> None:
         "infer",
         help="ask the gateway for a prediction of every stored row",
         description="Verifies the bundle, embeds each stored row with its program, sends what the model declares "
-        "that a device releases, writes one result per row and prints a summary as JSON.",
+        "that a device releases, writes one result per row and prints a summary as JSON. Exit status 1 if a request "
+        "was not answered.",
     )
     infer.add_argument("--bundle", type=Path, required=True, help="the version's device bundle")
     infer.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
@@ -36,10 +37,13 @@ def main() -> None:
     os.umask(0o077)  # results are the person's
     run = arguments.pop("run")
     try:
-        print(json.dumps(asyncio.run(run(**arguments))))
+        summary = asyncio.run(run(**arguments))
+        print(json.dumps(summary))
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    if summary["answered"] < summary["requests"]:
+        raise SystemExit(1)
 
 
 async def _infer(
@@ -68,7 +72,7 @@ async def _infer(
 
 def _range(text: str) -> range:
     first, _, end = text.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise argparse.ArgumentTypeError(f"must be A:B with 0 <= A < B, got {text!r}")
     return range(int(first), int(end))
 

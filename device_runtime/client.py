@@ -312,24 +312,31 @@ def read_answer(status: int, content: bytes, manifest: Manifest) -> dict[str, An
     try:
         document = json.loads(content)
         if status != 200:
-            return {"status": str(document.get("code", ServingError.code)), "error": str(document["error"])}
+            return {"status": _plain(document.get("code", ServingError.code)), "error": _plain(document["error"])}
         outputs = {output["name"]: output["data"][0] for output in document["outputs"]}
         return _prediction(outputs, manifest)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         # The class alone: the text of the error could quote what was answered.
         return {"status": "bad_answer", "error": f"the gateway's answer cannot be read ({type(error).__name__})"}
 
 
 def _prediction(outputs: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    prediction, version = float(outputs[PREDICTION]), int(outputs[VERSION])
+    prediction, version, age_ms = float(outputs[PREDICTION]), int(outputs[VERSION]), int(outputs[FEATURE_AGE_MS])
     if not 0 <= prediction <= 1:
         raise ValueError("not a probability")
     if version != manifest.version:
         raise ValueError("another version than was asked")
+    if not -1 <= age_ms < 1 << 63:
+        raise ValueError("no age")
     return {
         "status": "ok",
         "prediction": prediction,
         "version": version,
-        "feature_age_ms": int(outputs[FEATURE_AGE_MS]),
-        "merged": str(outputs[MERGED]),
+        "feature_age_ms": age_ms,
+        "merged": _plain(outputs[MERGED]),
     }
+
+
+def _plain(text: object) -> str:
+    """What a gateway wrote, short and storable, whatever it wrote."""
+    return str(text)[:500].encode(errors="replace").decode()

@@ -31,8 +31,8 @@ from pydantic import (
 
 from hybrid.errors import ConfigError
 from hybrid.features import AnyTransform, Bucketize, Categorical, Features, Hash, Log1p, Numeric, Transform
+from hybrid.protocol import DEVICE_EMBEDDING, ENTITY
 
-PROTOCOL_INPUTS = {"entity", "device_embedding"}  # of every request for a prediction
 _TRANSFORMS = "Numeric, Log1p, Bucketize, Categorical or Hash"
 
 
@@ -270,7 +270,7 @@ class HybridModel(Declared):
             raise ValueError(
                 f"device features {shared} are also served by the server; a device feature must be known only there"
             )
-        taken = sorted(set(self.request) & PROTOCOL_INPUTS)
+        taken = sorted(set(self.request) & {ENTITY, DEVICE_EMBEDDING})
         if taken:
             raise ValueError(f"request features cannot be called {taken}: every request has inputs of those names")
         _check_exportable({**self.server.features.transforms, **self.request, **self.device})

@@ -24,7 +24,7 @@ class Workspace:
 
     @property
     def definitions(self) -> Path:
-        """One folder per registered model: definition.json and a copy of its file."""
+        """One folder per registered model: its definition.json."""
         return self.root / "definitions"
 
     @property

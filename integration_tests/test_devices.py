@@ -108,7 +108,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[P
     network = Network.build(model, seed=11)
     registry = Registry(workspace)
     registry.register(model, network.description(), folder / "model.py")
-    registry.create_version("coupon", weights=network.weights(), training=TRAINING, curves={})
+    digest = registry.definition_hash("coupon")
+    registry.create_version("coupon", weights=network.weights(), training=TRAINING, curves={}, expected_hash=digest)
     apply(model, workspace.feast)
     materialize(model, workspace.feast, datetime.now(UTC))
     environment = {"HYBRID_HOME": str(workspace.root), "HYBRID_CACHE": str(cache)}

@@ -18,6 +18,7 @@ from serving.exchange import DEADLINE_S
 
 log = logging.getLogger("serving")
 DRAIN_S = 10
+CONNECTIONS = 512  # at once; a process has 1,024 descriptors by default, and more connections get 503
 
 
 def main() -> None:
@@ -58,6 +59,9 @@ def gateway(arguments: argparse.Namespace) -> None:
         app,
         host=arguments.host,
         port=arguments.port,
+        http="h11",  # bounds the headers that it keeps; httptools does not
+        ws="none",
+        limit_concurrency=CONNECTIONS,
         access_log=False,
         log_config=None,
         timeout_graceful_shutdown=DRAIN_S,

@@ -24,7 +24,7 @@ EXPLAIN = {
     "unknown_entity": "the feature store has no row for the entity",
     "stale_features": "the entity's features are older than the model allows",
     "schema_drift": "the entity's features were packed by another schema than the model's",
-    "unavailable": "the feature store or Triton did not answer",
+    "unavailable": "the feature store or Triton did not answer, or gave no finite prediction for it",
 }
 ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 Send = Callable[[DeviceEmbeddings, Callable[[], None]], None]
@@ -51,6 +51,7 @@ class Limits:
 class _Question:
     """One caller's rows, on their way or half answered."""
 
+    asked: tuple[str, int]  # model, version
     rows: Rows
     ids: list[bytes]
     done: asyncio.Future[None]
@@ -98,7 +99,7 @@ class Exchange:
         """
         if len(self._asked) + len(rows) > self._limits.waiting_rows:
             raise Unavailable("too many rows wait for an answer; try again in a second")
-        question = self._question(rows)
+        question = self._question(deployment, rows)
         try:
             self._enqueue(deployment, question)
             async with asyncio.timeout(self._limits.deadline_s):
@@ -116,12 +117,14 @@ class Exchange:
         self._loop.call_soon_threadsafe(self.answer, message)
 
     def answer(self, message: Predictions) -> None:
-        """Takes predictions; those that nobody waits for, or waits for no more, are dropped."""
+        """Takes predictions; those that nobody waits for, or that no worker of ours can have made, are dropped."""
         raw = message.request_id.tobytes()
         for row, start in enumerate(range(0, len(raw), ID_BYTES)):
-            question, place = self._asked.pop(raw[start : start + ID_BYTES], (None, 0))
-            if question is None:
+            key = raw[start : start + ID_BYTES]
+            question, place = self._asked.get(key, (None, 0))
+            if question is None or not _credible(message, row, question):
                 continue
+            del self._asked[key]
             question.prediction[place] = message.prediction[row]
             question.age_ms[place] = message.feature_age_ms[row]
             question.status[place] = message.status[row]
@@ -129,12 +132,13 @@ class Exchange:
             if question.left == 0 and not question.done.done():
                 question.done.set_result(None)
 
-    def _question(self, rows: Rows) -> _Question:
+    def _question(self, deployment: Deployment, rows: Rows) -> _Question:
         n = len(rows)
         raw = os.urandom(ID_BYTES * n)
         ids = [raw[start : start + ID_BYTES] for start in range(0, len(raw), ID_BYTES)]
         done = self._loop.create_future()
-        question = _Question(rows, ids, done, n, np.full(n, np.nan, np.float32), np.full(n, -1, np.int64), [""] * n)
+        asked, prediction = (deployment.model, deployment.version), np.full(n, np.nan, np.float32)
+        question = _Question(asked, rows, ids, done, n, prediction, np.full(n, -1, np.int64), [""] * n)
         self._asked |= {key: (question, place) for place, key in enumerate(ids)}
         return question
 
@@ -183,6 +187,13 @@ class Exchange:
             )
 
 
+def _credible(message: Predictions, row: int, question: _Question) -> bool:
+    """Whether a worker of ours can have said it: whoever may write to the topic may write anything."""
+    if (message.model, message.version) != question.asked:
+        return False
+    return message.status[row] != "ok" or bool(0 <= message.prediction[row] <= 1)
+
+
 def _fail(questions: Iterable[_Question]) -> None:
     for question in questions:
         if not question.done.done():
@@ -194,4 +205,4 @@ def _raise_first(status: list[str]) -> None:
     for row, code in enumerate(status):
         if code != "ok":
             why = EXPLAIN.get(code, "the worker gave no known reason")
-            raise ERRORS.get(code, Unavailable)(f"row {row + 1} of {len(status)}: {why}")
+            raise (ERRORS[code] if code in EXPLAIN else Unavailable)(f"row {row + 1} of {len(status)}: {why}")

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 20
 DRAIN_BYTES = 16 << 20  # of a refused body, read and dropped so that the client sees the answer
 REFRESH_S = 1.0
+BODY_S = 30.0  # for a body to arrive
 Ask = Callable[[Any, oip.Rows], Awaitable[oip.Answers]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -187,12 +188,15 @@ async def _body(request: Request, limit: int) -> bytes:
     """The request's body, never more than `limit` of it in memory."""
     body, size = bytearray(), 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                body += chunk
-            elif size > DRAIN_BYTES:
-                break
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limit:
+                    body += chunk
+                elif size > DRAIN_BYTES:
+                    break
+    except TimeoutError:
+        raise BadRequest(f"the body must arrive within {BODY_S:g} s") from None
     except ClientDisconnect:
         raise BadRequest("the connection ended before the body did") from None
     if size > limit:

@@ -141,8 +141,10 @@ def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEAD
 def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]:
     """(n,) probabilities: the server tower, then the head; NaN where the status is not "ok".
 
+    An extreme embedding can overflow the head: that row too gets no finite number, and no other row is touched.
+
     Raises:
-        Unavailable: Triton failed, or what it gave is no prediction.
+        Unavailable: Triton failed, or did not give one number a row.
     """
     prediction = np.full(len(batch), np.nan, np.float32)
     ready, served = joined.status == OK, batch.deployment
@@ -151,8 +153,8 @@ def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]
     embedding = models.infer(served.server_tower, served.version, {"slots": joined.slots[ready]}, "embedding")
     both = {"server": embedding, "device": batch.embedding[ready]}
     answer = models.infer(served.head, served.version, both, "prediction").reshape(-1)
-    if len(answer) != ready.sum() or not np.isfinite(answer).all():
-        raise Unavailable(f"Triton model {served.head!r} version {served.version} gave no finite prediction per row")
+    if len(answer) != ready.sum():
+        raise Unavailable(f"Triton model {served.head!r} version {served.version} gave no prediction per row")
     prediction[ready] = answer
     return prediction
 
@@ -160,7 +162,9 @@ def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]
 def encode(batch: Batch, joined: Joined, prediction: NDArray[np.float32]) -> list[Predictions]:
     """One message for each gateway that waits."""
     served = batch.deployment
-    columns = {"request_id": batch.request_id, "status": joined.status, "feature_age_ms": joined.age_ms}
+    overflowed = (joined.status == OK) & ~np.isfinite(prediction)
+    status = np.where(overflowed, Unavailable.code, joined.status)
+    columns = {"request_id": batch.request_id, "status": status, "feature_age_ms": joined.age_ms}
     columns["prediction"] = prediction
     return [
         Predictions(served.model, served.version, int(p), **_rows(columns, batch.reply_partition == p))

@@ -34,6 +34,7 @@ from hybrid.protocol import (
 
 MAX_ROWS = 1024  # of one request
 MAX_ENTITY_BYTES = 256
+MAX_TEXT = 1024  # characters
 _NUMPY: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
 
@@ -115,6 +116,9 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
     chunks = _chunks(inputs, raw)
     rows = _rows_of(inputs[ENTITY])
     columns = {n: _tensor(inputs[n], d, (rows,), chunks[n], n in deployment.request.names) for n, d in scalars.items()}
+    for name, datatype in scalars.items():
+        if datatype == "BYTES":
+            _check_lengths(name, columns[name])
     embedding = _tensor(inputs[DEVICE_EMBEDDING], "FP32", (rows, deployment.device_embedding), chunks[DEVICE_EMBEDDING])
     if not np.isfinite(embedding).all():
         raise BadRequest(f"input {DEVICE_EMBEDDING!r} must be finite, got NaN or infinity")
@@ -293,6 +297,12 @@ def _text(name: str, data: bytes) -> str:
         raise BadRequest(f"input {name!r} must be UTF-8 text") from None
 
 
+def _check_lengths(name: str, texts: NDArray[np.object_]) -> None:
+    """Before anything looks at a text's characters: to bring one into its normal form can take time quadratic in it."""
+    if max((len(text) for text in texts if text is not None), default=0) > MAX_TEXT:
+        raise BadRequest(f"input {name!r} must have at most {MAX_TEXT} characters in each row")
+
+
 def _entities(texts: NDArray[np.object_], join_key_type: str) -> NDArray[np.object_]:
     for text in texts:
         if not 0 < len(text.encode()) <= MAX_ENTITY_BYTES:
@@ -335,5 +345,8 @@ def _to_binary(values: Any, datatype: str) -> bytes:
 
 def _short(value: object) -> str:
     """Names and shapes as the caller wrote them, cut where they are long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a deeply nested value"
     return text if len(text) <= 80 else f"{text[:77]}..."

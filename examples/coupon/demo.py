@@ -6,13 +6,13 @@ by user. Everything it makes is under `runs/demo`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.coupon import devices, folds, prepare, report
+from hybrid.cli import command_line
 from hybrid.errors import HybridError
 from hybrid.version import Version
 from hybrid.workspace import Workspace
@@ -59,11 +60,11 @@ class Demo:
 
 
 def main() -> None:
-    """Runs the demo; exit status 1 and a sentence if anything fails, or is not as the product promises."""
+    """Runs the demo; fails with a sentence if anything does, or is not as the product promises."""
     from hybrid.local import stack as local
 
-    os.umask(0o077)  # as the `hybrid` command does: people's rows are their owner's
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of libraries, about libraries
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stack is stopped
     folder = Path("runs/demo").resolve()
     os.environ["HYBRID_HOME"] = str(folder / ".hybrid")
@@ -73,9 +74,6 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         run(demo)
-    except HybridError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(1)
     except KeyboardInterrupt:
         console.print("Interrupted. Nothing is left running.")
         sys.exit(128 + signal.SIGINT)
@@ -190,8 +188,10 @@ def show(demo: Demo, findings: report.Findings) -> None:
         f"predictions differ by at most {figures['max_abs_difference']:.1e}",
         highlight=False,
     )
+    console.print("Look at its models: HYBRID_HOME=runs/demo/.hybrid .venv/bin/hybrid models", highlight=False)
     demo.say(f"Done. The report: {(demo.folder / 'report.html').relative_to(Path.cwd())}")
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

@@ -20,7 +20,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from examples.coupon import prepare
 from hybrid.bundle import Manifest, read_bundle, trusted_key
+from hybrid.cli import command_line
 from hybrid.errors import StackError
 from hybrid.federation.population import Population
 from hybrid.workspace import Workspace
@@ -161,10 +163,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fold", default="1/5", help="K/N: whose devices ask (default %(default)s)")
-    held_out, folds = map(int, parser.parse_args().fold.split("/"))
+    held_out = parser.parse_args().fold
     workspace = Workspace.current()
     served = Registry(workspace).version("coupon", "production")
-    users = Population.open("coupon", workspace).fold(held_out, folds)
+    users = Population.open("coupon", workspace).fold(*prepare.fold(held_out))
     with tempfile.TemporaryDirectory() as folder:
         answers = ask(workspace, served.number, users, Path(folder))
     p50, p99 = np.percentile(answers.latency_ms, [50, 99])
@@ -175,4 +177,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

@@ -15,6 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from examples.coupon import survey
+from hybrid.cli import command_line
+from hybrid.errors import ConfigError
 from hybrid.federation.population import Population
 from hybrid.workspace import Workspace
 
@@ -43,6 +45,18 @@ def write_offers(population: Population, users: NDArray[np.bool_], target: Path 
     return target
 
 
+def fold(text: str) -> tuple[int, int]:
+    """Reads K/N.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    held_out, _, folds = text.partition("/")
+    if not (held_out.isdecimal() and folds.isdecimal()):
+        raise ConfigError(f"--fold must be K/N, e.g. 1/5, got {text!r}")
+    return int(held_out), int(folds)
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,10 +66,10 @@ def main() -> None:
     if arguments.what == "population":
         print(f"wrote {write_population()}")
         return
-    held_out, folds = map(int, arguments.fold.split("/"))
     population = Population.open("coupon", Workspace.current())
-    print(f"wrote {write_offers(population, ~population.fold(held_out, folds))}")
+    print(f"wrote {write_offers(population, ~population.fold(*fold(arguments.fold)))}")
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

@@ -68,10 +68,8 @@ def privacy_sentence(findings: Findings) -> str:
     """What the training cost in privacy, and how much that claim is worth here."""
     training = findings.training
     return (
-        f"One training spent ε = {training.epsilon:.2f} at δ = {training.delta:.1e} over {training.rounds} rounds, "
-        f"which protects each {training.unit}'s {training.protects}: {training.mechanism}. "
-        f"It assumes: {training.assumption}. With {findings.users} users a δ of that size is weak: it is of the order "
-        f"of one user in {1 / training.delta:,.0f}. It counts one training, not the five folds."
+        f"One training: {'; '.join(training.privacy_lines())}. With {findings.users} users a δ of that size is weak: "
+        f"it is of the order of one user in {1 / training.delta:,.0f}. The five folds are not composed."
     )
 
 

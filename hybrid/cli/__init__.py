@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -11,7 +14,7 @@ from hybrid.cli import features, models, population, promote, stack, train
 from hybrid.errors import HybridError
 
 app = typer.Typer(
-    help="Declare, train, serve and watch hybrid models.",
+    help="Declare, train and serve hybrid models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,10 +24,27 @@ for group in (models, features, population, train, promote, stack):
 
 
 def main() -> None:
-    """Runs the command line; an error of ours is one sentence and exit status 1."""
-    os.umask(0o077)  # people's rows, keys and logs are their owner's, in every process that starts from here
-    try:
+    """Runs the command line."""
+    with command_line():
         app()
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """What every command of ours does around its work.
+
+    An error of ours is one sentence and exit status 1. Files are their owner's
+    alone: people's rows, keys and logs. What libraries have to say about
+    libraries that they use is not shown.
+    """
+    os.umask(0o077)
+    shown = warnings.showwarning
+    # Not a filter: some libraries replace the filters when they are imported.
+    warnings.showwarning = lambda m, c, *rest: None if issubclass(c, DeprecationWarning) else shown(m, c, *rest)
+    try:
+        yield
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        warnings.showwarning = shown

@@ -57,5 +57,8 @@ def list_all(as_json: Json = False) -> None:
     found = [Population.open(name, workspace) for name in names(workspace)]
     if as_json:
         print(json.dumps([{"name": p.name, "users": p.users, "rows": len(p), "time": p.time} for p in found]))
-    for population in found if not as_json else []:
+        return
+    if not found:
+        print("No population is imported: see `hybrid population import --help`.")
+    for population in found:
         print(f"{population.name}: {population.users} users, {len(population)} rows")

@@ -43,7 +43,7 @@ def promote(
     workspace = Workspace.current()
     registry = Registry(workspace)
     declared = registry.load_model(model)
-    found = registry.version(model, int(version) if version.isdigit() else version)
+    found = registry.version(model, int(version) if version.isdecimal() else version)
     if found.definition_hash != registry.definition_hash(model):
         raise ConfigError(
             f"{model}:{found.number} was trained from another definition than is registered now: "

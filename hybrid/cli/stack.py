@@ -53,18 +53,19 @@ def up(
         },
         free=free_ports,
     )
-    cache = default_cache()
+    workspace, cache = Workspace.current(), default_cache()
+    stack.check_promoted(workspace)
     for server in (kafka, triton):
         server.install(cache, _say)
-    settings = stack.Settings(root=Workspace.current().root, cache=cache, ports=ports)
-    before = stack.status(Workspace.current())
+    settings = stack.Settings(root=workspace.root, cache=cache, ports=ports)
+    before = stack.status(workspace)
     try:
         state = stack.up(settings, _Progress())
     except KeyboardInterrupt:
         _say("Interrupted. Nothing is left running.")
         raise typer.Exit(130) from None
     if before == state:
-        _say("The local stack is up already.")
+        _say("The local stack is up already, on the ports below; `hybrid down` first to choose others.")
     _show(state, as_json=as_json)
 
 
@@ -106,7 +107,7 @@ class _Progress:
 def _show(state: State | None, *, as_json: bool) -> None:
     """One row per server: its process, its ports, its log."""
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from hybrid.local.stack import NOTICE
 
@@ -116,13 +117,12 @@ def _show(state: State | None, *, as_json: bool) -> None:
     if state is None:
         typer.echo("The local stack is down. Start it with `hybrid up`.")
         return
-    table = Table(
-        "server", "state", "pid", "127.0.0.1:port", Column("log", overflow="fold"), title=f"local stack: {state.phase}"
-    )
+    table = Table("server", "state", "pid", "127.0.0.1:port", "log", title=f"local stack: {state.phase}")
     for server in state.servers:
         ports = "\n".join(f"{port} ({use})" for use, port in server.ports.items())
-        table.add_row(server.name, server.phase, str(server.pid or ""), ports, os.path.relpath(server.log))
+        table.add_row(server.name, server.phase, str(server.pid or ""), ports, server.log.name)
     Console().print(table)
+    typer.echo(f"Logs: {os.path.relpath(state.servers[0].log.parent)}")
     typer.echo(state.message or NOTICE)
 
 

@@ -89,8 +89,10 @@ def train(
     declared, digest = registry.load_model(model), registry.definition_hash(model)
     settings = _settings(declared, given)
     Network.build(declared, seed=seed).check_registered(registry.definition(model)["network"])
+    from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model
 
+    check_allowed(declared, kind, epsilon)
     train_on, held_out = _examples(declared, population or model, fold, workspace)
     folder = _run(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}")
     with folder as run_dir, _progress(f"{kind} training of {model}") as progress:
@@ -198,4 +200,7 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
     if record.oracle:
         print("held-out users (oracle): " + ", ".join(f"{name} {value:.4f}" for name, value in record.oracle.items()))
     print(f"run: {run_dir}")
-    print(f"Next: `hybrid promote {model} {version} production`.")
+    if record.kind == "federated":
+        print(f"Next: `hybrid promote {model} {version} production`.")
+    else:
+        print("A reference to compare with: only a federated version can be promoted.")

@@ -210,6 +210,8 @@ def import_table(
     for column in filter(None, (user, time)):
         if column not in table.column_names:
             raise ConfigError(f"{file.name} must have a column {column!r}, got {table.column_names}")
+    if not table.num_rows:
+        raise ConfigError(f"{file.name} must have at least one row, got none")
     order, offsets, buckets = _by_user(table, user, time)
     draft = folder.with_name(f".{name}.draft")
     shutil.rmtree(draft, ignore_errors=True)

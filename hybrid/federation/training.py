@@ -38,7 +38,10 @@ Curves = dict[str, list[tuple[int, float]]]
 POINTS = 50  # of a curve over a federated training
 SMALL = 100_000  # parameters below which a second thread costs more than it brings
 SAMPLED = "each round the server tosses an independent coin for each user (Poisson), and nobody sees who took part"
-SIMULATED = "a seeded simulation; per run: repeats and tuning are not composed"
+SIMULATED = (
+    "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's config.json); "
+    "per run: repeats and tuning are not composed"
+)
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,9 @@ def train(
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
-    budget = _checked_budget(model, examples_train.users, epsilon) if kind == "federated" else None
-    if model.label.visible_to == "device":
-        raise ConfigError(
-            "label.visible_to is 'device': training with a label that only the device sees is not available yet"
-        )
+    budget = check_allowed(model, kind, epsilon)
+    if budget is not None:
+        _check_delta(model, examples_train.users)
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
     run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress)
@@ -162,7 +163,9 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
     model, settings, users = run.network.model, run.settings, run.examples.users
     planned = settings.sampling * users
     z = noise_multiplier_for(budget, model.privacy.delta, settings.sampling, settings.rounds)
-    rounds = Round(settings.sampling, model.privacy.clip, z, minimum=max(1, int(planned / 2)))
+    # No minimum: amplification by Poisson sampling is claimed for rounds that are released whoever came. A round
+    # withheld because few came would make it likelier that one who is in a released round took part.
+    rounds = Round(settings.sampling, model.privacy.clip, z, minimum=0)
     fit_server_side(run.network, run.examples, seed=run.seed)
     side = DeviceSide(run.network)
     start = side.flat()
@@ -242,17 +245,36 @@ def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
     }
 
 
-def _checked_budget(model: HybridModel, users: int, epsilon: float | None) -> float:
-    declared = model.privacy
-    budget = declared.epsilon if epsilon is None else epsilon
-    if not 0 < budget <= declared.epsilon:
+def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None) -> float | None:
+    """Refuses, before any data is read, what `train` would refuse whatever the data.
+
+    Returns:
+        The epsilon to spend at most; None where no mechanism is used.
+
+    Raises:
+        ConfigError: the label is the device's alone, or epsilon is out of range.
+    """
+    if model.label.visible_to == "device":
         raise ConfigError(
-            f"epsilon must be > 0 and at most the {declared.epsilon:g} that {model.name!r} declares, got {budget:g}"
+            "label.visible_to is 'device': training with a label that only the device sees is not available yet"
         )
-    most = users**-1.1
-    if declared.delta > most:
-        raise ConfigError(f"privacy.delta must be at most {most:.2g}, users^-1.1 at {users}, got {declared.delta:g}")
+    if kind != "federated":
+        return None
+    declared = model.privacy.epsilon
+    budget = declared if epsilon is None else epsilon
+    if not 0 < budget <= declared:
+        raise ConfigError(
+            f"epsilon must be > 0 and at most the {declared:g} that {model.name!r} declares, got {budget:g}"
+        )
     return budget
+
+
+def _check_delta(model: HybridModel, users: int) -> None:
+    if not users:
+        raise ConfigError("training must have at least one user, got none")
+    most, declared = users**-1.1, model.privacy.delta
+    if declared > most:
+        raise ConfigError(f"privacy.delta must be at most {most:.2g}, users^-1.1 at {users}, got {declared:g}")
 
 
 def _config(run: _Run, budget: float | None = None) -> dict[str, Any]:

@@ -147,8 +147,7 @@ def up(settings: Settings, show: Callable[[State], None] = lambda _: None) -> St
         return state
     if state is not None and state.phase != "failed":
         raise StackError(f"the stack is {state.phase}: wait, or run `hybrid down`")
-    if not Deployment.read_all(workspace.deployments):
-        raise StackError("nothing is promoted yet: run `hybrid promote MODEL VERSION production` first")
+    check_promoted(workspace)
     settings.ports.check_free()
     settings.stages()  # before anything starts: is all installed?
     _sweep(workspace, state)
@@ -174,6 +173,12 @@ def up(settings: Settings, show: Callable[[State], None] = lambda _: None) -> St
         raise StackError(state.message)
     log = settings.folder / "logs" / "supervisor.log"
     raise StackError(f"the supervisor ended with exit status {supervisor.returncode}:\n{log.read_text().strip()}")
+
+
+def check_promoted(workspace: Workspace) -> None:
+    """Raises StackError where there is nothing to serve."""
+    if not Deployment.read_all(workspace.deployments):
+        raise StackError("nothing is promoted yet: run `hybrid promote MODEL VERSION production` first")
 
 
 def status(workspace: Workspace) -> State | None:

@@ -168,7 +168,7 @@ def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> 
     Args:
         clip_norm: largest L2 norm of one flat update, in parameter units; finite, > 0.
         noise_multiplier: standard deviation of the noise over `clip_norm`; finite, >= 0.
-        minimum: fewest rows that may be released together; >= 1.
+        minimum: fewest rows that may be released together; >= 0.
 
     Raises:
         ConfigError: a setting is outside the range above.
@@ -181,8 +181,8 @@ def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> 
         raise ConfigError(f"clip_norm must be finite and > 0, got {clip_norm!r}")
     if not 0 <= noise_multiplier < math.inf:
         raise ConfigError(f"noise_multiplier must be finite and >= 0, got {noise_multiplier!r}")
-    if minimum < 1:
-        raise ConfigError(f"minimum must be at least 1, got {minimum!r}")
+    if minimum < 0:
+        raise ConfigError(f"minimum must be at least 0, got {minimum!r}")
 
     def step(
         state: AggregationState, updates: Iterable[NDArray[Any]], noise: NoiseSource

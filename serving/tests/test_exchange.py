@@ -30,7 +30,7 @@ class Broker:
 
     def answer(self, message, status="ok", picked=slice(None)):
         ids = message.request_id[picked]
-        n, prediction = len(ids), np.array([len(e) for e in message.entity[picked]], np.float32)
+        n, prediction = len(ids), np.array([len(e) / 8 for e in message.entity[picked]], np.float32)
         status = np.array([status] * n, dtype=object)
         answer = Predictions("shop", 1, 3, request_id=ids, status=status, prediction=prediction,
                              feature_age_ms=np.full(n, 9))  # fmt: skip
@@ -49,7 +49,7 @@ def test_requests_that_wait_at_the_same_time_leave_as_one_record():
         message, _ = await broker.sent.get()
         broker.answer(message)
         assert (len(message), message.reply_partition, message.event_ms.tolist()) == (4, 3, [1_000] * 4)
-        assert [a.prediction.tolist() for a in await asyncio.gather(*asked)] == [[1.0], [2.0, 3.0], [4.0]]
+        assert [a.prediction.tolist() for a in await asyncio.gather(*asked)] == [[1 / 8], [2 / 8, 3 / 8], [4 / 8]]
         assert broker.sent.empty()
 
     asyncio.run(scenario())
@@ -99,7 +99,28 @@ def test_a_repeated_or_unknown_answer_is_dropped():
         assert not asked.done()
         broker.answer(message, picked=slice(1, 2))
         broker.answer(message)
-        assert (await asked).prediction.tolist() == [1.0, 2.0]
+        assert (await asked).prediction.tolist() == [1 / 8, 2 / 8]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "forged", [{"prediction": 42.5}, {"prediction": np.nan}, {"prediction": -0.1}, {"model": "other"}, {"version": 77}]
+)
+def test_an_answer_that_no_worker_can_have_given_is_dropped(forged):
+    """It is no probability, or of another model or version than was asked; the true one, which comes later, counts."""
+
+    async def scenario():
+        broker = Broker()
+        asked = broker.ask("a")
+        message, _ = await broker.sent.get()
+        said = {"model": "shop", "version": 1, "prediction": 0.5} | forged
+        columns = {"status": np.array(["ok"], dtype=object), "feature_age_ms": np.array([9])}
+        columns["prediction"] = np.array([said["prediction"]], np.float32)
+        broker.exchange.answer(Predictions(said["model"], said["version"], 3, message.request_id, **columns))
+        assert not asked.done()
+        broker.answer(message)
+        assert (await asked).prediction.tolist() == [1 / 8]
 
     asyncio.run(scenario())
 
@@ -166,6 +187,6 @@ def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
         await asked
         last = broker.ask("c")
         broker.answer((await broker.sent.get())[0])
-        assert (await last).prediction.tolist() == [1.0]
+        assert (await last).prediction.tolist() == [1 / 8]
 
     asyncio.run(scenario())

@@ -120,8 +120,10 @@ def test_where_a_server_fails_every_row_says_unavailable(reader_of, models, capl
 
 
 def test_a_prediction_that_is_not_finite_is_no_prediction():
-    """An infinite embedding sum is answered with "unavailable"."""
-    huge = np.full((1, 2), 3e38, np.float32)
+    """An infinite embedding sum is answered with "unavailable", and only that row: no caller can fail another's."""
+    huge = message(["bakery"], embedding=np.full((1, 2), 3e38, np.float32))
     with np.errstate(over="ignore"):
-        (answer,) = merge(only_batch(message(embedding=huge)), lambda _: MemoryReader(KNOWN), SumModels(), now_ms=0)
-    assert answer.status.tolist() == ["unavailable"]
+        batch = only_batch(huge, message(["bakery"], first_id=2))
+        (answer,) = merge(batch, lambda _: MemoryReader(KNOWN), SumModels(), now_ms=0)
+    assert answer.status.tolist() == ["unavailable", "ok"]
+    assert np.isfinite(answer.prediction).tolist() == [False, True]

@@ -114,6 +114,21 @@ def test_what_is_not_as_the_metadata_says_is_a_bad_request(tensors, message):
         decode(tensors)
 
 
+def test_long_text_is_refused_before_anyone_looks_at_it():
+    """140,000 combining marks take minutes to bring into Unicode's normal form; here they take a length."""
+    marks = "\u0301" * 70_000 + "\u0316" * 70_000
+    for name in ("entity", "hour"):
+        with pytest.raises(BadRequest, match=f"input '{name}' must have at most 1024 characters in each row"):
+            decode(inputs(**{name: tensor(name, "BYTES", [2], ["bakery", marks])}))
+
+
+def test_a_deeply_nested_shape_is_a_bad_request():
+    """Python's own limit on nesting is no error of the server's."""
+    shape = json.loads("[" * 900 + "]" * 900)
+    with pytest.raises(BadRequest, match="must have shape"):
+        decode(inputs(entity=tensor("entity", "BYTES", shape, ["bakery", "kiosk"])))
+
+
 def test_no_message_repeats_a_value():
     """A device feature sent by mistake, text for a number, an entity too long: none of the values come back."""
     for tensors in (

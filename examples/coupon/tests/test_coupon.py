@@ -119,8 +119,8 @@ def test_the_report_is_one_page_that_fetches_nothing():
     seen.feed(page)
     assert seen.tags.count("svg") == 4
     assert not seen.fetched
-    assert "ε = 7.90" in page
-    assert "over 200 rounds" in page
+    assert "epsilon 7.900 at delta 0.0009 per user; protects the device features" in page
+    assert "200 rounds" in page
     assert "Gaussian &lt;on&gt; samples" in page
     json.dumps(findings.report)
 

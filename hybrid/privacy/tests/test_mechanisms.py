@@ -217,7 +217,7 @@ def test_seeded_noise_repeats_by_stream():
         ("noise_multiplier", -0.1),
         ("noise_multiplier", math.nan),
         ("noise_multiplier", math.inf),
-        ("minimum", 0),
+        ("minimum", -1),
     ],
 )
 def test_a_setting_outside_its_range_is_named(setting, value):
