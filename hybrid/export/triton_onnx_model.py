@@ -4,6 +4,10 @@ It runs inside Triton, in an environment that has NumPy 1.26 and ONNX Runtime
 and nothing of this project. Tensor names come from the ONNX file.
 """
 
+import contextlib
+import os
+import select
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the version's file, once."""
+        end_with_parent()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         file = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
@@ -33,3 +38,20 @@ class TritonPythonModel:
         output = self.session.run([self.output], {name: np.concatenate(parts) for name, parts in columns.items()})[0]
         ends = np.cumsum([len(part) for part in columns[self.inputs[0]]])[:-1]
         return [triton.InferenceResponse([triton.Tensor(self.output, rows)]) for rows in np.split(output, ends)]
+
+
+def end_with_parent() -> None:
+    """Ends this process when the server that started it has ended, however it did.
+
+    The backend watches for that itself, but waits for a lock in shared memory to
+    do so: a server that is killed while it holds the lock leaves it waiting for ever.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(AttributeError):  # before Linux 5.3 the backend's own watch is all there is
+        threading.Thread(target=_end_after, args=(os.pidfd_open(parent), parent), daemon=True).start()
+
+
+def _end_after(descriptor: int, parent: int) -> None:
+    if os.getppid() == parent:  # else it ended before the descriptor was opened, which may be of another process
+        select.select([descriptor], [], [])
+    os._exit(1)
