@@ -3,7 +3,7 @@
 # make check   format, lint, types, import rules, unit tests and doctests
 # make clean   removes everything these made
 #
-# Set UV_TORCH_BACKEND=cpu to install torch's CPU build instead of the CUDA one (2 GB less to download).
+# Set UV_TORCH_BACKEND=cpu to install torch's CPU build from its own index instead of the CUDA one.
 
 PYTHON ?= python3
 UV_VERSION := 0.12.24
