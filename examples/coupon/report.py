@@ -148,7 +148,7 @@ def _training(axes: Any, findings: Findings) -> None:
     for kind in ("server_only", "central"):
         axes.axhline(fold[kind], color=COLOURS[kind], linestyle="--", label=KINDS[kind])
     axes.set(xlabel="round", ylabel="AUC, unseen users of fold 1")
-    axes.legend(frameon=False, loc="center right")
+    _legend(axes)
 
 
 def _calibration(axes: Any, findings: Findings) -> None:
@@ -156,7 +156,12 @@ def _calibration(axes: Any, findings: Findings) -> None:
     for kind, points in findings.reliability.items():
         axes.plot(points[:, 0], points[:, 1], marker="o", markersize=3, color=COLOURS[kind], label=KINDS[kind])
     axes.set(xlabel="predicted, mean of each tenth", ylabel="accepted", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Above the plot, where no curve can be."""
+    axes.figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize="small", handlelength=1.2)
 
 
 def _latency(axes: Any, findings: Findings) -> None:
@@ -165,7 +170,7 @@ def _latency(axes: Any, findings: Findings) -> None:
     for name, position in (("p50", "bottom"), ("p99", "top")):
         value = findings.report["latency_ms"][name]
         axes.axvline(value, color="#cccccc", linewidth=1)
-        axes.annotate(f" {name} {value:.0f} ms", (value, 50), va=position)
+        axes.annotate(f" {name} {value:.0f} ms", (value, 15), va=position)
     axes.set(xlabel="milliseconds from request to answer", ylabel="% of requests", xlim=(0, None), ylim=(0, 100))
 
 
