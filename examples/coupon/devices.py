@@ -20,11 +20,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from examples.coupon import prepare
 from hybrid.bundle import Manifest, read_bundle, trusted_key
 from hybrid.cli import command_line
 from hybrid.errors import StackError
-from hybrid.federation.population import Population
+from hybrid.federation.population import Population, parse_fold
 from hybrid.workspace import Workspace
 
 PROCESSES = 2
@@ -166,7 +165,7 @@ def main() -> None:
     held_out = parser.parse_args().fold
     workspace = Workspace.current()
     served = Registry(workspace).version("coupon", "production")
-    users = Population.open("coupon", workspace).fold(*prepare.fold(held_out))
+    users = Population.open("coupon", workspace).fold(*parse_fold(held_out))
     with tempfile.TemporaryDirectory() as folder:
         answers = ask(workspace, served.number, users, Path(folder))
     p50, p99 = np.percentile(answers.latency_ms, [50, 99])

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from examples.coupon import survey
 from hybrid.cli import command_line
-from hybrid.errors import ConfigError
-from hybrid.federation.population import Population
+from hybrid.federation.population import Population, parse_fold
 from hybrid.workspace import Workspace
 
 POPULATION = survey.DATA / "population.parquet"
@@ -45,18 +44,6 @@ def write_offers(population: Population, users: NDArray[np.bool_], target: Path 
     return target
 
 
-def fold(text: str) -> tuple[int, int]:
-    """Reads K/N.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    held_out, _, folds = text.partition("/")
-    if not (held_out.isdecimal() and folds.isdecimal()):
-        raise ConfigError(f"--fold must be K/N, e.g. 1/5, got {text!r}")
-    return int(held_out), int(folds)
-
-
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +54,7 @@ def main() -> None:
         print(f"wrote {write_population()}")
         return
     population = Population.open("coupon", Workspace.current())
-    print(f"wrote {write_offers(population, ~population.fold(*fold(arguments.fold)))}")
+    print(f"wrote {write_offers(population, ~population.fold(*parse_fold(arguments.fold)))}")
 
 
 if __name__ == "__main__":

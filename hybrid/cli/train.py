@@ -135,21 +135,14 @@ def _examples(
 ) -> tuple[Examples, Examples | None]:
     """The rows to learn from, with the server's features as they were, and those of held-out users."""
     from feature_store.offline import join
-    from hybrid.federation.population import Population, examples
+    from hybrid.federation.population import Population, examples, parse_fold
 
     population = Population.open(name, workspace)
-    held_out = None if fold is None else population.fold(*_fold(fold))
+    held_out = None if fold is None else population.fold(*parse_fold(fold))
     times = None if population.time is None else population.column(population.time)
     slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
     rows = examples(model, population, slots)
     return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
-
-
-def _fold(text: str) -> tuple[int, int]:
-    held_out, _, folds = text.partition("/")
-    if not (held_out.isdecimal() and folds.isdecimal()):
-        raise ConfigError(f"--fold must be K/N, e.g. 1/5, got {text!r}")
-    return int(held_out), int(folds)
 
 
 @contextmanager

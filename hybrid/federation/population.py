@@ -222,6 +222,21 @@ def import_table(
     return Population.open(name, workspace)
 
 
+def parse_fold(text: str) -> tuple[int, int]:
+    """What `--fold` of a command means: "K/N" -> (held_out, folds) of `Population.fold`.
+
+    Raises:
+        ConfigError: it is not of that form.
+
+    >>> parse_fold("1/5")
+    (1, 5)
+    """
+    held_out, _, folds = text.partition("/")
+    if not (held_out.isdecimal() and folds.isdecimal()):
+        raise ConfigError(f"--fold must be K/N, e.g. 1/5, got {text!r}")
+    return int(held_out), int(folds)
+
+
 def names(workspace: Workspace) -> list[str]:
     """Of all imported populations."""
     return sorted(file.parent.name for file in workspace.populations.glob("[!.]*/population.json"))
