@@ -10,7 +10,7 @@ from hybrid.features import Float32
 from hybrid.federation.engine import Engine
 from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
-from hybrid.privacy.mechanisms import PaidNoise, Release, SeededNoise, gaussian_sum
+from hybrid.privacy.mechanisms import PaidNoise, Release, SeededNoise, clip_and_sum, gaussian_sum
 
 PURPOSE = "train"
 COHORT, NOISE = 0, 1  # independent streams of one seed
@@ -68,5 +68,6 @@ class SimulatedAggregator:
         coins = np.random.default_rng([self._seed, COHORT, number, attempt]).random(self._engine.users)
         updates = self._engine.updates(flat, np.flatnonzero(coins < self._settings.sampling))
         noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
-        self._state, release = self._mechanism.step(self._state, updates, noise)
+        size = self._state.size
+        self._state, release = self._mechanism.step(self._state, lambda clip: clip_and_sum(updates, size, clip), noise)
         return release
