@@ -3,9 +3,10 @@ import pytest
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError
 from hybrid.federation.client_app import client_app
+from hybrid.federation.optimizers import ServerOptimizer
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
-from hybrid.federation.strategy import NoisedSum, ServerOptimizer
+from hybrid.federation.strategy import NoisedSum
 from hybrid.privacy.mechanisms import Release
 
 

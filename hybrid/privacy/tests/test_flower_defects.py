@@ -22,9 +22,10 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.privacy_accounting import SamplingMethod
 
 from hybrid.federation.client_app import client_app
+from hybrid.federation.optimizers import ServerOptimizer
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import APP_RAISED, InProcessGrid, _quiet, _task_identity, simulate
-from hybrid.federation.strategy import NoisedSum, ServerOptimizer
+from hybrid.federation.strategy import NoisedSum
 from hybrid.privacy.mechanisms import SeededNoise, adaptive_gaussian_sum, clip_and_sum, gaussian_sum
 
 
