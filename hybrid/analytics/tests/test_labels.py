@@ -198,6 +198,18 @@ def test_shrinkage_brings_rates_closer_to_the_truth_than_counts_or_the_overall_r
     assert found < 1.05 * best
 
 
+def test_the_strength_is_found_where_noise_is_as_large_as_the_counts():
+    """20,000 groups of 50 rows with rates Beta(6, 14), noise of sd 30: r (1 - r) / t^2 = 6 + 14 + 1 rows, so the rates
+    are those of strength 21, to within a tenth of what shrinkage moves.
+    """
+    rng = np.random.default_rng(8)
+    positives = rng.binomial(50, rng.beta(6, 14, 20_000)).astype(float)
+    noise = rng.normal(0, 30, (2, 20_000))
+    counted = NoisedCounts((50 + noise.sum(axis=0))[None], (positives + noise[1])[None], sd=30.0)
+    found, expected = label_rates(counted), label_rates(counted, strength=21.0)
+    assert np.abs(found - expected).mean() < 0.1 * np.abs(expected - 0.3).mean()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
