@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -172,18 +172,7 @@ class Engine:
         """
         total = torch.zeros(self.side.size, dtype=torch.float64)
         below = above = 0
-        for updates in self._updates(flat, users, stream):
-            part, within, beyond = self._clip_and_sum(updates, clip)
-            total += part
-            below, above = below + within, above + beyond
-        return ClippedSum(total.numpy(), len(users), below, above)
-
-    def _clip_and_sum(self, updates: Tensor, clip: float) -> tuple[Tensor, int, int]:
-        """(k, p) float32 -> (p,) float64, and how many were within the clip, and above it."""
-        total = torch.zeros(updates.shape[1], dtype=torch.float64)
-        below = above = 0
-        for part in torch.split(updates, max(1, self.chunk_bytes // (8 * updates.shape[1]))):
-            rows = self.scratch.take("float64", part.shape, part, torch.float64).copy_(part)
+        for rows in self._updates(flat, users, stream):
             norm = torch.linalg.vector_norm(rows, dim=1)
             unusable = ~torch.isfinite(norm)
             if unusable.any():
@@ -191,7 +180,7 @@ class Engine:
             below += int(((norm > 0) & (norm <= clip)).sum())
             above += int((norm > clip).sum())
             total += torch.mv(rows.T, clip / norm.clamp(min=clip))
-        return total, below, above
+        return ClippedSum(total.numpy(), len(users), below, above)
 
     def updates(self, flat: Float32, users: NDArray[np.int64], *, stream: tuple[int, ...] = (0,)) -> Iterator[Float32]:
         """Trains each of `users` from the same weights, and shows what each would send.
@@ -202,10 +191,10 @@ class Engine:
         Args: those of `clipped_sum`.
 
         Yields:
-            (c, p) weights after local training minus `flat`, one row a user, not clipped; valid until the next.
+            (c, p) weights after local training minus `flat`, one row a user, not clipped.
         """
         for chunk in self._updates(flat, users, stream):
-            yield chunk.cpu().numpy()
+            yield chunk.float().numpy()
 
     def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `users` who have examples, in the order of `updates`."""
@@ -232,7 +221,7 @@ class Engine:
     def _chunk_end(self, counts: NDArray[np.int64], start: int) -> int:
         """As many users as fit, counting each as padded to the longest; at least one."""
         row = self.examples.server.shape[1] + self.examples.device.shape[1] + 2
-        sizes = 4 * (counts[start:] * row + self.side.size) * np.arange(1, len(counts) - start + 1)
+        sizes = (4 * counts[start:] * row + 12 * self.side.size) * np.arange(1, len(counts) - start + 1)
         return start + max(1, int(np.searchsorted(sizes, self.chunk_bytes, side="right")))
 
     def _batches(self, users: NDArray[np.int64], schedule: Schedule, rng: np.random.Generator) -> Batches:
@@ -334,7 +323,7 @@ class Trainer(Protocol):
     """How a chunk of users is trained."""
 
     def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
-        """(p,) weights to start from -> (users, p) how far each user moved."""
+        """(p,) weights to start from -> (users, p) float64, how far each user moved; overwritten by the next chunk."""
         ...
 
 
@@ -347,7 +336,7 @@ class LayerTrainer:
 
     def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
         """See `Trainer`."""
-        moved = self.scratch.take("moved", (batches.users, len(flat)), flat)
+        moved = self.scratch.take("moved", (batches.users, len(flat)), flat, torch.float64)
         chunk = Chunk(flat, moved, len(batches), batches.rows_a_step)
         for layer in self.module.layers:
             layer.begin(chunk)
@@ -357,7 +346,7 @@ class LayerTrainer:
             logits = self.module.module(*batch.inputs)
             self.module.descend(_loss(logits, batch), local.lr)
         for layer in self.module.layers:
-            layer.finish()
+            layer.finish(moved)
         return moved
 
 
@@ -383,7 +372,7 @@ class AnyTrainer:
             for name, slope in gradient(here, *split).items():
                 left = (1 - pull).view(-1, *[1] * (slope.ndim - 1))
                 moved[name] = moved[name] * left - local.lr * slope
-        return torch.cat([value.flatten(1) for value in moved.values()], dim=1)
+        return torch.cat([value.flatten(1) for value in moved.values()], dim=1).double()
 
     def _loss(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
         *inputs, labels, weight = batch
@@ -407,12 +396,10 @@ def _trainer(side: DeviceSide, examples: Examples, frozen: nn.Module | None, scr
 
 
 def _chunk_bytes() -> int:
-    """Half of the last cache: what a chunk writes in one step it reads in the next."""
-    try:
-        cache = max(os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE") for level in (2, 3))
-    except (OSError, ValueError):  # not every system tells
-        cache = 0
-    return max(cache // 2, 4 << 20)
+    """Twice the last cache: with less, starting operations takes longer than they do; with more, memory is waited for."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # Linux tells; elsewhere a common size
+    sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches]
+    return 2 * max([*sizes, 16 << 20])
 
 
 def _take(column: Float32, rows: Tensor) -> Tensor:

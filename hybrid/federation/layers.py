@@ -8,7 +8,7 @@ a parameter enters do users differ: in `UserLinear`, which takes the place of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
@@ -40,13 +40,13 @@ class Scratch:
         return self._held[name][:size].view(*shape)
 
 
-@dataclass
+@dataclass(slots=True)
 class Chunk:
     """What the layers share while one chunk of users trains.
 
     Attributes:
         flat: (p,) the weights that every user starts from.
-        moved: (users, p) what each user's weights became, minus `flat`, once every layer has finished.
+        moved: (users, p) float64, what each user's weights became, minus `flat`, once every layer has finished.
         steps: local steps of the chunk; all layers take them together.
         rows: of each user in a step.
         step: the one in progress, from 0.
@@ -66,32 +66,149 @@ class Chunk:
         return len(self.moved)
 
 
-@dataclass
-class Factors:
-    """A layer's update while it stays factored: the sum over past rows of (gradient row) x (input row).
+class Shared:
+    """A layer's weights while all users have the same: in the first step, and in the only one of a chunk of one step.
 
-    With s steps of m rows an update has rank s x m at most. While that is small,
-    two thin matrices are less to read and write than the layer's weights.
-
-    Attributes:
-        inputs: (users, steps x rows, in), filled step by step.
-        changes: (users, steps x rows, out), each -lr times the loss's gradient at that row's output.
-        bias: (users, out) sum of the changes.
-        used: rows filled so far, of each user.
+    Args:
+        chunk: what trains.
+        first: (out, in) the weights that all start from.
+        bias: (out,) and the bias; None for a layer without one.
+        take: (name, shape) -> memory of this layer.
     """
 
-    inputs: Tensor
-    changes: Tensor
-    bias: Tensor
-    used: int = 0
+    def __init__(
+        self, chunk: Chunk, first: Tensor, bias: Tensor | None, take: Callable[[str, Sequence[int]], Tensor]
+    ) -> None:
+        self.chunk, self.users, self.first, self.first_bias, self.take = chunk, chunk.users, first, bias, take
+        # Contiguous, since torch multiplies into anything else one user at a time.
+        self.weight = take("weight", (self.users, *first.shape))
+        self.bias = take("bias", (self.users, len(first)))
+        self._first_t = first.T
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """(users, r, in) -> (users, r, out)."""
+        flat_rows = rows.view(-1, rows.shape[2])
+        if self.first_bias is None:
+            out = flat_rows @ self._first_t
+        else:
+            out = torch.addmm(self.first_bias, flat_rows, self._first_t)
+        return out.view(self.users, -1, len(self.first))
+
+    def input_changes(self, changes: Tensor) -> Tensor:
+        """(users, r, out) -> (users, r, in): what reaches the layer before, by the weights before this step."""
+        return (changes.view(-1, len(self.first)) @ self.first).view(self.users, -1, self.first.shape[1])
+
+    def move(self, rows: Tensor, changes: Tensor) -> None:
+        """Takes a step.
+
+        Args:
+            rows: (users, r, in) what the layer was given.
+            changes: (users, r, out) -lr times the loss's gradient at what it gave.
+        """
+        torch.bmm(changes.mT, rows, out=self.weight)
+        if self.first_bias is not None:
+            torch.sum(changes, 1, out=self.bias)
+
+    def finish(self) -> None:
+        """Leaves in `weight` and `bias` what moved."""
+
+
+class Whole(Shared):
+    """Weights of each user, whole, from the second step on."""
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """See `Shared`."""
+        if self.chunk.step == 0:
+            return super().outputs(rows)
+        if self.first_bias is None:
+            return torch.bmm(rows, self.weight.mT)
+        return torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.mT)
+
+    def input_changes(self, changes: Tensor) -> Tensor:
+        """See `Shared`."""
+        return super().input_changes(changes) if self.chunk.step == 0 else torch.bmm(changes, self.weight)
+
+    def move(self, rows: Tensor, changes: Tensor) -> None:
+        """See `Shared`."""
+        if self.chunk.step == 0:
+            torch.baddbmm(self.first, changes.mT, rows, out=self.weight)
+            if self.first_bias is not None:
+                torch.add(changes.sum(1), self.first_bias, out=self.bias)
+            return
+        if self.chunk.pull is not None:
+            self.weight.lerp_(self.first, self.chunk.pull[:, None, None])
+            if self.first_bias is not None:
+                self.bias.lerp_(self.first_bias, self.chunk.pull[:, None])
+        self.weight.baddbmm_(changes.mT, rows)
+        if self.first_bias is not None:
+            self.bias.add_(changes.sum(1))
+
+    def finish(self) -> None:
+        """See `Shared`."""
+        self.weight -= self.first
+        if self.first_bias is not None:
+            self.bias -= self.first_bias
+
+
+class Factored(Shared):
+    """What moved as a sum over past rows of (change) x (input), never multiplied out before the end.
+
+    With s steps of m rows it has rank s x m at most. While that is small, two
+    thin matrices are less to read and write than a user's weights.
+    """
+
+    def __init__(
+        self, chunk: Chunk, first: Tensor, bias: Tensor | None, take: Callable[[str, Sequence[int]], Tensor]
+    ) -> None:
+        super().__init__(chunk, first, bias, take)
+        rank = chunk.steps * chunk.rows
+        self._rows = take("rows", (self.users, rank, first.shape[1]))
+        self._changes = take("changes", (self.users, rank, first.shape[0]))
+        self._used = 0
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """See `Shared`."""
+        out = super().outputs(rows)
+        if self._used:
+            past_rows, past_changes = self._past()
+            out.baddbmm_(torch.bmm(rows, past_rows.mT), past_changes)
+            if self.first_bias is not None:
+                out.add_(self.bias.unsqueeze(1))
+        return out
+
+    def input_changes(self, changes: Tensor) -> Tensor:
+        """See `Shared`."""
+        before = super().input_changes(changes)
+        if self._used:
+            past_rows, past_changes = self._past()
+            before.baddbmm_(torch.bmm(changes, past_changes.mT), past_rows)
+        return before
+
+    def move(self, rows: Tensor, changes: Tensor) -> None:
+        """See `Shared`."""
+        if self.chunk.pull is not None and self._used:
+            left = 1 - self.chunk.pull
+            self._changes[:, : self._used] *= left[:, None, None]
+            self.bias *= left[:, None]
+        here = slice(self._used, self._used + rows.shape[1])
+        self._rows[:, here], self._changes[:, here] = rows, changes
+        if self._used:
+            self.bias.add_(changes.sum(1))
+        else:
+            torch.sum(changes, 1, out=self.bias)
+        self._used = here.stop
+
+    def finish(self) -> None:
+        """See `Shared`."""
+        past_rows, past_changes = self._past()
+        torch.bmm(past_changes.mT, past_rows, out=self.weight)
+
+    def _past(self) -> tuple[Tensor, Tensor]:
+        return self._rows[:, : self._used], self._changes[:, : self._used]
 
 
 class UserLinear(nn.Module):
     """A `torch.nn.Linear` with a weight for each user of a chunk, which takes a gradient step in its backward pass.
-
-    The first step needs no weights of users, since all start from the same ones.
-    After it a layer either keeps whole weights, or, where that is less memory,
-    `Factors`.
 
     Args:
         linear: whose shape it has.
@@ -101,142 +218,59 @@ class UserLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, weight: int, bias: int | None, scratch: Scratch) -> None:
         super().__init__()
-        self.width_in, self.width_out = linear.in_features, linear.out_features
-        self.place, self.bias_place, self._scratch = weight, bias, scratch
+        self._shape = (linear.out_features, linear.in_features)
+        self._weight = slice(weight, weight + linear.out_features * linear.in_features)
+        self._bias = None if bias is None else slice(bias, bias + linear.out_features)
+        self._scratch = scratch
+        self._now: list[Shared] = []  # one, while a chunk trains: a list, since attributes of a module are slow to set
 
     def begin(self, chunk: Chunk) -> None:
         """Starts from the chunk's weights."""
-        size = self.width_in * self.width_out
-        shape = (self.width_out, self.width_in)
-        self.chunk = chunk
-        self.first = chunk.flat[self.place : self.place + size].view(*shape)
-        self.weight = chunk.moved[:, self.place : self.place + size].view(chunk.users, *shape)
-        self.first_bias = self.bias = None
-        if self.bias_place is not None:
-            here = slice(self.bias_place, self.bias_place + self.width_out)
-            self.first_bias, self.bias = chunk.flat[here], chunk.moved[:, here]
-        self.factors: Factors | None = None
+        first = chunk.flat[self._weight].view(*self._shape)
+        bias = None if self._bias is None else chunk.flat[self._bias]
         rank = chunk.steps * chunk.rows
-        if chunk.steps > 1 and rank * (self.width_in + self.width_out) < size:
-            take = self._scratch.take
-            self.factors = Factors(
-                take((self, "inputs"), (chunk.users, rank, self.width_in), chunk.flat),
-                take((self, "changes"), (chunk.users, rank, self.width_out), chunk.flat),
-                take((self, "bias"), (chunk.users, self.width_out), chunk.flat).zero_(),
+        kind = Whole if rank * sum(self._shape) >= first.numel() else Factored
+        self._now[:] = [
+            (Shared if chunk.steps == 1 else kind)(
+                chunk, first, bias, lambda name, shape: self._scratch.take((self, name), shape, chunk.flat)
             )
+        ]
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(users x r, in) -> (users x r, out), each user's rows by that user's weights."""
-        result: Tensor = _Step.apply(rows, _anchor(rows), self)
+        """(users x r, ..., in) -> (users x r, ..., out), each user's rows by that user's weights."""
+        result: Tensor = _Step.apply(rows, _anchor(rows), self._now[0])
         return result
 
-    def outputs(self, rows: Tensor) -> Tensor:
-        """What `forward` computes."""
-        self._input = rows.reshape(self.chunk.users, -1, self.width_in)
-        flat_rows = rows.reshape(-1, self.width_in)
-        if self.chunk.step == 0 or self.factors:
-            if self.first_bias is None:
-                out = flat_rows @ self.first.T
-            else:
-                out = torch.addmm(self.first_bias, flat_rows, self.first.T)
-            if self.factors and self.chunk.step:
-                self._add_moved(self.factors, out.view(self.chunk.users, -1, self.width_out))
-        elif self.bias is None:
-            out = torch.bmm(self._input, self.weight.mT)
-        else:
-            out = torch.baddbmm(self.bias.unsqueeze(1), self._input, self.weight.mT)
-        return out.view(*rows.shape[:-1], self.width_out)
-
-    def _add_moved(self, factors: Factors, out: Tensor) -> None:
-        past = slice(0, factors.used)
-        out.baddbmm_(torch.bmm(self._input, factors.inputs[:, past].mT), factors.changes[:, past])
-        if self.first_bias is not None:
-            out.add_(factors.bias.unsqueeze(1))
-
-    def backward(self, change: Tensor, needs_input: bool) -> Tensor | None:
-        """Takes the step.
+    def finish(self, moved: Tensor) -> None:
+        """Writes what moved.
 
         Args:
-            change: (users x r, out) -lr times the loss's gradient.
-            needs_input: whether anything before this layer is trained.
-
-        Returns:
-            (users x r, in) -lr times the loss's gradient at the input, where needed.
+            moved: (users, p).
         """
-        changes = change.reshape(self.chunk.users, -1, self.width_out)
-        before = self._input_change(changes, change.shape) if needs_input else None
-        if self.factors:
-            self._keep(self.factors, changes)
-        else:
-            self._move(changes)
-        return before
-
-    def _input_change(self, changes: Tensor, shape: torch.Size) -> Tensor:
-        if self.chunk.step == 0 or self.factors:
-            before = (changes.view(-1, self.width_out) @ self.first).view(self.chunk.users, -1, self.width_in)
-            if self.factors and self.chunk.step:
-                past = slice(0, self.factors.used)
-                before.baddbmm_(torch.bmm(changes, self.factors.changes[:, past].mT), self.factors.inputs[:, past])
-        else:
-            before = torch.bmm(changes, self.weight)
-        return before.view(*shape[:-1], self.width_in)
-
-    def _keep(self, factors: Factors, changes: Tensor) -> None:
-        here = slice(factors.used, factors.used + changes.shape[1])
-        if self.chunk.pull is not None and self.chunk.step:
-            left = 1 - self.chunk.pull
-            factors.changes[:, : factors.used] *= left[:, None, None]
-            factors.bias *= left[:, None]
-        factors.inputs[:, here], factors.changes[:, here] = self._input, changes
-        factors.bias += changes.sum(1)
-        factors.used = here.stop
-
-    def _move(self, changes: Tensor) -> None:
-        """In the first step of several `moved` becomes whole weights; `finish` takes the start away again."""
-        if self.chunk.steps == 1:
-            torch.bmm(changes.mT, self._input, out=self.weight)
-        elif self.chunk.step == 0:
-            torch.baddbmm(self.first, changes.mT, self._input, out=self.weight)
-        else:
-            if self.chunk.pull is not None:
-                self.weight.lerp_(self.first, self.chunk.pull[:, None, None])
-            self.weight.baddbmm_(changes.mT, self._input)
-        if self.bias is None or self.first_bias is None:
-            return
-        if self.chunk.step == 0:
-            torch.sum(changes, 1, out=self.bias)
-            if self.chunk.steps > 1:
-                self.bias += self.first_bias
-        else:
-            if self.chunk.pull is not None:
-                self.bias.lerp_(self.first_bias, self.chunk.pull[:, None])
-            self.bias += changes.sum(1)
-
-    def finish(self) -> None:
-        """Writes what moved into the chunk."""
-        if self.factors:
-            past = slice(0, self.factors.used)
-            torch.bmm(self.factors.changes[:, past].mT, self.factors.inputs[:, past], out=self.weight)
-            if self.bias is not None:
-                self.bias.copy_(self.factors.bias)
-        elif self.chunk.steps > 1:
-            self.weight -= self.first
-            if self.bias is not None and self.first_bias is not None:
-                self.bias -= self.first_bias
-        del self._input
+        now = self._now.pop()
+        now.finish()
+        moved[:, self._weight] = now.weight.flatten(1)
+        if self._bias is not None:
+            moved[:, self._bias] = now.bias
 
 
 class _Step(Function):
     """The seam to autograd: its backward pass is where a layer learns how its output should change."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, anchor: Tensor, layer: UserLinear) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, anchor: Tensor, layer: Shared) -> Tensor:
         ctx.layer = layer
-        return layer.outputs(rows)
+        ctx.rows = rows.detach().reshape(layer.users, -1, rows.shape[-1])
+        return layer.outputs(ctx.rows).view(*rows.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *changes: Any) -> Any:
-        return ctx.layer.backward(changes[0], ctx.needs_input_grad[0]), None, None
+    def backward(ctx: Any, *change: Any) -> Any:
+        layer, changes = ctx.layer, change[0].reshape(ctx.layer.users, -1, change[0].shape[-1])
+        before = None
+        if ctx.needs_input_grad[0]:
+            before = layer.input_changes(changes).view(*change[0].shape[:-1], -1)
+        layer.move(ctx.rows, changes)
+        return before, None, None
 
 
 def _anchor(like: Tensor) -> Tensor:
@@ -292,8 +326,8 @@ class UserModule:
             inputs: of a few rows.
         """
         flat = nn.utils.parameters_to_vector(module.parameters()).detach()
-        chunk = Chunk(flat, torch.empty(1, len(flat), device=flat.device), steps=1, rows=len(inputs[0]))
-        calls: list[UserLinear] = []
+        chunk = Chunk(flat, torch.empty(1, len(flat), dtype=torch.float64), steps=1, rows=len(inputs[0]))
+        calls: list[nn.Module] = []
         hooks = [layer.register_forward_pre_hook(lambda layer, _: calls.append(layer)) for layer in self.layers]
         try:
             for layer in self.layers:

@@ -112,12 +112,12 @@ def test_chunks_change_nothing(tiny_model, tiny_examples, chunk_bytes):
 
 
 def test_chunks_stay_within_their_bytes(tiny_model, tiny_examples):
-    """A user has at most 8 rows of 6 + 2 + 2 numbers and an update of p: the chunks hold as many as fit in 8 kB."""
+    """A user has up to 8 rows of 6 + 2 + 2 numbers of 4 bytes, and p of 12: a chunk is as many as fit in 8 kB."""
     engine = Engine.build(Network.build(tiny_model()), tiny_examples(50), LocalTraining(1, 0.1), chunk_bytes=8000)
     sizes = [len(chunk) for chunk in engine.updates(engine.side.flat(), np.arange(50))]
     assert sum(sizes) == np.count_nonzero(np.diff(engine.examples.offsets))
-    assert 1 < max(sizes) <= 8000 // (4 * engine.side.size)
-    assert min(sizes[:-1]) >= 8000 // (4 * (8 * 10 + engine.side.size))
+    assert 1 < max(sizes) <= 8000 // (12 * engine.side.size)
+    assert min(sizes[:-1]) >= 8000 // (4 * 8 * 10 + 12 * engine.side.size)
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])

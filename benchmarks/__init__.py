@@ -1,0 +1,1 @@
+"""What the documents claim about speed and accuracy, measured: `python -m benchmarks.training`, `.accuracy`."""
