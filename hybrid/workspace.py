@@ -43,6 +43,11 @@ class Workspace:
         return self.root / "populations"
 
     @property
+    def examples(self) -> Path:
+        """Encoded rows too many for memory, one folder per population."""
+        return self.root / "examples"
+
+    @property
     def runs(self) -> Path:
         """One folder per training run, each with one ledger."""
         return self.root.parent / "runs"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
+
 
 @app.command()
 def train(
@@ -209,7 +211,8 @@ def _examples(
     held_out = None if fold is None else population.fold(*parse_fold(fold))
     times = None if population.time is None else population.column(population.time)
     slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
-    rows = examples(model, population, slots)
+    large = 4 * len(population) * (model.server_features.width + model.device_features.width) > IN_MEMORY
+    rows = examples(model, population, slots, folder=workspace.examples / name if large else None)
     return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
 
 

@@ -396,7 +396,7 @@ def _trainer(side: DeviceSide, examples: Examples, frozen: nn.Module | None, scr
 
 
 def _chunk_bytes() -> int:
-    """Twice the last cache: with less, starting operations takes longer than they do; with more, memory is waited for."""
+    """Twice the last cache: with less, starting operations takes longest; with more, memory is waited for."""
     caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # Linux tells; elsewhere a common size
     sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches]
     return 2 * max([*sizes, 16 << 20])

@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ from hybrid.spec import HybridModel, Label, Name
 from hybrid.workspace import Workspace
 
 BUCKETS = 1 << 16  # 16 bits of a hash: enough to cut folds, too few to tell people apart in a large population
+
+ROWS_A_PART = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,20 @@ class Examples:
     labels: Float32 = field(repr=False)
     offsets: NDArray[np.int64] = field(repr=False)
     population: str = ""
+
+    @classmethod
+    def open(cls, folder: Path) -> Examples:
+        """Maps what an `ExamplesWriter` wrote into memory: rows are read from the disk as a cohort needs them.
+
+        Raises:
+            NotFound: the folder holds no whole examples.
+        """
+        if not (folder / "examples.json").is_file():
+            raise NotFound(f"{folder.name!r} holds no examples")
+        # Copied when written to, which nobody does: torch wants memory that it may write to.
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("server", "device", "labels")}
+        about = json.loads((folder / "examples.json").read_text())
+        return cls(**columns, offsets=np.load(folder / "offsets.npy"), population=about["population"])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,6 +93,60 @@ class Examples:
     def _rows(self, rows: NDArray[np.bool_], counts: NDArray[Any]) -> Examples:
         kept = {name: getattr(self, name)[rows] for name in ("server", "device", "labels")}
         return replace(self, **kept, offsets=_offsets(counts))
+
+
+class ExamplesWriter:
+    """Writes examples to a folder part by part, so that more fit than memory holds; a `with` block.
+
+    Args:
+        folder: made where it is missing; what it held before is replaced.
+        offsets: (users + 1,) of all rows to come.
+        server, device: columns of each side.
+        population: name of what they come from.
+    """
+
+    def __init__(self, folder: Path, offsets: NDArray[np.int64], *, server: int, device: int, population: str) -> None:
+        self._folder, self._offsets, self._population = folder, offsets, population
+        self._shapes = {"server": (server,), "device": (device,), "labels": ()}
+        self._written = 0
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "examples.json").unlink(missing_ok=True)
+        rows = int(self._offsets[-1])
+        self._columns = {
+            name: np.lib.format.open_memmap(
+                self._folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, *shape)
+            )
+            for name, shape in self._shapes.items()
+        }
+        return self
+
+    def __len__(self) -> int:
+        """Rows written so far."""
+        return self._written
+
+    def write(self, server: Float32, device: Float32, labels: Float32) -> None:
+        """The next k rows, (k, server), (k, device) and (k,), in the order of users."""
+        here = slice(self._written, self._written + len(labels))
+        for name, values in (("server", server), ("device", device), ("labels", labels)):
+            self._columns[name][here] = values
+        self._written = here.stop
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Makes them whole; what was broken off cannot be opened.
+
+        Raises:
+            ConfigError: fewer or more rows were written than the offsets say.
+        """
+        for column in self._columns.values():
+            column.flush()
+        if error is not None:
+            return
+        if self._written != self._offsets[-1]:
+            raise ConfigError(f"{self._folder.name!r} must get {self._offsets[-1]} rows, got {self._written}")
+        np.save(self._folder / "offsets.npy", self._offsets)
+        (self._folder / "examples.json").write_text(json.dumps({"population": self._population}))
 
 
 @dataclass(frozen=True)
@@ -150,13 +221,16 @@ class Population:
         return held[of_user]
 
 
-def examples(model: HybridModel, population: Population, server_slots: Float32) -> Examples:
+def examples(
+    model: HybridModel, population: Population, server_slots: Float32, *, folder: Path | None = None
+) -> Examples:
     """Turns a population into what the towers of `model` read.
 
     Args:
         model: whose features and label to take.
         population: must have the request and device features and the label as columns.
         server_slots: (n, server features) of each row, from the feature store.
+        folder: where they are written, part by part, and mapped into memory; None: they are held in memory.
 
     Raises:
         ConfigError: a column is absent or of the wrong type, or a label is not 0 or 1.
@@ -164,25 +238,34 @@ def examples(model: HybridModel, population: Population, server_slots: Float32) 
     expected = (len(population), len(model.server.features))
     if server_slots.shape != expected:
         raise ConfigError(f"server_slots must have shape {expected}, got {server_slots.shape}")
-    wanted = [*model.request, *model.device]
-    columns = {name: population.column(name) for name in wanted}
-    request, device = model.request_features, model.device_features
+    labels, known = _labels(model.label, population)
+    if folder is None:
+        server, device = _encoded(model, population, server_slots, slice(None))
+        rows = Examples(server, device, labels, population.offsets, population.name)
+        return rows if known.all() else rows.with_labels(known)
+    offsets = np.concatenate([[0], np.cumsum(known)])[population.offsets]
+    widths = {"server": model.server_features.width, "device": model.device_features.width}
+    with ExamplesWriter(folder, offsets, **widths, population=population.name) as writer:
+        for begin in range(0, len(population), ROWS_A_PART):
+            part = slice(begin, begin + ROWS_A_PART)
+            server, device = _encoded(model, population, server_slots, part)
+            writer.write(server[known[part]], device[known[part]], labels[part][known[part]])
+    return Examples.open(folder)
+
+
+def _encoded(model: HybridModel, population: Population, server_slots: Float32, rows: slice) -> tuple[Float32, Float32]:
+    """What both towers read of some rows."""
+    columns = {name: population.column(name)[rows] for name in [*model.request, *model.device]}
+    server_slots, request, device = server_slots[rows], model.request_features, model.device_features
     try:
         request_slots = request.slots(request.inputs(columns))
         device_slots = device.slots(device.inputs(columns))
     except BadRequest as error:
         raise ConfigError(f"population {population.name!r}: {error}") from None
     # A model without request features has no column that tells how many rows there are.
-    request_slots = request_slots.reshape(len(population), len(request))
-    labels, known = _labels(model.label, population)
-    rows = Examples(
-        server=model.server_features.encode(np.concatenate([server_slots, request_slots], axis=1)),
-        device=device.encode(device_slots),
-        labels=labels,
-        offsets=population.offsets,
-        population=population.name,
-    )
-    return rows if known.all() else rows.with_labels(known)
+    request_slots = request_slots.reshape(len(server_slots), len(request))
+    server = model.server_features.encode(np.concatenate([server_slots, request_slots], axis=1))
+    return server, device.encode(device_slots)
 
 
 def import_table(

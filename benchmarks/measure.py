@@ -1,0 +1,80 @@
+"""How the benchmarks time and tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def medians(contestants: Mapping[str, Callable[[], object]], *, seconds: float, most: int = 200) -> dict[str, float]:
+    """Milliseconds of each, the median of runs that take turns, so that a slower machine is slower for all.
+
+    Args:
+        contestants: by name; each is run once before it counts.
+        seconds: that all runs together take, about; each counts at least three times.
+        most: runs of each.
+    """
+    for run in contestants.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    begun = time.perf_counter()
+    while len(next(iter(taken.values()))) < 3 or (
+        time.perf_counter() - begun < seconds and len(next(iter(taken.values()))) < most
+    ):
+        for name, run in contestants.items():
+            before = time.perf_counter()
+            run()
+            taken[name].append((time.perf_counter() - before) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]) -> None:
+    """Two tables on standard output."""
+    console = Console(highlight=False, width=None if os.isatty(1) else 160)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(_text(row.get(name, "")) for name in columns))
+    console.print(table)
+    summary = Table("figure", "value", title="Figures", title_justify="left")
+    for name, value in figures.items():
+        summary.add_row(name, _text(value))
+    console.print(summary)
+
+
+def write(file: Path | None, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]) -> None:
+    """The object that is compared over time, where a file is asked for."""
+    if file is not None:
+        file.write_text(json.dumps({"machine": machine(), "rows": list(rows), "figures": dict(figures)}, indent=2))
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
