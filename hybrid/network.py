@@ -142,6 +142,8 @@ class Network:
         server_tower: (n, server.width + request.width) encoded -> (n, server_embedding).
         device_tower: (n, device.width) encoded -> (n, device_embedding).
         head: the two embeddings -> (n,) logits.
+        missing: "server" and "device": (n, 1) ones -> the embedding that stands for that side where it is missing.
+            Zeros until tower dropout trains it.
     """
 
     model: HybridModel
@@ -150,6 +152,7 @@ class Network:
     head: nn.Module
     server_embedding: int
     device_embedding: int
+    missing: nn.ModuleDict
 
     @classmethod
     def build(cls, model: HybridModel, *, seed: int = 0) -> Network:
@@ -172,7 +175,8 @@ class Network:
             _check_head(parts["head"], server, device)
             _check_nothing_shared(parts)
             _check_parts_alone(parts, _widths(model, server, device))
-        return cls(model, **parts, server_embedding=server, device_embedding=device)
+            missing = nn.ModuleDict({"server": _zeros(server), "device": _zeros(device)})
+        return cls(model, **parts, server_embedding=server, device_embedding=device, missing=missing)
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -187,11 +191,15 @@ class Network:
         """The device tower behind its transforms and encoder, in evaluation mode."""
         return DeviceProgram(self.model.device_features, self.device_tower).eval()
 
+    def missing_embedding(self, side: str, rows: int) -> Tensor:
+        """(rows, size) what the head is given where the "server" or the "device" does not answer."""
+        return self.missing[side](torch.ones(rows, 1))  # type: ignore[no-any-return]
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Every parameter and persistent buffer, as "part.name" -> array."""
+        """Every parameter and persistent buffer, the missing embeddings included, as "part.name" -> array."""
         return {
             f"{part}.{name}": value.detach().cpu().numpy().copy()
-            for part, module in self.parts.items()
+            for part, module in {**self.parts, "missing": self.missing}.items()
             for name, value in module.state_dict().items()
         }
 
@@ -201,7 +209,7 @@ class Network:
         Raises:
             ConfigError: a name or shape is not this network's.
         """
-        for part, module in self.parts.items():
+        for part, module in {**self.parts, "missing": self.missing}.items():
             prefix = f"{part}."
             state = {n.removeprefix(prefix): torch.tensor(v) for n, v in weights.items() if n.startswith(prefix)}
             try:
@@ -255,6 +263,13 @@ def _widths(model: HybridModel, server_embedding: int, device_embedding: int) ->
         "device_tower": (model.device_features.width,),
         "head": (server_embedding, device_embedding),
     }
+
+
+def _zeros(size: int) -> nn.Linear:
+    """One learnable vector, as a layer that one input of 1 turns on."""
+    vector = nn.Linear(1, size, bias=False)
+    nn.init.zeros_(vector.weight)
+    return vector
 
 
 def _built(part: str, factory: Callable[[], Any]) -> nn.Module:

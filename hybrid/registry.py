@@ -231,6 +231,18 @@ class Registry:
             aliases=tuple(sorted(alias for alias, at in self._aliases(name).items() if at == number)),
         )
 
+    def trainings(self, name: str) -> dict[int, TrainingRecord]:
+        """How each version of a model was trained, by number, ascending; without their weights.
+
+        Raises:
+            NotFound: no model of that name is registered.
+        """
+        self._record(name)
+        runs = {number: self._client.get_model_version(name, str(number)).run_id for number in self._numbers(name)}
+        return {
+            number: TrainingRecord.model_validate_json(self._artifact(run, TRAINING)) for number, run in runs.items()
+        }
+
     def set_alias(self, name: str, number: int, alias: str) -> None:
         """Points an alias at a version; it pointed elsewhere before, or nowhere.
 

@@ -207,18 +207,37 @@ class Training(Declared):
     Attributes:
         rounds: of federated training.
         sampling: probability with which each user takes part in a round (Poisson), in (0, 1].
-        local_steps: gradient steps a user takes in a round.
+        local_steps: gradient steps a user takes in a round, unless local_epochs says otherwise.
+        local_epochs: how often a user takes each of its examples in a round, in place of local_steps.
+        local_batch: examples of a step; None: all of the user's.
         local_lr: learning rate of those steps.
-        server_optimizer: a class of `torch.optim`, by name.
+        proximal: mu of a term that holds each user near the round's weights (FedProx); 0: none.
+        server_optimizer: a class of `torch.optim` by name, or "Yogi".
         server_lr: its learning rate.
+        server_options: its other settings, e.g. {"betas": (0.9, 0.99)}.
+        average_last: share of the rounds, the last ones, whose weights are averaged; 0: the last round's alone.
+        clip_quantile: of the updates' norms that the clip follows, from privacy.clip on; None: it stays privacy.clip.
+        server_tower: "central": fitted where its data is, on the label that the server sees, then frozen;
+            "frozen": as its factory built it; "federated": trained by users too, from the central fit
+            where the server sees the label.
+        tower_dropout: share of rows that train without the server's side, and of those without the device's, in
+            [0, 0.5): what a missing side means is learned by it.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     sampling: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.5
     local_steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    local_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    local_batch: Annotated[int, Field(ge=1)] | None = None
     local_lr: Annotated[FiniteFloat, Field(gt=0)] = 0.1
+    proximal: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     server_optimizer: str = "Adam"
     server_lr: Annotated[FiniteFloat, Field(gt=0)] = 0.01
+    server_options: dict[str, FiniteFloat | bool | tuple[FiniteFloat, FiniteFloat]] = {}
+    average_last: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    clip_quantile: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    server_tower: Literal["central", "frozen", "federated"] = "central"
+    tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
 
 
 Factory = Callable[[], Any]

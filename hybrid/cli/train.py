@@ -17,7 +17,7 @@ from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrid.federation.population import Examples
-    from hybrid.federation.training import Kind
+    from hybrid.federation.training import Kind, OnFleet
     from hybrid.spec import HybridModel, Training
     from hybrid.version import TrainingRecord
 
@@ -49,9 +49,44 @@ def train(
         float | None, typer.Option(help="Probability that a user takes part in a round, in (0, 1].")
     ] = None,
     local_steps: Annotated[int | None, typer.Option(help="Gradient steps a user takes in a round.")] = None,
+    local_epochs: Annotated[
+        int | None, typer.Option(help="How often a user takes each example in a round, in place of --local-steps.")
+    ] = None,
+    local_batch: Annotated[int | None, typer.Option(help="Examples of a step; by default all of the user's.")] = None,
     local_lr: Annotated[float | None, typer.Option(help="Learning rate of those steps.")] = None,
-    server_optimizer: Annotated[str | None, typer.Option(help="A class of torch.optim, e.g. SGD, Adam.")] = None,
+    proximal: Annotated[
+        float | None, typer.Option(help="FedProx: how strongly users are held near the round's weights.")
+    ] = None,
+    server_optimizer: Annotated[
+        str | None, typer.Option(help="A class of torch.optim, e.g. SGD, Adam; or Yogi.")
+    ] = None,
     server_lr: Annotated[float | None, typer.Option(help="Its learning rate.")] = None,
+    server_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server-option", metavar="NAME=VALUE", help="Its other settings, e.g. momentum=0.9 or betas=0.9,0.99."
+        ),
+    ] = None,
+    average_last: Annotated[
+        float | None, typer.Option(help="Share of the rounds, the last ones, whose weights are averaged.")
+    ] = None,
+    clip_quantile: Annotated[
+        float | None, typer.Option(help="Let the clip follow this quantile of the updates' norms, privately.")
+    ] = None,
+    server_tower: Annotated[
+        str | None,
+        typer.Option(help="central: fitted on the server's label, then frozen; frozen: as built; federated."),
+    ] = None,
+    tower_dropout: Annotated[
+        float | None, typer.Option(help="Share of rows that train without one side, for each side.")
+    ] = None,
+    fleet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE", help="Simulate devices that are away, slow or lost: a trace file, or `phones` for ours."
+        ),
+    ] = None,
+    deadline: Annotated[float, typer.Option(help="With --fleet: seconds after which a round closes.")] = 60.0,
     run: Annotated[
         str | None,
         typer.Option(
@@ -77,9 +112,17 @@ def train(
         "rounds": rounds,
         "sampling": sampling,
         "local_steps": local_steps,
+        "local_epochs": local_epochs,
+        "local_batch": local_batch,
         "local_lr": local_lr,
+        "proximal": proximal,
         "server_optimizer": server_optimizer,
         "server_lr": server_lr,
+        "server_options": _options(server_options) if server_options else None,
+        "average_last": average_last,
+        "clip_quantile": clip_quantile,
+        "server_tower": server_tower,
+        "tower_dropout": tower_dropout,
     }
     from hybrid.network import Network
     from hybrid.registry import Registry
@@ -92,7 +135,7 @@ def train(
     from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model
 
-    check_allowed(declared, kind, epsilon)
+    check_allowed(declared, kind, epsilon, settings)
     train_on, held_out = _examples(declared, population or model, fold, workspace)
     folder = _run(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}")
     with folder as run_dir, _progress(f"{kind} training of {model}") as progress:
@@ -106,6 +149,7 @@ def train(
             run_dir=run_dir,
             settings=settings,
             progress=progress,
+            fleet=None if fleet is None else _fleet(fleet, deadline),
         )
     version = registry.create_version(
         model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest
@@ -128,6 +172,30 @@ def _settings(model: HybridModel, given: dict[str, Any]) -> Training:
 
     changed = {name: value for name, value in given.items() if value is not None}
     return Training(**model.training.model_dump() | changed)
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    """["betas=0.9,0.99", "nesterov=true"] -> {"betas": (0.9, 0.99), "nesterov": True}."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            values = [_option(part) for part in text.split(",")]
+        except ValueError:
+            raise ConfigError(f"--server-option must be NAME=NUMBER, NAME=true or NAME=A,B, got {word!r}") from None
+        options[name] = tuple(values) if len(values) > 1 else values[0]
+    return options
+
+
+def _option(text: str) -> float | bool:
+    return text == "true" if text in {"true", "false"} else float(text)
+
+
+def _fleet(trace: Path, deadline: float) -> OnFleet:
+    from hybrid.federation.fleet import PHONES, Trace
+    from hybrid.federation.training import OnFleet
+
+    return OnFleet(Trace.load(PHONES if trace == Path("phones") else trace), deadline)
 
 
 def _examples(

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.features import Float32
 from hybrid.federation.engine import Engine
+from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
 from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
-from hybrid.privacy.mechanisms import PaidNoise, Release, SeededNoise, gaussian_sum
+from hybrid.privacy.mechanisms import (
+    Aggregation,
+    PaidNoise,
+    Release,
+    SeededNoise,
+    adaptive_gaussian_sum,
+    gaussian_sum,
+    quantile_noise_for,
+)
 
 PURPOSE = "train"
-COHORT, NOISE = 0, 1  # independent streams of one seed
+COHORT, NOISE, LOCAL = 0, 1, 3  # independent streams of one seed; the fleet's is 2
+ADAPTATION = 0.2  # of the clip's logarithm a round, as in Andrew et al.
 
 
 @dataclass(frozen=True)
@@ -22,20 +33,53 @@ class Round:
 
     Attributes:
         sampling: each user takes part by an independent coin of this probability, in (0, 1].
-        clip: largest L2 norm of one user's update.
+        clip: largest L2 norm of one user's update; the first round's, where it adapts.
         noise_multiplier: standard deviation of the noise over `clip`.
         minimum: fewest participants of a round that is released.
+        quantile: of the updates' norms that an adaptive clip seeks; None: it stays.
+        planned_cohort: expected number of participants; for an adaptive clip.
     """
 
     sampling: float
     clip: float
     noise_multiplier: float
     minimum: int
+    quantile: float | None = None
+    planned_cohort: float | None = None
 
     @property
     def event(self) -> GaussianEvent:
         """What one round costs."""
         return GaussianEvent(self.noise_multiplier, self.sampling)
+
+    def aggregation(self) -> Aggregation:
+        """The mechanism."""
+        if self.quantile is None or self.planned_cohort is None:
+            return gaussian_sum(clip_norm=self.clip, noise_multiplier=self.noise_multiplier, minimum=self.minimum)
+        return adaptive_gaussian_sum(
+            initial_clip=self.clip,
+            quantile=self.quantile,
+            lr=ADAPTATION,
+            noise_multiplier=self.noise_multiplier,
+            quantile_noise=quantile_noise_for(self.noise_multiplier, self.planned_cohort),
+            planned_cohort=self.planned_cohort,
+            minimum=self.minimum,
+        )
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A fleet on which the simulated rounds run, and what it did.
+
+    Attributes:
+        fleet: who is there, and how fast.
+        work: what a round asks of a device.
+        tallies: filled with one a round.
+    """
+
+    fleet: Fleet
+    work: Work
+    tallies: list[Tally] = field(default_factory=list, repr=False)
 
 
 class SimulatedAggregator:
@@ -45,28 +89,51 @@ class SimulatedAggregator:
         engine: trains any users of the population.
         ledger: pays for each round before its noise is drawn.
         settings: of every round.
-        seed: of coins and noise: the same seed repeats a run bit by bit.
+        seed: of coins, noise and local order: the same seed repeats a run bit by bit.
+        fleet: which of those whose coin fell answer in time; None: all do.
     """
 
-    def __init__(self, engine: Engine, ledger: Ledger, settings: Round, *, seed: int) -> None:
-        self._engine, self._ledger, self._settings, self._seed = engine, ledger, settings, seed
-        self._mechanism = gaussian_sum(
-            clip_norm=settings.clip, noise_multiplier=settings.noise_multiplier, minimum=settings.minimum
-        )
-        self._state = self._mechanism.init(engine.module.size)
+    def __init__(
+        self, engine: Engine, ledger: Ledger, settings: Round, *, seed: int, fleet: Attended | None = None
+    ) -> None:
+        self._engine, self._ledger, self._settings, self._seed, self._fleet = engine, ledger, settings, seed, fleet
+        self._mechanism = settings.aggregation()
+        self._state = self._mechanism.init(engine.side.size)
+        self._examples = np.diff(engine.examples.offsets)
+
+    @property
+    def clip(self) -> float:
+        """The L2 norm that the next round clips to."""
+        return self._state.clip
 
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`. A round run again is a new attempt, with other noise."""
         attempt = self._ledger.next_attempt(PURPOSE, number)
+        clip = self._state.clip
 
         def pay() -> None:
-            settings = self._settings
-            self._ledger.spend(
-                settings.event, purpose=PURPOSE, clip=settings.clip, round_number=number, attempt=attempt
-            )
+            self._ledger.spend(self._settings.event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
 
-        coins = np.random.default_rng([self._seed, COHORT, number, attempt]).random(self._engine.users)
-        updates = self._engine.updates(flat, np.flatnonzero(coins < self._settings.sampling))
+        users = self._cohort(number, attempt)
         noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
-        self._state, release = self._mechanism.step(self._state, updates, noise)
+        stream = (self._seed, LOCAL, number, attempt)
+        self._state, release = self._mechanism.step(
+            self._state, lambda norm: self._engine.clipped_sum(flat, users, norm, stream=stream), noise
+        )
         return release
+
+    def _cohort(self, number: int, attempt: int) -> NDArray[np.int64]:
+        """Whose coin fell, and, on a fleet, who of them was there and answered in time."""
+        coins = np.random.default_rng([self._seed, COHORT, number, attempt]).random(self._engine.users)
+        if self._fleet is None:
+            return np.flatnonzero(coins < self._settings.sampling)
+        attendance = self._fleet.fleet.round(
+            number,
+            coins,
+            sampling=self._settings.sampling,
+            work=self._fleet.work,
+            examples=self._examples,
+            rng=np.random.default_rng([self._seed, FLEET, number, attempt]),
+        )
+        self._fleet.tallies.append(Tally.of(self._fleet.fleet, attendance, self._examples))
+        return attendance.finished

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from hybrid.features import Float32
-from hybrid.federation.strategy import COUNTS, PARTICIPANTS, PLAN, ROUND, SUM, WEIGHTS, flat_array, flat_record
+from hybrid.federation.strategy import PLAN, ROUND, SUM, WEIGHTS, flat_array, flat_record
 from hybrid.privacy.mechanisms import Release
 
 
@@ -38,7 +38,8 @@ def client_app(aggregator: Aggregator) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         weights = flat_array(message.content[WEIGHTS]).astype(np.float32)
         release = aggregator.run_round(int(message.content[PLAN][ROUND]), weights)
-        counts = MetricRecord({PARTICIPANTS: release.received})
-        return Message(RecordDict({SUM: flat_record(release.sum), COUNTS: counts}), reply_to=message)
+        # Not how many took part: beside a sum that Poisson sampling amplifies, the exact count would give away more
+        # than is charged (docs/decisions/0009).
+        return Message(RecordDict({SUM: flat_record(release.sum)}), reply_to=message)
 
     return app

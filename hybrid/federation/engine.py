@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,26 +17,50 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
+from hybrid.federation.layers import Chunk, Scratch, UserModule
+from hybrid.federation.local_training import LocalTraining, Schedule
 from hybrid.federation.population import Examples
 from hybrid.network import Network
+from hybrid.privacy.mechanisms import ClippedSum
 
-CHUNK_BYTES = 64 << 20  # of one chunk's padded rows and updates; about ten times this is in use at the peak
 ROWS_A_PASS = 1 << 16
+CACHED_EMBEDDINGS = 1 << 28  # bytes; more of them are computed as they are needed
 
 
 class DeviceSide(nn.Module):
-    """What is trained on devices: the device tower and the head, fed the server's embedding.
+    """What is trained by federated rounds: the device tower and the head, and the server tower where it is federated.
 
     Its parameters, in one fixed order, are the flat vector that travels.
+
+    Args:
+        network: whose parts it trains.
+        server_tower: whether the server tower is among them; else it is frozen, and its embeddings are given.
+        missing: whether the embeddings that stand for a missing side are among them.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, server_tower: bool = False, missing: bool = False) -> None:
         super().__init__()
+        self.server_tower = network.server_tower if server_tower else None
         self.device_tower, self.head = network.device_tower, network.head
+        self.missing = network.missing if missing else None
 
-    def forward(self, server_embedding: Tensor, device: Tensor) -> Tensor:
-        """(n, a), (n, device width) -> (n,) logits."""
-        return self.head(server_embedding, self.device_tower(device))  # type: ignore[no-any-return]
+    def forward(self, server: Tensor, device: Tensor, absent: Tensor | None = None) -> Tensor:
+        """One logit a row.
+
+        Args:
+            server: (n, a) embeddings, or (n, server width) encoded features where the server tower is trained.
+            device: (n, device width) encoded features.
+            absent: (n, 2) 1 where the server's or the device's embedding is taken to be missing, else 0.
+
+        Returns:
+            (n,) logits.
+        """
+        embeddings = [server if self.server_tower is None else self.server_tower(server), self.device_tower(device)]
+        if self.missing is not None and absent is not None:
+            for place, side in enumerate(("server", "device")):
+                gone = absent[:, place : place + 1]
+                embeddings[place] = torch.where(gone > 0, self.missing[side](gone), embeddings[place])
+        return self.head(*embeddings)  # type: ignore[no-any-return]
 
     @property
     def size(self) -> int:
@@ -57,124 +84,339 @@ class DeviceSide(nn.Module):
 
 
 @dataclass(frozen=True)
-class LocalTraining:
-    """What one user does in a round: `steps` steps of gradient descent on the mean loss of all its examples.
-
-    Attributes:
-        steps: at least 1; each takes all of the user's examples.
-        lr: learning rate.
-    """
-
-    steps: int
-    lr: float
-
-
-@dataclass(frozen=True)
 class Engine:
     """Computes the updates of any users of one set of examples.
 
-    Dropout is off and the server tower is frozen: its embeddings are computed
-    once, as a device would be given them.
+    Dropout is off. A frozen server tower's embeddings are computed once, as a
+    device would be given them.
 
     Attributes:
-        module: the device side; its parameters' values are never read nor changed by `updates`.
+        side: what is trained; its parameters' values are never read nor changed.
         local: what each user does.
-        server_embedding, device, labels: the rows, (n, a), (n, device width) and (n,).
-        offsets: (users + 1,): user u has the rows offsets[u] to offsets[u + 1].
-        chunk_bytes: bounds the memory of one chunk.
+        examples: whose rows; memory-mapped ones stay on the disk but for those of a cohort.
+        server_tower: frozen, in front of `side`; None where it is trained.
+        embeddings: (n, a) of the frozen tower, where they fit in memory.
+        trainer: how a chunk is trained.
+        tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
+        chunk_bytes: of one chunk's updates and rows.
+        scratch: memory of the chunks.
     """
 
-    module: DeviceSide
+    side: DeviceSide
     local: LocalTraining
-    server_embedding: Tensor = field(repr=False)
-    device: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
-    offsets: NDArray[np.int64] = field(repr=False)
-    chunk_bytes: int = CHUNK_BYTES
+    examples: Examples = field(repr=False)
+    server_tower: nn.Module | None = field(repr=False)
+    embeddings: Tensor | None = field(repr=False)
+    trainer: Trainer = field(repr=False)
+    tower_dropout: float
+    chunk_bytes: int
+    scratch: Scratch = field(repr=False)
 
     @classmethod
     def build(
-        cls, network: Network, examples: Examples, local: LocalTraining, *, chunk_bytes: int = CHUNK_BYTES
+        cls,
+        network: Network,
+        examples: Examples,
+        local: LocalTraining,
+        *,
+        federate_server_tower: bool = False,
+        tower_dropout: float = 0.0,
+        chunk_bytes: int | None = None,
     ) -> Engine:
-        """Embeds every example's server side and keeps the rest as tensors."""
+        """Prepares what every round needs.
+
+        Args:
+            network: its values are copied nowhere and not changed.
+            examples: of everybody.
+            local: what each user does.
+            federate_server_tower: whether users train the server tower too.
+            tower_dropout: in [0, 0.5).
+            chunk_bytes: by default what the cache holds: the same on the same machine, so that a seed repeats a run.
+
+        Raises:
+            ConfigError: tower_dropout is outside its range.
+        """
+        if not 0 <= tower_dropout < 0.5:
+            raise ConfigError(f"tower_dropout must be in [0, 0.5), got {tower_dropout!r}")
+        side = DeviceSide(network, server_tower=federate_server_tower, missing=tower_dropout > 0).eval()
+        frozen = None if federate_server_tower else network.server_tower.eval()
+        cached = frozen is not None and 4 * len(examples) * network.server_embedding <= CACHED_EMBEDDINGS
+        scratch = Scratch()
         return cls(
-            module=DeviceSide(network).eval(),
+            side=side,
             local=local,
-            server_embedding=embed(network.server_tower, examples.server),
-            device=torch.from_numpy(examples.device),
-            labels=torch.from_numpy(examples.labels),
-            offsets=examples.offsets,
-            chunk_bytes=chunk_bytes,
+            examples=examples,
+            server_tower=frozen,
+            embeddings=embed(frozen, examples.server) if frozen is not None and cached else None,
+            trainer=_trainer(side, examples, frozen, scratch),
+            tower_dropout=tower_dropout,
+            chunk_bytes=chunk_bytes or _chunk_bytes(),
+            scratch=scratch,
         )
 
     @property
     def users(self) -> int:
         """How many people there are to choose from."""
-        return len(self.offsets) - 1
+        return self.examples.users
 
-    def updates(self, flat: Float32, users: NDArray[np.int64]) -> Iterator[Float32]:
-        """Trains each of `users` from the same weights.
-
-        Users go by their number of examples, so that little is padded: the order of
-        the rows is not that of `users`. A user without examples gives zeros.
+    def clipped_sum(
+        self, flat: Float32, users: NDArray[np.int64], clip: float, *, stream: tuple[int, ...] = (0,)
+    ) -> ClippedSum:
+        """What `hybrid.privacy.mechanisms.clip_and_sum` makes of the cohort's updates, without their leaving torch.
 
         Args:
             flat: (p,) the weights to start from.
             users: (k,) distinct, each in [0, self.users).
+            clip: largest L2 norm of one user's update.
+            stream: seeds the order of rows and the tower dropout of this round.
+        """
+        total = torch.zeros(self.side.size, dtype=torch.float64)
+        below = above = 0
+        for updates in self._updates(flat, users, stream):
+            part, within, beyond = self._clip_and_sum(updates, clip)
+            total += part
+            below, above = below + within, above + beyond
+        return ClippedSum(total.numpy(), len(users), below, above)
+
+    def _clip_and_sum(self, updates: Tensor, clip: float) -> tuple[Tensor, int, int]:
+        """(k, p) float32 -> (p,) float64, and how many were within the clip, and above it."""
+        total = torch.zeros(updates.shape[1], dtype=torch.float64)
+        below = above = 0
+        for part in torch.split(updates, max(1, self.chunk_bytes // (8 * updates.shape[1]))):
+            rows = self.scratch.take("float64", part.shape, part, torch.float64).copy_(part)
+            norm = torch.linalg.vector_norm(rows, dim=1)
+            unusable = ~torch.isfinite(norm)
+            if unusable.any():
+                rows[unusable], norm[unusable] = 0.0, 0.0
+            below += int(((norm > 0) & (norm <= clip)).sum())
+            above += int((norm > clip).sum())
+            total += torch.mv(rows.T, clip / norm.clamp(min=clip))
+        return total, below, above
+
+    def updates(self, flat: Float32, users: NDArray[np.int64], *, stream: tuple[int, ...] = (0,)) -> Iterator[Float32]:
+        """Trains each of `users` from the same weights, and shows what each would send.
+
+        Users go by their number of steps and examples, so that little is padded: the order of
+        the rows is not that of `users`. Users without examples, whose update is zero, are left out.
+
+        Args: those of `clipped_sum`.
 
         Yields:
-            (c, p) weights after local training minus `flat`, one row a user, not clipped.
+            (c, p) weights after local training minus `flat`, one row a user, not clipped; valid until the next.
         """
-        counts = self.offsets[users + 1] - self.offsets[users]
-        order = np.argsort(counts, kind="stable")
-        ordered, counts = users[order], counts[order]
+        for chunk in self._updates(flat, users, stream):
+            yield chunk.cpu().numpy()
+
+    def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of `users` who have examples, in the order of `updates`."""
+        counts = self._counts(users)
+        users, counts = users[counts > 0], counts[counts > 0]
+        return users[np.lexsort((counts, self.local.steps_of(counts)))]
+
+    def _counts(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
+        offsets = self.examples.offsets
+        return offsets[users + 1] - offsets[users]
+
+    def _updates(self, flat: Float32, users: NDArray[np.int64], stream: tuple[int, ...]) -> Iterator[Tensor]:
+        ordered = self.order(users)
+        counts = self._counts(ordered)
+        weights = torch.tensor(flat)
+        rng = np.random.default_rng(stream)
         start = 0
         while start < len(ordered):
             stop = self._chunk_end(counts, start)
-            yield self._train(flat, ordered[start:stop], counts[start:stop])
+            schedule = self.local.schedule(counts[start:stop], rng)
+            yield self.trainer(weights, self._batches(ordered[start:stop], schedule, rng), self.local)
             start = stop
 
     def _chunk_end(self, counts: NDArray[np.int64], start: int) -> int:
         """As many users as fit, counting each as padded to the longest; at least one."""
-        row = self.server_embedding.shape[1] + self.device.shape[1] + 2
-        sizes = 4 * (counts[start:] * row + self.module.size) * np.arange(1, len(counts) - start + 1)
+        row = self.examples.server.shape[1] + self.examples.device.shape[1] + 2
+        sizes = 4 * (counts[start:] * row + self.side.size) * np.arange(1, len(counts) - start + 1)
         return start + max(1, int(np.searchsorted(sizes, self.chunk_bytes, side="right")))
 
-    def _train(self, flat: Float32, users: NDArray[np.int64], counts: NDArray[np.int64]) -> Float32:
-        batch = self._padded(users, counts)
-        start = self._unflatten(torch.tensor(flat))
-        gradient = grad(self._loss)
-        shared = vmap(gradient, in_dims=(None, 0, 0, 0, 0))(start, *batch)
-        moved = {name: -self.local.lr * value for name, value in shared.items()}
-        for _ in range(self.local.steps - 1):
-            here = {name: start[name] + value for name, value in moved.items()}
-            moved = {n: moved[n] - self.local.lr * g for n, g in vmap(gradient)(here, *batch).items()}
-        update: Float32 = torch.cat([value.flatten(1) for value in moved.values()], dim=1).numpy()
-        update[counts == 0] = 0.0  # whatever row they were computed on
-        return update
+    def _batches(self, users: NDArray[np.int64], schedule: Schedule, rng: np.random.Generator) -> Batches:
+        rows = torch.from_numpy(self.examples.offsets[users][:, None, None] + schedule.place)
+        absent = None
+        if self.tower_dropout:
+            # One draw a row and step: the server's side is missing, the device's, or neither; never both.
+            draw = rng.random((len(users), int(schedule.steps.max()), rows.shape[2]))
+            absent = torch.from_numpy(
+                np.stack([draw < self.tower_dropout, draw > 1 - self.tower_dropout], axis=3).astype(np.float32)
+            )
+        return Batches(self, rows, torch.from_numpy(schedule.weight), torch.from_numpy(schedule.steps), absent)
 
-    def _padded(self, users: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(c, m, ...) rows of each user, and the weight of each: 1 / count, 0 where it is padding.
+    def server_side(self, rows: Tensor) -> Tensor:
+        """(n,) rows -> (n, a) embeddings of the frozen tower, or the encoded features of one that is trained."""
+        if self.embeddings is not None:
+            return self.embeddings.index_select(0, rows)
+        features = _take(self.examples.server, rows)
+        if self.server_tower is None:
+            return features
+        with torch.no_grad():
+            return self.server_tower(features)  # type: ignore[no-any-return]
 
-        Padding repeats the user's own first row. Another's would reach the
-        update where it overflows, as 0 x infinity; so would zeros, for as long
-        as others have more rows.
-        """
-        place = np.arange(max(1, counts.max()))
-        real = place < counts[:, None]
-        first = np.where(counts > 0, self.offsets[users], 0)[:, None]
-        rows = torch.from_numpy(first + np.where(real, place, 0))
-        weight = torch.from_numpy((real / np.maximum(counts, 1)[:, None]).astype(np.float32))
-        return self.server_embedding[rows], self.device[rows], self.labels[rows], weight
 
-    def _loss(self, parameters: dict[str, Tensor], server: Tensor, device: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        logits = functional_call(self.module, parameters, (server, device))
-        return (binary_cross_entropy_with_logits(logits, y, reduction="none") * weight).sum()
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step of a chunk's users, one user's after another's.
 
-    def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+    Attributes:
+        inputs: of `DeviceSide.forward`, n = users x rows of each.
+        labels: (n,).
+        weight: (n,) of each row in its user's mean loss; 0 where it is padding.
+        alive: (users,) whether the user takes this step.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+    weight: Tensor
+    alive: Tensor
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All steps of a chunk's users.
+
+    Attributes:
+        engine: whose examples.
+        rows, weight: (users, s, m) see `Schedule`; rows are counted over all examples.
+        steps: (users,) that each takes.
+        absent: (users, steps, m, 2) which side's embedding is missing; None without tower dropout.
+    """
+
+    engine: Engine
+    rows: Tensor
+    weight: Tensor
+    steps: Tensor
+    absent: Tensor | None
+
+    @property
+    def users(self) -> int:
+        """How many."""
+        return len(self.rows)
+
+    @property
+    def rows_a_step(self) -> int:
+        """Of each user, padding included."""
+        return self.rows.shape[2]
+
+    def __len__(self) -> int:
+        return int(self.steps.max())
+
+    def __iter__(self) -> Iterator[Batch]:
+        batch = None
+        for step in range(len(self)):
+            if batch is None or self.rows.shape[1] > 1 or self.absent is not None:
+                batch = self._gather(step)
+            yield batch if self.rows.shape[1] > 1 else self._alive(batch, step)
+
+    def _gather(self, step: int) -> Batch:
+        which = min(step, self.rows.shape[1] - 1)
+        rows = self.rows[:, which].flatten()
+        examples = self.engine.examples
+        inputs = [self.engine.server_side(rows), _take(examples.device, rows)]
+        if self.absent is not None:
+            inputs.append(self.absent[:, step].flatten(0, 1))
+        weight = self.weight[:, which].flatten()
+        return Batch(tuple(inputs), _take(examples.labels, rows), weight, step < self.steps)
+
+    def _alive(self, batch: Batch, step: int) -> Batch:
+        """The same rows again, for those whose steps are not over."""
+        alive = step < self.steps
+        if bool(alive.all()):
+            return batch
+        weight = self.weight[:, 0] * alive[:, None]
+        return Batch(batch.inputs, batch.labels, weight.flatten(), alive)
+
+
+class Trainer(Protocol):
+    """How a chunk of users is trained."""
+
+    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
+        """(p,) weights to start from -> (users, p) how far each user moved."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerTrainer:
+    """For modules whose parameters are all of `torch.nn.Linear`: rows of all users in one batch. The fast way."""
+
+    module: UserModule
+    scratch: Scratch = field(repr=False)
+
+    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
+        """See `Trainer`."""
+        moved = self.scratch.take("moved", (batches.users, len(flat)), flat)
+        chunk = Chunk(flat, moved, len(batches), batches.rows_a_step)
+        for layer in self.module.layers:
+            layer.begin(chunk)
+        for chunk.step, batch in enumerate(batches):
+            if local.proximal:
+                chunk.pull = batch.alive * (local.lr * local.proximal)
+            logits = self.module.module(*batch.inputs)
+            self.module.descend(_loss(logits, batch), local.lr)
+        for layer in self.module.layers:
+            layer.finish()
+        return moved
+
+
+@dataclass(frozen=True)
+class AnyTrainer:
+    """For any module, by `torch.func`: several times slower."""
+
+    module: nn.Module
+
+    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
+        """See `Trainer`."""
         named = dict(self.module.named_parameters())
         parts = torch.split(flat, [parameter.numel() for parameter in named.values()])
-        return {name: part.view(named[name].shape) for name, part in zip(named, parts, strict=True)}
+        start = {name: part.view(named[name].shape) for name, part in zip(named, parts, strict=True)}
+        gradient = vmap(grad(self._loss))
+        moved = {name: torch.zeros(batches.users, *part.shape) for name, part in start.items()}
+        for batch in batches:
+            split = [
+                part.reshape(batches.users, -1, *part.shape[1:]) for part in (*batch.inputs, batch.labels, batch.weight)
+            ]
+            here = {name: start[name] + value for name, value in moved.items()}
+            pull = batch.alive * (local.lr * local.proximal)
+            for name, slope in gradient(here, *split).items():
+                left = (1 - pull).view(-1, *[1] * (slope.ndim - 1))
+                moved[name] = moved[name] * left - local.lr * slope
+        return torch.cat([value.flatten(1) for value in moved.values()], dim=1)
+
+    def _loss(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        *inputs, labels, weight = batch
+        logits = functional_call(self.module, parameters, tuple(inputs))
+        return binary_cross_entropy_with_logits(logits, labels, weight, reduction="sum")
+
+
+def _loss(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum over users of each one's mean loss."""
+    return binary_cross_entropy_with_logits(logits, batch.labels, batch.weight, reduction="sum")
+
+
+def _trainer(side: DeviceSide, examples: Examples, frozen: nn.Module | None, scratch: Scratch) -> Trainer:
+    module = UserModule.of(side, scratch)
+    server = torch.rand(2, examples.server.shape[1])
+    with torch.no_grad():
+        probe = [server if frozen is None else frozen(server), torch.rand(2, examples.device.shape[1])]
+    if side.missing is not None:
+        probe.append(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    return LayerTrainer(module, scratch) if module and module.does_what(side, *probe) else AnyTrainer(deepcopy(side))
+
+
+def _chunk_bytes() -> int:
+    """Half of the last cache: what a chunk writes in one step it reads in the next."""
+    try:
+        cache = max(os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE") for level in (2, 3))
+    except (OSError, ValueError):  # not every system tells
+        cache = 0
+    return max(cache // 2, 4 << 20)
+
+
+def _take(column: Float32, rows: Tensor) -> Tensor:
+    return torch.from_numpy(column).index_select(0, rows)
 
 
 def embed(tower: nn.Module, rows: Float32) -> Tensor:
@@ -184,16 +426,15 @@ def embed(tower: nn.Module, rows: Float32) -> Tensor:
 
 
 def predict(network: Network, examples: Examples, *, with_devices: bool = True) -> Float32:
-    """(n,) probabilities by the network as it is; without devices, the head is given zeros for their embeddings."""
+    """(n,) probabilities by the network as it is; without devices, by its embedding for a missing one."""
     parts = zip(
         torch.split(embed(network.server_tower, examples.server), ROWS_A_PASS),
         torch.split(torch.from_numpy(examples.device), ROWS_A_PASS),
         strict=True,
     )
-    absent = torch.zeros(1, network.device_embedding)
 
     def probabilities(server: Tensor, device: Tensor) -> Tensor:
-        embedding = network.device_tower(device) if with_devices else absent.expand(len(device), -1)
+        embedding = network.device_tower(device) if with_devices else network.missing_embedding("device", len(device))
         return torch.sigmoid(network.head(server, embedding))
 
     with torch.no_grad():

@@ -6,18 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from hybrid.errors import ConfigError
-from hybrid.features import Float32
+from hybrid.federation.optimizers import ServerOptimizer
 
 # Names of the records and of what is in them, on both sides of the wire.
-WEIGHTS, SUM, COUNTS, PLAN = "weights", "sum", "counts", "plan"
-FLAT, ROUND, PARTICIPANTS = "flat", "round", "participants"
+WEIGHTS, SUM, PLAN = "weights", "sum", "plan"
+FLAT, ROUND = "flat", "round"
 
 
 def flat_record(flat: NDArray[np.floating]) -> ArrayRecord:
@@ -29,51 +27,6 @@ def flat_array(record: ArrayRecord) -> NDArray[np.floating]:
     """What `flat_record` packed."""
     array: NDArray[np.floating] = record[FLAT].numpy()
     return array
-
-
-class ServerOptimizer:
-    """A `torch.optim` optimiser over one flat vector of weights, fed pseudo-gradients.
-
-    Args:
-        name: a class of `torch.optim` that can step from a gradient alone.
-        lr: its learning rate.
-        flat: (p,) the weights to start from.
-
-    Raises:
-        ConfigError: `torch.optim` has no such optimiser, or it cannot train a flat vector.
-    """
-
-    def __init__(self, name: str, lr: float, flat: Float32) -> None:
-        kind = getattr(torch.optim, name, None)
-        if not (
-            isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-        ):
-            raise ConfigError(f"server_optimizer must name a class of torch.optim, got {name!r}")
-        try:
-            _step(*_optimizer(kind, lr, np.zeros(2, np.float32)), np.zeros(2))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"server_optimizer must step from a gradient of one flat vector; {name} does not: {error}"
-            ) from None
-        self._optimizer, self._weights = _optimizer(kind, lr, flat)
-
-    def step(self, mean_update: NDArray[np.floating]) -> Float32:
-        """Takes one step against -`mean_update`, (p,); returns the new weights, (p,)."""
-        return _step(self._optimizer, self._weights, mean_update)
-
-
-def _optimizer(
-    kind: type[torch.optim.Optimizer], lr: float, flat: Float32
-) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
-    weights = torch.nn.Parameter(torch.tensor(flat, dtype=torch.float32))
-    return kind([weights], lr=lr), weights  # type: ignore[call-arg]
-
-
-def _step(optimizer: torch.optim.Optimizer, weights: torch.nn.Parameter, mean_update: NDArray[np.floating]) -> Float32:
-    weights.grad = torch.tensor(-mean_update, dtype=torch.float32)
-    optimizer.step()
-    moved: Float32 = weights.detach().numpy().copy()
-    return moved
 
 
 @dataclass
@@ -119,9 +72,7 @@ class NoisedSum(Strategy):  # type: ignore[misc]  # flwr ships no types
             self.failed_rounds += 1
             return None, None
         total = np.sum([flat_array(content[SUM]) for content in answered], axis=0)
-        participants = sum(int(content[COUNTS][PARTICIPANTS]) for content in answered)
-        weights = self.optimizer.step(total / self.planned_cohort)
-        return flat_record(weights), MetricRecord({PARTICIPANTS: participants})
+        return flat_record(self.optimizer.step(total / self.planned_cohort)), MetricRecord()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.aggregator import Round, SimulatedAggregator
+from hybrid.federation.aggregator import PURPOSE, Attended, Round, SimulatedAggregator
 from hybrid.federation.central import Fitting, fit_everything, fit_server_side
 from hybrid.federation.client_app import client_app
-from hybrid.federation.engine import DeviceSide, Engine, LocalTraining, predict
+from hybrid.federation.engine import DeviceSide, Engine, predict
+from hybrid.federation.fleet import Fleet, OverSelection, Trace, Work, over_selection, turnout
+from hybrid.federation.local_training import LocalTraining
 from hybrid.federation.metrics import auc, calibration, log_loss
+from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
-from hybrid.federation.strategy import NoisedSum, ServerOptimizer
+from hybrid.federation.strategy import NoisedSum
 from hybrid.network import Network
 from hybrid.privacy.accountant import noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
@@ -37,7 +40,10 @@ Curves = dict[str, list[tuple[int, float]]]
 
 POINTS = 50  # of a curve over a federated training
 SMALL = 100_000  # parameters below which a second thread costs more than it brings
-SAMPLED = "each round the server tosses an independent coin for each user (Poisson), and nobody sees who took part"
+SAMPLED = (
+    "each round the server tosses an independent coin for each user (Poisson), and nobody sees who, or how many, "
+    "took part"
+)
 SIMULATED = (
     "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's config.json); "
     "per run: repeats and tuning are not composed"
@@ -72,12 +78,15 @@ def train(
     run_dir: Path,
     settings: Training | None = None,
     progress: Progress | None = None,
+    fleet: OnFleet | None = None,
 ) -> Trained:
     """Trains a model, in one process, on a population it can see whole: a simulation.
 
-    "federated": server tower and head are fitted on the server's label, then the
-    tower is frozen and device tower and head are trained by federated rounds
-    under user-level differential privacy. "central": everything on pooled data,
+    "federated": where the server sees the label, server tower and head are fitted
+    on it; then device tower and head, and the server tower where the settings say
+    so, are trained by federated rounds under user-level differential privacy; what
+    the run's ledger already holds besides trainings is paid from the same budget.
+    "central": everything on pooled data,
     without privacy. "server-only": server tower and the model's own head, with
     zeros for the device embedding, to fit and to predict. The run directory gets
     config.json, checkpoint.npz, metrics.json where there are held-out users, and
@@ -93,21 +102,37 @@ def train(
         run_dir: made where it is missing; its ledger is shared by every training in it.
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
+        fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
 
     Raises:
         ConfigError: the budget, delta, optimiser or label does not allow this training.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
-    budget = check_allowed(model, kind, epsilon)
+    budget = check_allowed(model, kind, epsilon, settings)
     if budget is not None:
         _check_delta(model, examples_train.users)
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
-    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress)
+    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet)
     with _threads(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
+
+
+@dataclass(frozen=True)
+class OnFleet:
+    """What a simulated fleet is like, and how long a round waits for it.
+
+    Attributes:
+        trace: of device classes and their hours.
+        deadline_s: seconds from a round's start to its end; > 0.
+        expected_examples: of a user, an assumption made in the open: real counts would make the sampling private.
+    """
+
+    trace: Trace
+    deadline_s: float
+    expected_examples: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,9 @@ class _Run:
     folder: Path
     settings: Training
     progress: Progress | None
+    fleet: OnFleet | None = None
     curves: Curves = field(default_factory=dict)
+    oracle: dict[str, float] = field(default_factory=dict)
 
     def point(self, step: int) -> None:
         """Measures the network as it is on held-out users."""
@@ -160,43 +187,141 @@ _TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {"central": _central
 
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
     """Returns the privacy fields of the record."""
-    model, settings, users = run.network.model, run.settings, run.examples.users
-    planned = settings.sampling * users
-    z = noise_multiplier_for(budget, model.privacy.delta, settings.sampling, settings.rounds)
-    # No minimum: amplification by Poisson sampling is claimed for rounds that are released whoever came. A round
-    # withheld because few came would make it likelier that one who is in a released round took part.
-    rounds = Round(settings.sampling, model.privacy.clip, z, minimum=0)
-    fit_server_side(run.network, run.examples, seed=run.seed)
-    side = DeviceSide(run.network)
-    start = side.flat()
-    strategy = NoisedSum(planned, ServerOptimizer(settings.server_optimizer, settings.server_lr, start))
-    engine = Engine.build(run.network, run.examples, LocalTraining(settings.local_steps, settings.local_lr))
+    model, settings = run.network.model, run.settings
+    if settings.server_tower != "frozen" and model.label.visible_to == "server":
+        fit_server_side(run.network, run.examples, seed=run.seed)
+    federate = settings.server_tower == "federated"
+    engine = Engine.build(
+        run.network,
+        run.examples,
+        _local(settings),
+        federate_server_tower=federate,
+        tower_dropout=settings.tower_dropout,
+    )
+    start = engine.side.flat()
+    optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, start, settings.server_options)
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
+        cohort = _cohort(run, len(start))
+        rounds = _round(run, budget, ledger, cohort)
         ledger.reserve([replace(rounds.event, count=settings.rounds)])
         _write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
-        nodes = {1: client_app(SimulatedAggregator(engine, ledger, rounds, seed=run.seed))}
-        simulate(server_app(strategy, start, settings.rounds, _rounds(run, side)), nodes)
+        aggregator = SimulatedAggregator(engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
+        strategy = NoisedSum(cohort.planned, optimizer)
+        after = _rounds(run, engine.side, TailAverage(settings.average_last, settings.rounds))
+        simulate(server_app(strategy, start, settings.rounds, after), {1: client_app(aggregator)})
         spent = ledger.spent()
+        run.oracle.update(cohort.oracle(run))
     return {
         "epsilon": spent.epsilon,
         "delta": model.privacy.delta,
-        "noise_multiplier": z,
-        "clip": model.privacy.clip,
-        "sampling": settings.sampling,
+        "noise_multiplier": rounds.noise_multiplier,
+        "clip": aggregator.clip,
+        "sampling": rounds.sampling,
         "rounds": settings.rounds - strategy.failed_rounds,
-        "mechanism": f"Gaussian noise on sums of clipped updates, zero-out adjacency; accountant: {spent.method}",
-        "assumption": SIMULATED if settings.sampling == 1 else f"{SAMPLED}; {SIMULATED}",
+        "mechanism": f"{_mechanism(settings)}, zero-out adjacency; accountant: {spent.method}",
+        "assumption": SIMULATED if rounds.sampling == 1 else f"{SAMPLED}; {SIMULATED}",
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
 
 
-def _rounds(run: _Run, side: DeviceSide) -> Callable[[int, Float32], None]:
+@dataclass(frozen=True)
+class _Cohort:
+    """Whom a round asks, and how many of them it counts on.
+
+    Attributes:
+        sampling: probability that a user is asked, those asked too many included: what is accounted.
+        planned: expected number of those who answer: what sums are divided by.
+        attended: the fleet; None where all who are asked answer.
+        over: how the fleet's sampling was found.
+    """
+
+    sampling: float
+    planned: float
+    attended: Attended | None = None
+    over: OverSelection | None = None
+
+    def oracle(self, run: _Run) -> dict[str, float]:
+        """How the fleet turned out, into a file and in two numbers."""
+        if self.attended is None or self.over is None:
+            return {}
+        found = turnout(
+            self.attended.fleet,
+            self.attended.tallies,
+            sampling=self.sampling,
+            expected=self.over.finishing,
+            examples=np.diff(run.examples.offsets),
+        )
+        _write_json(run.folder / "fleet.json", {"over_selection": asdict(self.over), "oracle": asdict(found)})
+        return {"fleet_finished": found.oracle_finished, "fleet_lost": found.oracle_lost}
+
+
+def _cohort(run: _Run, size: int) -> _Cohort:
+    """Everybody whose coin falls; on a fleet more are asked, so that as many as are wanted answer in time."""
+    settings, users = run.settings, run.examples.users
+    if run.fleet is None:
+        return _Cohort(settings.sampling, settings.sampling * users)
+    trace = run.fleet.trace
+    steps = settings.local_epochs or settings.local_steps
+    work = Work(steps=steps, download_bytes=4 * size, upload_bytes=4 * size, deadline_s=run.fleet.deadline_s)
+    over = over_selection(
+        trace,
+        users=users,
+        wanted=settings.sampling * users,
+        rounds=range(1, settings.rounds + 1),
+        work=work,
+        examples=run.fleet.expected_examples,
+    )
+    return _Cohort(over.sampling, over.expected, Attended(Fleet.draw(trace, users, run.seed), work), over)
+
+
+def _round(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> Round:
+    """The least noise with which all rounds stay within what the budget leaves them.
+
+    No minimum: amplification by Poisson sampling is claimed for rounds that are
+    released whoever came. A round withheld because few came would make it
+    likelier that one who is in a released round took part.
+    """
+    privacy, settings = run.network.model.privacy, run.settings
+    # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
+    besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
+    z = noise_multiplier_for(budget, privacy.delta, cohort.sampling, settings.rounds, besides=besides)
+    return Round(
+        cohort.sampling,
+        privacy.clip,
+        z,
+        minimum=0,
+        quantile=settings.clip_quantile,
+        planned_cohort=cohort.planned,
+    )
+
+
+def _local(settings: Training) -> LocalTraining:
+    epochs = settings.local_epochs
+    return LocalTraining(
+        steps=settings.local_steps if epochs is None else None,
+        lr=settings.local_lr,
+        epochs=epochs,
+        batch=settings.local_batch,
+        proximal=settings.proximal,
+    )
+
+
+def _mechanism(settings: Training) -> str:
+    if settings.clip_quantile is None:
+        return "Gaussian noise on sums of clipped updates"
+    return (
+        "Gaussian noise on sums of updates, clipped at a norm that follows their "
+        f"{settings.clip_quantile:g} quantile, and on that quantile, as one release"
+    )
+
+
+def _rounds(run: _Run, side: DeviceSide, average: TailAverage) -> Callable[[int, Float32], None]:
     """After a round: the weights into the network; now and then a checkpoint and a point of the curves."""
     total = run.settings.rounds
 
     def on_round(number: int, flat: Float32) -> None:
-        side.load_flat(flat)
+        side.load_flat(average(number, flat))
         if number % max(1, total // POINTS) == 0 or number == total:
             run.checkpoint(number)
             run.point(number)
@@ -218,10 +343,10 @@ def _epochs(run: _Run) -> Callable[[int], None]:
 def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
     if run.progress:
         run.progress(1, 1)
-    predictions, oracle = None, {}
+    predictions, oracle = None, run.oracle
     if run.test is not None:
         predictions = run.predict(run.test)
-        oracle = _oracle(run.test, predictions)
+        oracle = oracle | _oracle(run.test, predictions)
         _write_json(run.folder / "metrics.json", {"oracle": oracle, "curves": run.curves})
     record = TrainingRecord(
         kind=run.kind,
@@ -245,21 +370,22 @@ def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
     }
 
 
-def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None) -> float | None:
+def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, settings: Training) -> float | None:
     """Refuses, before any data is read, what `train` would refuse whatever the data.
 
     Returns:
         The epsilon to spend at most; None where no mechanism is used.
 
     Raises:
-        ConfigError: the label is the device's alone, or epsilon is out of range.
+        ConfigError: epsilon is out of range, or the server tower would be fitted on a label the server does not see.
     """
-    if model.label.visible_to == "device":
-        raise ConfigError(
-            "label.visible_to is 'device': training with a label that only the device sees is not available yet"
-        )
     if kind != "federated":
         return None
+    if model.label.visible_to == "device" and settings.server_tower == "central":
+        raise ConfigError(
+            "server_tower must be 'federated' or 'frozen' where label.visible_to is 'device': "
+            "the server has no label to fit it on, got 'central'"
+        )
     declared = model.privacy.epsilon
     budget = declared if epsilon is None else epsilon
     if not 0 < budget <= declared:

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import ConfigError
+from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.privacy.mechanisms import gaussian_epsilon
 
 RDP_ORDERS = [1.2, 1.5, *range(2, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024]
 _PRV_MAX_EPSILON = 300.0  # above it a tight bound helps nobody, and the grid grows with it
+_MOST_NOISE = 1e9  # over the sensitivity: as good as releasing nothing
 _PRV_MAX_GRID = 1 << 23  # points; about a second and half a gigabyte
 
 
@@ -76,8 +77,8 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Spent:
         delta: in (0, 1).
 
     Returns:
-        Exact where nothing is sampled. Else the least of RDP, PRV (where
-        everything is sampled) and the exact Gaussian that ignores sampling.
+        Exact where nothing is sampled. Else the least of RDP, PRV and the exact
+        Gaussian that ignores sampling.
 
     Raises:
         ConfigError: delta is outside (0, 1).
@@ -90,14 +91,15 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Spent:
     if unsampled == math.inf or all(event.sampling == 1 for event in composed):
         return Spent(unsampled, "exact Gaussian")
     bounds = {rdp_epsilon(composed, delta): "RDP", unsampled: "exact Gaussian, sampling not counted"}
-    if all(event.sampling < 1 for event in composed) and min(bounds) <= _PRV_MAX_EPSILON:
+    if min(bounds) <= _PRV_MAX_EPSILON:
         least = min(bounds)
         bounds[_prv_epsilon(composed, delta, error=max(min(0.01, least / 100), least / 1000))] = "PRV"
     return Spent(min(bounds), bounds[min(bounds)])
 
 
-@lru_cache(maxsize=64)  # pure, and a second's work
-def noise_multiplier_for(epsilon_target: float, delta: float, sampling: float, rounds: int) -> float:
+def noise_multiplier_for(
+    epsilon_target: float, delta: float, sampling: float, rounds: int, *, besides: Iterable[GaussianEvent] = ()
+) -> float:
     """The least noise multiplier with which `rounds` releases stay within a budget.
 
     Args:
@@ -105,28 +107,52 @@ def noise_multiplier_for(epsilon_target: float, delta: float, sampling: float, r
         delta: in (0, 1).
         sampling: Poisson sampling probability of each round, in (0, 1].
         rounds: how many releases; >= 1.
+        besides: other releases on the same people, which the budget pays for too.
 
     Returns:
-        At most 0.1 % too much noise, never too little: `epsilon` of it is within the target.
+        At most 0.1 % too much noise, never too little: `epsilon` of the rounds and `besides`
+        together is within the target. By the exact Gaussian where nothing is sampled.
 
     Raises:
         ConfigError: an argument is outside its range.
+        BudgetExceeded: `besides` leave nothing of the budget, however much noise the rounds have.
     """
+    return _noise_multiplier_for(epsilon_target, delta, sampling, rounds, tuple(_compose(besides)))
+
+
+@lru_cache(maxsize=64)  # pure, and a second's work
+def _noise_multiplier_for(
+    epsilon_target: float, delta: float, sampling: float, rounds: int, besides: tuple[GaussianEvent, ...]
+) -> float:
     _check_delta(delta)
     if not 0 < epsilon_target < math.inf:
         raise ConfigError(f"epsilon must be finite and > 0, got {epsilon_target!r}")
 
     def events(noise_multiplier: float) -> list[GaussianEvent]:
-        return [GaussianEvent(noise_multiplier, sampling, rounds)]
+        return [GaussianEvent(noise_multiplier, sampling, rounds), *besides]
+
+    def within(bound: float) -> bool:
+        return bound <= epsilon_target
 
     def unsampled(noise_multiplier: float) -> float:
         return gaussian_epsilon(_mu(events(noise_multiplier)), delta)
 
+    def total(noise_multiplier: float) -> float:
+        return epsilon(events(noise_multiplier), delta).epsilon
+
+    if besides and not within(total(_MOST_NOISE)):
+        raise BudgetExceeded(
+            f"epsilon is {epsilon_target:g} at delta {delta:g}; what is released besides the {rounds} rounds "
+            f"costs {epsilon(besides, delta).epsilon:.4g} and leaves nothing for them"
+        )
     # From the quickest bound to the tightest; each starts where the one before ended.
-    enough = _least(lambda z: unsampled(z) <= epsilon_target, start=1.0)
-    if sampling < 1:
-        enough = _least(lambda z: min(unsampled(z), rdp_epsilon(events(z), delta)) <= epsilon_target, start=enough)
-        enough = _least(lambda z: epsilon(events(z), delta).epsilon <= epsilon_target, start=enough, factor=1.1)
+    enough = 1.0
+    if within(unsampled(_MOST_NOISE)):
+        enough = _least(lambda z: within(unsampled(z)), start=enough)
+    if sampling < 1 or any(event.sampling < 1 for event in besides):
+        if within(min(unsampled(_MOST_NOISE), rdp_epsilon(events(_MOST_NOISE), delta))):
+            enough = _least(lambda z: within(min(unsampled(z), rdp_epsilon(events(z), delta))), start=enough)
+        enough = _least(lambda z: within(total(z)), start=enough, factor=1.1)
     return enough
 
 
@@ -159,7 +185,9 @@ def _prv_epsilon(events: Sequence[GaussianEvent], delta: float, error: float) ->
     """The upper bound by numerical composition of privacy loss; infinite where the grid would not hold it.
 
     As opacus's PRVAccountant, with its safe domain (remark 5.6) from our RDP
-    orders, and one percent of delta set aside for the rounding of the FFT.
+    orders, and one percent of delta set aside for the rounding of the FFT. A plain
+    release among sampled ones is one with sampling 1: the analysis holds for
+    any privacy loss.
 
     Source:
         Gopi, Lee and Wutschitz, NeurIPS 2021. https://arxiv.org/abs/2106.02848

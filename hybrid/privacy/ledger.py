@@ -2,7 +2,7 @@
 
 `ledger.jsonl` is append-only, one JSON object a line: the budget it was opened
 with, what was reserved, what was spent. It holds settings and counts, nothing
-from a device. One process at a time has it open.
+from a device. One process at a time has it open; any may read it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.errors import BudgetExceeded, ConfigError, NotFound
 from hybrid.privacy.accountant import GaussianEvent, Spent, epsilon
 
 FILE = "ledger.jsonl"
@@ -104,6 +104,30 @@ _LINE: TypeAdapter[Opened | Reserved | Entry] = TypeAdapter(
 )
 
 
+@dataclass(frozen=True)
+class Account:
+    """What a ledger says, as it was when it was read. `Ledger.read` gives one.
+
+    Attributes:
+        budget_epsilon, delta: what may be spent.
+        entries: every release that can be read, in order.
+        lost: what is counted for stretches that cannot be read; empty in an undamaged file.
+    """
+
+    budget_epsilon: float
+    delta: float
+    entries: tuple[Entry, ...]
+    lost: tuple[GaussianEvent, ...] = ()
+
+    def events(self) -> list[GaussianEvent]:
+        """What every release costs: first what was lost, then the entries in order."""
+        return [*self.lost, *(entry.event for entry in self.entries)]
+
+    def spent(self) -> Spent:
+        """What all releases cost together, at `delta`."""
+        return epsilon(self.events(), self.delta)
+
+
 class Ledger:
     """A run's account. Get one from `Ledger.open`, and close it, or use it in a `with` block.
 
@@ -117,11 +141,11 @@ class Ledger:
     """
 
     def __init__(self, descriptor: int, lines: Sequence[Opened | Reserved | Entry | Lost], opened: Opened) -> None:
-        self.budget_epsilon, self.delta = opened.budget_epsilon, opened.delta
-        self.entries = [line for line in lines if isinstance(line, Entry)]
+        account = _account(opened, lines)
+        self.budget_epsilon, self.delta = account.budget_epsilon, account.delta
+        self.entries = list(account.entries)
         self._descriptor = descriptor
-        lost = sum(line.releases for line in lines if isinstance(line, Lost))
-        self._lost = [_costliest(lines)] * lost if lost else []
+        self._lost = account.lost
         self._attempts = {(entry.purpose, entry.round): entry.attempt for entry in self.entries}
         self._reserved: Counter[tuple[float, float]] = Counter()
 
@@ -156,6 +180,29 @@ class Ledger:
         except BaseException:
             os.close(descriptor)
             raise
+
+    @staticmethod
+    def read(folder: Path) -> Account:
+        """Reads the ledger of a run without opening it: no lock is taken and nothing is written.
+
+        A training may be writing it meanwhile. Damage counts as it does for `open`,
+        and so does a line of which only a part is there yet.
+
+        Args:
+            folder: of the run, `runs/<run>`.
+
+        Raises:
+            NotFound: the run has no ledger.
+            ConfigError: the file is damaged beyond a bound.
+        """
+        try:
+            content = (folder / FILE).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            content = b""
+        if not content:
+            raise NotFound(f"run {folder.name!r} has no ledger: no privacy was spent in it")
+        opened, lines = _lines(content, folder)
+        return _account(opened, lines)
 
     def reserve(self, events: Iterable[GaussianEvent]) -> None:
         """Sets releases aside, all or none: what is reserved can be spent without asking again.
@@ -260,16 +307,33 @@ def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened
         return [wanted]
     if not content.endswith(b"\n"):
         _write_all(descriptor, b"\n")  # so that what follows is a line of its own
-    lines = [_parse(line) for line in content.splitlines()]
-    opened = lines[0]
-    if not isinstance(opened, Opened):
-        raise ConfigError(f"the ledger of run {folder.name!r} is damaged in its first line: start another run")
+    opened, lines = _lines(content, folder)
     for name in ("budget_epsilon", "delta"):
         if getattr(opened, name) != getattr(wanted, name):
             raise ConfigError(
                 f"{name} of run {folder.name!r} must stay {getattr(opened, name)!r}, got {getattr(wanted, name)!r}"
             )
     return lines
+
+
+def _lines(content: bytes, folder: Path) -> tuple[Opened, list[Opened | Reserved | Entry | Lost]]:
+    """The budget, and all lines.
+
+    Raises:
+        ConfigError: the budget cannot be read.
+    """
+    lines = [_parse(line) for line in content.splitlines()]
+    opened = lines[0]
+    if not isinstance(opened, Opened):
+        raise ConfigError(f"the ledger of run {folder.name!r} is damaged in its first line: start another run")
+    return opened, lines
+
+
+def _account(opened: Opened, lines: Sequence[Opened | Reserved | Entry | Lost]) -> Account:
+    """Raises: ConfigError: something was lost, and no line tells what it may have cost."""
+    entries = tuple(line for line in lines if isinstance(line, Entry))
+    lost = sum(line.releases for line in lines if isinstance(line, Lost))
+    return Account(opened.budget_epsilon, opened.delta, entries, (_costliest(lines),) * lost if lost else ())
 
 
 def _parse(line: bytes) -> Opened | Reserved | Entry | Lost:

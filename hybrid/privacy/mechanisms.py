@@ -106,26 +106,80 @@ def clip_rows(updates: NDArray[Any], clip: float) -> NDArray[np.float64]:
     >>> clip_rows(np.array([[30.0, 40.0], [0.3, 0.4], [np.nan, 1.0]]), clip=5.0).tolist()
     [[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]
     """
+    return _clip_rows(updates, clip)[0]
+
+
+def _clip_rows(updates: NDArray[Any], clip: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The clipped rows, (k, p), and the norms they had before, (k,); 0 for rows that became zero."""
     with np.errstate(over="ignore", invalid="ignore"):
         rows = np.array(updates, dtype=np.float64)
         norm = np.sqrt(np.einsum("kp,kp->k", rows, rows))
     unusable = ~np.isfinite(norm)
     rows[unusable], norm[unusable] = 0.0, 0.0
     rows *= (clip / np.maximum(norm, clip))[:, None]  # exactly 1 up to the clip
-    return rows
+    return rows, norm
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """What one cohort adds up to, before noise. Private, but for `received`: only a mechanism may have it.
+
+    A person whose update is zero, not finite or misshapen is in `received` only:
+    whichever way a person is zeroed out, nothing private counts it.
+
+    Attributes:
+        total: sum of the clipped updates, shape (p,), finite.
+        received: how many answered (public).
+        below, above: how many of the usable updates had a norm > 0 and at most the clip, or
+            above it, before they were clipped. One person adds 1 to one of the two, or to neither.
+    """
+
+    total: NDArray[np.float64]
+    received: int
+    below: int
+    above: int
+
+
+def clip_and_sum(updates: Iterable[NDArray[Any]], size: int, clip: float) -> ClippedSum:
+    """Clips each update and sums them: what a fleet's aggregator does, and the reference for who does it faster.
+
+    Every row weighs the same: a weight such as its number of examples would let
+    one person move the sum by more than `clip`. A chunk that does not hold rows
+    of p real numbers took part and contributes zero (broadcast, it would pass
+    the clip); where it holds no rows at all it counts as one reply.
+
+    Args:
+        updates: chunks of any number of rows, shape (k, p), so that a cohort need not fit in memory.
+        size: p, the length of a flat update.
+        clip: largest L2 norm of one flat update, in parameter units; finite, > 0.
+
+    >>> clip_and_sum([np.array([[30.0, 40.0], [0.3, 0.4], [np.nan, 1.0]])], size=2, clip=5.0)
+    ClippedSum(total=array([3.3, 4.4]), received=3, below=1, above=1)
+    """
+    total, received, below, above = np.zeros(size), 0, 0, 0
+    for chunk in updates:
+        received += len(chunk) if chunk.ndim == 2 else 1
+        if _holds_rows(chunk, size):
+            rows, norm = _clip_rows(chunk, clip)
+            total += rows.sum(axis=0)
+            below += int(np.count_nonzero((norm > 0) & (norm <= clip)))
+            above += int(np.count_nonzero(norm > clip))
+    return ClippedSum(total, received, below, above)
 
 
 @dataclass(frozen=True)
 class AggregationState:
-    """What an aggregation carries from one round to the next.
+    """What an aggregation carries from one round to the next. Nothing in it is private.
 
     Attributes:
         round: rounds released so far.
         size: p, the length of a flat update.
+        clip: L2 norm to which the next round clips, in parameter units; finite, > 0.
     """
 
     round: int
     size: int
+    clip: float
 
 
 @dataclass(frozen=True)
@@ -136,10 +190,16 @@ class Release:
         sum: of the clipped updates, with noise, shape (p,). Divide it by the cohort that was
             planned: a denominator that follows the replies would change the noise with them.
         received: how many answered (public); misshapen and non-finite answers are among them.
+        clip: the L2 norm that clipped them, in parameter units.
     """
 
     sum: NDArray[np.float64]
     received: int
+    clip: float
+
+
+Cohort = Callable[[float], ClippedSum]
+"""A round's people, who clip to the norm they are given and are summed: clip -> ClippedSum."""
 
 
 @dataclass(frozen=True)
@@ -148,27 +208,22 @@ class Aggregation:
 
     Attributes:
         init: length of a flat update -> state before round 1.
-        step: (state, updates of one round, noise) -> (state after it, Release). The updates come
-            in chunks of any number of rows, shape (k, p), so that a cohort need not fit in
-            memory. Pure: no clock, no I/O, no other randomness.
+        step: (state, cohort of one round, noise) -> (state after it, Release). It calls the
+            cohort once, with the state's clip norm, and draws noise once. Pure but for these
+            two: no clock, no I/O, no other randomness.
     """
 
     init: Callable[[int], AggregationState]
-    step: Callable[[AggregationState, Iterable[NDArray[Any]], NoiseSource], tuple[AggregationState, Release]]
+    step: Callable[[AggregationState, Cohort, NoiseSource], tuple[AggregationState, Release]]
 
 
 def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> Aggregation:
     """Builds the user-level Gaussian mechanism on a sum of clipped updates.
 
-    Every row weighs the same: a weight such as its number of examples would let
-    one person move the sum by more than `clip_norm`. A chunk that does not hold
-    rows of p real numbers took part and contributes zero (broadcast, it would
-    pass the clip); where it holds no rows at all it counts as one reply.
-
     Args:
         clip_norm: largest L2 norm of one flat update, in parameter units; finite, > 0.
         noise_multiplier: standard deviation of the noise over `clip_norm`; finite, >= 0.
-        minimum: fewest rows that may be released together; >= 0.
+        minimum: fewest people whose updates may be released together; >= 0.
 
     Raises:
         ConfigError: a setting is outside the range above.
@@ -179,25 +234,152 @@ def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> 
     """
     if not 0 < clip_norm < math.inf:
         raise ConfigError(f"clip_norm must be finite and > 0, got {clip_norm!r}")
+    _check_release(noise_multiplier, minimum)
+
+    def step(state: AggregationState, cohort: Cohort, noise: NoiseSource) -> tuple[AggregationState, Release]:
+        clipped = _answered(state, cohort, minimum)
+        noisy = clipped.total + noise.gaussian(state.size, sd=noise_multiplier * state.clip)
+        return replace(state, round=state.round + 1), Release(noisy, clipped.received, state.clip)
+
+    return Aggregation(init=lambda size: AggregationState(round=0, size=size, clip=clip_norm), step=step)
+
+
+CLIP_REACH = 1e6
+"""An adaptive clip stays within this factor of the one it started from, either way."""
+
+
+def adaptive_gaussian_sum(
+    *,
+    initial_clip: float,
+    quantile: float,
+    lr: float,
+    noise_multiplier: float,
+    quantile_noise: float,
+    planned_cohort: float,
+    minimum: int,
+) -> Aggregation:
+    """Builds the Gaussian mechanism whose clip norm follows a quantile of the updates' norms.
+
+    A round releases its sum, noised in proportion to the norm that clipped it,
+    and, to the mechanism only, how much too large or small that norm was. Both
+    are one Gaussian release of `noise_multiplier`: a person moves the sum, over
+    its noise, by at most 1 / z_update and the quantile, over its noise, by at
+    most 1 / (2 quantile_noise), and z^-2 = z_update^-2 + (2 quantile_noise)^-2.
+
+    With below and above as in `ClippedSum`, the clip C becomes
+
+        C exp(-lr (fraction - quantile)),
+        fraction - quantile = ((1 - quantile) below - quantile above + noise) / planned_cohort:
+
+    too many below, and it shrinks. It rests where below / (below + above) is
+    the quantile, however many of the planned cohort answered; counting each
+    person's bit from 1/2 instead, as in the paper, would let those who are
+    missing pull it away. For quantile = 1/2 the two are the same; for another
+    one, one person moves this sum by up to max(quantile, 1 - quantile), and its
+    noise is as much larger.
+
+    Args:
+        initial_clip: the first round's L2 norm, in parameter units; in [1e-100, 1e100].
+            Never left by more than a factor of `CLIP_REACH`.
+        quantile: of the norms of usable, non-zero updates, that the clip seeks; gamma, in (0, 1).
+        lr: of the clip's logarithm, per round; finite, > 0. The paper's is 0.2.
+        noise_multiplier: z, of the two releases together: what is to be accounted; finite, >= 0.
+        quantile_noise: sigma_b, standard deviation of the noise on the count, for quantile = 1/2;
+            finite, > noise_multiplier / 2. See `quantile_noise_for`.
+        planned_cohort: expected number of participants of a round; finite, > 0.
+        minimum: fewest people whose updates may be released together; >= 0.
+
+    Raises:
+        ConfigError: a setting is outside the range above.
+        CohortTooSmall: (from `step`) fewer than `minimum` answered. No noise was drawn.
+
+    Source:
+        Andrew et al., NeurIPS 2021, Algorithm 1 and theorem 1. https://arxiv.org/abs/1905.03871
+    """
+    if not 1e-100 <= initial_clip <= 1e100:
+        raise ConfigError(f"initial_clip must be in [1e-100, 1e100], got {initial_clip!r}")
+    if not 0 < quantile < 1:
+        raise ConfigError(f"quantile must be in (0, 1), got {quantile!r}")
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"lr must be finite and > 0, got {lr!r}")
+    if not 0 < planned_cohort < math.inf:
+        raise ConfigError(f"planned_cohort must be finite and > 0, got {planned_cohort!r}")
+    _check_release(noise_multiplier, minimum)
+    z_update = update_noise_multiplier(noise_multiplier, quantile_noise)
+    count_noise = 2.0 * max(quantile, 1.0 - quantile) * quantile_noise
+
+    def step(state: AggregationState, cohort: Cohort, noise: NoiseSource) -> tuple[AggregationState, Release]:
+        clipped = _answered(state, cohort, minimum)
+        draw = noise.gaussian(state.size + 1, sd=1.0)  # one draw: the two are paid for as one release
+        noisy = clipped.total + z_update * state.clip * draw[:-1]
+        count = (1.0 - quantile) * clipped.below - quantile * clipped.above
+        excess = (count + count_noise * float(draw[-1])) / planned_cohort
+        clip = _moved(state.clip, -lr * excess, around=initial_clip)
+        return replace(state, round=state.round + 1, clip=clip), Release(noisy, clipped.received, state.clip)
+
+    return Aggregation(init=lambda size: AggregationState(round=0, size=size, clip=initial_clip), step=step)
+
+
+def update_noise_multiplier(noise_multiplier: float, quantile_noise: float) -> float:
+    """z_update: what is left for the sum where z is spent on it and on the quantile together.
+
+    Args:
+        noise_multiplier: z, of both; >= 0.
+        quantile_noise: sigma_b, standard deviation of the noise on a count of bits in {-1/2, 1/2};
+            finite, > z / 2.
+
+    Returns:
+        Standard deviation of the sum's noise over the clip norm; z at least.
+
+    Raises:
+        ConfigError: with so little noise the quantile alone would cost more than z.
+
+    >>> round(update_noise_multiplier(3.0, quantile_noise=2.5), 6)
+    3.75
+    """
+    if not noise_multiplier / 2.0 < quantile_noise < math.inf:
+        raise ConfigError(
+            f"quantile_noise must be finite and > {noise_multiplier / 2.0:g}, half the noise multiplier, "
+            f"got {quantile_noise!r}"
+        )
+    return noise_multiplier / math.sqrt(1.0 - (noise_multiplier / (2.0 * quantile_noise)) ** 2)
+
+
+def quantile_noise_for(noise_multiplier: float, planned_cohort: float) -> float:
+    """A quantile noise that is enough: a twentieth of the cohort, as in the paper, or what costs the sum 3.3 %.
+
+    Args:
+        noise_multiplier: z, of sum and quantile together; >= 0.
+        planned_cohort: expected number of participants of a round; > 0.
+    """
+    return max(planned_cohort / 20.0, 2.0 * noise_multiplier)
+
+
+def _answered(state: AggregationState, cohort: Cohort, minimum: int) -> ClippedSum:
+    """The round's sum at the state's clip norm.
+
+    Raises:
+        CohortTooSmall: fewer than `minimum` answered.
+    """
+    clipped = cohort(state.clip)
+    if clipped.received < minimum:
+        raise CohortTooSmall(f"round {state.round + 1}: {clipped.received} answered, at least {minimum} must")
+    assert clipped.total.shape == (state.size,)  # another would broadcast
+    assert np.isfinite(clipped.total).all()
+    return clipped
+
+
+def _moved(clip: float, by: float, *, around: float) -> float:
+    """`clip` exp(`by`), within `CLIP_REACH` of `around`; `by` may be large, never NaN."""
+    low, high = math.log(around / CLIP_REACH), math.log(around * CLIP_REACH)
+    return math.exp(min(max(math.log(clip) + by, low), high))
+
+
+def _check_release(noise_multiplier: float, minimum: int) -> None:
     if not 0 <= noise_multiplier < math.inf:
         raise ConfigError(f"noise_multiplier must be finite and >= 0, got {noise_multiplier!r}")
     if minimum < 0:
         raise ConfigError(f"minimum must be at least 0, got {minimum!r}")
-
-    def step(
-        state: AggregationState, updates: Iterable[NDArray[Any]], noise: NoiseSource
-    ) -> tuple[AggregationState, Release]:
-        total, received = np.zeros(state.size), 0
-        for chunk in updates:
-            received += len(chunk) if chunk.ndim == 2 else 1
-            if _holds_rows(chunk, state.size):
-                total += clip_rows(chunk, clip_norm).sum(axis=0)
-        if received < minimum:
-            raise CohortTooSmall(f"round {state.round + 1}: {received} answered, at least {minimum} must")
-        noisy = total + noise.gaussian(state.size, sd=noise_multiplier * clip_norm)
-        return replace(state, round=state.round + 1), Release(sum=noisy, received=received)
-
-    return Aggregation(init=lambda size: AggregationState(round=0, size=size), step=step)
 
 
 def clip_and_noise(

@@ -154,6 +154,13 @@ def test_a_version_is_what_was_trained(trained: Registry):
     np.testing.assert_array_equal(produced.weights["head.weight"], [[2.0, -4.0]])
 
 
+def test_how_versions_were_trained_is_told_without_their_weights(trained: Registry):
+    """By number; of a model without versions nothing, of an unknown one that it is unknown."""
+    assert trained.trainings("taxi")[1] == TRAINING
+    with pytest.raises(NotFound, match="no model 'bus' is registered"):
+        trained.trainings("bus")
+
+
 def test_models_are_listed_with_versions_and_aliases(trained: Registry):
     """As `hybrid models` prints them."""
     (model,) = trained.models()

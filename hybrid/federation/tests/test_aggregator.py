@@ -7,7 +7,8 @@ from torch import nn
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall
 from hybrid.federation.aggregator import Round, SimulatedAggregator
-from hybrid.federation.engine import Engine, LocalTraining
+from hybrid.federation.engine import Engine
+from hybrid.federation.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.privacy.ledger import Ledger
 
@@ -24,7 +25,7 @@ def aggregator(tiny_model, tiny_examples, tmp_path):
         engine = Engine.build(network, examples or tiny_examples(USERS), LocalTraining(1, 0.5))
         settings = Round(**{"sampling": 0.5, "clip": 0.1, "noise_multiplier": 1.0, "minimum": 1} | changes)
         ledgers.append(Ledger.open(tmp_path / folder, budget_epsilon=budget, delta=1e-3))
-        return SimulatedAggregator(engine, ledgers[-1], settings, seed=seed), engine.module.flat(), ledgers[-1]
+        return SimulatedAggregator(engine, ledgers[-1], settings, seed=seed), engine.side.flat(), ledgers[-1]
 
     yield build
     for ledger in ledgers:

@@ -20,7 +20,7 @@ def test_the_server_side_learns_nothing_from_devices(tiny_model, tiny_examples):
         fit_server_side(network, rows, seed=1, fitting=Fitting(epochs=5))
         fitted.append(network.weights())
     built = Network.build(tiny_model()).weights()
-    for name, value in built.items():
+    for name, value in ((n, v) for n, v in built.items() if not n.startswith("missing.")):
         np.testing.assert_array_equal(fitted[0][name], fitted[1][name])
         assert (name.startswith("device_tower.")) == np.array_equal(fitted[0][name], value), name
 

@@ -3,9 +3,10 @@ import pytest
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError
 from hybrid.federation.client_app import client_app
+from hybrid.federation.optimizers import ServerOptimizer
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
-from hybrid.federation.strategy import NoisedSum, ServerOptimizer
+from hybrid.federation.strategy import NoisedSum
 from hybrid.privacy.mechanisms import Release
 
 
@@ -19,7 +20,7 @@ class Ones:
         self.rounds.append((number, flat.copy()))
         if number in self.fails_in:
             raise self.error("for the test")
-        return Release(sum=np.full(flat.shape, float(self.answers)), received=self.answers)
+        return Release(sum=np.full(flat.shape, float(self.answers)), received=self.answers, clip=1.0)
 
 
 def _run(aggregators, *, planned, rounds, optimizer="SGD", lr=1.0):

@@ -6,8 +6,11 @@ import torch
 
 from hybrid import Label, Privacy, Training
 from hybrid.errors import BudgetExceeded, ConfigError
-from hybrid.federation.training import train
+from hybrid.federation.fleet import PHONES, Trace
+from hybrid.federation.training import OnFleet, train
 from hybrid.network import Network
+from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.ledger import Ledger
 
 USERS = 500
 QUICK = Training(rounds=60, sampling=0.5, local_lr=2.0, server_lr=0.05)
@@ -133,6 +136,77 @@ def test_every_round_is_released_and_charged_whoever_came(tiny_model, tiny_examp
     assert record.epsilon == pytest.approx(8, rel=1e-2)
 
 
+def test_a_label_that_only_devices_see_trains_both_towers_by_rounds(tiny_model, people, tmp_path):
+    """Nothing is fitted on it outside the rounds: after one round that steps by nothing, all weights are as built."""
+    hidden = tiny_model(label=Label(column="clicked", visible_to="device"))
+    settings = QUICK.model_copy(update={"server_tower": "federated"})
+    record = train(hidden, *people, run_dir=tmp_path / "whole", settings=settings).record
+    assert record.protects == "device features and label"
+    assert record.oracle["auc"] > 0.7
+    still = settings.model_copy(update={"rounds": 1, "server_lr": 1e-30})
+    weights = train(hidden, people[0], run_dir=tmp_path / "still", settings=still).weights
+    built = Network.build(hidden).weights()
+    for name, value in built.items():
+        np.testing.assert_allclose(weights[name], value, atol=1e-12)
+
+
+def test_what_a_run_paid_before_is_made_room_for(tiny_model, people, tmp_path):
+    """A release for another purpose costs part of the run's 8: the rounds get more noise, and all fit in 8 together."""
+    settings = Training(rounds=5, sampling=1.0)
+    alone = train(tiny_model(), people[0], run_dir=tmp_path / "alone", settings=settings).record
+    with Ledger.open(tmp_path / "shared", budget_epsilon=8.0, delta=1e-3) as ledger:
+        ledger.spend(GaussianEvent(1.0), purpose="label-rates", clip=3.0, round_number=1)
+    shared = train(tiny_model(), people[0], run_dir=tmp_path / "shared", settings=settings).record
+    assert shared.noise_multiplier > 1.05 * alone.noise_multiplier
+    assert 0.99 * 8 < shared.epsilon <= 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local_epochs": 2, "local_batch": 3},
+        {"proximal": 0.1, "local_steps": 3},
+        {"server_optimizer": "Yogi", "server_options": {"betas": (0.9, 0.99), "tau": 0.01}},
+        {"server_optimizer": "SGD", "server_lr": 1.0, "server_options": {"momentum": 0.9}},
+        {"average_last": 0.5},
+        {"clip_quantile": 0.5},
+        {"server_tower": "federated"},
+        {"server_tower": "frozen"},
+        {"tower_dropout": 0.2},
+    ],
+    ids="-".join,
+)
+def test_every_way_of_training_learns_from_devices(trained, tiny_model, people, tmp_path, changes):
+    """Each strategy and option ranks unseen users better than the server alone, within the budget."""
+    settings = QUICK.model_copy(update=changes)
+    record = train(tiny_model(), *people, run_dir=tmp_path, settings=settings).record
+    assert record.oracle["auc"] > trained["server-only"][0].record.oracle["auc"] + 0.03
+    assert record.epsilon <= 8
+
+
+def test_an_adaptive_clip_moves_and_says_so(tiny_model, people, tmp_path):
+    """From a clip a hundred times too large it shrinks; each round's entry has the norm that clipped it."""
+    wide = tiny_model(privacy=Privacy(epsilon=8, delta=1e-3, clip=100.0, unit="user"))
+    settings = QUICK.model_copy(update={"clip_quantile": 0.5})
+    record = train(wide, people[0], run_dir=tmp_path, settings=settings).record
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    clips = [line["clip"] for line in lines if line["kind"] == "spent"]
+    assert clips[0] == 100.0
+    assert record.clip < clips[-1] < 10.0
+    assert "0.5 quantile" in record.mechanism
+
+
+def test_on_a_fleet_more_are_asked_than_answer_and_the_more_are_charged(tiny_model, people, tmp_path):
+    """The accountant gets the probability with which devices are asked, above that of those wanted."""
+    settings = Training(rounds=20, sampling=0.1, local_lr=2.0, server_lr=0.05)
+    fleet = OnFleet(Trace.load(PHONES), deadline_s=60.0)
+    record = train(tiny_model(), *people, run_dir=tmp_path, settings=settings, fleet=fleet).record
+    assert 0.15 < record.sampling <= 1
+    assert record.epsilon <= 8
+    assert record.oracle["fleet_finished"] == pytest.approx(0.1 * USERS, rel=0.5)
+    assert json.loads((tmp_path / "fleet.json").read_text())["over_selection"]["sampling"] == record.sampling
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
@@ -144,8 +218,7 @@ def test_every_round_is_released_and_charged_whoever_came(tiny_model, tiny_examp
             {},
             "privacy.delta must be at most 0.0011",
         ),
-        ({"label": Label(column="clicked", visible_to="device")}, {}, "only the device sees is not available yet"),
-        ({"label": Label(column="clicked", visible_to="device")}, {"kind": "central"}, "not available yet"),
+        ({"label": Label(column="clicked", visible_to="device")}, {}, "server_tower must be 'federated' or 'frozen'"),
         ({"training": Training(server_optimizer="LBFGS")}, {}, "server_optimizer must step"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid.privacy.ledger
-from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.errors import BudgetExceeded, ConfigError, NotFound
 from hybrid.privacy.accountant import GaussianEvent, epsilon
 from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
 
@@ -193,6 +193,55 @@ def test_a_ledger_that_says_nothing_is_not_a_fresh_one(tmp_path, keep):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ConfigError, match="damaged"):
         opened(tmp_path)
+
+
+def test_a_ledger_is_read_while_another_has_it_open(tmp_path):
+    """Without a lock and without a byte written: what was spent so far, and the budget, at each reading."""
+    with opened(tmp_path) as ledger:
+        ledger.reserve([GaussianEvent(10.0, count=3)])
+        assert Ledger.read(tmp_path).spent().epsilon == 0
+        spend(ledger, 1)
+        spend(ledger, 2)
+        written = (tmp_path / "ledger.jsonl").read_bytes()
+        account = Ledger.read(tmp_path)
+        assert (account.budget_epsilon, account.delta) == (TEN_PLAIN, DELTA)
+        assert [entry.round for entry in account.entries] == [1, 2]
+        assert account.spent() == ledger.spent()
+        assert (tmp_path / "ledger.jsonl").read_bytes() == written
+        spend(ledger, 3)
+
+
+def test_reading_counts_damage_as_opening_does_and_mends_nothing(tmp_path):
+    """Cut within the third of three releases it shows two and counts three; so does opening it afterwards."""
+    with opened(tmp_path) as ledger:
+        for number in (1, 2, 3):
+            spend(ledger, number)
+    file = tmp_path / "ledger.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    cut = file.read_bytes()
+    account = Ledger.read(tmp_path)
+    assert file.read_bytes() == cut
+    assert (len(account.entries), account.lost) == (2, (PLAIN,))
+    with opened(tmp_path) as ledger:
+        assert account.spent() == ledger.spent() == epsilon([GaussianEvent(10.0, count=3)], DELTA)
+
+
+def test_what_cannot_be_read_is_not_an_empty_account(tmp_path):
+    """No file and an empty one: no ledger. Cut in its first line, or with a second one that tells nothing: refused."""
+    for folder in (tmp_path, tmp_path / "no such run"):
+        with pytest.raises(NotFound, match="has no ledger"):
+            Ledger.read(folder)
+    file = tmp_path / "ledger.jsonl"
+    file.touch()
+    with pytest.raises(NotFound, match="has no ledger"):
+        Ledger.read(tmp_path)
+    file.unlink()
+    opened(tmp_path).close()
+    first = file.read_bytes()
+    for damaged in (first[:-5], first + b"?"):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="damaged"):
+            Ledger.read(tmp_path)
 
 
 CHILD = """

@@ -1,0 +1,299 @@
+"""`hybrid privacy`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrid.errors import ConfigError, NotFound
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hybrid.privacy.accountant import GaussianEvent, Spent
+    from hybrid.privacy.ledger import Account, Entry
+    from hybrid.version import TrainingRecord
+
+app = typer.Typer()
+
+SCOPE = "per run; repeats and tuning not composed"
+FORMATS = (".svg", ".png")
+POINTS = 48  # of all lines of a plot: composing takes up to a second each
+TOLERANCE = 0.02  # an accountant that got tighter is no damage
+
+
+@app.command()
+def privacy(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    *,
+    run: Annotated[str | None, typer.Option(metavar="NAME", help="Only this folder under runs/.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw epsilon against releases, into an .svg or .png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Shows what a model's trainings spent of their privacy budgets, on what, and what is left.
+
+    Each run has one ledger and one budget, which every training given that run
+    shares: a guarantee is per run, and does not cover repeating or tuning it.
+    What it would be for a person who was in all of the model's runs is said too.
+    Only ledgers are read, and nothing is written: a training may be going on.
+
+    Example: hybrid privacy coupon --plot privacy.svg
+    """
+    _check_plot(plot)
+    from hybrid.registry import Registry
+
+    workspace = Workspace.current()
+    trainings = Registry(workspace).trainings(model)
+    every = _runs(workspace.runs, model, trainings)
+    runs = every if run is None else [found for found in every if found.name == run]
+    if run is not None and not runs:
+        names = ", ".join(found.name for found in every) or "none"
+        raise NotFound(f"{model} has no run {run!r} that spent privacy; it has: {names}")
+    shown = {
+        "model": model,
+        "versions": len(trainings),
+        "runs": [_run_json(found) for found in runs],
+        "references": [
+            {"version": number, "kind": record.kind} for number, record in trainings.items() if record.epsilon is None
+        ],
+        "scope": SCOPE,
+        "composed": _composed(every),
+    }
+    if plot is not None:
+        _draw(plot, model, runs)
+    print(json.dumps(shown) if as_json else "\n".join(_lines(shown, of=len(every))))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the model that spent privacy, or should have.
+
+    Attributes:
+        name: of its folder.
+        trained: version -> record, of the versions that it made under a mechanism.
+        account: of its ledger; None where that is missing.
+        spent: what it comes to; None likewise.
+    """
+
+    name: str
+    trained: Mapping[int, TrainingRecord]
+    account: Account | None
+    spent: Spent | None
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the ledger cannot be the whole account."""
+        claimed = max((record.epsilon or 0.0 for record in self.trained.values()), default=0.0)
+        if self.spent is None:
+            return f"its ledger is missing; its versions spent epsilon {claimed:.3f} at least"
+        if self.spent.epsilon < (1 - TOLERANCE) * claimed:
+            return f"its ledger shows less than its versions, which spent epsilon {claimed:.3f} at least"
+        return None
+
+
+def _runs(folder: Path, model: str, trainings: Mapping[int, TrainingRecord]) -> list[_Run]:
+    """Those of the model's versions, and those that have a ledger and no version: they go on, or failed."""
+    from hybrid.privacy.ledger import FILE
+
+    trained: dict[str, dict[int, TrainingRecord]] = {}
+    for number, record in trainings.items():
+        if record.epsilon is not None:
+            trained.setdefault(record.run, {})[number] = record
+    for ledger in sorted(folder.glob(f"*/{FILE}")):
+        if ledger.parent.name not in trained and _model_of(ledger.parent) == model:
+            trained[ledger.parent.name] = {}
+    if not trained and not trainings:
+        raise ConfigError(f"{model} has no trained version; run `hybrid train {model}` first")
+    runs = []
+    for name, versions in trained.items():
+        account = _read(folder / name)
+        runs.append(_Run(name, versions, account, account.spent() if account else None))
+    return runs
+
+
+def _read(run: Path) -> Account | None:
+    from hybrid.privacy.ledger import Ledger
+
+    try:
+        return Ledger.read(run)
+    except NotFound:
+        return None
+
+
+def _model_of(run: Path) -> str | None:
+    """Whose training wrote the run's config.json; None where none did yet."""
+    try:
+        name = json.loads((run / "config.json").read_text())["model"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(name)
+
+
+def _run_json(run: _Run) -> dict[str, Any]:
+    record = next(iter(run.trained.values()), None)
+    shown = {
+        "run": run.name,
+        "versions": list(run.trained),
+        "unit": record and record.unit,
+        "protects": record and record.protects,
+        "assumption": record and record.assumption,
+        "doubt": run.doubt,
+    }
+    account, spent = run.account, run.spent
+    if account is None or spent is None:
+        return shown
+    return shown | {
+        "budget_epsilon": account.budget_epsilon,
+        "delta": account.delta,
+        "epsilon": spent.epsilon,
+        "accountant": spent.method,
+        "left": max(0.0, account.budget_epsilon - spent.epsilon),
+        "releases": len(account.entries),
+        "lost": len(account.lost),
+        "spent_on": _spent_on(account),
+    }
+
+
+def _spent_on(account: Account) -> list[dict[str, Any]]:
+    """The releases by what they have in common, each kind with what it would cost alone."""
+    from hybrid.privacy.accountant import epsilon
+
+    def kind(entry: Entry) -> tuple[str, str, float, float]:
+        return entry.purpose, entry.mechanism, entry.noise_multiplier, entry.sampling
+
+    shown = []
+    for (purpose, mechanism, noise_multiplier, sampling), entries in groupby(sorted(account.entries, key=kind), kind):
+        same = list(entries)
+        clips = [entry.clip for entry in same]
+        shown.append(
+            {
+                "purpose": purpose,
+                "mechanism": mechanism,
+                "noise_multiplier": noise_multiplier,
+                "sampling": sampling,
+                "releases": len(same),
+                "clip": [min(clips), max(clips)],
+                "epsilon_alone": epsilon([entry.event for entry in same], account.delta).epsilon,
+            }
+        )
+    return shown
+
+
+def _composed(runs: Sequence[_Run]) -> dict[str, Any] | None:
+    """What a person who was in every run could lose; None where a ledger does not tell, or there is none."""
+    from hybrid.privacy.accountant import epsilon
+
+    accounts = [run.account for run in runs if run.account is not None and run.doubt is None]
+    if not accounts or len(accounts) < len(runs):
+        return None
+    delta = min(account.delta for account in accounts)
+    events = [event for account in accounts for event in account.events()]
+    spent = epsilon(events, delta) if len(runs) > 1 else runs[0].spent
+    assert spent is not None
+    return {"epsilon": spent.epsilon, "delta": delta, "accountant": spent.method, "runs": len(accounts)}
+
+
+def _lines(shown: Mapping[str, Any], of: int) -> Iterator[str]:
+    """What is printed for people; `of` is how many runs the model has."""
+    yield f"{shown['model']}: {_many(shown['versions'], 'version')}, {_many(of, 'run')} under differential privacy"
+    for run in shown["runs"]:
+        yield from ("", *_run_lines(run))
+    yield ""
+    for reference in shown["references"]:
+        yield (
+            f"version {reference['version']} ({reference['kind']}) is a reference: "
+            "trained on pooled data, without a mechanism, and nothing here protects those people from it"
+        )
+    yield f"{SCOPE}."
+    composed = shown["composed"]
+    if composed:
+        yield (
+            f"For people who were in all of the model's runs ({composed['runs']}): together epsilon "
+            f"{composed['epsilon']:.3f} at delta {composed['delta']:g} ({composed['accountant']})."
+        )
+    elif of:
+        yield "For people who were in all of the model's runs: not known, since a ledger is not whole."
+
+
+def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    versions = ", ".join(map(str, run["versions"])) or "none: it goes on, or it failed"
+    yield f"run {run['run']} (versions: {versions})"
+    if "epsilon" in run:
+        unit = f" per {run['unit']}" if run["unit"] else ""
+        yield (
+            f"  spent     epsilon {run['epsilon']:.3f} at delta {run['delta']:g}{unit}, of {run['budget_epsilon']:g}: "
+            f"{run['left']:.3f} left; accountant: {run['accountant']}"
+        )
+        for spend in run["spent_on"]:
+            yield f"  on        {_spend_line(spend)}"
+    if run.get("lost"):
+        yield f"  lost      {_many(run['lost'], 'release')} at most that cannot be read, counted as the costliest"
+    if run["doubt"]:
+        yield f"  doubt     {run['doubt']}"
+    yield f"  protects  {run['protects'] or 'said by the version, once there is one'}"
+    yield f"  assumes   {run['assumption'] or 'said by the version, once there is one'}"
+
+
+def _spend_line(spend: Mapping[str, Any]) -> str:
+    low, high = spend["clip"]
+    clip = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    sampling = spend["sampling"]
+    who = "everybody in each" if sampling == 1 else f"each person in each with probability {sampling:g}"
+    return (
+        f"{spend['purpose']}: {_many(spend['releases'], 'release')}, {spend['mechanism']} noise "
+        f"{spend['noise_multiplier']:.4g} x clip {clip}, {who}; alone epsilon {spend['epsilon_alone']:.3f}"
+    )
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _check_plot(file: Path | None) -> None:
+    """Before anything is composed."""
+    if file is None:
+        return
+    if file.suffix not in FORMATS:
+        raise ConfigError(f"--plot must end with {' or '.join(FORMATS)}, got {file.name!r}")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--plot must be in a folder that exists, got {str(file)!r}")
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: install hybrid-towers[report]")
+
+
+def _draw(file: Path, model: str, runs: Sequence[_Run]) -> None:
+    """A line a run: epsilon after each release, and its budget."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    accounts = [(run.name, run.account) for run in runs if run.account is not None]
+    for name, account in accounts:
+        releases, spent = zip(*_curve(account, max(3, POINTS // len(accounts))), strict=True)
+        (line,) = axes.plot(releases, spent, marker=".", label=f"{name}, at delta {account.delta:g}")
+        axes.axhline(account.budget_epsilon, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set(xlabel="releases", ylabel="epsilon spent (dotted: budget)", title=f"{model}: {SCOPE}")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    if accounts:
+        figure.legend(frameon=False, loc="outside lower center", fontsize="small")
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def _curve(account: Account, points: int) -> Iterator[tuple[int, float]]:
+    """(releases, epsilon of the first so many); lost ones come first, since nobody knows when they were made."""
+    from hybrid.privacy.accountant import epsilon
+
+    events: list[GaussianEvent] = account.events()
+    stops = sorted({round(place * len(events) / points) for place in range(points + 1)} | {0, len(events)})
+    for stop in stops:
+        yield stop, epsilon(events[:stop], account.delta).epsilon
