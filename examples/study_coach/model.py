@@ -106,5 +106,7 @@ model = HybridModel(
     privacy=Privacy(epsilon=2, delta=2.3e-5, clip=2.0, unit="user"),
     merge="server",
     release=Clear(reason="a demonstration on a published and pseudonymous data set"),
-    training=Training(rounds=200, sampling=0.25, local_lr=1.0, server_optimizer="Adam", server_lr=0.01),
+    training=Training(
+        rounds=200, sampling=0.25, local_lr=1.0, server_lr=0.01, average_last=1 / 3, server_tower="federated"
+    ),
 )

@@ -39,8 +39,8 @@ def load() -> pd.DataFrame:
                                 those of the other folds' students, "<assessment>/all" of a test row
         handed_in               when, in UTC
         mean_score, good_odds, last_score, earlier
-                                of the same student's submissions on earlier days: mean score, drawn towards 75; log-odds
-                                of a good one, (good + 1) : (others + 1); last score; how many
+                                of the same student's submissions on earlier days: mean score, drawn towards 75; the
+                                log-odds of a good one, (good + 1) : (others + 1); last score; how many
         kind_..., course_...    the same four of assessments of the same kind, and of those also in the same course
         mean_lateness           of all of them: days handed in after they were due
     """
@@ -178,7 +178,8 @@ def _drawn(rows: Any, good: Any, towards: Any, variance: Any) -> Any:
     """The best linear estimate of a rate, where `PRIOR_ROWS` says how alike the rates of one group are.
 
     Args:
-        rows, good: counts, perhaps noised.
+        rows: how many, perhaps noised.
+        good: how many of them are good, perhaps noised.
         towards: the wider group's rate.
         variance: of the noise of `good`, and of that of rows - good.
     """
