@@ -1,7 +1,8 @@
 """Will this piece of coursework get 80 or more? The university knows the assessment; the phone knows the learner.
 
-Constants and vocabularies are written by hand from the published description of
-the data, or are round numbers; none is computed from people's rows.
+Vocabularies are the published ones; constants are round numbers. Both were written
+by hand with the public table in view. Where there is no public table, take constants
+from what is known before anybody takes part, or pay for them from the ledger.
 
 The towers have one layer each: under privacy every weight costs accuracy, and
 a second layer brought pooled training nothing here. The server tower is
