@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import measure
-from benchmarks.workload import CLIP, EXAMPLES, SIZES, Contest
+from benchmarks.workload import EXAMPLES, SIZES, Contest
 
 RAY = "ray==2.55.1"  # what flwr 1.41's simulation extra pins
 RAY_FOLDER = Path(".cache/benchmark-ray")
+LONGEST_S = 400  # of one process
 ROUND = {100: 100, 1000: 3}  # rounds of Flower's engine, by users
 console = Console(stderr=True, highlight=False)
 
@@ -113,7 +115,7 @@ def process_rows(
 def steady_ms(found: Mapping[str, Any]) -> float:
     """Of a round after the first, in which everything was started."""
     ends = found["rounds"]
-    return 1e3 * statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return 1e3 * statistics.median(later - earlier for earlier, later in pairwise(ends))
 
 
 def process_row(name: str, users: int, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +141,11 @@ def process(contestant: str, folder: Path, threads: int, *, users: int, rounds: 
     environment = os.environ | {"PYTHONPATH": path, "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "benchmarks.process", *map(str, words)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        output, errors = child.communicate()
+        try:
+            output, errors = child.communicate(timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, errors = child.communicate()
     if child.returncode:
         raise SystemExit(f"benchmarks.process {contestant} failed:\n{errors[-3000:]}")
     found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
@@ -169,7 +175,8 @@ def install_ray() -> None:
     if (RAY_FOLDER / "ray").is_dir():
         return
     console.print(f"installing {RAY} into {RAY_FOLDER} ...")
-    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(RAY_FOLDER), RAY]
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--constraints", "constraints.txt"]
+    uv += ["--target", str(RAY_FOLDER), RAY]
     subprocess.run(uv, check=True)
 
 

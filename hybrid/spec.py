@@ -215,11 +215,11 @@ class Training(Declared):
         server_optimizer: a class of `torch.optim` by name, or "Yogi".
         server_lr: its learning rate.
         server_options: its other settings, e.g. {"betas": (0.9, 0.99)}.
-        average_last: share of the rounds, the last ones, whose weights are averaged; 0: the last round's alone.
+        average_last: the model is the mean of its weights after about this share of the rounds, the last ones;
+            0: those after the last round alone.
         clip_quantile: of the updates' norms that the clip follows, from privacy.clip on; None: it stays privacy.clip.
         server_tower: "central": fitted where its data is, on the label that the server sees, then frozen;
-            "frozen": as its factory built it; "federated": trained by users too, from the central fit
-            where the server sees the label.
+            "frozen": as its factory built it; "federated": trained by users too, from how it was built.
         tower_dropout: share of rows that train without the server's side, and of those without the device's, in
             [0, 0.5): what a missing side means is learned by it.
     """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hybrid.errors import ConfigError
+from hybrid.federation.optimizers import step, without_compiler
 from hybrid.federation.population import Examples
 from hybrid.network import Network
 
@@ -98,6 +99,7 @@ def _fit(
 ) -> int:
     train, validation = _split(examples, fitting.validation, seed)
     labels = torch.from_numpy(examples.labels)
+    without_compiler()
     optimizer = torch.optim.AdamW(modules.parameters(), lr=fitting.lr, weight_decay=fitting.weight_decay)
     best, best_epoch, kept = np.inf, 0, deepcopy(modules.state_dict())
     with _seeded(seed):
@@ -106,7 +108,7 @@ def _fit(
             for rows in torch.split(train[torch.randperm(len(train))], fitting.batch):
                 optimizer.zero_grad()
                 binary_cross_entropy_with_logits(logits(rows), labels[rows]).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                step(optimizer)
             modules.eval()
             with torch.no_grad():
                 loss = float(binary_cross_entropy_with_logits(logits(validation), labels[validation]))

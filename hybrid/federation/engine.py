@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.layers import Chunk, Scratch, UserModule
+from hybrid.federation.layers import Chunk, Moves, Scratch, UserModule
 from hybrid.federation.local_training import LocalTraining, Schedule
 from hybrid.federation.population import Examples
 from hybrid.network import Network
@@ -92,6 +92,7 @@ class Engine:
 
     Attributes:
         side: what is trained; its parameters' values are never read nor changed.
+        size: p, how many they are.
         local: what each user does.
         examples: whose rows; memory-mapped ones stay on the disk but for those of a cohort.
         server_tower: frozen, in front of `side`; None where it is trained.
@@ -103,6 +104,7 @@ class Engine:
     """
 
     side: DeviceSide
+    size: int
     local: LocalTraining
     examples: Examples = field(repr=False)
     server_tower: nn.Module | None = field(repr=False)
@@ -144,6 +146,7 @@ class Engine:
         scratch = Scratch()
         return cls(
             side=side,
+            size=side.size,
             local=local,
             examples=examples,
             server_tower=frozen,
@@ -170,17 +173,25 @@ class Engine:
             clip: largest L2 norm of one user's update.
             stream: seeds the order of rows and the tower dropout of this round.
         """
-        total = torch.zeros(self.side.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64)
         below = above = 0
-        for rows in self._updates(flat, users, stream):
-            norm = torch.linalg.vector_norm(rows, dim=1)
+        for moves in self._moves(flat, users, stream):
+            parts = [(where, self._in_float64(where, part)) for where, part in moves]
+            norm = torch.stack([torch.linalg.vector_norm(part, dim=1) for _, part in parts]).square().sum(0).sqrt()
             unusable = ~torch.isfinite(norm)
             if unusable.any():
-                rows[unusable], norm[unusable] = 0.0, 0.0
+                norm[unusable] = 0.0
+                for _, part in parts:
+                    part[unusable] = 0.0
             below += int(((norm > 0) & (norm <= clip)).sum())
             above += int((norm > clip).sum())
-            total += torch.mv(rows.T, clip / norm.clamp(min=clip))
+            scale = clip / norm.clamp(min=clip)
+            for where, part in parts:
+                total[where] += torch.mv(part.T, scale)
         return ClippedSum(total.numpy(), len(users), below, above)
+
+    def _in_float64(self, where: slice, part: Tensor) -> Tensor:
+        return self.scratch.take(("float64", where.start), part.shape, part, torch.float64).copy_(part)
 
     def updates(self, flat: Float32, users: NDArray[np.int64], *, stream: tuple[int, ...] = (0,)) -> Iterator[Float32]:
         """Trains each of `users` from the same weights, and shows what each would send.
@@ -193,8 +204,8 @@ class Engine:
         Yields:
             (c, p) weights after local training minus `flat`, one row a user, not clipped.
         """
-        for chunk in self._updates(flat, users, stream):
-            yield chunk.float().numpy()
+        for moves in self._moves(flat, users, stream):
+            yield torch.cat([part for _, part in sorted(moves, key=lambda move: move[0].start)], dim=1).numpy()
 
     def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `users` who have examples, in the order of `updates`."""
@@ -206,7 +217,7 @@ class Engine:
         offsets = self.examples.offsets
         return offsets[users + 1] - offsets[users]
 
-    def _updates(self, flat: Float32, users: NDArray[np.int64], stream: tuple[int, ...]) -> Iterator[Tensor]:
+    def _moves(self, flat: Float32, users: NDArray[np.int64], stream: tuple[int, ...]) -> Iterator[Moves]:
         ordered = self.order(users)
         counts = self._counts(ordered)
         weights = torch.tensor(flat)
@@ -221,7 +232,7 @@ class Engine:
     def _chunk_end(self, counts: NDArray[np.int64], start: int) -> int:
         """As many users as fit, counting each as padded to the longest; at least one."""
         row = self.examples.server.shape[1] + self.examples.device.shape[1] + 2
-        sizes = (4 * counts[start:] * row + 12 * self.side.size) * np.arange(1, len(counts) - start + 1)
+        sizes = (4 * counts[start:] * row + 12 * self.size) * np.arange(1, len(counts) - start + 1)
         return start + max(1, int(np.searchsorted(sizes, self.chunk_bytes, side="right")))
 
     def _batches(self, users: NDArray[np.int64], schedule: Schedule, rng: np.random.Generator) -> Batches:
@@ -322,8 +333,8 @@ class Batches:
 class Trainer(Protocol):
     """How a chunk of users is trained."""
 
-    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
-        """(p,) weights to start from -> (users, p) float64, how far each user moved; overwritten by the next chunk."""
+    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Moves:
+        """(p,) weights to start from -> how far each user moved; overwritten by the next chunk."""
         ...
 
 
@@ -332,12 +343,10 @@ class LayerTrainer:
     """For modules whose parameters are all of `torch.nn.Linear`: rows of all users in one batch. The fast way."""
 
     module: UserModule
-    scratch: Scratch = field(repr=False)
 
-    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
+    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Moves:
         """See `Trainer`."""
-        moved = self.scratch.take("moved", (batches.users, len(flat)), flat, torch.float64)
-        chunk = Chunk(flat, moved, len(batches), batches.rows_a_step)
+        chunk = Chunk(flat, batches.users, len(batches), batches.rows_a_step)
         for layer in self.module.layers:
             layer.begin(chunk)
         for chunk.step, batch in enumerate(batches):
@@ -345,9 +354,7 @@ class LayerTrainer:
                 chunk.pull = batch.alive * (local.lr * local.proximal)
             logits = self.module.module(*batch.inputs)
             self.module.descend(_loss(logits, batch), local.lr)
-        for layer in self.module.layers:
-            layer.finish(moved)
-        return moved
+        return [move for layer in self.module.layers for move in layer.finish()]
 
 
 @dataclass(frozen=True)
@@ -356,7 +363,7 @@ class AnyTrainer:
 
     module: nn.Module
 
-    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Tensor:
+    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Moves:
         """See `Trainer`."""
         named = dict(self.module.named_parameters())
         parts = torch.split(flat, [parameter.numel() for parameter in named.values()])
@@ -372,7 +379,7 @@ class AnyTrainer:
             for name, slope in gradient(here, *split).items():
                 left = (1 - pull).view(-1, *[1] * (slope.ndim - 1))
                 moved[name] = moved[name] * left - local.lr * slope
-        return torch.cat([value.flatten(1) for value in moved.values()], dim=1).double()
+        return [(slice(0, len(flat)), torch.cat([value.flatten(1) for value in moved.values()], dim=1))]
 
     def _loss(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
         *inputs, labels, weight = batch
@@ -392,7 +399,7 @@ def _trainer(side: DeviceSide, examples: Examples, frozen: nn.Module | None, scr
         probe = [server if frozen is None else frozen(server), torch.rand(2, examples.device.shape[1])]
     if side.missing is not None:
         probe.append(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    return LayerTrainer(module, scratch) if module and module.does_what(side, *probe) else AnyTrainer(deepcopy(side))
+    return LayerTrainer(module) if module and module.does_what(side, *probe) else AnyTrainer(deepcopy(side))
 
 
 def _chunk_bytes() -> int:

@@ -46,7 +46,7 @@ class Chunk:
 
     Attributes:
         flat: (p,) the weights that every user starts from.
-        moved: (users, p) float64, what each user's weights became, minus `flat`, once every layer has finished.
+        users: how many train.
         steps: local steps of the chunk; all layers take them together.
         rows: of each user in a step.
         step: the one in progress, from 0.
@@ -54,16 +54,15 @@ class Chunk:
     """
 
     flat: Tensor
-    moved: Tensor
+    users: int
     steps: int
     rows: int
     step: int = 0
     pull: Tensor | None = None
 
-    @property
-    def users(self) -> int:
-        """How many train."""
-        return len(self.moved)
+
+Moves = list[tuple[slice, Tensor]]
+"""What users moved by, in parts: where a part lies in the flat vector, and (users, its length) float32."""
 
 
 class Shared:
@@ -241,17 +240,12 @@ class UserLinear(nn.Module):
         result: Tensor = _Step.apply(rows, _anchor(rows), self._now[0])
         return result
 
-    def finish(self, moved: Tensor) -> None:
-        """Writes what moved.
-
-        Args:
-            moved: (users, p).
-        """
+    def finish(self) -> Moves:
+        """What moved; valid until the next chunk begins."""
         now = self._now.pop()
         now.finish()
-        moved[:, self._weight] = now.weight.flatten(1)
-        if self._bias is not None:
-            moved[:, self._bias] = now.bias
+        moves = [(self._weight, now.weight.flatten(1))]
+        return moves if self._bias is None else [*moves, (self._bias, now.bias)]
 
 
 class _Step(Function):
@@ -326,7 +320,7 @@ class UserModule:
             inputs: of a few rows.
         """
         flat = nn.utils.parameters_to_vector(module.parameters()).detach()
-        chunk = Chunk(flat, torch.empty(1, len(flat), dtype=torch.float64), steps=1, rows=len(inputs[0]))
+        chunk = Chunk(flat, users=1, steps=1, rows=len(inputs[0]))
         calls: list[nn.Module] = []
         hooks = [layer.register_forward_pre_hook(lambda layer, _: calls.append(layer)) for layer in self.layers]
         try:

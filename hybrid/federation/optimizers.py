@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,6 +54,19 @@ class Yogi(torch.optim.Optimizer):
         weights.sub_(group["lr"] * state["m"] / (state["v"].sqrt() + group["tau"]))
 
 
+def without_compiler() -> None:
+    """Lets an optimiser be made without torch's compiler, which takes 3 s to import and which nothing here uses."""
+    for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad):
+        plain = inspect.unwrap(method)
+        plain.__dynamo_disable = plain  # where torch keeps what the compiler makes of it
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()` without its wrapper, which imports the compiler too."""
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
+
+
 class ServerOptimizer:
     """A server optimiser over one flat vector of weights, fed pseudo-gradients.
 
@@ -90,48 +104,54 @@ class ServerOptimizer:
 
 
 class TailAverage:
-    """The mean of the weights after the last rounds: post-processing, so it costs no privacy, and noise averages out.
+    """A mean of the weights after the last rounds: post-processing, so it costs no privacy, and noise averages out.
+
+    The weights of round t count in proportion to t^k, so that at any time, without
+    keeping them, the mean is as old and as smooth as that of the last `share` of
+    the rounds so far.
 
     Args:
-        share: of the rounds that are averaged, in [0, 1]; 0: the last weights alone.
-        rounds: how many there will be.
+        share: in [0, 1]; 0: the last weights alone.
 
     Raises:
         ConfigError: share is outside its range.
 
     Source:
-        Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); for private training: Shamir and Zhang, ICML 2013.
+        Shamir and Zhang, ICML 2013, section 4 (polynomial-decay averaging, k = 2 / share - 2: then the mean is
+        share / 2 of the rounds old). https://proceedings.mlr.press/v28/shamir13.html
 
-    >>> average = TailAverage(0.5, rounds=4)
-    >>> [average(number, np.array([float(number)])).tolist() for number in range(1, 5)]
-    [[1.0], [2.0], [3.0], [3.5]]
+    >>> average = TailAverage(1.0)
+    >>> [average(np.array([weight])).tolist() for weight in (1.0, 2.0, 6.0)]
+    [[1.0], [1.5], [3.0]]
     """
 
-    def __init__(self, share: float, rounds: int) -> None:
+    def __init__(self, share: float) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(f"average_last must be in [0, 1], got {share!r}")
-        self._begins = rounds - int(share * rounds)
-        self._sum: NDArray[np.float64] | None = None
-        self._count = 0
+        self._decay = 2 / share - 2 if share else None
+        self._mean: NDArray[np.float64] | None = None
+        self._rounds = 0
 
-    def __call__(self, number: int, flat: NDArray[np.floating]) -> Float32:
-        """What the model is after round `number`, whose weights are `flat`, (p,); called once a round, in order."""
-        if number <= self._begins:
-            return flat.astype(np.float32)
-        self._sum = flat.astype(np.float64) + (0.0 if self._sum is None else self._sum)
-        self._count += 1
-        return (self._sum / self._count).astype(np.float32)
+    def __call__(self, flat: NDArray[np.floating]) -> Float32:
+        """What the model is after one more round, whose weights are `flat`, (p,)."""
+        self._rounds += 1
+        if self._mean is None or self._decay is None:
+            self._mean = flat.astype(np.float64)
+        else:
+            self._mean += (self._decay + 1) / (self._decay + self._rounds) * (flat - self._mean)
+        return self._mean.astype(np.float32)
 
 
 def _optimizer(
     kind: type[torch.optim.Optimizer], settings: Mapping[str, Any], flat: Float32
 ) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
     weights = torch.nn.Parameter(torch.tensor(flat, dtype=torch.float32))
+    without_compiler()
     return kind([weights], **settings), weights
 
 
 def _step(optimizer: torch.optim.Optimizer, weights: torch.nn.Parameter, mean_update: NDArray[np.floating]) -> Float32:
     weights.grad = torch.tensor(-mean_update, dtype=torch.float32)
-    optimizer.step()
+    step(optimizer)
     moved: Float32 = weights.detach().numpy().copy()
     return moved

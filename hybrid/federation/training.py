@@ -188,7 +188,7 @@ _TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {"central": _central
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
     """Returns the privacy fields of the record."""
     model, settings = run.network.model, run.settings
-    if settings.server_tower != "frozen" and model.label.visible_to == "server":
+    if settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
     federate = settings.server_tower == "federated"
     engine = Engine.build(
@@ -207,7 +207,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         _write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
         aggregator = SimulatedAggregator(engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
         strategy = NoisedSum(cohort.planned, optimizer)
-        after = _rounds(run, engine.side, TailAverage(settings.average_last, settings.rounds))
+        after = _rounds(run, engine.side, TailAverage(settings.average_last))
         simulate(server_app(strategy, start, settings.rounds, after), {1: client_app(aggregator)})
         spent = ledger.spent()
         run.oracle.update(cohort.oracle(run))
@@ -321,7 +321,7 @@ def _rounds(run: _Run, side: DeviceSide, average: TailAverage) -> Callable[[int,
     total = run.settings.rounds
 
     def on_round(number: int, flat: Float32) -> None:
-        side.load_flat(average(number, flat))
+        side.load_flat(average(flat) if number else flat)
         if number % max(1, total // POINTS) == 0 or number == total:
             run.checkpoint(number)
             run.point(number)
