@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 
 class Scratch:
@@ -93,10 +92,6 @@ class Shared:
             out = torch.addmm(self.first_bias, flat_rows, self._first_t)
         return out.view(self.users, -1, len(self.first))
 
-    def input_changes(self, changes: Tensor) -> Tensor:
-        """(users, r, out) -> (users, r, in): what reaches the layer before, by the weights before this step."""
-        return (changes.view(-1, len(self.first)) @ self.first).view(self.users, -1, self.first.shape[1])
-
     def move(self, rows: Tensor, changes: Tensor) -> None:
         """Takes a step.
 
@@ -122,10 +117,6 @@ class Whole(Shared):
         if self.first_bias is None:
             return torch.bmm(rows, self.weight.mT)
         return torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.mT)
-
-    def input_changes(self, changes: Tensor) -> Tensor:
-        """See `Shared`."""
-        return super().input_changes(changes) if self.chunk.step == 0 else torch.bmm(changes, self.weight)
 
     def move(self, rows: Tensor, changes: Tensor) -> None:
         """See `Shared`."""
@@ -170,18 +161,10 @@ class Factored(Shared):
         out = super().outputs(rows)
         if self._used:
             past_rows, past_changes = self._past()
-            out.baddbmm_(torch.bmm(rows, past_rows.mT), past_changes)
+            out = torch.baddbmm(out, torch.bmm(rows, past_rows.mT), past_changes)
             if self.first_bias is not None:
-                out.add_(self.bias.unsqueeze(1))
+                out = out + self.bias.unsqueeze(1)
         return out
-
-    def input_changes(self, changes: Tensor) -> Tensor:
-        """See `Shared`."""
-        before = super().input_changes(changes)
-        if self._used:
-            past_rows, past_changes = self._past()
-            before.baddbmm_(torch.bmm(changes, past_changes.mT), past_rows)
-        return before
 
     def move(self, rows: Tensor, changes: Tensor) -> None:
         """See `Shared`."""
@@ -207,7 +190,7 @@ class Factored(Shared):
 
 
 class UserLinear(nn.Module):
-    """A `torch.nn.Linear` with a weight for each user of a chunk, which takes a gradient step in its backward pass.
+    """A `torch.nn.Linear` with a weight for each user of a chunk, which steps by itself when told how to change.
 
     Args:
         linear: whose shape it has.
@@ -221,7 +204,10 @@ class UserLinear(nn.Module):
         self._weight = slice(weight, weight + linear.out_features * linear.in_features)
         self._bias = None if bias is None else slice(bias, bias + linear.out_features)
         self._scratch = scratch
-        self._now: list[Shared] = []  # one, while a chunk trains: a list, since attributes of a module are slow to set
+        # Each holds one thing while a chunk trains: lists, since attributes of a module are slow to set.
+        self._now: list[Shared] = []
+        self._given: list[Tensor] = []
+        self._gave: list[Tensor] = []
 
     def begin(self, chunk: Chunk) -> None:
         """Starts from the chunk's weights."""
@@ -237,8 +223,28 @@ class UserLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(users x r, ..., in) -> (users x r, ..., out), each user's rows by that user's weights."""
-        result: Tensor = _Step.apply(rows, _anchor(rows), self._now[0])
-        return result
+        now = self._now[0]
+        by_user = rows.reshape(now.users, -1, rows.shape[-1])
+        self._given[:] = [by_user.detach()]
+        out = now.outputs(by_user)
+        if not out.requires_grad:
+            out.requires_grad_()  # nothing before this layer is trained
+        self._gave[:] = [out]
+        return out.view(*rows.shape[:-1], -1)
+
+    @property
+    def gave(self) -> Tensor:
+        """What `forward` returned last, (users, r, out)."""
+        return self._gave[0]
+
+    def move(self, changes: Tensor) -> None:
+        """Takes a step.
+
+        Args:
+            changes: (users, r, out) -lr times the loss's gradient at `gave`.
+        """
+        self._now[0].move(self._given.pop(), changes)
+        self._gave.clear()
 
     def finish(self) -> Moves:
         """What moved; valid until the next chunk begins."""
@@ -246,33 +252,6 @@ class UserLinear(nn.Module):
         now.finish()
         moves = [(self._weight, now.weight.flatten(1))]
         return moves if self._bias is None else [*moves, (self._bias, now.bias)]
-
-
-class _Step(Function):
-    """The seam to autograd: its backward pass is where a layer learns how its output should change."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, anchor: Tensor, layer: Shared) -> Tensor:
-        ctx.layer = layer
-        ctx.rows = rows.detach().reshape(layer.users, -1, rows.shape[-1])
-        return layer.outputs(ctx.rows).view(*rows.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *change: Any) -> Any:
-        layer, changes = ctx.layer, change[0].reshape(ctx.layer.users, -1, change[0].shape[-1])
-        before = None
-        if ctx.needs_input_grad[0]:
-            before = layer.input_changes(changes).view(*change[0].shape[:-1], -1)
-        layer.move(ctx.rows, changes)
-        return before, None, None
-
-
-def _anchor(like: Tensor) -> Tensor:
-    """What autograd is asked the gradient of, so that it visits every layer; it has none."""
-    return _ANCHORS.setdefault(like.device, torch.zeros((), device=like.device, requires_grad=True))
-
-
-_ANCHORS: dict[torch.device, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -342,4 +321,7 @@ class UserModule:
             lr: learning rate.
         """
         scale = torch.full((), -lr, device=loss.device)
-        torch.autograd.grad(loss, _anchor(loss), scale, allow_unused=True)
+        changes = torch.autograd.grad(loss, [layer.gave for layer in self.layers], scale)
+        with torch.no_grad():
+            for layer, change in zip(self.layers, changes, strict=True):
+                layer.move(change)

@@ -67,12 +67,12 @@ class LocalTraining:
             counts: (k,) rows of each user, each at least 1; the caller groups alike users, since all are padded.
             rng: draws the order of rows, where there is more than one batch.
         """
-        most = int(counts.max())
-        steps = self.steps_of(counts)
+        most, steps = int(counts.max()), self.steps_of(counts)
         if self.batch is None or self.batch >= most:
-            real = np.arange(most) < counts[:, None]
-            place, weight = np.where(real, np.arange(most), 0)[:, None], (real / counts[:, None])[:, None]
-            return Schedule(place, weight.astype(np.float32), steps)
+            every = np.arange(most)
+            real = every < counts[:, None]
+            weight = real / counts[:, None].astype(np.float32)
+            return Schedule(np.where(real, every, 0)[:, None], weight.astype(np.float32)[:, None], steps)
         order = np.argsort(np.where(np.arange(most) < counts[:, None], rng.random((len(counts), most)), np.inf), axis=1)
         batches = -(-counts // self.batch)
         begin = self.batch * (np.arange(steps.max()) % batches[:, None])
