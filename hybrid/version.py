@@ -14,7 +14,8 @@ class TrainingRecord(BaseModel):
     """How a version came to be, and what it cost in privacy. Stored with the version, shown wherever it is.
 
     Attributes:
-        kind: "federated" under differential privacy, or "central" / "server-only" references without it.
+        kind: "federated" under differential privacy, or a reference without it: "noiseless" federated
+            rounds, "central" or "server-only".
         run: folder name under `runs/`.
         population: name of what it learned from.
         users, examples: how many it learned from (public).
@@ -29,7 +30,7 @@ class TrainingRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["federated", "central", "server-only"]
+    kind: Literal["federated", "noiseless", "central", "server-only"]
     run: str
     population: str
     users: int
@@ -54,7 +55,7 @@ class TrainingRecord(BaseModel):
             and their sampling; what it rests on. One line where there was no mechanism.
         """
         if self.epsilon is None:
-            return ("none: trained on pooled data, without a mechanism",)
+            return ("none: a reference of a simulation, trained without a mechanism",)
         said = {name: "?" if value is None else value for name, value in self.model_dump().items()}
         sampling = "everybody in each" if self.sampling == 1 else "each person in each with probability {sampling}"
         lines = (

@@ -34,9 +34,9 @@ COUNTS_CLIP = 2.0  # rows: the median student has 5 training rows, of different 
 COUNTS_NOISE = 4.0  # times the clip
 
 
-def write_population(target: Path = POPULATION) -> Path:
+def write_population(target: Path = POPULATION, source: Path = submissions.SOURCE) -> Path:
     """The submissions, with `good` missing where it is to be predicted and `good_later` missing elsewhere."""
-    rows = submissions.load()
+    rows = submissions.load(source)
     known = rows.good.astype(np.float32)
     rows.assign(good=known.mask(rows.is_test), good_later=known.where(rows.is_test)).to_parquet(target, index=False)
     return target

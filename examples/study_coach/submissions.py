@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 DATA = Path(__file__).parent / "data"
+SOURCE = DATA / "oulad.csv.gz"
 FOLDS = 5  # of students: a training row's rates are of the students of the other folds
 GOOD = 80  # the score from which the label is 1
 DAY_0 = pd.Timestamp("2013-02-01", tz="UTC")  # of `event_day`
@@ -23,7 +24,7 @@ PRIOR_ROWS = 20.0  # how many rows of the wider group a rate begins with
 Counts = NDArray[np.floating]
 
 
-def load() -> pd.DataFrame:
+def load(source: Path = SOURCE) -> pd.DataFrame:
     """One row per submission: as published, and what the learner's own device makes of the earlier ones.
 
     Rows are in the order of student, day and assessment: the last orders what was
@@ -43,8 +44,11 @@ def load() -> pd.DataFrame:
                                 log-odds of a good one, (good + 1) : (others + 1); last score; how many
         kind_..., course_...    the same four of assessments of the same kind, and of those also in the same course
         mean_lateness           of all of them: days handed in after they were due
+
+    Args:
+        source: the published table, or another with its columns.
     """
-    rows = pd.read_csv(DATA / "oulad.csv.gz", dtype={"id_assessment": str, "id_student": str})
+    rows = pd.read_csv(source, dtype={"id_assessment": str, "id_student": str})
     rows = rows.sort_values(["id_student", "event_day", "id_assessment"], ignore_index=True)
     rows = rows.rename(columns={"id_student": "student", "id_assessment": "assessment"})
     rows = rows.assign(

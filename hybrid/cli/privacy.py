@@ -209,7 +209,7 @@ def _lines(shown: Mapping[str, Any], of: int) -> Iterator[str]:
     for reference in shown["references"]:
         yield (
             f"version {reference['version']} ({reference['kind']}) is a reference: "
-            "trained on pooled data, without a mechanism, and nothing here protects those people from it"
+            "trained without a mechanism, and nothing here protects those people from it"
         )
     yield f"{SCOPE}."
     composed = shown["composed"]

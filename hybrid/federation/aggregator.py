@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.engine import Engine
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
@@ -87,15 +88,17 @@ class SimulatedAggregator:
 
     Args:
         engine: trains any users of the population.
-        ledger: pays for each round before its noise is drawn.
+        ledger: pays for each round before its noise is drawn; None for an oracle, without noise and privacy.
         settings: of every round.
         seed: of coins, noise and local order: the same seed repeats a run bit by bit.
         fleet: which of those whose coin fell answer in time; None: all do.
     """
 
     def __init__(
-        self, engine: Engine, ledger: Ledger, settings: Round, *, seed: int, fleet: Attended | None = None
+        self, engine: Engine, ledger: Ledger | None, settings: Round, *, seed: int, fleet: Attended | None = None
     ) -> None:
+        if ledger is None and settings.noise_multiplier:
+            raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
         self._engine, self._ledger, self._settings, self._seed, self._fleet = engine, ledger, settings, seed, fleet
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(engine.side.size)
@@ -108,10 +111,12 @@ class SimulatedAggregator:
 
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`. A round run again is a new attempt, with other noise."""
-        attempt = self._ledger.next_attempt(PURPOSE, number)
+        attempt = 1 if self._ledger is None else self._ledger.next_attempt(PURPOSE, number)
         clip = self._state.clip
 
         def pay() -> None:
+            if self._ledger is None:
+                return
             self._ledger.spend(self._settings.event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
 
         users = self._cohort(number, attempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +35,7 @@ from hybrid.privacy.ledger import Ledger
 from hybrid.spec import HybridModel, Training
 from hybrid.version import TrainingRecord
 
-Kind = Literal["federated", "central", "server-only"]
+Kind = Literal["federated", "noiseless", "central", "server-only"]
 Progress = Callable[[int, int], None]  # done, of how many
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -58,12 +59,14 @@ class Trained:
         weights: of the network, "part.name" -> array.
         record: how it was trained and what it cost.
         curves: name -> (round or epoch, value) points; computed on held-out users, so named "oracle_...".
+        seconds: of training until each round or epoch of the curves, time spent on measuring them left out.
         test_predictions: (n,) probabilities of the held-out rows; None where there were none.
     """
 
     weights: dict[str, NDArray[np.float32]] = field(repr=False)
     record: TrainingRecord
     curves: Curves = field(repr=False)
+    seconds: tuple[float, ...] = field(repr=False)
     test_predictions: Float32 | None = field(repr=False)
 
 
@@ -86,7 +89,8 @@ def train(
     on it; then device tower and head, and the server tower where the settings say
     so, are trained by federated rounds under user-level differential privacy; what
     the run's ledger already holds besides trainings is paid from the same budget.
-    "central": everything on pooled data,
+    "noiseless": the same rounds without noise, so without privacy: it tells what
+    noise costs. "central": everything on pooled data,
     without privacy. "server-only": server tower and the model's own head, with
     zeros for the device embedding, to fit and to predict. The run directory gets
     config.json, checkpoint.npz, metrics.json where there are held-out users, and
@@ -135,6 +139,24 @@ class OnFleet:
     expected_examples: float = 20.0
 
 
+@dataclass
+class _Watch:
+    """Seconds since it was started, but for those in which it was paused; noted at each pause."""
+
+    started: float = 0.0
+    noted: list[float] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        here = time.perf_counter()
+        self.noted.append(here - self.started)
+        yield
+        self.started += time.perf_counter() - here
+
+
 @dataclass(frozen=True)
 class _Run:
     """What every way of training has before it."""
@@ -150,14 +172,16 @@ class _Run:
     fleet: OnFleet | None = None
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
+    watch: _Watch = field(default_factory=_Watch)
 
     def point(self, step: int) -> None:
         """Measures the network as it is on held-out users."""
         if self.test is None:
             return
-        predictions = self.predict(self.test)
-        for name, measure in (("oracle_auc", auc), ("oracle_log_loss", log_loss)):
-            self.curves.setdefault(name, []).append((step, measure(self.test.labels, predictions)))
+        with self.watch.paused():
+            predictions = self.predict(self.test)
+            for name, measure in (("oracle_auc", auc), ("oracle_log_loss", log_loss)):
+                self.curves.setdefault(name, []).append((step, measure(self.test.labels, predictions)))
 
     def predict(self, examples: Examples) -> Float32:
         """(n,) probabilities by the network as it is, of what this kind has."""
@@ -182,47 +206,81 @@ def _server_only(run: _Run) -> dict[str, Any]:
     return {}
 
 
-_TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {"central": _central, "server-only": _server_only}
+def _noiseless(run: _Run) -> dict[str, Any]:
+    ready = _prepared(run)
+    cohort = _cohort(run, ready.engine.size)
+    _write_json(run.folder / "config.json", _config(run))
+    _simulate(run, ready, cohort, _round(run, 0.0, cohort), ledger=None)
+    return {}
 
 
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
     """Returns the privacy fields of the record."""
     model, settings = run.network.model, run.settings
-    if settings.server_tower == "central":
-        fit_server_side(run.network, run.examples, seed=run.seed)
-    federate = settings.server_tower == "federated"
-    engine = Engine.build(
-        run.network,
-        run.examples,
-        _local(settings),
-        federate_server_tower=federate,
-        tower_dropout=settings.tower_dropout,
-    )
-    start = engine.side.flat()
-    optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, start, settings.server_options)
+    ready = _prepared(run)
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        cohort = _cohort(run, len(start))
-        rounds = _round(run, budget, ledger, cohort)
+        cohort = _cohort(run, ready.engine.size)
+        rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
         ledger.reserve([replace(rounds.event, count=settings.rounds)])
         _write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
-        aggregator = SimulatedAggregator(engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
-        strategy = NoisedSum(cohort.planned, optimizer)
-        after = _rounds(run, engine.side, TailAverage(settings.average_last))
-        simulate(server_app(strategy, start, settings.rounds, after), {1: client_app(aggregator)})
+        clip, released = _simulate(run, ready, cohort, rounds, ledger)
         spent = ledger.spent()
-        run.oracle.update(cohort.oracle(run))
     return {
         "epsilon": spent.epsilon,
         "delta": model.privacy.delta,
         "noise_multiplier": rounds.noise_multiplier,
-        "clip": aggregator.clip,
+        "clip": clip,
         "sampling": rounds.sampling,
-        "rounds": settings.rounds - strategy.failed_rounds,
+        "rounds": released,
         "mechanism": f"{_mechanism(settings)}, zero-out adjacency; accountant: {spent.method}",
         "assumption": SIMULATED if rounds.sampling == 1 else f"{SAMPLED}; {SIMULATED}",
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is trained, from how it begins, and how the server steps."""
+
+    engine: Engine
+    optimizer: ServerOptimizer
+
+
+def _prepared(run: _Run) -> _Ready:
+    settings = run.settings
+    if settings.server_tower == "central":
+        fit_server_side(run.network, run.examples, seed=run.seed)
+    engine = Engine.build(
+        run.network,
+        run.examples,
+        _local(settings),
+        federate_server_tower=settings.server_tower == "federated",
+        tower_dropout=settings.tower_dropout,
+    )
+    start = engine.side.flat()
+    return _Ready(
+        engine, ServerOptimizer(settings.server_optimizer, settings.server_lr, start, settings.server_options)
+    )
+
+
+def _simulate(run: _Run, ready: _Ready, cohort: _Cohort, rounds: Round, ledger: Ledger | None) -> tuple[float, int]:
+    """All rounds, through Flower's apps; returns the last clip and how many rounds were released."""
+    total = run.settings.rounds
+    aggregator = SimulatedAggregator(ready.engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
+    strategy = NoisedSum(cohort.planned, ready.optimizer)
+    side = ready.engine.side
+    after = _rounds(run, side, TailAverage(run.settings.average_last))
+    simulate(server_app(strategy, side.flat(), total, after), {1: client_app(aggregator)})
+    run.oracle.update(cohort.oracle(run))
+    return aggregator.clip, total - strategy.failed_rounds
+
+
+_TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {
+    "noiseless": _noiseless,
+    "central": _central,
+    "server-only": _server_only,
+}
 
 
 @dataclass(frozen=True)
@@ -275,25 +333,23 @@ def _cohort(run: _Run, size: int) -> _Cohort:
     return _Cohort(over.sampling, over.expected, Attended(Fleet.draw(trace, users, run.seed), work), over)
 
 
-def _round(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> Round:
-    """The least noise with which all rounds stay within what the budget leaves them.
+def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> float:
+    """The least noise with which all rounds stay within what the budget leaves them."""
+    # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
+    besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
+    delta, rounds = run.network.model.privacy.delta, run.settings.rounds
+    return noise_multiplier_for(budget, delta, cohort.sampling, rounds, besides=besides)
+
+
+def _round(run: _Run, noise_multiplier: float, cohort: _Cohort) -> Round:
+    """How each round is sampled, clipped and noised.
 
     No minimum: amplification by Poisson sampling is claimed for rounds that are
     released whoever came. A round withheld because few came would make it
     likelier that one who is in a released round took part.
     """
-    privacy, settings = run.network.model.privacy, run.settings
-    # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
-    besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
-    z = noise_multiplier_for(budget, privacy.delta, cohort.sampling, settings.rounds, besides=besides)
-    return Round(
-        cohort.sampling,
-        privacy.clip,
-        z,
-        minimum=0,
-        quantile=settings.clip_quantile,
-        planned_cohort=cohort.planned,
-    )
+    clip, quantile = run.network.model.privacy.clip, run.settings.clip_quantile
+    return Round(cohort.sampling, clip, noise_multiplier, minimum=0, quantile=quantile, planned_cohort=cohort.planned)
 
 
 def _local(settings: Training) -> LocalTraining:
@@ -319,6 +375,7 @@ def _mechanism(settings: Training) -> str:
 def _rounds(run: _Run, side: DeviceSide, average: TailAverage) -> Callable[[int, Float32], None]:
     """After a round: the weights into the network; now and then a checkpoint and a point of the curves."""
     total = run.settings.rounds
+    run.watch.start()
 
     def on_round(number: int, flat: Float32) -> None:
         side.load_flat(average(flat) if number else flat)
@@ -332,6 +389,8 @@ def _rounds(run: _Run, side: DeviceSide, average: TailAverage) -> Callable[[int,
 
 
 def _epochs(run: _Run) -> Callable[[int], None]:
+    run.watch.start()
+
     def on_epoch(number: int) -> None:
         run.point(number)
         if run.progress:
@@ -357,7 +416,7 @@ def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
         oracle=oracle,
         **privacy,
     )
-    return Trained(run.network.weights(), record, run.curves, predictions)
+    return Trained(run.network.weights(), record, run.curves, tuple(run.watch.noted), predictions)
 
 
 def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
@@ -379,13 +438,14 @@ def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, setting
     Raises:
         ConfigError: epsilon is out of range, or the server tower would be fitted on a label the server does not see.
     """
-    if kind != "federated":
-        return None
-    if model.label.visible_to == "device" and settings.server_tower == "central":
+    rounds = kind in ("federated", "noiseless")
+    if rounds and model.label.visible_to == "device" and settings.server_tower == "central":
         raise ConfigError(
             "server_tower must be 'federated' or 'frozen' where label.visible_to is 'device': "
             "the server has no label to fit it on, got 'central'"
         )
+    if kind != "federated":
+        return None
     declared = model.privacy.epsilon
     budget = declared if epsilon is None else epsilon
     if not 0 < budget <= declared:

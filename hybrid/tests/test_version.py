@@ -36,4 +36,4 @@ def test_an_epsilon_is_told_with_all_that_it_means():
 def test_without_a_mechanism_nothing_is_claimed():
     """A reference has one line, and no epsilon in it."""
     record = TrainingRecord(kind="central", run="r1", population="riders", users=30, examples=90)
-    assert record.privacy_lines() == ("none: trained on pooled data, without a mechanism",)
+    assert record.privacy_lines() == ("none: a reference of a simulation, trained without a mechanism",)

@@ -128,7 +128,7 @@ def test_runs_are_counted_once_and_composed_for_those_in_all_of_them(project):
     text = hybrid("taxi")
     assert "taxi: 4 versions, 2 runs" in text
     assert f"all of the model's runs (2): together epsilon {together:.3f} at delta 1e-06" in text
-    assert "version 4 (central) is a reference: trained on pooled data, without a mechanism" in text
+    assert "version 4 (central) is a reference: trained without a mechanism" in text
 
 
 def test_one_run_can_be_asked_for(project):

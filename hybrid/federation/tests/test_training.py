@@ -25,7 +25,7 @@ def people(tiny_examples):
 def trained(tiny_model, people, tmp_path_factory):
     """kind -> what it trained, and its run directory."""
     folder = tmp_path_factory.mktemp("runs")
-    kinds = ("federated", "server-only", "central")
+    kinds = ("federated", "noiseless", "server-only", "central")
     return {
         kind: (train(tiny_model(training=QUICK), *people, kind=kind, run_dir=folder / kind), folder / kind)
         for kind in kinds
@@ -38,6 +38,19 @@ def test_federated_training_ranks_unseen_users_better_than_the_server_alone(trai
     assert scores["server-only"] + 0.05 < scores["federated"] < scores["central"] + 0.01
 
 
+def test_rounds_without_noise_rank_better_than_with(trained):
+    """What noise costs: the same rounds, cohorts and clip, without it, are no worse."""
+    scores = {kind: trained[kind][0].record.oracle["auc"] for kind in ("federated", "noiseless")}
+    assert scores["noiseless"] > scores["federated"] - 0.005
+
+
+def test_a_training_tells_when_each_point_of_its_curves_was_reached(trained):
+    """Seconds ascend, one for each point."""
+    result = trained["federated"][0]
+    assert len(result.seconds) == len(result.curves["oracle_auc"])
+    assert list(result.seconds) == sorted(result.seconds)
+
+
 def test_the_record_says_what_was_spent_and_what_it_protects(trained, tiny_model):
     """Epsilon is within the declared 8, at most 1 % below it: the noise is not more than it must be."""
     record = trained["federated"][0].record
@@ -47,7 +60,7 @@ def test_the_record_says_what_was_spent_and_what_it_protects(trained, tiny_model
     assert "Poisson" in record.assumption
 
 
-@pytest.mark.parametrize("kind", ["central", "server-only"])
+@pytest.mark.parametrize("kind", ["central", "noiseless", "server-only"])
 def test_a_reference_claims_no_privacy(trained, kind):
     """No epsilon, and no ledger in its run directory."""
     result, folder = trained[kind]
