@@ -18,6 +18,7 @@ from hybrid.privacy.mechanisms import NoiseSource, PaidNoise
 
 PURPOSE = "label-rates"
 """Of the ledger's entries that pay for these releases."""
+LEAST = 1e-9  # rows: noise may leave less of a row than a quotient could bear
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _shrunk(
     variance: float,
 ) -> NDArray[np.float64]:
     """`label_rates`' formula; `centre` where there are no rows or the prior has no variance."""
-    counted = np.maximum(rows, 0.0)
+    counted = np.where(rows > LEAST, rows, 0.0)
     weight = prior * counted  # of one row's worth of excess, against the two uncertainties
     uncertainty = weight * counted + centre * (1 - centre) * counted + _excess_variance(centre, variance)
     excess = positives - centre * rows
@@ -185,7 +186,7 @@ def _prior_variance(
     excess = positives - centre * rows
     surplus = (excess**2 - centre * (1 - centre) * rows - _excess_variance(centre, variance)).sum(-1, keepdims=True)
     squares = (rows**2 - 2 * variance).sum(-1, keepdims=True)
-    found = np.divide(surplus, squares, out=np.zeros_like(squares), where=squares > 0)
+    found = np.divide(surplus, squares, out=np.zeros_like(squares), where=squares > LEAST)
     return np.asarray(np.clip(found, 0.0, centre * (1 - centre)))  # no variable in [0, 1] varies by more
 
 

@@ -162,6 +162,8 @@ def test_a_rate_is_drawn_to_the_overall_rate_by_hand():
     strength=st.one_of(st.none(), st.floats(1e-3, 1e6)),
 )
 @example([(0.0, 0.0)], 0.0, None)
+@example([(2e-153, 31.0)], 0.0, None)  # its square is less than any number but 0
+@example([(1e-9, 31.0), (1e6, 1e6)], 0.0, 1.0)
 @example([(-5.0, 3.0), (-1.0, -2.0)], 4.0, None)
 @example([(10.0, 10.0), (10.0, 10.0)], 0.0, None)
 def test_rates_are_in_range_whatever_the_noise_did(cells, sd, strength):
