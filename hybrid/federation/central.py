@@ -73,18 +73,34 @@ def fit_server_side(
 
 
 def fit_everything(
-    network: Network, examples: Examples, *, seed: int, fitting: Fitting | None = None, on_epoch: OnEpoch | None = None
+    network: Network,
+    examples: Examples,
+    *,
+    seed: int,
+    fitting: Fitting | None = None,
+    tower_dropout: float = 0.0,
+    on_epoch: OnEpoch | None = None,
 ) -> int:
     """Fits both towers and the head together on pooled rows: what could be had if nothing were private.
 
-    Arguments, result and errors are those of `fit_server_side`.
+    Args:
+        tower_dropout: share of rows that lack the server's embedding, and of those that lack the device's, in
+            [0, 0.5); the embeddings that stand for them are fitted too.
+
+    The other arguments, result and errors are those of `fit_server_side`.
     """
     server, device = torch.from_numpy(examples.server), torch.from_numpy(examples.device)
 
     def logits(rows: Tensor) -> Tensor:
-        return network.head(network.server_tower(server[rows]), network.device_tower(device[rows]))  # type: ignore[no-any-return]
+        embeddings = network.server_tower(server[rows]), network.device_tower(device[rows])
+        if tower_dropout and network.head.training:
+            draw = torch.rand(len(rows), 1)
+            gone = {"server": draw < tower_dropout, "device": draw > 1 - tower_dropout}
+            missing = (network.missing_embedding(side, len(rows)) for side in gone)
+            embeddings = tuple(map(torch.where, gone.values(), missing, embeddings))  # type: ignore[assignment]
+        return network.head(*embeddings)  # type: ignore[no-any-return]
 
-    modules = nn.ModuleList(network.parts.values())
+    modules = nn.ModuleList([*network.parts.values(), *([network.missing] if tower_dropout else [])])
     return _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)
 
 

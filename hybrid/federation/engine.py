@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -419,18 +419,15 @@ def embed(tower: nn.Module, rows: Float32) -> Tensor:
         return torch.cat([tower(part) for part in torch.split(torch.from_numpy(rows), ROWS_A_PASS)])
 
 
-def predict(network: Network, examples: Examples, *, with_devices: bool = True) -> Float32:
-    """(n,) probabilities by the network as it is; without devices, by its embedding for a missing one."""
-    parts = zip(
-        torch.split(embed(network.server_tower, examples.server), ROWS_A_PASS),
-        torch.split(torch.from_numpy(examples.device), ROWS_A_PASS),
-        strict=True,
-    )
+def predict(network: Network, examples: Examples, *, without: Literal["server", "device"] | None = None) -> Float32:
+    """(n,) probabilities by the network as it is; without a side, by its embedding for a missing one."""
 
     def probabilities(server: Tensor, device: Tensor) -> Tensor:
-        embedding = network.device_tower(device) if with_devices else network.missing_embedding("device", len(device))
-        return torch.sigmoid(network.head(server, embedding))
+        a = network.missing_embedding("server", len(server)) if without == "server" else network.server_tower(server)
+        b = network.missing_embedding("device", len(device)) if without == "device" else network.device_tower(device)
+        return torch.sigmoid(network.head(a, b))
 
+    server, device = (torch.split(torch.from_numpy(side), ROWS_A_PASS) for side in (examples.server, examples.device))
     with torch.no_grad():
-        predictions: Float32 = torch.cat([probabilities(a, b) for a, b in parts]).numpy()
+        predictions: Float32 = torch.cat([probabilities(*part) for part in zip(server, device, strict=True)]).numpy()
     return predictions

@@ -185,7 +185,7 @@ class _Run:
 
     def predict(self, examples: Examples) -> Float32:
         """(n,) probabilities by the network as it is, of what this kind has."""
-        return predict(self.network, examples, with_devices=self.kind != "server-only")
+        return predict(self.network, examples, without="device" if self.kind == "server-only" else None)
 
     def checkpoint(self, step: int) -> None:
         """Writes the weights after a round or epoch, all or nothing."""
@@ -196,7 +196,9 @@ class _Run:
 
 def _central(run: _Run) -> dict[str, Any]:
     _write_json(run.folder / "config.json", _config(run))
-    run.checkpoint(fit_everything(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
+    dropout = run.settings.tower_dropout
+    best = fit_everything(run.network, run.examples, seed=run.seed, tower_dropout=dropout, on_epoch=_epochs(run))
+    run.checkpoint(best)
     return {}
 
 
@@ -405,7 +407,7 @@ def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
     predictions, oracle = None, run.oracle
     if run.test is not None:
         predictions = run.predict(run.test)
-        oracle = oracle | _oracle(run.test, predictions)
+        oracle = oracle | _oracle(run.test, predictions) | _fallbacks(run, run.test)
         _write_json(run.folder / "metrics.json", {"oracle": oracle, "curves": run.curves})
     record = TrainingRecord(
         kind=run.kind,
@@ -427,6 +429,14 @@ def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
         "calibration_ratio": calibrated.ratio,
         "calibration_error": calibrated.ece,
     }
+
+
+def _fallbacks(run: _Run, test: Examples) -> dict[str, float]:
+    """How well the version ranks where a side does not answer and its missing embedding stands in."""
+    if run.kind == "server-only":
+        return {}
+    sides: tuple[Literal["server", "device"], ...] = ("server", "device")
+    return {f"auc_without_{side}": auc(test.labels, predict(run.network, test, without=side)) for side in sides}
 
 
 def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, settings: Training) -> float | None:

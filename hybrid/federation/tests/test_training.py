@@ -44,6 +44,17 @@ def test_rounds_without_noise_rank_better_than_with(trained):
     assert scores["noiseless"] > scores["federated"] - 0.005
 
 
+@pytest.mark.parametrize("kind", ["federated", "central"])
+def test_tower_dropout_teaches_what_a_missing_side_means(trained, tiny_model, people, tmp_path, kind):
+    """Trained with it, the model ranks without devices about as well as the server alone, and a report says so."""
+    settings = QUICK.model_copy(update={"tower_dropout": 0.2})
+    result = train(tiny_model(), *people, kind=kind, run_dir=tmp_path, settings=settings)
+    alone = trained["server-only"][0].record.oracle["auc"]
+    assert result.record.oracle["auc_without_device"] == pytest.approx(alone, abs=0.03)
+    assert "auc_without_server" in result.record.oracle
+    assert any(np.abs(value).max() > 0 for name, value in result.weights.items() if name.startswith("missing."))
+
+
 def test_a_training_tells_when_each_point_of_its_curves_was_reached(trained):
     """Seconds ascend, one for each point."""
     result = trained["federated"][0]
