@@ -113,13 +113,14 @@ def _print_registered(model: HybridModel, digest: str, network: Mapping[str, Any
     _add_declaration(table, model.definition())
     _add_network(table, network)
     console.print(table)
-    if model.label.visible_to == "device":
-        console.print("Registered. Training with a label that only devices see comes with a later release.")
-    else:
+    if model.label.visible_to == "device" and model.training.server_tower == "central":
         console.print(
-            f"Registered. Next: `hybrid features apply {model.name}`, `hybrid features materialize {model.name}`, "
-            f"then `hybrid train {model.name}`."
+            "Only devices see the label: train with --server-tower federated or frozen, or declare it in `training`."
         )
+    console.print(
+        f"Registered. Next: `hybrid features apply {model.name}`, `hybrid features materialize {model.name}`, "
+        f"then `hybrid train {model.name}`."
+    )
 
 
 def _add_declaration(table: Table, declaration: Mapping[str, Any]) -> None:

@@ -84,10 +84,19 @@ def fit_everything(
     """Fits both towers and the head together on pooled rows: what could be had if nothing were private.
 
     Args:
+        network: changed in place; left in evaluation mode with its best weights.
+        examples: pooled.
+        seed: of the split, the batches and dropout.
+        fitting: how.
         tower_dropout: share of rows that lack the server's embedding, and of those that lack the device's, in
             [0, 0.5); the embeddings that stand for them are fitted too.
+        on_epoch: called after each epoch with its number, from 1.
 
-    The other arguments, result and errors are those of `fit_server_side`.
+    Returns:
+        The epoch whose weights are kept.
+
+    Raises:
+        ConfigError: there are too few users to set some aside.
     """
     server, device = torch.from_numpy(examples.server), torch.from_numpy(examples.device)
 

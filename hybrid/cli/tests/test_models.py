@@ -109,12 +109,12 @@ def test_a_noised_release_is_shown_with_its_local_epsilon(project: Path):
     )
 
 
-def test_a_label_of_the_device_registers_and_says_what_waits(project: Path):
-    """The declaration stands; its training is later work."""
+def test_a_label_of_the_device_registers_and_says_what_its_training_needs(project: Path):
+    """The server has no label to fit its tower on, as it does by default."""
     (project / "model.py").write_text(FILE.replace('visible_to="server"', 'visible_to="device"'))
     shown = hybrid("register", str(project / "model.py"))
     assert "protects device features and label" in shown
-    assert "Training with a label that only devices see comes with a later release." in shown
+    assert "train with --server-tower federated or frozen" in shown
 
 
 @pytest.mark.parametrize(
