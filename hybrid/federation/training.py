@@ -111,11 +111,11 @@ def train(
     settings = settings or model.training
     budget = check_allowed(model, kind, epsilon, settings)
     if budget is not None:
-        _check_delta(model, examples_train.users)
+        check_delta(model, examples_train.users)
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
     run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet)
-    with _threads(network):
+    with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
 
@@ -171,13 +171,13 @@ class _Run:
 
 
 def _central(run: _Run) -> dict[str, Any]:
-    _write_json(run.folder / "config.json", _config(run))
+    write_json(run.folder / "config.json", _config(run))
     run.checkpoint(fit_everything(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
 
 def _server_only(run: _Run) -> dict[str, Any]:
-    _write_json(run.folder / "config.json", _config(run))
+    write_json(run.folder / "config.json", _config(run))
     run.checkpoint(fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
@@ -188,13 +188,13 @@ _TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {"central": _central
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
     """Returns the privacy fields of the record."""
     model, settings = run.network.model, run.settings
-    if settings.server_tower != "frozen" and model.label.visible_to == "server":
+    if fits_server_side(model, settings):
         fit_server_side(run.network, run.examples, seed=run.seed)
     federate = settings.server_tower == "federated"
     engine = Engine.build(
         run.network,
         run.examples,
-        _local(settings),
+        LocalTraining.of(settings),
         federate_server_tower=federate,
         tower_dropout=settings.tower_dropout,
     )
@@ -204,7 +204,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         cohort = _cohort(run, len(start))
         rounds = _round(run, budget, ledger, cohort)
         ledger.reserve([replace(rounds.event, count=settings.rounds)])
-        _write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
+        write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
         aggregator = SimulatedAggregator(engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
         strategy = NoisedSum(cohort.planned, optimizer)
         after = _rounds(run, engine.side, TailAverage(settings.average_last, settings.rounds))
@@ -223,6 +223,11 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
+
+
+def fits_server_side(model: HybridModel, settings: Training) -> bool:
+    """Whether a federated training begins with a fit of what the server has, on the label that it sees."""
+    return settings.server_tower != "frozen" and model.label.visible_to == "server"
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,7 @@ class _Cohort:
             expected=self.over.finishing,
             examples=np.diff(run.examples.offsets),
         )
-        _write_json(run.folder / "fleet.json", {"over_selection": asdict(self.over), "oracle": asdict(found)})
+        write_json(run.folder / "fleet.json", {"over_selection": asdict(self.over), "oracle": asdict(found)})
         return {"fleet_finished": found.oracle_finished, "fleet_lost": found.oracle_lost}
 
 
@@ -276,35 +281,32 @@ def _cohort(run: _Run, size: int) -> _Cohort:
 
 
 def _round(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> Round:
-    """The least noise with which all rounds stay within what the budget leaves them.
+    """The least noise with which all rounds stay within what the budget leaves them."""
+    model, settings = run.network.model, run.settings
+    # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
+    besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
+    z = noise_multiplier_for(budget, model.privacy.delta, cohort.sampling, settings.rounds, besides=besides)
+    return round_settings(model, settings, z, sampling=cohort.sampling, planned=cohort.planned)
+
+
+def round_settings(
+    model: HybridModel, settings: Training, noise_multiplier: float, *, sampling: float, planned: float
+) -> Round:
+    """How each round of a federated training is sampled, clipped and noised.
 
     No minimum: amplification by Poisson sampling is claimed for rounds that are
     released whoever came. A round withheld because few came would make it
     likelier that one who is in a released round took part.
+
+    Args:
+        model: whose clip.
+        settings: of the training.
+        noise_multiplier: standard deviation of the noise over the clip.
+        sampling: probability that a user is asked.
+        planned: expected number of participants.
     """
-    privacy, settings = run.network.model.privacy, run.settings
-    # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
-    besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
-    z = noise_multiplier_for(budget, privacy.delta, cohort.sampling, settings.rounds, besides=besides)
-    return Round(
-        cohort.sampling,
-        privacy.clip,
-        z,
-        minimum=0,
-        quantile=settings.clip_quantile,
-        planned_cohort=cohort.planned,
-    )
-
-
-def _local(settings: Training) -> LocalTraining:
-    epochs = settings.local_epochs
-    return LocalTraining(
-        steps=settings.local_steps if epochs is None else None,
-        lr=settings.local_lr,
-        epochs=epochs,
-        batch=settings.local_batch,
-        proximal=settings.proximal,
-    )
+    quantile = settings.clip_quantile
+    return Round(sampling, model.privacy.clip, noise_multiplier, minimum=0, quantile=quantile, planned_cohort=planned)
 
 
 def _mechanism(settings: Training) -> str:
@@ -343,24 +345,25 @@ def _epochs(run: _Run) -> Callable[[int], None]:
 def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
     if run.progress:
         run.progress(1, 1)
-    predictions, oracle = None, run.oracle
+    predictions, measured = None, run.oracle
     if run.test is not None:
         predictions = run.predict(run.test)
-        oracle = oracle | _oracle(run.test, predictions)
-        _write_json(run.folder / "metrics.json", {"oracle": oracle, "curves": run.curves})
+        measured = measured | oracle(run.test, predictions)
+        write_json(run.folder / "metrics.json", {"oracle": measured, "curves": run.curves})
     record = TrainingRecord(
         kind=run.kind,
         run=run.folder.name,
         population=run.examples.population,
         users=run.examples.users,
         examples=len(run.examples),
-        oracle=oracle,
+        oracle=measured,
         **privacy,
     )
     return Trained(run.network.weights(), record, run.curves, predictions)
 
 
-def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
+def oracle(test: Examples, predictions: Float32) -> dict[str, float]:
+    """How good predictions of held-out rows are: computed from pooled rows, as only a simulation can."""
     calibrated = calibration(test.labels, predictions)
     return {
         "auc": auc(test.labels, predictions),
@@ -395,7 +398,8 @@ def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, setting
     return budget
 
 
-def _check_delta(model: HybridModel, users: int) -> None:
+def check_delta(model: HybridModel, users: int) -> None:
+    """Raises: ConfigError: the declared delta is too large for so many users."""
     if not users:
         raise ConfigError("training must have at least one user, got none")
     most, declared = users**-1.1, model.privacy.delta
@@ -418,14 +422,15 @@ def _config(run: _Run, budget: float | None = None) -> dict[str, Any]:
     return config | {"epsilon": budget, "privacy": model.privacy.model_dump(), "training": run.settings.model_dump()}
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """All or nothing."""
     draft = file.with_name(f".{file.name}")
     draft.write_text(json.dumps(content, indent=2))
     os.replace(draft, file)
 
 
 @contextmanager
-def _threads(network: Network) -> Iterator[None]:
+def threads_for(network: Network) -> Iterator[None]:
     """One thread for small networks."""
     before = torch.get_num_threads()
     if sum(p.numel() for part in network.parts.values() for p in part.parameters()) < SMALL:
