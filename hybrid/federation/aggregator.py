@@ -15,6 +15,7 @@ from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import (
     Aggregation,
+    Cohort,
     PaidNoise,
     Release,
     SeededNoise,
@@ -83,6 +84,68 @@ class Attended:
     tallies: list[Tally] = field(default_factory=list, repr=False)
 
 
+class PaidMechanism:
+    """One run's mechanism, from round to round: each release is in the ledger before its noise is drawn.
+
+    Args:
+        settings: of every round.
+        ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
+        seed: of the noise.
+        size: p, the length of a flat update.
+
+    Raises:
+        ConfigError: noise is drawn, and there is no ledger to pay for what it covers.
+    """
+
+    def __init__(self, settings: Round, ledger: Ledger | None, *, seed: int, size: int) -> None:
+        if ledger is None and settings.noise_multiplier:
+            raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
+        self._settings, self._ledger, self._seed = settings, ledger, seed
+        self._mechanism = settings.aggregation()
+        self._state = self._mechanism.init(size)
+
+    @property
+    def clip(self) -> float:
+        """The L2 norm that the next round clips to."""
+        return self._state.clip
+
+    def next_attempt(self, number: int) -> int:
+        """At round `number`."""
+        return 1 if self._ledger is None else self._ledger.next_attempt(PURPOSE, number)
+
+    def release(self, number: int, attempt: int, cohort: Cohort) -> Release:
+        """The noised sum of a round's cohort.
+
+        Args:
+            number: of the round, from 1.
+            attempt: at it; tells its noise apart.
+            cohort: see `Cohort`.
+
+        Raises:
+            BudgetExceeded, CohortTooSmall: nothing is spent.
+        """
+        clip = self._state.clip
+
+        def pay() -> None:
+            if self._ledger is not None:
+                event = self._settings.event
+                self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
+
+        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
+        self._state, release = self._mechanism.step(self._state, cohort, noise)
+        return release
+
+
+def coins(seed: int, number: int, attempt: int, users: int) -> NDArray[np.float64]:
+    """(users,) in [0, 1): who takes part in a round are those below its sampling."""
+    return np.random.default_rng([seed, COHORT, number, attempt]).random(users)
+
+
+def local_stream(seed: int, number: int, attempt: int) -> tuple[int, ...]:
+    """Of what is random in a round on the devices: see `Engine.clipped_sum`."""
+    return seed, LOCAL, number, attempt
+
+
 class SimulatedAggregator:
     """What stands, in a simulation, where a fleet has its aggregator service.
 
@@ -97,44 +160,32 @@ class SimulatedAggregator:
     def __init__(
         self, engine: Engine, ledger: Ledger | None, settings: Round, *, seed: int, fleet: Attended | None = None
     ) -> None:
-        if ledger is None and settings.noise_multiplier:
-            raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
-        self._engine, self._ledger, self._settings, self._seed, self._fleet = engine, ledger, settings, seed, fleet
-        self._mechanism = settings.aggregation()
-        self._state = self._mechanism.init(engine.side.size)
+        self._engine, self._settings, self._seed, self._fleet = engine, settings, seed, fleet
+        self._mechanism = PaidMechanism(settings, ledger, seed=seed, size=engine.size)
         self._examples = np.diff(engine.examples.offsets)
 
     @property
     def clip(self) -> float:
         """The L2 norm that the next round clips to."""
-        return self._state.clip
+        return self._mechanism.clip
 
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`. A round run again is a new attempt, with other noise."""
-        attempt = 1 if self._ledger is None else self._ledger.next_attempt(PURPOSE, number)
-        clip = self._state.clip
-
-        def pay() -> None:
-            if self._ledger is None:
-                return
-            self._ledger.spend(self._settings.event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
-
+        attempt = self._mechanism.next_attempt(number)
         users = self._cohort(number, attempt)
-        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
-        stream = (self._seed, LOCAL, number, attempt)
-        self._state, release = self._mechanism.step(
-            self._state, lambda norm: self._engine.clipped_sum(flat, users, norm, stream=stream), noise
+        stream = local_stream(self._seed, number, attempt)
+        return self._mechanism.release(
+            number, attempt, lambda norm: self._engine.clipped_sum(flat, users, norm, stream=stream)
         )
-        return release
 
     def _cohort(self, number: int, attempt: int) -> NDArray[np.int64]:
         """Whose coin fell, and, on a fleet, who of them was there and answered in time."""
-        coins = np.random.default_rng([self._seed, COHORT, number, attempt]).random(self._engine.users)
+        tossed = coins(self._seed, number, attempt, self._engine.users)
         if self._fleet is None:
-            return np.flatnonzero(coins < self._settings.sampling)
+            return np.flatnonzero(tossed < self._settings.sampling)
         attendance = self._fleet.fleet.round(
             number,
-            coins,
+            tossed,
             sampling=self._settings.sampling,
             work=self._fleet.work,
             examples=self._examples,

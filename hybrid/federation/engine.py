@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,6 +25,7 @@ from hybrid.privacy.mechanisms import ClippedSum
 
 ROWS_A_PASS = 1 << 16
 CACHED_EMBEDDINGS = 1 << 28  # bytes; more of them are computed as they are needed
+STACKED = 4  # several starts fill 1 / 4 of a chunk; measured: with more, memory costs what fewer operations save
 
 
 class DeviceSide(nn.Module):
@@ -173,22 +174,32 @@ class Engine:
             clip: largest L2 norm of one user's update.
             stream: seeds the order of rows and the tower dropout of this round.
         """
-        total = torch.zeros(self.size, dtype=torch.float64)
-        below = above = 0
-        for moves in self._moves(flat, users, stream):
-            parts = [(where, self._in_float64(where, part)) for where, part in moves]
-            norm = torch.stack([torch.linalg.vector_norm(part, dim=1) for _, part in parts]).square().sum(0).sqrt()
-            unusable = ~torch.isfinite(norm)
-            if unusable.any():
-                norm[unusable] = 0.0
-                for _, part in parts:
-                    part[unusable] = 0.0
-            below += int(((norm > 0) & (norm <= clip)).sum())
-            above += int((norm > clip).sum())
-            scale = clip / norm.clamp(min=clip)
-            for where, part in parts:
-                total[where] += torch.mv(part.T, scale)
-        return ClippedSum(total.numpy(), len(users), below, above)
+        return self.clipped_sums(flat[None], users, [clip], [self.local.lr], stream=stream)[0]
+
+    def clipped_sums(
+        self,
+        flats: Float32,
+        users: NDArray[np.int64],
+        clips: Sequence[float],
+        lrs: Sequence[float],
+        *,
+        stream: tuple[int, ...] = (0,),
+    ) -> list[ClippedSum]:
+        """The clipped sums of one cohort that trains from several weights: with the same rows in the same steps.
+
+        Args:
+            flats: (starts, p) the weights to start from.
+            users: (k,) distinct, each in [0, self.users).
+            clips: of each start, largest L2 norm of one user's update.
+            lrs: of each start, in place of `local.lr`.
+            stream: seeds the order of rows and the tower dropout of this round.
+        """
+        sums = [_Sum(torch.zeros(self.size, dtype=torch.float64), clip) for clip in clips]
+        for first, starts, moves in self._moves(flats, users, lrs, stream):
+            parts = [(where, self._in_float64(where, part).unflatten(0, (starts, -1))) for where, part in moves]  # type: ignore[no-untyped-call]
+            for place in range(starts):
+                sums[first + place].add([(where, part[place]) for where, part in parts])
+        return [ClippedSum(one.total.numpy(), len(users), one.below, one.above) for one in sums]
 
     def _in_float64(self, where: slice, part: Tensor) -> Tensor:
         return self.scratch.take(("float64", where.start), part.shape, part, torch.float64).copy_(part)
@@ -204,7 +215,7 @@ class Engine:
         Yields:
             (c, p) weights after local training minus `flat`, one row a user, not clipped.
         """
-        for moves in self._moves(flat, users, stream):
+        for _, _, moves in self._moves(flat[None], users, [self.local.lr], stream):
             yield torch.cat([part for _, part in sorted(moves, key=lambda move: move[0].start)], dim=1).numpy()
 
     def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -217,23 +228,36 @@ class Engine:
         offsets = self.examples.offsets
         return offsets[users + 1] - offsets[users]
 
-    def _moves(self, flat: Float32, users: NDArray[np.int64], stream: tuple[int, ...]) -> Iterator[Moves]:
+    def _moves(
+        self, flats: Float32, users: NDArray[np.int64], lrs: Sequence[float], stream: tuple[int, ...]
+    ) -> Iterator[tuple[int, int, Moves]]:
+        """Yields the first of some starts, how many they are, and how far the users of a chunk moved from each.
+
+        Chunks, and what is drawn for them, are those of one start alone. Where a
+        chunk leaves room, as that of a small cohort does, several starts are trained as one batch.
+        """
         ordered = self.order(users)
         counts = self._counts(ordered)
-        weights = torch.tensor(flat)
+        weights, rates = torch.tensor(flats), torch.tensor(lrs, dtype=torch.float32)
         rng = np.random.default_rng(stream)
-        start = 0
-        while start < len(ordered):
-            stop = self._chunk_end(counts, start)
-            schedule = self.local.schedule(counts[start:stop], rng)
-            yield self.trainer(weights, self._batches(ordered[start:stop], schedule, rng), self.local)
-            start = stop
+        begin = 0
+        while begin < len(ordered):
+            sizes = self._bytes(counts[begin:])
+            end = max(1, int(np.searchsorted(sizes, self.chunk_bytes, side="right")))
+            chunk = slice(begin, begin + end)
+            batches = self._batches(ordered[chunk], self.local.schedule(counts[chunk], rng), rng)
+            at_once = max(1, self.chunk_bytes // STACKED // int(sizes[end - 1]))
+            for first in range(0, len(flats), at_once):
+                here = slice(first, first + at_once)
+                moves = self.trainer(weights[here], replace(batches, lrs=rates[here]), self.local.proximal)
+                yield first, len(rates[here]), moves
+            begin += end
 
-    def _chunk_end(self, counts: NDArray[np.int64], start: int) -> int:
-        """As many users as fit, counting each as padded to the longest; at least one."""
+    def _bytes(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(k,) ascending rows of users -> (k,) what the first 1, 2, ... k take, each padded to the longest of them."""
         row = self.examples.server.shape[1] + self.examples.device.shape[1] + 2
-        sizes = (4 * counts[start:] * row + 12 * self.size) * np.arange(1, len(counts) - start + 1)
-        return start + max(1, int(np.searchsorted(sizes, self.chunk_bytes, side="right")))
+        size: NDArray[np.int64] = (4 * counts * row + 12 * self.size) * np.arange(1, len(counts) + 1)
+        return size
 
     def _batches(self, users: NDArray[np.int64], schedule: Schedule, rng: np.random.Generator) -> Batches:
         rows = torch.from_numpy(self.examples.offsets[users][:, None, None] + schedule.place)
@@ -244,7 +268,8 @@ class Engine:
             absent = torch.from_numpy(
                 np.stack([draw < self.tower_dropout, draw > 1 - self.tower_dropout], axis=3).astype(np.float32)
             )
-        return Batches(self, rows, torch.from_numpy(schedule.weight), torch.from_numpy(schedule.steps), absent)
+        weight, steps = torch.from_numpy(schedule.weight), torch.from_numpy(schedule.steps)
+        return Batches(self, torch.tensor([self.local.lr]), rows, weight, steps, absent)
 
     def server_side(self, rows: Tensor) -> Tensor:
         """(n,) rows -> (n, a) embeddings of the frozen tower, or the encoded features of one that is trained."""
@@ -257,6 +282,30 @@ class Engine:
             return self.server_tower(features)  # type: ignore[no-any-return]
 
 
+@dataclass
+class _Sum:
+    """A clipped sum as it grows: see `ClippedSum`."""
+
+    total: Tensor
+    clip: float
+    below: int = 0
+    above: int = 0
+
+    def add(self, parts: Moves) -> None:
+        """Some users' moves, in float64; it may change them."""
+        norm = torch.stack([torch.linalg.vector_norm(part, dim=1) for _, part in parts]).square().sum(0).sqrt()
+        unusable = ~torch.isfinite(norm)
+        if unusable.any():
+            norm[unusable] = 0.0
+            for _, part in parts:
+                part[unusable] = 0.0
+        self.below += int(((norm > 0) & (norm <= self.clip)).sum())
+        self.above += int((norm > self.clip).sum())
+        scale = self.clip / norm.clamp(min=self.clip)
+        for where, part in parts:
+            self.total[where] += torch.mv(part.T, scale)
+
+
 @dataclass(frozen=True)
 class Batch:
     """The rows of one step of a chunk's users, one user's after another's.
@@ -264,28 +313,30 @@ class Batch:
     Attributes:
         inputs: of `DeviceSide.forward`, n = users x rows of each.
         labels: (n,).
-        weight: (n,) of each row in its user's mean loss; 0 where it is padding.
-        alive: (users,) whether the user takes this step.
+        weight: (n,) of each row in its user's mean loss, times the user's rate; 0 where it is padding.
+        rate: (users,) learning rate of this step; 0 for a user who does not take it.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
     weight: Tensor
-    alive: Tensor
+    rate: Tensor
 
 
 @dataclass(frozen=True)
 class Batches:
-    """All steps of a chunk's users.
+    """All steps of a chunk: of some people, from each of several starts, one start's after another's.
 
     Attributes:
         engine: whose examples.
-        rows, weight: (users, s, m) see `Schedule`; rows are counted over all examples.
-        steps: (users,) that each takes.
-        absent: (users, steps, m, 2) which side's embedding is missing; None without tower dropout.
+        lrs: (starts,) learning rate of each.
+        rows, weight: (people, s, m) see `Schedule`; rows are counted over all examples.
+        steps: (people,) that each takes.
+        absent: (people, steps, m, 2) which side's embedding is missing; None without tower dropout.
     """
 
     engine: Engine
+    lrs: Tensor
     rows: Tensor
     weight: Tensor
     steps: Tensor
@@ -293,8 +344,8 @@ class Batches:
 
     @property
     def users(self) -> int:
-        """How many."""
-        return len(self.rows)
+        """How many train: each person once from each start."""
+        return len(self.lrs) * len(self.rows)
 
     @property
     def rows_a_step(self) -> int:
@@ -309,32 +360,44 @@ class Batches:
         for step in range(len(self)):
             if batch is None or self.rows.shape[1] > 1 or self.absent is not None:
                 batch = self._gather(step)
-            yield batch if self.rows.shape[1] > 1 else self._alive(batch, step)
+            elif not bool((step < self.steps).all()):  # the same rows again, for those whose steps are not over
+                weight, rate = self._rates(step)
+                batch = replace(batch, weight=weight, rate=rate)
+            yield batch
 
     def _gather(self, step: int) -> Batch:
-        which = min(step, self.rows.shape[1] - 1)
-        rows = self.rows[:, which].flatten()
+        rows = self.rows[:, min(step, self.rows.shape[1] - 1)].flatten()
         examples = self.engine.examples
         inputs = [self.engine.server_side(rows), _take(examples.device, rows)]
         if self.absent is not None:
             inputs.append(self.absent[:, step].flatten(0, 1))
-        weight = self.weight[:, which].flatten()
-        return Batch(tuple(inputs), _take(examples.labels, rows), weight, step < self.steps)
+        return Batch(tuple(map(self._each, inputs)), self._each(_take(examples.labels, rows)), *self._rates(step))
 
-    def _alive(self, batch: Batch, step: int) -> Batch:
-        """The same rows again, for those whose steps are not over."""
-        alive = step < self.steps
-        if bool(alive.all()):
-            return batch
-        weight = self.weight[:, 0] * alive[:, None]
-        return Batch(batch.inputs, batch.labels, weight.flatten(), alive)
+    def _rates(self, step: int) -> tuple[Tensor, Tensor]:
+        """`weight` and `rate` of a step's batch."""
+        rate = self.lrs[:, None] * (step < self.steps)
+        weight = rate[:, :, None] * self.weight[:, min(step, self.weight.shape[1] - 1)]
+        return weight.flatten(), rate.flatten()
+
+    def _each(self, part: Tensor) -> Tensor:
+        """What is the same for every start, once for each."""
+        return part if len(self.lrs) == 1 else part.repeat(len(self.lrs), *[1] * (part.ndim - 1))
 
 
 class Trainer(Protocol):
     """How a chunk of users is trained."""
 
-    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Moves:
-        """(p,) weights to start from -> how far each user moved; overwritten by the next chunk."""
+    def __call__(self, flats: Tensor, batches: Batches, proximal: float) -> Moves:
+        """How far each user moves.
+
+        Args:
+            flats: (starts, p) weights to start from.
+            batches: of as many starts.
+            proximal: see `LocalTraining`.
+
+        Returns:
+            Of (users, ...) parts, overwritten by the next chunk.
+        """
         ...
 
 
@@ -344,27 +407,31 @@ class LayerTrainer:
 
     module: UserModule
 
-    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Moves:
+    def __call__(self, flats: Tensor, batches: Batches, proximal: float) -> Moves:
         """See `Trainer`."""
-        chunk = Chunk(flat, batches.users, len(batches), batches.rows_a_step)
+        chunk = Chunk(flats, batches.users, len(batches), batches.rows_a_step)
         for layer in self.module.layers:
             layer.begin(chunk)
         for chunk.step, batch in enumerate(batches):
-            if local.proximal:
-                chunk.pull = batch.alive * (local.lr * local.proximal)
-            logits = self.module.module(*batch.inputs)
-            self.module.descend(_loss(logits, batch), local.lr)
+            if proximal:
+                chunk.pull = batch.rate * proximal
+            self.module.descend(_loss(self.module.module(*batch.inputs), batch))
         return [move for layer in self.module.layers for move in layer.finish()]
 
 
 @dataclass(frozen=True)
 class AnyTrainer:
-    """For any module, by `torch.func`: several times slower."""
+    """For any module, by `torch.func`, from one start after another: several times slower."""
 
     module: nn.Module
 
-    def __call__(self, flat: Tensor, batches: Batches, local: LocalTraining) -> Moves:
+    def __call__(self, flats: Tensor, batches: Batches, proximal: float) -> Moves:
         """See `Trainer`."""
+        starts = zip(flats, batches.lrs, strict=True)
+        moved = [self._from(flat, replace(batches, lrs=lr[None]), proximal) for flat, lr in starts]
+        return [(slice(0, flats.shape[1]), torch.cat(moved))]
+
+    def _from(self, flat: Tensor, batches: Batches, proximal: float) -> Tensor:
         named = dict(self.module.named_parameters())
         parts = torch.split(flat, [parameter.numel() for parameter in named.values()])
         start = {name: part.view(named[name].shape) for name, part in zip(named, parts, strict=True)}
@@ -375,11 +442,10 @@ class AnyTrainer:
                 part.reshape(batches.users, -1, *part.shape[1:]) for part in (*batch.inputs, batch.labels, batch.weight)
             ]
             here = {name: start[name] + value for name, value in moved.items()}
-            pull = batch.alive * (local.lr * local.proximal)
+            left = 1 - batch.rate * proximal
             for name, slope in gradient(here, *split).items():
-                left = (1 - pull).view(-1, *[1] * (slope.ndim - 1))
-                moved[name] = moved[name] * left - local.lr * slope
-        return [(slice(0, len(flat)), torch.cat([value.flatten(1) for value in moved.values()], dim=1))]
+                moved[name] = moved[name] * left.view(-1, *[1] * (slope.ndim - 1)) - slope
+        return torch.cat([value.flatten(1) for value in moved.values()], dim=1)
 
     def _loss(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
         *inputs, labels, weight = batch
@@ -388,7 +454,7 @@ class AnyTrainer:
 
 
 def _loss(logits: Tensor, batch: Batch) -> Tensor:
-    """The sum over users of each one's mean loss."""
+    """The sum over users of each one's mean loss, times its rate."""
     return binary_cross_entropy_with_logits(logits, batch.labels, batch.weight, reduction="sum")
 
 

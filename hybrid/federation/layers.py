@@ -3,7 +3,9 @@
 The rows of all users run through a module as one batch, so that whatever else
 is in it (activations, concatenations, sums) needs no batched form. Only where
 a parameter enters do users differ: in `UserLinear`, which takes the place of
-`torch.nn.Linear`.
+`torch.nn.Linear`. The same people may train from several starts at once, as
+the configurations of a sweep do: a chunk's users are then those of the first
+start, followed by those of the next.
 """
 
 from __future__ import annotations
@@ -44,15 +46,15 @@ class Chunk:
     """What the layers share while one chunk of users trains.
 
     Attributes:
-        flat: (p,) the weights that every user starts from.
-        users: how many train.
+        flats: (starts, p) the weights to start from: the first users / starts of the users from the first, and so on.
+        users: how many train, all starts together.
         steps: local steps of the chunk; all layers take them together.
         rows: of each user in a step.
         step: the one in progress, from 0.
-        pull: (users,) how far a proximal term draws the weights back to `flat` in this step; None without one.
+        pull: (users,) how far a proximal term draws the weights back to their start in this step; None without one.
     """
 
-    flat: Tensor
+    flats: Tensor
     users: int
     steps: int
     rows: int
@@ -65,12 +67,12 @@ Moves = list[tuple[slice, Tensor]]
 
 
 class Shared:
-    """A layer's weights while all users have the same: in the first step, and in the only one of a chunk of one step.
+    """A layer's weights while users of one start have the same: in the first step, and the only one of a chunk of one.
 
     Args:
         chunk: what trains.
-        first: (out, in) the weights that all start from.
-        bias: (out,) and the bias; None for a layer without one.
+        first: (starts, out, in) the weights to start from.
+        bias: (starts, out) and the bias; None for a layer without one.
         take: (name, shape) -> memory of this layer.
     """
 
@@ -78,19 +80,22 @@ class Shared:
         self, chunk: Chunk, first: Tensor, bias: Tensor | None, take: Callable[[str, Sequence[int]], Tensor]
     ) -> None:
         self.chunk, self.users, self.first, self.first_bias, self.take = chunk, chunk.users, first, bias, take
+        self.starts, *self.shape = first.shape
         # Contiguous, since torch multiplies into anything else one user at a time.
-        self.weight = take("weight", (self.users, *first.shape))
-        self.bias = take("bias", (self.users, len(first)))
-        self._first_t = first.T
+        self.weight = take("weight", (self.users, *self.shape))
+        self.bias = take("bias", (self.users, self.shape[0]))
+        self._first_t = first.mT
 
     def outputs(self, rows: Tensor) -> Tensor:
         """(users, r, in) -> (users, r, out)."""
-        flat_rows = rows.view(-1, rows.shape[2])
+        together = rows.view(self.starts, -1, self.shape[1])
         if self.first_bias is None:
-            out = flat_rows @ self._first_t
+            out = torch.bmm(together, self._first_t)
+        elif self.starts == 1:  # the faster of the two, and what every training but a sweep's does
+            out = torch.addmm(self.first_bias[0], together[0], self._first_t[0])
         else:
-            out = torch.addmm(self.first_bias, flat_rows, self._first_t)
-        return out.view(self.users, -1, len(self.first))
+            out = torch.baddbmm(self.first_bias.unsqueeze(1), together, self._first_t)
+        return out.view(self.users, -1, self.shape[0])
 
     def move(self, rows: Tensor, changes: Tensor) -> None:
         """Takes a step.
@@ -120,24 +125,30 @@ class Whole(Shared):
 
     def move(self, rows: Tensor, changes: Tensor) -> None:
         """See `Shared`."""
+        weight, bias = self._by_start()
         if self.chunk.step == 0:
-            torch.baddbmm(self.first, changes.mT, rows, out=self.weight)
+            weight.copy_(self.first.unsqueeze(1))
             if self.first_bias is not None:
-                torch.add(changes.sum(1), self.first_bias, out=self.bias)
-            return
-        if self.chunk.pull is not None:
-            self.weight.lerp_(self.first, self.chunk.pull[:, None, None])
+                bias.copy_(self.first_bias.unsqueeze(1))
+        elif self.chunk.pull is not None:
+            pull = self.chunk.pull.view(self.starts, -1, 1)
+            weight.lerp_(self.first.unsqueeze(1), pull.unsqueeze(3))
             if self.first_bias is not None:
-                self.bias.lerp_(self.first_bias, self.chunk.pull[:, None])
+                bias.lerp_(self.first_bias.unsqueeze(1), pull)
         self.weight.baddbmm_(changes.mT, rows)
         if self.first_bias is not None:
             self.bias.add_(changes.sum(1))
 
     def finish(self) -> None:
         """See `Shared`."""
-        self.weight -= self.first
+        weight, bias = self._by_start()
+        weight -= self.first.unsqueeze(1)
         if self.first_bias is not None:
-            self.bias -= self.first_bias
+            bias -= self.first_bias.unsqueeze(1)
+
+    def _by_start(self) -> tuple[Tensor, Tensor]:
+        """Views of `weight` and `bias` as (starts, users of each, ...)."""
+        return self.weight.view(self.starts, -1, *self.shape), self.bias.view(self.starts, -1, self.shape[0])
 
 
 class Factored(Shared):
@@ -152,8 +163,8 @@ class Factored(Shared):
     ) -> None:
         super().__init__(chunk, first, bias, take)
         rank = chunk.steps * chunk.rows
-        self._rows = take("rows", (self.users, rank, first.shape[1]))
-        self._changes = take("changes", (self.users, rank, first.shape[0]))
+        self._rows = take("rows", (self.users, rank, self.shape[1]))
+        self._changes = take("changes", (self.users, rank, self.shape[0]))
         self._used = 0
 
     def outputs(self, rows: Tensor) -> Tensor:
@@ -211,13 +222,13 @@ class UserLinear(nn.Module):
 
     def begin(self, chunk: Chunk) -> None:
         """Starts from the chunk's weights."""
-        first = chunk.flat[self._weight].view(*self._shape)
-        bias = None if self._bias is None else chunk.flat[self._bias]
+        first = chunk.flats[:, self._weight].view(-1, *self._shape)
+        bias = None if self._bias is None else chunk.flats[:, self._bias]
         rank = chunk.steps * chunk.rows
-        kind = Whole if rank * sum(self._shape) >= first.numel() else Factored
+        kind = Whole if rank * sum(self._shape) >= prod(self._shape) else Factored
         self._now[:] = [
             (Shared if chunk.steps == 1 else kind)(
-                chunk, first, bias, lambda name, shape: self._scratch.take((self, name), shape, chunk.flat)
+                chunk, first, bias, lambda name, shape: self._scratch.take((self, name), shape, chunk.flats)
             )
         ]
 
@@ -299,7 +310,7 @@ class UserModule:
             inputs: of a few rows.
         """
         flat = nn.utils.parameters_to_vector(module.parameters()).detach()
-        chunk = Chunk(flat, users=1, steps=1, rows=len(inputs[0]))
+        chunk = Chunk(flat[None], users=1, steps=1, rows=len(inputs[0]))
         calls: list[nn.Module] = []
         hooks = [layer.register_forward_pre_hook(lambda layer, _: calls.append(layer)) for layer in self.layers]
         try:
@@ -313,14 +324,13 @@ class UserModule:
                 hook.remove()
         return alike and sorted(map(id, calls)) == sorted(map(id, self.layers))
 
-    def descend(self, loss: Tensor, lr: float) -> None:
+    def descend(self, loss: Tensor) -> None:
         """One gradient step of every layer.
 
         Args:
-            loss: () sum over users.
-            lr: learning rate.
+            loss: () sum over users, each one's times its learning rate.
         """
-        scale = torch.full((), -lr, device=loss.device)
+        scale = torch.full((), -1.0, device=loss.device)
         changes = torch.autograd.grad(loss, [layer.gave for layer in self.layers], scale)
         with torch.no_grad():
             for layer, change in zip(self.layers, changes, strict=True):

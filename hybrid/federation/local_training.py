@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
+from hybrid.spec import Training
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ class LocalTraining:
             raise ConfigError(f"proximal must be finite and >= 0, got {self.proximal!r}")
         if self.lr * self.proximal > 1:
             raise ConfigError(f"lr x proximal must be at most 1, else it overshoots, got {self.lr * self.proximal!r}")
+
+    @classmethod
+    def of(cls, settings: Training) -> LocalTraining:
+        """What a training's settings say of it."""
+        epochs = settings.local_epochs
+        return cls(
+            steps=settings.local_steps if epochs is None else None,
+            lr=settings.local_lr,
+            epochs=epochs,
+            batch=settings.local_batch,
+            proximal=settings.proximal,
+        )
 
     def steps_of(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(k,) rows of each user -> (k,) steps it takes; none without rows."""

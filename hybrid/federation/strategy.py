@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
+from hybrid.features import Float32
 from hybrid.federation.optimizers import ServerOptimizer
 
 # Names of the records and of what is in them, on both sides of the wire.
@@ -72,7 +73,11 @@ class NoisedSum(Strategy):  # type: ignore[misc]  # flwr ships no types
             self.failed_rounds += 1
             return None, None
         total = np.sum([flat_array(content[SUM]) for content in answered], axis=0)
-        return flat_record(self.optimizer.step(total / self.planned_cohort)), MetricRecord()
+        return flat_record(self.step(total)), MetricRecord()
+
+    def step(self, total: NDArray[np.floating]) -> Float32:
+        """The weights after a round whose noised sum is `total`, (p,)."""
+        return self.optimizer.step(total / self.planned_cohort)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -115,11 +115,11 @@ def train(
     settings = settings or model.training
     budget = check_allowed(model, kind, epsilon, settings)
     if budget is not None:
-        _check_delta(model, examples_train.users)
+        check_delta(model, examples_train.users)
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
     run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet)
-    with _threads(network):
+    with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
 
@@ -195,7 +195,7 @@ class _Run:
 
 
 def _central(run: _Run) -> dict[str, Any]:
-    _write_json(run.folder / "config.json", _config(run))
+    write_json(run.folder / "config.json", _config(run))
     dropout = run.settings.tower_dropout
     best = fit_everything(run.network, run.examples, seed=run.seed, tower_dropout=dropout, on_epoch=_epochs(run))
     run.checkpoint(best)
@@ -203,7 +203,7 @@ def _central(run: _Run) -> dict[str, Any]:
 
 
 def _server_only(run: _Run) -> dict[str, Any]:
-    _write_json(run.folder / "config.json", _config(run))
+    write_json(run.folder / "config.json", _config(run))
     run.checkpoint(fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
     return {}
 
@@ -211,7 +211,7 @@ def _server_only(run: _Run) -> dict[str, Any]:
 def _noiseless(run: _Run) -> dict[str, Any]:
     ready = _prepared(run)
     cohort = _cohort(run, ready.engine.size)
-    _write_json(run.folder / "config.json", _config(run))
+    write_json(run.folder / "config.json", _config(run))
     _simulate(run, ready, cohort, _round(run, 0.0, cohort), ledger=None)
     return {}
 
@@ -224,7 +224,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         cohort = _cohort(run, ready.engine.size)
         rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
         ledger.reserve([replace(rounds.event, count=settings.rounds)])
-        _write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
+        write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
         clip, released = _simulate(run, ready, cohort, rounds, ledger)
         spent = ledger.spent()
     return {
@@ -256,7 +256,7 @@ def _prepared(run: _Run) -> _Ready:
     engine = Engine.build(
         run.network,
         run.examples,
-        _local(settings),
+        LocalTraining.of(settings),
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
     )
@@ -312,7 +312,7 @@ class _Cohort:
             expected=self.over.finishing,
             examples=np.diff(run.examples.offsets),
         )
-        _write_json(run.folder / "fleet.json", {"over_selection": asdict(self.over), "oracle": asdict(found)})
+        write_json(run.folder / "fleet.json", {"over_selection": asdict(self.over), "oracle": asdict(found)})
         return {"fleet_finished": found.oracle_finished, "fleet_lost": found.oracle_lost}
 
 
@@ -344,25 +344,29 @@ def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort)
 
 
 def _round(run: _Run, noise_multiplier: float, cohort: _Cohort) -> Round:
-    """How each round is sampled, clipped and noised.
+    """Of this run: see `round_settings`."""
+    model, planned = run.network.model, cohort.planned
+    return round_settings(model, run.settings, noise_multiplier, sampling=cohort.sampling, planned=planned)
+
+
+def round_settings(
+    model: HybridModel, settings: Training, noise_multiplier: float, *, sampling: float, planned: float
+) -> Round:
+    """How each round of a federated training is sampled, clipped and noised.
 
     No minimum: amplification by Poisson sampling is claimed for rounds that are
     released whoever came. A round withheld because few came would make it
     likelier that one who is in a released round took part.
+
+    Args:
+        model: whose clip.
+        settings: of the training.
+        noise_multiplier: standard deviation of the noise over the clip.
+        sampling: probability that a user is asked.
+        planned: expected number of participants.
     """
-    clip, quantile = run.network.model.privacy.clip, run.settings.clip_quantile
-    return Round(cohort.sampling, clip, noise_multiplier, minimum=0, quantile=quantile, planned_cohort=cohort.planned)
-
-
-def _local(settings: Training) -> LocalTraining:
-    epochs = settings.local_epochs
-    return LocalTraining(
-        steps=settings.local_steps if epochs is None else None,
-        lr=settings.local_lr,
-        epochs=epochs,
-        batch=settings.local_batch,
-        proximal=settings.proximal,
-    )
+    quantile = settings.clip_quantile
+    return Round(sampling, model.privacy.clip, noise_multiplier, minimum=0, quantile=quantile, planned_cohort=planned)
 
 
 def _mechanism(settings: Training) -> str:
@@ -404,24 +408,27 @@ def _epochs(run: _Run) -> Callable[[int], None]:
 def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
     if run.progress:
         run.progress(1, 1)
-    predictions, oracle = None, run.oracle
+    predictions, measured = None, run.oracle
     if run.test is not None:
         predictions = run.predict(run.test)
-        oracle = oracle | _oracle(run.test, predictions) | _fallbacks(run, run.test)
-        _write_json(run.folder / "metrics.json", {"oracle": oracle, "curves": run.curves})
+        measured = measured | oracle(run.test, predictions)
+        if run.kind != "server-only":
+            measured |= fallbacks(run.network, run.test)
+        write_json(run.folder / "metrics.json", {"oracle": measured, "curves": run.curves})
     record = TrainingRecord(
         kind=run.kind,
         run=run.folder.name,
         population=run.examples.population,
         users=run.examples.users,
         examples=len(run.examples),
-        oracle=oracle,
+        oracle=measured,
         **privacy,
     )
     return Trained(run.network.weights(), record, run.curves, tuple(run.watch.noted), predictions)
 
 
-def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
+def oracle(test: Examples, predictions: Float32) -> dict[str, float]:
+    """How good predictions of held-out rows are: computed from pooled rows, as only a simulation can."""
     calibrated = calibration(test.labels, predictions)
     return {
         "auc": auc(test.labels, predictions),
@@ -431,12 +438,10 @@ def _oracle(test: Examples, predictions: Float32) -> dict[str, float]:
     }
 
 
-def _fallbacks(run: _Run, test: Examples) -> dict[str, float]:
-    """How well the version ranks where a side does not answer and its missing embedding stands in."""
-    if run.kind == "server-only":
-        return {}
+def fallbacks(network: Network, test: Examples) -> dict[str, float]:
+    """How well it ranks where a side does not answer and its missing embedding stands in."""
     sides: tuple[Literal["server", "device"], ...] = ("server", "device")
-    return {f"auc_without_{side}": auc(test.labels, predict(run.network, test, without=side)) for side in sides}
+    return {f"auc_without_{side}": auc(test.labels, predict(network, test, without=side)) for side in sides}
 
 
 def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, settings: Training) -> float | None:
@@ -465,7 +470,8 @@ def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, setting
     return budget
 
 
-def _check_delta(model: HybridModel, users: int) -> None:
+def check_delta(model: HybridModel, users: int) -> None:
+    """Raises: ConfigError: the declared delta is too large for so many users."""
     if not users:
         raise ConfigError("training must have at least one user, got none")
     most, declared = users**-1.1, model.privacy.delta
@@ -488,14 +494,15 @@ def _config(run: _Run, budget: float | None = None) -> dict[str, Any]:
     return config | {"epsilon": budget, "privacy": model.privacy.model_dump(), "training": run.settings.model_dump()}
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """All or nothing."""
     draft = file.with_name(f".{file.name}")
     draft.write_text(json.dumps(content, indent=2))
     os.replace(draft, file)
 
 
 @contextmanager
-def _threads(network: Network) -> Iterator[None]:
+def threads_for(network: Network) -> Iterator[None]:
     """One thread for small networks."""
     before = torch.get_num_threads()
     if sum(p.numel() for part in network.parts.values() for p in part.parameters()) < SMALL:

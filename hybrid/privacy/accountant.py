@@ -84,7 +84,11 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Spent:
         ConfigError: delta is outside (0, 1).
     """
     _check_delta(delta)
-    composed = _compose(events)
+    return _epsilon(tuple(_compose(events)), delta)
+
+
+@lru_cache(maxsize=256)  # pure, and up to a second's work: a run asks when it reserves, and again when it has ended
+def _epsilon(composed: tuple[GaussianEvent, ...], delta: float) -> Spent:
     if not composed:
         return Spent(0.0, "nothing released")
     unsampled = gaussian_epsilon(_mu(composed), delta)

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid.errors import BudgetExceeded, CohortTooSmall
-from hybrid.federation.aggregator import Round, SimulatedAggregator
+from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError
+from hybrid.federation.aggregator import PaidMechanism, Round, SimulatedAggregator
 from hybrid.federation.engine import Engine
 from hybrid.federation.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.mechanisms import ClippedSum
 
 USERS = 40
 
@@ -120,14 +121,24 @@ def test_one_user_whose_tower_overflows_moves_nobody_else(aggregator, tiny_examp
 
 def _noiseless(aggregator, flat):
     """The sum before noise: no budget pays for it, so the ledger is told that it did."""
-    aggregator._ledger.spend = lambda *_, **__: None
+    aggregator._mechanism._ledger.spend = lambda *_, **__: None
     return aggregator.run_round(1, flat).sum
+
+
+def test_noise_needs_a_ledger_that_pays():
+    """Without one only an oracle may be run, whose sums have none."""
+    settings = Round(sampling=0.5, clip=1.0, noise_multiplier=0.5, minimum=0)
+    with pytest.raises(ConfigError, match=r"noise_multiplier must be 0 without a ledger, got 0\.5"):
+        PaidMechanism(settings, None, seed=0, size=2)
+    oracle = PaidMechanism(replace(settings, noise_multiplier=0.0), None, seed=0, size=2)
+    total = ClippedSum(np.array([1.0, 2.0]), received=3, below=3, above=0)
+    np.testing.assert_array_equal(oracle.release(1, oracle.next_attempt(1), lambda clip: total).sum, [1.0, 2.0])
 
 
 def test_each_user_takes_part_by_its_own_coin(aggregator):
     """Over 60 rounds the participants are Binomial(40, 1/2): mean 20 +- 1.6 (4 sd), variance 10 +- 7 (4 sd)."""
     one, flat, _ = aggregator()
-    one._ledger.spend = lambda *_, **__: None
+    one._mechanism._ledger.spend = lambda *_, **__: None
     received = [one.run_round(number, flat).received for number in range(1, 61)]
     assert np.mean(received) == pytest.approx(20, abs=1.6)
     assert np.var(received) == pytest.approx(10, abs=7)

@@ -4,6 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from hybrid.errors import ConfigError
@@ -134,6 +136,59 @@ def test_the_clipped_sum_is_the_mechanisms_own(tiny_model, tiny_examples, clip):
     assert (found.received, found.below, found.above) == (200, expected.below, expected.above)
 
 
+@pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
+@pytest.mark.parametrize("tower", [None, _wide, _normed], ids=["small", "wide", "layer norm"])
+@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 1 << 26], ids=["users alone", "some together", "all together"])
+def test_configurations_trained_together_are_each_as_if_alone(tiny_model, tiny_examples, local, tower, chunk_bytes):
+    """Five starts with rates and clips of their own: each clipped sum is within 1e-5 of its own, the counts its own."""
+    network = Network.build(tiny_model(**{"device_tower": tower} if tower else {}))
+    engine = Engine.build(network, tiny_examples(30), local, tower_dropout=0.2, chunk_bytes=chunk_bytes)
+    rng, users = np.random.default_rng(0), np.random.default_rng(1).permutation(30)[:25]
+    flats = engine.side.flat() + rng.normal(0, 0.1, (5, engine.side.size)).astype(np.float32)
+    clips, lrs = [1e-3, 0.05, 0.2, 0.5, 10.0], [0.1, 0.5, 0.01, 1.0, 0.3]
+    together = engine.clipped_sums(flats, users, clips, lrs, stream=(7, 2))
+    for one, flat, clip, lr in zip(together, flats, clips, lrs, strict=True):
+        alone = replace(engine, local=replace(local, lr=lr)).clipped_sum(flat, users, clip, stream=(7, 2))
+        np.testing.assert_allclose(one.total, alone.total, atol=1e-5)
+        assert (one.received, one.below, one.above) == (alone.received, alone.below, alone.above)
+        assert np.abs(alone.total).max() > 1e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    starts=st.integers(1, 6),
+    users=st.integers(0, 12),
+    steps=st.integers(1, 4),
+    batch=st.none() | st.integers(1, 4),
+    chunk_bytes=st.integers(1, 60_000),
+    federated=st.booleans(),
+)
+def test_any_number_of_configurations_is_as_many_alone(
+    tiny_model, tiny_examples, starts, users, steps, batch, chunk_bytes, federated
+):
+    """However cohorts and chunks fall: each clipped sum is within 1e-5 of that of its start alone."""
+    engine = Engine.build(
+        Network.build(tiny_model()),
+        tiny_examples(12),
+        LocalTraining(steps=steps, lr=0.5, batch=batch),
+        federate_server_tower=federated,
+        chunk_bytes=chunk_bytes,
+    )
+    flats = engine.side.flat() * np.linspace(0.5, 1.5, starts, dtype=np.float32)[:, None]
+    together = engine.clipped_sums(flats, np.arange(users), [0.1] * starts, [0.5] * starts)
+    for one, flat in zip(together, flats, strict=True):
+        np.testing.assert_allclose(one.total, engine.clipped_sum(flat, np.arange(users), 0.1).total, atol=1e-5)
+
+
+def test_one_configuration_that_overflows_leaves_the_others_alone(tiny_model, tiny_examples):
+    """Infinite weights in one start: nobody's update there is usable, and the next start's sum is its own."""
+    engine = Engine.build(Network.build(tiny_model()), tiny_examples(20), LocalTraining(2, 0.5))
+    flat, users = engine.side.flat(), np.arange(20)
+    wild, tame = engine.clipped_sums(np.stack([np.full_like(flat, np.inf), flat]), users, [1.0, 1.0], [0.5, 0.5])
+    assert (wild.below, wild.above, np.abs(wild.total).max()) == (0, 0, 0.0)
+    np.testing.assert_allclose(tame.total, engine.clipped_sum(flat, users, 1.0).total, atol=1e-5)
+
+
 def test_a_seed_repeats_a_cohort_to_the_last_bit(tiny_model, tiny_examples):
     """The order of rows and the tower dropout are drawn from the round's stream, and nothing else is random."""
     local = LocalTraining(steps=4, lr=0.5, batch=2)
@@ -220,7 +275,7 @@ def test_tower_dropout_out_of_range_is_refused(tiny_model, tiny_examples):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
         ({"steps": None}, "one of steps and epochs must be given"),
         ({"steps": 1, "epochs": 1}, "one of steps and epochs must be given"),
@@ -231,10 +286,10 @@ def test_tower_dropout_out_of_range_is_refused(tiny_model, tiny_examples):
         ({"steps": 1, "proximal": 11.0}, "lr x proximal must be at most 1"),
     ],
 )
-def test_local_training_out_of_range_is_refused(settings, message):
+def test_local_training_out_of_range_is_refused(changes, message):
     """The message names the setting, its range and what it got."""
     with pytest.raises(ConfigError, match=message):
-        LocalTraining(**{"lr": 0.1} | settings)
+        LocalTraining(**{"lr": 0.1} | changes)
 
 
 def test_an_epoch_takes_every_row_once():
