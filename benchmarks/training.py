@@ -139,6 +139,7 @@ def process(contestant: str, folder: Path, threads: int, *, users: int, rounds: 
     words += ["--started", time.time()]
     path = os.pathsep.join(filter(None, [str(Path.cwd()), str(RAY_FOLDER.resolve()), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling libraries anew would be most of every start
     command = [sys.executable, "-m", "benchmarks.process", *map(str, words)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         try:
