@@ -109,10 +109,10 @@ def test_a_training_becomes_a_version_bound_to_its_definition(run):
 
 def test_server_features_are_joined_as_they_were_at_each_rows_time(run):
     """Of o1's rows, those of fifty days ago saw rate 1, those of today -1."""
-    from hybrid.cli.train import _examples
+    from hybrid.cli.runs import examples_of
 
     workspace = Workspace.current()
-    rows, _ = _examples(Registry(workspace).load_model("clicks"), "clicks", None, workspace)
+    rows, _ = examples_of(Registry(workspace).load_model("clicks"), "clicks", None, workspace)
     assert set(np.unique(rows.server[:, 0])) == {-1.0, 0.5, 1.0}
 
 

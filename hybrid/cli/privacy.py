@@ -99,16 +99,17 @@ class _Run:
 
 
 def _runs(folder: Path, model: str, trainings: Mapping[int, TrainingRecord]) -> list[_Run]:
-    """Those of the model's versions, and those that have a ledger and no version: they go on, or failed."""
+    """Those of the model's versions, and those with a ledger alone: they go on, or failed, or are a sweep's."""
     from hybrid.privacy.ledger import FILE
 
     trained: dict[str, dict[int, TrainingRecord]] = {}
     for number, record in trainings.items():
         if record.epsilon is not None:
             trained.setdefault(record.run, {})[number] = record
-    for ledger in sorted(folder.glob(f"*/{FILE}")):
-        if ledger.parent.name not in trained and _model_of(ledger.parent) == model:
-            trained[ledger.parent.name] = {}
+    for ledger in sorted([*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}")]):  # a sweep has one a configuration
+        name = ledger.parent.relative_to(folder).as_posix()
+        if name not in trained and _model_of(ledger.parent) == model:
+            trained[name] = {}
     if not trained and not trainings:
         raise ConfigError(f"{model} has no trained version; run `hybrid train {model}` first")
     runs = []
@@ -223,7 +224,8 @@ def _lines(shown: Mapping[str, Any], of: int) -> Iterator[str]:
 
 
 def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
-    versions = ", ".join(map(str, run["versions"])) or "none: it goes on, or it failed"
+    none = "none: a sweep's configuration" if "/" in run["run"] else "none: it goes on, or it failed"
+    versions = ", ".join(map(str, run["versions"])) or none
     yield f"run {run['run']} (versions: {versions})"
     if "epsilon" in run:
         unit = f" per {run['unit']}" if run["unit"] else ""

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid.cli.runs import examples_of, progress_bar, run_folder
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.federation.population import Examples
     from hybrid.federation.training import Kind, OnFleet
     from hybrid.spec import HybridModel, Training
     from hybrid.version import TrainingRecord
 
 app = typer.Typer()
-
-IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
 
 
 @app.command()
@@ -138,9 +133,9 @@ def train(
     from hybrid.federation.training import train as train_model
 
     check_allowed(declared, kind, epsilon, settings)
-    train_on, held_out = _examples(declared, population or model, fold, workspace)
-    folder = _run(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}")
-    with folder as run_dir, _progress(f"{kind} training of {model}") as progress:
+    train_on, held_out = examples_of(declared, population or model, fold, workspace)
+    folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}")
+    with folder as run_dir, progress_bar(f"{kind} training of {model}") as progress:
         trained = train_model(
             declared,
             train_on,
@@ -198,60 +193,6 @@ def _fleet(trace: Path, deadline: float) -> OnFleet:
     from hybrid.federation.training import OnFleet
 
     return OnFleet(Trace.load(PHONES if trace == Path("phones") else trace), deadline)
-
-
-def _examples(
-    model: HybridModel, name: str, fold: str | None, workspace: Workspace
-) -> tuple[Examples, Examples | None]:
-    """The rows to learn from, with the server's features as they were, and those of held-out users."""
-    from feature_store.offline import join
-    from hybrid.federation.population import Population, examples, parse_fold
-
-    population = Population.open(name, workspace)
-    held_out = None if fold is None else population.fold(*parse_fold(fold))
-    times = None if population.time is None else population.column(population.time)
-    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
-    large = 4 * len(population) * (model.server_features.width + model.device_features.width) > IN_MEMORY
-    rows = examples(model, population, slots, folder=workspace.examples / name if large else None)
-    return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
-
-
-@contextmanager
-def _run(runs: Path, name: str | None, new: str) -> Iterator[Path]:
-    """The folder of a run, and with it a ledger; none is left of a training that was refused at once."""
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
-        raise ConfigError(f"--run must be letters, digits, _, . and -, and start with a letter or digit, got {name!r}")
-    folder = _new_run(runs, new) if name is None else runs / name
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _new_run(runs: Path, stem: str) -> Path:
-    """An empty folder of its own."""
-    for attempt in range(1, 1000):
-        folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise ConfigError(f"{runs.name} has too many runs named {stem}")
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, so that what a script reads stays clean."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, as_json: bool) -> None:

@@ -1,9 +1,6 @@
 import inspect
 import json
-from datetime import UTC, datetime, timedelta
 
-import numpy as np
-import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -11,68 +8,6 @@ from hybrid.cli import app
 from hybrid.cli.train import train
 from hybrid.errors import BudgetExceeded, ConfigError, NotFound
 from hybrid.spec import Training
-
-FILE = """
-from datetime import timedelta
-from hybrid import Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, Training, View
-
-
-def tower():
-    from torch import nn
-    return nn.LazyLinear(2)
-
-
-def head():
-    from torch import nn
-
-    class Product(nn.Module):
-        def forward(self, server, device):
-            return (server * device).sum(1)
-
-    return Product()
-
-
-model = HybridModel(
-    name="taxi",
-    server=Server(
-        service="zones_v1",
-        entity=Entity(name="zone", join_key="zone_id"),
-        views=(View(name="zones", source="zones.parquet", features={"demand": Numeric()}),),
-        max_feature_age=timedelta(days=1),
-    ),
-    device={"trips": Numeric()},
-    server_tower=tower,
-    device_tower=tower,
-    head=head,
-    label=Label(column="rode", visible_to="server"),
-    privacy=Privacy(epsilon=4, delta=1e-3, clip=1.0, unit="user"),
-    merge="server",
-    release=Clear(reason="for a test of the command"),
-    training=Training(rounds=3, sampling=1.0),
-)
-"""
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A folder with a registered model, its features and its population; (*words) -> what a command prints."""
-    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.py").write_text(FILE)
-    stamp = [datetime.now(UTC) - timedelta(minutes=5)] * 2
-    zones = pd.DataFrame({"zone_id": ["centre", "port"], "demand": [1.0, -1.0], "event_timestamp": stamp})
-    zones.to_parquet("zones.parquet")
-    rng = np.random.default_rng(0)
-    rows = pd.DataFrame({"person": np.arange(200) % 100, "zone_id": rng.choice(["centre", "port"], 200)})
-    rows.assign(trips=rng.normal(size=200), rode=rng.integers(0, 2, 200)).to_parquet("rows.parquet")
-
-    def hybrid(*words):
-        return CliRunner().invoke(app, list(words), catch_exceptions=False).stdout
-
-    hybrid("register", "model.py")
-    hybrid("features", "apply", "taxi")
-    hybrid("population", "import", "rows.parquet", "--user", "person", "--name", "taxi")
-    return hybrid
 
 
 def test_trainings_of_one_run_share_one_budget(project, tmp_path):
