@@ -196,9 +196,13 @@ class Engine:
         """
         sums = [_Sum(torch.zeros(self.size, dtype=torch.float64), clip) for clip in clips]
         for first, starts, moves in self._moves(flats, users, lrs, stream):
-            parts = [(where, self._in_float64(where, part).unflatten(0, (starts, -1))) for where, part in moves]  # type: ignore[no-untyped-call]
-            for place in range(starts):
-                sums[first + place].add([(where, part[place]) for where, part in parts])
+            parts, square = [], torch.zeros(())
+            for where, part in moves:  # each is made when it is asked for, and still in the cache
+                parts.append((where, self._in_float64(where, part)))
+                square = square + torch.linalg.vector_norm(parts[-1][1], dim=1).square()
+            for place, norm in enumerate(square.sqrt().view(starts, -1)):
+                here = slice(place * len(norm), (place + 1) * len(norm))
+                sums[first + place].add(norm, [(where, part[here]) for where, part in parts])
         return [ClippedSum(one.total.numpy(), len(users), one.below, one.above) for one in sums]
 
     def _in_float64(self, where: slice, part: Tensor) -> Tensor:
@@ -291,9 +295,8 @@ class _Sum:
     below: int = 0
     above: int = 0
 
-    def add(self, parts: Moves) -> None:
-        """Some users' moves, in float64; it may change them."""
-        norm = torch.stack([torch.linalg.vector_norm(part, dim=1) for _, part in parts]).square().sum(0).sqrt()
+    def add(self, norm: Tensor, parts: Moves) -> None:
+        """Some users' moves in float64, which it may change, and the norm of each user's."""
         unusable = ~torch.isfinite(norm)
         if unusable.any():
             norm[unusable] = 0.0
@@ -416,7 +419,7 @@ class LayerTrainer:
             if proximal:
                 chunk.pull = batch.rate * proximal
             self.module.descend(_loss(self.module.module(*batch.inputs), batch))
-        return [move for layer in self.module.layers for move in layer.finish()]
+        return (move for layer in self.module.layers for move in layer.finish())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ start, followed by those of the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
@@ -62,7 +62,7 @@ class Chunk:
     pull: Tensor | None = None
 
 
-Moves = list[tuple[slice, Tensor]]
+Moves = Iterable[tuple[slice, Tensor]]
 """What users moved by, in parts: where a part lies in the flat vector, and (users, its length) float32."""
 
 
@@ -104,12 +104,14 @@ class Shared:
             rows: (users, r, in) what the layer was given.
             changes: (users, r, out) -lr times the loss's gradient at what it gave.
         """
-        torch.bmm(changes.mT, rows, out=self.weight)
-        if self.first_bias is not None:
-            torch.sum(changes, 1, out=self.bias)
+        self._step = rows, changes
 
     def finish(self) -> None:
         """Leaves in `weight` and `bias` what moved."""
+        rows, changes = self._step
+        torch.bmm(changes.mT, rows, out=self.weight)
+        if self.first_bias is not None:
+            torch.sum(changes, 1, out=self.bias)
 
 
 class Whole(Shared):
