@@ -1,6 +1,7 @@
 # make demo    the whole product on real data with real servers, in a few minutes
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
+# make benchmarks   how fast training is, and how good: about 20 minutes
 # make clean   removes everything these made
 #
 # Set UV_TORCH_BACKEND=cpu to install torch's CPU build from its own index instead of the CUDA one.
@@ -14,7 +15,7 @@ PACKAGES := hybrid feature_store serving device_runtime
 # Without cached byte code every command would compile its libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check static unit integration servers clean
+.PHONY: demo test check static unit integration servers benchmarks clean
 .DEFAULT_GOAL := demo
 
 demo: servers
@@ -31,11 +32,16 @@ static: .venv/installed
 	$(RUN)lint-imports --no-logo
 
 unit: .venv/installed
-	$(RUN)pytest -n 2 --dist loadfile $(PACKAGES) examples
+	$(RUN)pytest -n 2 --dist loadfile $(PACKAGES) examples benchmarks
 	$(RUN)pytest --doctest-modules --ignore-glob='*/tests/*' --ignore=hybrid/export/triton_onnx_model.py $(PACKAGES) -p no:cacheprovider
 
 integration: servers
 	$(RUN)pytest integration_tests
+
+benchmarks: .venv/installed
+	@mkdir -p build
+	$(RUN)python -m benchmarks.training --json build/training.json
+	$(RUN)python -m benchmarks.accuracy --json build/accuracy.json
 
 # Kafka's JARs, and Triton in an environment of its own (its Python backend needs NumPy 1).
 servers: .venv/installed

@@ -10,6 +10,7 @@ import argparse
 import json
 import resource
 import time
+from pathlib import Path
 
 STARTED = time.time() - time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
 
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--started", type=float, default=STARTED, help="Unix time at which the parent started this.")
-    parser.add_argument("--folder", help="where files may be written")
+    parser.add_argument("--folder", type=Path, help="where files may be written")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     import torch
@@ -34,8 +35,6 @@ def main() -> None:
 
 def ours(arguments: argparse.Namespace) -> dict[str, object]:
     """The whole product: Flower's apps over the in-process grid, the mechanism, noise, and a ledger on the disk."""
-    from pathlib import Path
-
     from benchmarks.workload import BATCH, CLIP, LR, STEPS, examples, network
     from hybrid.federation.aggregator import Round, SimulatedAggregator
     from hybrid.federation.client_app import client_app
@@ -51,7 +50,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, object]:
     engine = Engine.build(network("6.3k"), examples("6.3k", arguments.users), local)
     start, ends = engine.side.flat(), []
     settings = Round(sampling=1.0, clip=CLIP, noise_multiplier=1.0, minimum=0)
-    with Ledger.open(Path(arguments.folder) / "run", budget_epsilon=1e9, delta=1e-6) as ledger:
+    with Ledger.open(arguments.folder / "run", budget_epsilon=1e9, delta=1e-6) as ledger:
         from dataclasses import replace
 
         ledger.reserve([replace(settings.event, count=arguments.rounds)])
@@ -125,16 +124,14 @@ def population(arguments: argparse.Namespace) -> dict[str, object]:
     return {"rounds": ends, "users": examples.users}
 
 
-def make_population(folder: str, users: int) -> None:
+def make_population(folder: Path, users: int) -> None:
     """Writes it in parts."""
-    from pathlib import Path
-
     import numpy as np
 
     from hybrid.federation.population import ExamplesWriter
 
     rng, part = np.random.default_rng(0), 100_000
-    with ExamplesWriter(Path(folder), np.arange(users + 1) * 8, server=2, device=64, population="benchmark") as writer:
+    with ExamplesWriter(folder, np.arange(users + 1) * 8, server=2, device=64, population="benchmark") as writer:
         for _ in range(0, 8 * users, part):
             rows = min(part, 8 * users - len(writer))
             writer.write(

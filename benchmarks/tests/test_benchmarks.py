@@ -1,0 +1,67 @@
+"""The benchmarks measure what they say: their workload, their loops, their clocks."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from benchmarks import accuracy, measure
+from benchmarks.workload import BATCH, CLIP, EXAMPLES, LR, Contest
+from hybrid.federation.local_training import Schedule
+
+
+@pytest.mark.parametrize(("size", "weights"), [("0.4k", 357), ("6.3k", 6305), ("17k", 16_641), ("200k", 197_377)])
+def test_each_size_is_what_its_name_says(size, weights):
+    """Counted by hand, e.g. 6.3k: 32 x 64 + 64, 64 x 32 + 32, 64 x 32 + 32, 32 + 1."""
+    assert Contest.of(size, 2).side.size == weights
+
+
+def test_the_sequential_loop_and_the_engine_do_the_same(monkeypatch):
+    """In the same order of rows, the clipped sums of 10 users agree to 1e-5."""
+    contest = Contest.of("0.4k", 10)
+    place = np.broadcast_to(np.arange(EXAMPLES).reshape(1, -1, BATCH), (10, EXAMPLES // BATCH, BATCH))
+    weight = np.full(place.shape, 1 / BATCH, np.float32)
+    in_order = Schedule(place, weight, np.full(10, EXAMPLES // BATCH))
+    monkeypatch.setattr(type(contest.engine.local), "schedule", lambda *_: in_order)
+    np.testing.assert_allclose(contest.ours(), contest.sequential(), atol=1e-5)
+
+
+def test_one_step_is_the_clipped_gradient_of_each_users_mean_loss():
+    """By autograd, one user at a time."""
+    contest = Contest.of("0.4k", 5)
+    total = 0
+    for user in range(5):
+        logits = contest.side(contest.server[user], contest.device[user])
+        loss = binary_cross_entropy_with_logits(logits, contest.labels[user])
+        slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(contest.side.parameters()))])
+        update = -LR * slope.numpy()
+        total = total + update * min(1, CLIP / np.linalg.norm(update))
+    np.testing.assert_allclose(contest.ours_one_step(), total, atol=1e-6)
+
+
+def test_contestants_take_turns():
+    """Each runs once uncounted, then in turn, at least three times."""
+    order = []
+    times = measure.medians({name: lambda name=name: order.append(name) for name in "ab"}, seconds=0)
+    assert order == ["a", "b"] * 4
+    assert set(times) == {"a", "b"}
+
+
+def test_the_time_to_a_target_is_that_of_the_first_point_which_reaches_it():
+    """0.5, 0.7, 0.6 after 1, 2, 3 s: 0.65 is reached after 2 s, 0.8 never."""
+    curves = {"oracle_auc": [(1, 0.5), (2, 0.7), (3, 0.6)]}
+    trained = SimpleNamespace(curves=curves, seconds=(1.0, 2.0, 3.0))
+    assert accuracy._seconds_to(trained, 0.65) == 2.0
+    assert accuracy._seconds_to(trained, 0.8) == math.inf
+
+
+@pytest.mark.parametrize("name", ["training", "accuracy", "process"])
+def test_each_command_explains_itself(name):
+    """`--help` ends well and says what is measured."""
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], check=True, capture_output=True)
+    assert len(done.stdout) > 300
