@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,27 @@ from rich.console import Console
 from rich.table import Table
 
 
-def medians(contestants: Mapping[str, Callable[[], object]], *, seconds: float, most: int = 200) -> dict[str, float]:
-    """Milliseconds of each, the median of runs that take turns, so that a slower machine is slower for all.
+@dataclass(frozen=True)
+class Turns:
+    """Milliseconds of contestants that took turns.
+
+    Attributes:
+        taken: by name, one a turn.
+    """
+
+    taken: Mapping[str, Sequence[float]]
+
+    def medians(self) -> dict[str, float]:
+        """Of each."""
+        return {name: statistics.median(times) for name, times in self.taken.items()}
+
+    def ratio(self, ours: str, theirs: str) -> float:
+        """The median over turns of ours over theirs in the same turn: the machine's moods cancel."""
+        return statistics.median(a / b for a, b in zip(self.taken[ours], self.taken[theirs], strict=True))
+
+
+def take_turns(contestants: Mapping[str, Callable[[], object]], *, seconds: float, most: int = 300) -> Turns:
+    """Runs each in turn, so that a slower machine is slower for all.
 
     Args:
         contestants: by name; each is run once before it counts.
@@ -27,14 +47,14 @@ def medians(contestants: Mapping[str, Callable[[], object]], *, seconds: float, 
         run()
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     begun = time.perf_counter()
-    while len(next(iter(taken.values()))) < 3 or (
-        time.perf_counter() - begun < seconds and len(next(iter(taken.values()))) < most
-    ):
+    turns = 0
+    while turns < 3 or (time.perf_counter() - begun < seconds and turns < most):
+        turns += 1
         for name, run in contestants.items():
             before = time.perf_counter()
             run()
             taken[name].append((time.perf_counter() - before) * 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return Turns(taken)
 
 
 def machine() -> dict[str, Any]:

@@ -67,28 +67,39 @@ def engine_rows() -> tuple[list[dict[str, Any]], dict[str, float]]:
         console.print(f"{users} users, {size} weights ...")
         rows.append(engine_row(size, users))
     found = {(row["weights"], row["users"]): row for row in rows}
-    one, thousand, many = (found["6.3k", users] for users in (100, 1000, 10_000))
+    one, thousand = found["6.3k", 100], found["6.3k", 1000]
     figures = {
-        "central_ratio": one["ours"] / one["central"],
-        "central_ratio_1step": one["ours_1step"] / one["central_1step"],
+        "central_ratio": one["ours / central"],
+        "central_ratio_1step": one["1 step: ours / central"],
         "sequential_speedup": one["sequential"] / one["ours"],
         "sequential_speedup_17k": found["17k", 100]["sequential"] / found["17k", 100]["ours"],
         "sequential_speedup_200k": found["200k", 100]["sequential"] / found["200k", 100]["ours"],
-        "central_ratio_1000": thousand["ours"] / thousand["central"],
-        "cohort_growth": (many["ours"] / 10_000) / (thousand["ours"] / 1000),
+        "central_ratio_1000": thousand["ours / central"],
+        "cohort_growth": cohort_growth(),
     }
     return rows, figures
+
+
+def cohort_growth() -> float:
+    """What a user costs in a cohort of 10,000, over what it costs in one of 1,000."""
+    contests = {str(users): Contest.of("6.3k", users) for users in (1000, 10_000)}
+    turns = measure.take_turns({name: contest.ours for name, contest in contests.items()}, seconds=15)
+    return turns.ratio("10000", "1000") / 10
 
 
 def engine_row(size: str, users: int) -> dict[str, Any]:
     """One workload."""
     contest = Contest.of(size, users)
     row: dict[str, Any] = {"weights": size, "users": users, "parameters": contest.side.size}
-    row |= measure.medians({"central": contest.central, "ours": contest.ours}, seconds=8)
-    steps = {"central_1step": lambda: contest.central(EXAMPLES), "ours_1step": contest.ours_one_step}
-    row |= measure.medians(steps, seconds=5)
+    turns = measure.take_turns({"central": contest.central, "ours": contest.ours}, seconds=8)
+    row |= turns.medians() | {"ours / central": turns.ratio("ours", "central")}
+    steps = {"central": lambda: contest.central(EXAMPLES), "ours": contest.ours_one_step}
+    turns = measure.take_turns(steps, seconds=5)
+    row |= {f"1 step: {name}": value for name, value in turns.medians().items()}
+    row["1 step: ours / central"] = turns.ratio("ours", "central")
     some = min(users, 100)  # its time is that of each user, one after another
-    row["sequential"] = measure.medians({"": lambda: contest.sequential(some)}, seconds=2)[""] * users / some
+    sequential = measure.take_turns({"": lambda: contest.sequential(some)}, seconds=2).medians()[""]
+    row["sequential"] = sequential * users / some
     return row
 
 
@@ -168,7 +179,7 @@ def million(rows: list[dict[str, Any]], figures: dict[str, float], folder: Path,
         {
             "weights": "17k, 10,000 of a million, 1 step of 8",
             "users": users,
-            "ours_1step": 1e3 * statistics.median(found["rounds"]),
+            "1 step: ours": 1e3 * statistics.median(found["rounds"]),
             "peak MB": found["peak_mb"],
         }
     )
