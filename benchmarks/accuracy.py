@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from benchmarks import measure
+from examples.coupon import folds
 from hybrid import Label, Privacy
 from hybrid.federation.metrics import Compared, auc, calibration, compare, log_loss
 from hybrid.federation.population import Examples, Population, examples, import_table
@@ -67,10 +68,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many (default %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
-        Progress(*columns, console=Console(stderr=True)) as bar,
+        folds.progress(Console(stderr=True)) as bar,
     ):
         rows, figures = oulad(arguments.data, arguments.seeds, Path(folder) / "oulad", bar)
         more_rows, more_figures = coupon(arguments.seeds, Path(folder) / "coupon", bar)
@@ -125,7 +125,7 @@ def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[l
 
 def coupon(seeds: int, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The survey's drivers; each seed holds out another fifth of them."""
-    from examples.coupon import folds, prepare
+    from examples.coupon import prepare
 
     task = bar.add_task("coupon: preparing", total=seeds * (2 + len(EPSILONS)))
     workspace = Workspace(folder / ".hybrid")

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks.workload import BATCH, EXAMPLES, LR, Contest
+from benchmarks.workload import EXAMPLES, Contest
 
 app = ClientApp()
 
@@ -33,15 +32,6 @@ def train(message: Message, context: Context) -> Message:
     contest = resident()
     user = int(context.node_config["partition-id"]) % contest.users
     contest.side.load_flat(message.content["arrays"]["flat"].numpy())
-    parameters = list(contest.side.parameters())
-    for begin in range(0, EXAMPLES, BATCH):
-        here = slice(begin, begin + BATCH)
-        for parameter in parameters:
-            parameter.grad = None
-        logits = contest.side(contest.server[user, here], contest.device[user, here])
-        binary_cross_entropy_with_logits(logits, contest.labels[user, here]).backward()
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.sub_(parameter.grad, alpha=LR)
+    contest.local_steps(user)
     metrics = MetricRecord({"num-examples": EXAMPLES})
     return Message(RecordDict({"arrays": flat_record(contest.side.flat()), "metrics": metrics}), reply_to=message)

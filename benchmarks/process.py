@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 STARTED = time.time() - time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
@@ -56,8 +57,6 @@ def ours(arguments: argparse.Namespace) -> dict[str, object]:
     start, ends = engine.side.flat(), []
     settings = Round(sampling=1.0, clip=CLIP, noise_multiplier=1.0, minimum=0)
     with Ledger.open(arguments.folder / "run", budget_epsilon=1e9, delta=1e-6) as ledger:
-        from dataclasses import replace
-
         ledger.reserve([replace(settings.event, count=arguments.rounds)])
         strategy = NoisedSum(arguments.users, ServerOptimizer("SGD", 1.0, start))
         aggregator = SimulatedAggregator(engine, ledger, settings, seed=0)

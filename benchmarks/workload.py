@@ -129,21 +129,26 @@ class Contest:
             binary_cross_entropy_with_logits(self.side(server, device), labels).backward()
             optimizer.step()
 
+    def local_steps(self, user: int) -> None:
+        """One user's steps on the resident model, in place: what a device would do, without an optimiser object."""
+        parameters = list(self.side.parameters())
+        for begin in range(0, EXAMPLES, BATCH):
+            here = slice(begin, begin + BATCH)
+            for parameter in parameters:
+                parameter.grad = None
+            logits = self.side(self.server[user, here], self.device[user, here])
+            binary_cross_entropy_with_logits(logits, self.labels[user, here]).backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.sub_(parameter.grad, alpha=LR)
+
     def sequential(self, users: int | None = None) -> NDArray[np.float32]:
         """One user after another, on one resident model, without optimiser objects; the clipped sum."""
         parameters = list(self.side.parameters())
         start = [parameter.detach().clone() for parameter in parameters]
         total = [torch.zeros_like(parameter) for parameter in parameters]
         for user in range(users or self.users):
-            for begin in range(0, EXAMPLES, BATCH):
-                here = slice(begin, begin + BATCH)
-                for parameter in parameters:
-                    parameter.grad = None
-                logits = self.side(self.server[user, here], self.device[user, here])
-                binary_cross_entropy_with_logits(logits, self.labels[user, here]).backward()
-                with torch.no_grad():
-                    for parameter in parameters:
-                        parameter.sub_(parameter.grad, alpha=LR)
+            self.local_steps(user)
             with torch.no_grad():
                 moved = [parameter - first for parameter, first in zip(parameters, start, strict=True)]
                 norm = torch.sqrt(sum(part.pow(2).sum() for part in moved))

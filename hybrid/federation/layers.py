@@ -79,7 +79,7 @@ class Shared:
     def __init__(
         self, chunk: Chunk, first: Tensor, bias: Tensor | None, take: Callable[[str, Sequence[int]], Tensor]
     ) -> None:
-        self.chunk, self.users, self.first, self.first_bias, self.take = chunk, chunk.users, first, bias, take
+        self.chunk, self.users, self.first, self.first_bias = chunk, chunk.users, first, bias
         self.starts, *self.shape = first.shape
         # Contiguous, since torch multiplies into anything else one user at a time.
         self.weight = take("weight", (self.users, *self.shape))

@@ -23,15 +23,16 @@ from hybrid.federation.aggregator import PaidMechanism, coins, local_stream
 from hybrid.federation.central import fit_everything, fit_server_side
 from hybrid.federation.engine import DeviceSide, Engine, predict
 from hybrid.federation.grid import Configuration
-from hybrid.federation.local_training import LocalTraining
-from hybrid.federation.optimizers import ServerOptimizer, TailAverage
+from hybrid.federation.optimizers import TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.strategy import NoisedSum
 from hybrid.federation.training import (
     Progress,
     check_allowed,
     check_delta,
+    engine_for,
     fallbacks,
+    optimizer_for,
     oracle,
     round_settings,
     threads_for,
@@ -119,7 +120,7 @@ def sweep(
     """
     for each in configurations:
         check_allowed(model, "federated", None if each.is_oracle else each.epsilon, each.settings)
-        _optimizer(each, np.zeros(2, np.float32))
+        optimizer_for(each.settings, np.zeros(2, np.float32))
     check_delta(model, examples_train.users)
     people = _People(model, examples_train, examples_test)
     total = sum(each.settings.rounds for each in configurations)
@@ -220,7 +221,7 @@ class _Run:
         if ledger is not None:
             ledger.reserve([replace(rounds.event, count=settings.rounds)])
         self.mechanism = PaidMechanism(rounds, ledger, seed=configuration.seed, size=len(start))
-        self._strategy = NoisedSum(planned, _optimizer(configuration, start))
+        self._strategy = NoisedSum(planned, optimizer_for(settings, start))
         self._average = TailAverage(settings.average_last)
 
     def step(self, number: int, attempt: int, total: ClippedSum) -> None:
@@ -244,13 +245,7 @@ class _Group:
         configurations, examples = list(self.named.values()), self.people.examples
         first = configurations[0]
         network = self.people.network(first)
-        engine = Engine.build(
-            network,
-            examples,
-            LocalTraining.of(first.settings),
-            federate_server_tower=first.settings.server_tower == "federated",
-            tower_dropout=first.settings.tower_dropout,
-        )
+        engine = engine_for(network, examples, first.settings)
         start = engine.side.flat()
         with ExitStack() as stack, threads_for(network):
             ledgers = [stack.enter_context(self._ledger(name, each)) for name, each in self.named.items()]
@@ -311,11 +306,6 @@ def described(configuration: Configuration) -> dict[str, Any]:
 def finite(value: float) -> float | str:
     """A number as JSON has it; "inf" or "nan" else."""
     return value if math.isfinite(value) else str(value)
-
-
-def _optimizer(configuration: Configuration, flat: Float32) -> ServerOptimizer:
-    settings = configuration.settings
-    return ServerOptimizer(settings.server_optimizer, settings.server_lr, flat, settings.server_options)
 
 
 def _groups(configurations: Sequence[Configuration]) -> Iterator[list[int]]:

@@ -85,8 +85,8 @@ def train(
 ) -> Trained:
     """Trains a model, in one process, on a population it can see whole: a simulation.
 
-    "federated": where the server sees the label, server tower and head are fitted
-    on it; then device tower and head, and the server tower where the settings say
+    "federated": where server_tower is "central", it and the head are fitted on the
+    label that the server sees; then device tower and head, and the server tower where the settings say
     so, are trained by federated rounds under user-level differential privacy; what
     the run's ledger already holds besides trainings is paid from the same budget.
     "noiseless": the same rounds without noise, so without privacy: it tells what
@@ -250,20 +250,30 @@ class _Ready:
 
 
 def _prepared(run: _Run) -> _Ready:
-    settings = run.settings
-    if settings.server_tower == "central":
+    if run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
-    engine = Engine.build(
-        run.network,
-        run.examples,
+    engine = engine_for(run.network, run.examples, run.settings)
+    return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
+
+
+def engine_for(network: Network, examples: Examples, settings: Training) -> Engine:
+    """Trains users as the settings say."""
+    return Engine.build(
+        network,
+        examples,
         LocalTraining.of(settings),
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
     )
-    start = engine.side.flat()
-    return _Ready(
-        engine, ServerOptimizer(settings.server_optimizer, settings.server_lr, start, settings.server_options)
-    )
+
+
+def optimizer_for(settings: Training, flat: Float32) -> ServerOptimizer:
+    """Steps the server as the settings say, from `flat`, (p,).
+
+    Raises:
+        ConfigError: there is no such optimiser, or it has no such option.
+    """
+    return ServerOptimizer(settings.server_optimizer, settings.server_lr, flat, settings.server_options)
 
 
 def _simulate(run: _Run, ready: _Ready, cohort: _Cohort, rounds: Round, ledger: Ledger | None) -> tuple[float, int]:
