@@ -70,7 +70,8 @@ class DeviceSide(nn.Module):
 
     def flat(self) -> Float32:
         """(p,) a copy of the parameters."""
-        vector: Float32 = nn.utils.parameters_to_vector(self.parameters()).detach().cpu().numpy().copy()
+        with torch.no_grad():
+            vector: Float32 = torch.cat([parameter.flatten() for parameter in self.parameters()]).cpu().numpy()
         return vector
 
     def load_flat(self, flat: Float32) -> None:
@@ -197,16 +198,24 @@ class Engine:
         sums = [_Sum(torch.zeros(self.size, dtype=torch.float64), clip) for clip in clips]
         for first, starts, moves in self._moves(flats, users, lrs, stream):
             parts, square = [], torch.zeros(())
-            for where, part in moves:  # each is made when it is asked for, and still in the cache
-                parts.append((where, self._in_float64(where, part)))
-                square = square + torch.linalg.vector_norm(parts[-1][1], dim=1).square()
+            for begin, columns in moves:  # each is made when it is asked for, and still in the cache
+                part = self._in_float64(begin, columns)
+                parts.append((slice(begin, begin + part.shape[1]), part))
+                square = square + torch.linalg.vector_norm(part, dim=1).square()
             for place, norm in enumerate(square.sqrt().view(starts, -1)):
                 here = slice(place * len(norm), (place + 1) * len(norm))
                 sums[first + place].add(norm, [(where, part[here]) for where, part in parts])
         return [ClippedSum(one.total.numpy(), len(users), one.below, one.above) for one in sums]
 
-    def _in_float64(self, where: slice, part: Tensor) -> Tensor:
-        return self.scratch.take(("float64", where.start), part.shape, part, torch.float64).copy_(part)
+    def _in_float64(self, begin: int, columns: Sequence[Tensor]) -> Tensor:
+        """Side by side."""
+        width = sum(column.shape[1] for column in columns)
+        whole = self.scratch.take(("float64", begin), (len(columns[0]), width), columns[0], torch.float64)
+        place = 0
+        for column in columns:
+            whole[:, place : place + column.shape[1]].copy_(column)
+            place += column.shape[1]
+        return whole
 
     def updates(self, flat: Float32, users: NDArray[np.int64], *, stream: tuple[int, ...] = (0,)) -> Iterator[Float32]:
         """Trains each of `users` from the same weights, and shows what each would send.
@@ -220,7 +229,8 @@ class Engine:
             (c, p) weights after local training minus `flat`, one row a user, not clipped.
         """
         for _, _, moves in self._moves(flat[None], users, [self.local.lr], stream):
-            yield torch.cat([part for _, part in sorted(moves, key=lambda move: move[0].start)], dim=1).numpy()
+            in_order = sorted(moves, key=lambda move: move[0])
+            yield torch.cat([column for _, columns in in_order for column in columns], dim=1).numpy()
 
     def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `users` who have examples, in the order of `updates`."""
@@ -295,16 +305,18 @@ class _Sum:
     below: int = 0
     above: int = 0
 
-    def add(self, norm: Tensor, parts: Moves) -> None:
-        """Some users' moves in float64, which it may change, and the norm of each user's."""
-        unusable = ~torch.isfinite(norm)
+    def add(self, norm: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> None:
+        """Some users' moves in float64, which it may change, with their places, and the norm of each user's."""
+        norms = norm.numpy()  # of few numbers, where numpy's operations start sooner than torch's
+        unusable = ~np.isfinite(norms)
         if unusable.any():
-            norm[unusable] = 0.0
+            norms[unusable] = 0.0
             for _, part in parts:
-                part[unusable] = 0.0
-        self.below += int(((norm > 0) & (norm <= self.clip)).sum())
-        self.above += int((norm > self.clip).sum())
-        scale = self.clip / norm.clamp(min=self.clip)
+                part[torch.from_numpy(unusable)] = 0.0
+        above = int(np.count_nonzero(norms > self.clip))
+        self.below += int(np.count_nonzero(norms)) - above
+        self.above += above
+        scale = torch.from_numpy(self.clip / np.maximum(norms, self.clip))
         for where, part in parts:
             self.total[where] += torch.mv(part.T, scale)
 
@@ -359,28 +371,24 @@ class Batches:
         return int(self.steps.max())
 
     def __iter__(self) -> Iterator[Batch]:
+        """The steps' batches; what is cut of rows, rates and weights is cut once for all of them."""
+        rows = self.rows.transpose(0, 1).flatten(1)
+        rates = self.lrs[:, None] * (torch.arange(len(self))[:, None, None] < self.steps)
+        weights = (rates[..., None] * self.weight.transpose(0, 1)[:, None]).flatten(1)
         batch = None
-        for step in range(len(self)):
-            if batch is None or self.rows.shape[1] > 1 or self.absent is not None:
-                batch = self._gather(step)
-            elif not bool((step < self.steps).all()):  # the same rows again, for those whose steps are not over
-                weight, rate = self._rates(step)
+        for step, (weight, rate) in enumerate(zip(weights, rates.flatten(1), strict=True)):
+            if batch is None or len(rows) > 1 or self.absent is not None:
+                batch = self._gather(rows[min(step, len(rows) - 1)], step, weight, rate)
+            else:  # the same rows again
                 batch = replace(batch, weight=weight, rate=rate)
             yield batch
 
-    def _gather(self, step: int) -> Batch:
-        rows = self.rows[:, min(step, self.rows.shape[1] - 1)].flatten()
+    def _gather(self, rows: Tensor, step: int, weight: Tensor, rate: Tensor) -> Batch:
         examples = self.engine.examples
         inputs = [self.engine.server_side(rows), _take(examples.device, rows)]
         if self.absent is not None:
             inputs.append(self.absent[:, step].flatten(0, 1))
-        return Batch(tuple(map(self._each, inputs)), self._each(_take(examples.labels, rows)), *self._rates(step))
-
-    def _rates(self, step: int) -> tuple[Tensor, Tensor]:
-        """`weight` and `rate` of a step's batch."""
-        rate = self.lrs[:, None] * (step < self.steps)
-        weight = rate[:, :, None] * self.weight[:, min(step, self.weight.shape[1] - 1)]
-        return weight.flatten(), rate.flatten()
+        return Batch(tuple(map(self._each, inputs)), self._each(_take(examples.labels, rows)), weight, rate)
 
     def _each(self, part: Tensor) -> Tensor:
         """What is the same for every start, once for each."""
@@ -432,7 +440,7 @@ class AnyTrainer:
         """See `Trainer`."""
         starts = zip(flats, batches.lrs, strict=True)
         moved = [self._from(flat, replace(batches, lrs=lr[None]), proximal) for flat, lr in starts]
-        return [(slice(0, flats.shape[1]), torch.cat(moved))]
+        return [(0, [torch.cat(moved)])]
 
     def _from(self, flat: Tensor, batches: Batches, proximal: float) -> Tensor:
         named = dict(self.module.named_parameters())

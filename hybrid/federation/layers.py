@@ -25,6 +25,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[Any, Tensor] = {}
+        self._taken: dict[Any, Tensor] = {}
 
     def take(self, name: Any, shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised; valid until the same name is taken again.
@@ -35,10 +36,14 @@ class Scratch:
             like: on whose device it lies.
             dtype: of its numbers.
         """
+        taken = self._taken.get(name)
+        if taken is not None and taken.shape == shape:  # as a rule: a chunk is often like the one before
+            return taken
         size = prod(shape)
         if name not in self._held or self._held[name].numel() < size:
             self._held[name] = torch.empty(size, dtype=dtype, device=like.device)
-        return self._held[name][:size].view(*shape)
+        self._taken[name] = self._held[name][:size].view(*shape)
+        return self._taken[name]
 
 
 @dataclass(slots=True)
@@ -62,8 +67,8 @@ class Chunk:
     pull: Tensor | None = None
 
 
-Moves = Iterable[tuple[slice, Tensor]]
-"""What users moved by, in parts: where a part lies in the flat vector, and (users, its length) float32."""
+Moves = Iterable[tuple[int, Sequence[Tensor]]]
+"""What users moved by, in parts: where each begins in the flat vector, and its (users, ...) float32, side by side."""
 
 
 class Shared:
@@ -85,15 +90,16 @@ class Shared:
         self.weight = take("weight", (self.users, *self.shape))
         self.bias = take("bias", (self.users, self.shape[0]))
         self._first_t = first.mT
+        self._only, self._only_bias = first[0], None if bias is None else bias[0]
 
     def outputs(self, rows: Tensor) -> Tensor:
         """(users, r, in) -> (users, r, out)."""
-        together = rows.view(self.starts, -1, self.shape[1])
-        if self.first_bias is None:
-            out = torch.bmm(together, self._first_t)
-        elif self.starts == 1:  # the faster of the two, and what every training but a sweep's does
-            out = torch.addmm(self.first_bias[0], together[0], self._first_t[0])
+        if self.starts == 1:  # what every training but a sweep's does; backward, a view costs nothing and [0] a copy
+            out = nn.functional.linear(rows.view(-1, self.shape[1]), self._only, self._only_bias)
+        elif self.first_bias is None:
+            out = torch.bmm(rows.view(self.starts, -1, self.shape[1]), self._first_t)
         else:
+            together = rows.view(self.starts, -1, self.shape[1])
             out = torch.baddbmm(self.first_bias.unsqueeze(1), together, self._first_t)
         return out.view(self.users, -1, self.shape[0])
 
@@ -207,15 +213,15 @@ class UserLinear(nn.Module):
 
     Args:
         linear: whose shape it has.
-        weight, bias: where its parameters begin in the flat vector; None for a layer without bias.
+        begin: where its parameters begin in the flat vector, the weight before the bias.
         scratch: shared with the other layers.
     """
 
-    def __init__(self, linear: nn.Linear, weight: int, bias: int | None, scratch: Scratch) -> None:
+    def __init__(self, linear: nn.Linear, begin: int, scratch: Scratch) -> None:
         super().__init__()
         self._shape = (linear.out_features, linear.in_features)
-        self._weight = slice(weight, weight + linear.out_features * linear.in_features)
-        self._bias = None if bias is None else slice(bias, bias + linear.out_features)
+        self._weight = slice(begin, begin + linear.weight.numel())
+        self._bias = None if linear.bias is None else slice(self._weight.stop, self._weight.stop + linear.out_features)
         self._scratch = scratch
         # Each holds one thing while a chunk trains: lists, since attributes of a module are slow to set.
         self._now: list[Shared] = []
@@ -263,8 +269,9 @@ class UserLinear(nn.Module):
         """What moved; valid until the next chunk begins."""
         now = self._now.pop()
         now.finish()
-        moves = [(self._weight, now.weight.flatten(1))]
-        return moves if self._bias is None else [*moves, (self._bias, now.bias)]
+        return [
+            (self._weight.start, [now.weight.flatten(1)] if self._bias is None else [now.weight.flatten(1), now.bias])
+        ]
 
 
 @dataclass(frozen=True)
@@ -296,7 +303,7 @@ class UserModule:
             return None
         copy, layers = deepcopy(module), []
         for name, linear in linears.items():
-            layer = UserLinear(linear, begins[f"{name}.weight"], begins.get(f"{name}.bias"), scratch)
+            layer = UserLinear(linear, begins[f"{name}.weight"], scratch)
             holder, _, attribute = name.rpartition(".")
             setattr(copy.get_submodule(holder), attribute, layer)
             layers.append(layer)
