@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks import accuracy, measure
 from benchmarks.workload import BATCH, CLIP, EXAMPLES, LR, Contest
+from hybrid.federation import simulation
 from hybrid.federation.local_training import Schedule
 
 
@@ -42,6 +43,40 @@ def test_one_step_is_the_clipped_gradient_of_each_users_mean_loss():
         update = -LR * slope.numpy()
         total = total + update * min(1, CLIP / np.linalg.norm(update))
     np.testing.assert_allclose(contest.ours_one_step(), total, atol=1e-6)
+
+
+def test_a_round_imports_nothing_that_torch_compiles_with():
+    """Neither torch._dynamo nor sympy, which take longer to import than the first hundred rounds to run."""
+    code = (
+        "import sys; from benchmarks.workload import Contest; Contest.of('0.4k', 3).ours(); "
+        "assert not {'torch._dynamo', 'sympy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["lean", "documented"])
+def test_both_of_flowers_clients_train(name, monkeypatch):
+    """Four steps of eight rows end where the in-place loop over the same user ends, to 1e-6."""
+    from flwr.app import ArrayRecord, Context, Message, RecordDict
+    from torch.utils import data
+
+    from benchmarks import flower_client
+
+    in_order = lambda rows, batch_size, shuffle: data.DataLoader(rows, batch_size=batch_size)  # noqa: E731
+    monkeypatch.setattr(flower_client, "DataLoader", in_order)
+    contest = Contest.of("6.3k", 100)
+    state = {key: value.clone() for key, value in contest.side.state_dict().items()}
+    arrays = flower_client.flat_record(contest.side.flat()) if name == "lean" else ArrayRecord(state)
+    with simulation._task_identity():
+        message = Message(RecordDict({"arrays": arrays}), dst_node_id=1, message_type="train")
+        context = Context(run_id=1, node_id=1, node_config={"partition-id": 7}, state=RecordDict(), run_config={})
+        reply = getattr(flower_client, name)(message, context).content["arrays"]
+    contest.local_steps(7)
+    if name == "lean":
+        np.testing.assert_allclose(reply["flat"].numpy(), contest.side.flat(), atol=1e-6)
+    else:
+        for key, value in reply.to_torch_state_dict().items():
+            torch.testing.assert_close(value, contest.side.state_dict()[key], atol=1e-6, rtol=0)
 
 
 def test_contestants_take_turns():
