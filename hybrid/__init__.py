@@ -4,7 +4,7 @@ Importing this package loads no heavy library.
 """
 
 from hybrid.features import Bucketize, Categorical, Hash, Log1p, Numeric
-from hybrid.spec import Clear, Entity, HybridModel, Label, Noised, Privacy, Server, Training, View
+from hybrid.spec import Clear, Entity, HybridModel, Label, Noised, Privacy, Server, Serving, Training, View
 
 __all__ = [
     "Bucketize",
@@ -19,6 +19,7 @@ __all__ = [
     "Numeric",
     "Privacy",
     "Server",
+    "Serving",
     "Training",
     "View",
 ]

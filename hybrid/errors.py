@@ -68,6 +68,13 @@ class UnknownModel(ServingError):
     code = "unknown_model"
 
 
+class UpdateRequired(ServingError):
+    """The version is no longer served: the device fetches the bundle of a newer one."""
+
+    status = 410
+    code = "update_required"
+
+
 class UnknownEntity(ServingError):
     """The feature store has no row for the entity."""
 

@@ -240,6 +240,51 @@ class Training(Declared):
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
 
 
+ServerMissing = Literal["error", "device-only", "constant"]
+
+
+class Serving(Declared):
+    """How requests are answered, and with what where a side is missing. It may change without training again.
+
+    A request is never answered by a fallback that is not declared here, and every
+    answer names the one that it is from.
+
+    Attributes:
+        transport: "kafka": requests and answers cross topics, which can be replayed, audited and fanned out;
+            "direct": the gateway asks the feature store and Triton itself, at the lowest latency.
+        versions: so many of the latest promotions are served, each by its own pair: devices hold one tower, and
+            take a while to fetch the next.
+        missing_entity: where the feature store has no row for the entity: "error"; "device-only", predicted with the
+            embedding that was learned for a missing server side; or "constant".
+        stale_features: where its row is older than `server.max_feature_age`, or was packed by another schema.
+        unavailable: where the feature store or Triton does not answer.
+        missing_device: where a request comes without the device's embedding: "error"; "server-only", predicted with
+            the embedding that was learned for a missing device side; or "constant".
+        constant: the probability of "constant", and of rows whose fallback cannot be computed either; None: those
+            are errors.
+    """
+
+    transport: Literal["kafka", "direct"] = "kafka"
+    versions: Annotated[int, Field(ge=1, le=16)] = 2
+    missing_entity: ServerMissing = "error"
+    stale_features: ServerMissing = "error"
+    unavailable: ServerMissing = "error"
+    missing_device: Literal["error", "server-only", "constant"] = "error"
+    constant: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        constants = [name for name, value in self if value == "constant"]
+        if constants and self.constant is None:
+            raise ValueError(f"constant must be a probability, since {constants[0]}='constant'")
+        return self
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The fields whose fallback needs an embedding that tower dropout learns."""
+        return tuple(name for name, value in self if value in {"device-only", "server-only"})
+
+
 Factory = Callable[[], Any]
 
 
@@ -262,6 +307,7 @@ class HybridModel(Declared):
         merge: where the two embeddings meet.
         release: for merge="server", how the device embedding leaves the device.
         training: defaults of `hybrid train`.
+        serving: how requests are answered.
 
     Raises:
         ConfigError: a field is wrong; the message names it, what it must be and what it got.
@@ -279,6 +325,7 @@ class HybridModel(Declared):
     merge: Literal["server", "device"]
     release: Annotated[Clear | Noised, Field(discriminator="kind")] | None = None
     training: Training = Training()
+    serving: Serving = Serving()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -304,6 +351,8 @@ class HybridModel(Declared):
             )
         if self.merge == "device" and self.release is not None:
             raise ValueError("release must be left out where merge='device': the embedding stays on the device")
+        if self.merge == "device" and self.serving.missing_device != "error":
+            raise ValueError("serving.missing_device must be left out where merge='device': the device predicts")
         return self
 
     @property
@@ -327,8 +376,8 @@ class HybridModel(Declared):
         return self.label.protects
 
     def definition(self) -> dict[str, Any]:
-        """The declaration as JSON values, without the towers' code."""
-        return self.model_dump(mode="json")
+        """What is trained, as JSON values: the declaration without the towers' code, and without how it is served."""
+        return self.model_dump(mode="json", exclude={"serving"})
 
 
 def definition_hash(definition: Mapping[str, Any]) -> str:

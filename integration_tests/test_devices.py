@@ -22,7 +22,7 @@ from device_runtime.store import Rows, write_rows
 from feature_store.materialize import apply, materialize
 from hybrid.bundle import read_bundle, signing_key, trusted_key
 from hybrid.cli import app
-from hybrid.deployment import Deployment
+from hybrid.deployment import Window
 from hybrid.errors import ConfigError
 from hybrid.network import Network
 from hybrid.registry import Registry
@@ -150,7 +150,7 @@ def test_promotion_tells_what_it_wrote(project: Project, promoted: dict):
     assert (promoted["model"], promoted["version"], promoted["alias"]) == ("coupon", 1, "production")
     assert promoted["triton"] == ["coupon_server_tower", "coupon_head"]
     assert Path(promoted["bundle"]).stat().st_size == promoted["bytes"]["bundle"]
-    deployed = Deployment.read_all(project.workspace.deployments)["coupon"]
+    deployed = Window.read_all(project.workspace.deployments)["coupon"].default
     assert (deployed.version, deployed.definition_hash) == (1, promoted["definition_hash"])
     assert Registry(project.workspace).version("coupon", "production").number == 1
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from hybrid.deployment import Deployment
-from hybrid.errors import ConfigError, UnknownModel
+from hybrid.deployment import Deployment, Window
+from hybrid.errors import ConfigError, UnknownModel, UpdateRequired
 
 log = logging.getLogger(__name__)
 
 
 class Deployments:
-    """The deployments of a folder. A version that was replaced is still found, for rows already on their way.
+    """The windows of a folder. A version that left its window is still found, for rows already on their way.
 
     Args:
         folder: holds one `<model>.json` per model.
@@ -25,25 +25,37 @@ class Deployments:
         self._folder = folder
         self._seen: dict[tuple[str, int], Deployment] = {}
         self._stamp = self._stamps()
-        self._take(Deployment.read_all(folder))
+        self._take(Window.read_all(folder))
 
     @property
-    def current(self) -> dict[str, Deployment]:
+    def windows(self) -> dict[str, Window]:
         """By model."""
-        return self._current
+        return self._windows
+
+    @property
+    def current(self) -> list[Deployment]:
+        """Every version that is served."""
+        return [version for window in self._windows.values() for version in window.versions]
 
     def served(self, model: str, version: str | None = None) -> Deployment:
-        """The deployment that answers for a model.
+        """The deployment that answers for a model, by default that of its latest promotion.
 
         Raises:
-            UnknownModel: there is none, or not in that version.
+            UnknownModel: there is none of that name, or never was in that version.
+            UpdateRequired: the version is older than those that are served.
         """
-        found = self._current.get(model)
-        if found is None:
-            raise UnknownModel(f"no model of that name is served; there are {sorted(self._current)}")
-        if version is not None and version != str(found.version):
-            raise UnknownModel(f"model {model!r} is served in version {found.version} only")
-        return found
+        window = self._windows.get(model)
+        if window is None:
+            raise UnknownModel(f"no model of that name is served; there are {sorted(self._windows)}")
+        if version is None:
+            return window.default
+        for deployment in window.versions:
+            if version == str(deployment.version):
+                return deployment
+        served = [deployment.version for deployment in window.versions]
+        if version.isascii() and version.isdecimal() and len(version) < 10 and 0 < int(version) < max(served):
+            raise UpdateRequired(f"model {model!r} is served in versions {served}; fetch the bundle of {served[0]}")
+        raise UnknownModel(f"model {model!r} is served in versions {served}, and has no version of that name")
 
     def find(self, model: str, version: int) -> Deployment | None:
         """A deployment that is or was served since this process started."""
@@ -56,14 +68,14 @@ class Deployments:
             if stamp == self._stamp:
                 return
             self._stamp = stamp
-            self._take(Deployment.read_all(self._folder))
+            self._take(Window.read_all(self._folder))
         except (ConfigError, OSError) as error:
             log.error("deployments stay as they were: %s", error)
 
-    def _take(self, current: dict[str, Deployment]) -> None:
-        self._current = current
-        self._seen |= {(d.model, d.version): d for d in current.values()}
-        log.info("serving %s", {d.model: d.version for d in current.values()})
+    def _take(self, windows: dict[str, Window]) -> None:
+        self._windows = windows
+        self._seen |= {(d.model, d.version): d for d in self.current}
+        log.info("serving %s", {name: [d.version for d in window.versions] for name, window in windows.items()})
 
     def _stamps(self) -> set[tuple[str, int, int]]:
         files = [(file.name, file.stat()) for file in self._folder.glob("*.json")]

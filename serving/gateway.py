@@ -85,7 +85,9 @@ class Gateway:
 
     async def model_metadata(self, request: Request) -> Response:
         """Names, datatypes and shapes of a model's tensors."""
-        return JSONResponse(oip.model_metadata(self.deployments.served(**request.path_params)))
+        served = self.deployments.served(**request.path_params)
+        versions = [d.version for d in self.deployments.windows[served.model].versions]
+        return JSONResponse(oip.model_metadata(served, versions))
 
     async def model_ready(self, request: Request) -> Response:
         """The model is served, and the broker is there."""

@@ -79,13 +79,18 @@ class Answers:
     feature_age_ms: NDArray[np.int64]
 
 
-def model_metadata(deployment: Deployment) -> dict[str, Any]:
-    """What `GET /v2/models/{name}` answers."""
+def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str, Any]:
+    """What `GET /v2/models/{name}` answers.
+
+    Args:
+        deployment: whose tensors.
+        versions: that are served.
+    """
     inputs = {name: (datatype, [-1]) for name, datatype in _scalars(deployment).items()}
     inputs[DEVICE_EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
     return {
         "name": deployment.model,
-        "versions": [str(deployment.version)],
+        "versions": [str(version) for version in versions],
         "platform": "hybrid",
         "inputs": [{"name": n, "datatype": d, "shape": s} for n, (d, s) in inputs.items()],
         "outputs": [{"name": n, "datatype": d, "shape": [-1]} for n, d in OUTPUTS.items()],

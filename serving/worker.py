@@ -52,7 +52,7 @@ class Worker:
         self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
         self._deadline_s = deadline_s
         self._readers: dict[tuple[str, int], Reader] = {}
-        self._said: dict[str, str | None] = {}
+        self._said: dict[tuple[str, int], str | None] = {}
         self._behind = False
         self._refreshed_ms = now_ms()
 
@@ -119,22 +119,23 @@ class Worker:
 
     def _warm_up(self) -> None:
         """Runs each stage once for each model, which takes seconds that the first request would wait."""
-        for deployment in self._deployments.current.values():
+        for deployment in self._deployments.current:
             batch, joined = probe(deployment)
             try:
                 self._reader(deployment).read([""], self._now_ms())
                 forward(batch, joined, self._models)
             except HybridError as error:
-                log.warning("model %s could not be tried: %s", deployment.model, error)
+                log.warning("model %s version %d could not be tried: %s", deployment.model, deployment.version, error)
 
     def _open_readers(self) -> None:
         """Ahead of the first request, which would wait for it for seconds."""
-        for deployment in self._deployments.current.values():
+        for deployment in self._deployments.current:
             said = None
             try:
                 self._reader(deployment)
             except ConfigError as error:
                 said = f"cannot be predicted yet: {error}"
-            if said and said != self._said.get(deployment.model):  # else once a second
-                log.error("model %s %s", deployment.model, said)
-            self._said[deployment.model] = said
+            key = deployment.model, deployment.version
+            if said and said != self._said.get(key):  # else once a second
+                log.error("model %s version %d %s", *key, said)
+            self._said[key] = said

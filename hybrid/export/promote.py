@@ -50,6 +50,7 @@ def export_version(
     network = Network.build(model)
     network.check_registered(version.definition["network"])
     network.load_weights(version.weights)
+    _check_fallbacks(network, f"{model.name}:{version.number}")
     programs = executorch.device_programs(network)
     tower, head = triton.export(network, version.number, workspace.triton, backend=backend)
     bundle = workspace.bundles / f"{model.name}-{version.number}.bundle"
@@ -86,7 +87,17 @@ def deployment_of(network: Network, version: int, definition_hash: str, names: t
         device_embedding=network.device_embedding,
         server_tower=server_tower,
         head=head,
+        merge=model.merge,
+        serving=model.serving,
+        missing_server=_learned(network, "server"),
+        missing_device=_learned(network, "device"),
     )
+
+
+def _learned(network: Network, side: str) -> tuple[float, ...]:
+    """The embedding that stands for a missing side; nothing where it is as it was built, all zeros."""
+    embedding = network.missing_embedding(side, 1)[0].tolist()
+    return tuple(embedding) if any(embedding) else ()
 
 
 def _check(version: Version, model: HybridModel) -> None:
@@ -98,6 +109,16 @@ def _check(version: Version, model: HybridModel) -> None:
             f"{name} is a {version.training.kind} reference, trained without a privacy mechanism; "
             "only a federated version can be promoted"
         )
+
+
+def _check_fallbacks(network: Network, name: str) -> None:
+    for setting in network.model.serving.learned:
+        if not _learned(network, "device" if setting == "missing_device" else "server"):
+            raise ConfigError(
+                f"serving.{setting} must be 'error' or 'constant' for {name}, got "
+                f"{getattr(network.model.serving, setting)!r}: it was trained without tower dropout, which is what "
+                "learns an embedding for a missing side; train with --tower-dropout 0.1, or choose another fallback"
+            )
 
 
 def _manifest(version: Version, network: Network) -> Manifest:

@@ -17,7 +17,7 @@ from types import FrameType
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybrid.deployment import Deployment
+from hybrid.deployment import Window
 from hybrid.errors import StackError
 from hybrid.local import kafka, triton
 from hybrid.local.process import Service, end_session, free_ports, http_ok, is_running, log_has
@@ -177,7 +177,7 @@ def up(settings: Settings, show: Callable[[State], None] = lambda _: None) -> St
 
 def check_promoted(workspace: Workspace) -> None:
     """Raises StackError where there is nothing to serve."""
-    if not Deployment.read_all(workspace.deployments):
+    if not Window.read_all(workspace.deployments):
         raise StackError("nothing is promoted yet: run `hybrid promote MODEL VERSION production` first")
 
 

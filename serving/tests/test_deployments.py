@@ -1,21 +1,48 @@
 import pytest
 
-from hybrid.errors import ConfigError, UnknownModel
+from hybrid.errors import ConfigError, UnknownModel, UpdateRequired
 from serving.deployments import Deployments
 from serving.testing import deployment
 
 
 def test_a_promotion_is_seen_at_the_next_refresh(tmp_path):
-    """Version 2 is then the served one, version 1 unknown to callers, and found for rows on their way."""
+    """Version 2 is then the default, and version 1, which devices still hold, answers for itself."""
     deployment(1).write(tmp_path)
     deployments = Deployments(tmp_path)
     deployment(2).write(tmp_path)
     assert deployments.served("shop").version == 1
     deployments.refresh()
+    assert deployments.served("shop").version == 2
     assert deployments.served("shop", "2").version == 2
-    with pytest.raises(UnknownModel, match="served in version 2 only"):
+    assert deployments.served("shop", "1") == deployment(1)
+
+
+def test_a_version_older_than_the_window_is_told_to_update(tmp_path):
+    """With two versions served, the third promotion ends the first; rows of it that are on their way are answered."""
+    deployment(1).write(tmp_path)
+    deployments = Deployments(tmp_path)
+    for version in (2, 3):
+        deployment(version).write(tmp_path)
+    deployments.refresh()
+    assert [d.version for d in deployments.windows["shop"].versions] == [3, 2]
+    with pytest.raises(UpdateRequired, match=r"served in versions \[3, 2\]; fetch the bundle of 3"):
         deployments.served("shop", "1")
     assert deployments.find("shop", 1) == deployment(1)
+
+
+@pytest.mark.parametrize("version", ["4", "0", "-1", "01x", "", "٣", "9" * 400])
+def test_a_version_that_never_was_is_unknown(tmp_path, version):
+    """It is not an old one that could be updated from."""
+    deployment(3).write(tmp_path)
+    with pytest.raises(UnknownModel, match=r"served in versions \[3\]"):
+        Deployments(tmp_path).served("shop", version)
+
+
+def test_going_back_makes_the_old_version_the_default_and_keeps_the_new_one(tmp_path):
+    """Devices that hold version 2 are answered by it until they fetch version 1 again."""
+    for version in (1, 2, 1):
+        deployment(version).write(tmp_path)
+    assert [d.version for d in Deployments(tmp_path).windows["shop"].versions] == [1, 2]
 
 
 def test_a_file_that_cannot_be_read_leaves_all_as_it_was(tmp_path, caplog):

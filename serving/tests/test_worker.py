@@ -228,4 +228,6 @@ def test_a_view_that_is_missing_is_logged_once_until_something_changes(setup, ca
         setup.worker._readers.clear()
         setup.worker.step()
     said = [record.getMessage() for record in caplog.records if "cannot be predicted" in record.getMessage()]
-    assert said == [f"model shop cannot be predicted yet: {reason}" for reason in ("no view", "no folder", "no view")]
+    assert said == [
+        f"model shop version 1 cannot be predicted yet: {reason}" for reason in ("no view", "no folder", "no view")
+    ]
