@@ -75,6 +75,13 @@ class UpdateRequired(ServingError):
     code = "update_required"
 
 
+class MissingDevice(ServingError):
+    """The request holds no device embedding, and the model declares no answer without one."""
+
+    status = 400
+    code = "missing_device"
+
+
 class UnknownEntity(ServingError):
     """The feature store has no row for the entity."""
 

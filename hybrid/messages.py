@@ -7,7 +7,7 @@ and the worker sends a `DeadLetter` and goes on.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -40,6 +40,10 @@ class BatchMessage:
 
     def __len__(self) -> int:
         return len(getattr(self, next(iter(self.COLUMNS))))
+
+    def __getitem__(self, chosen: slice) -> Self:
+        """Some of the rows."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in self.COLUMNS})
 
     def to_bytes(self) -> bytes:
         """One Arrow IPC stream with one record batch."""
@@ -96,7 +100,7 @@ class DeviceEmbeddings(BatchMessage):
         request_id: (n,) 16 bytes each, drawn by the gateway, one per row.
         entity: (n,) Feast join keys as text.
         request: (n, r) request features as slots; r may be 0.
-        embedding: (n, d) as released (clear or noised).
+        embedding: (n, d) as released (clear or noised); a row of NaN where the request came without.
         event_ms: (n,) Unix time in UTC, the gateway's clock.
     """
 
@@ -125,8 +129,9 @@ class Predictions(BatchMessage):
 
     Attributes:
         request_id: (n,) 16 bytes each, as asked.
-        status: (n,) "ok" or the code of the `ServingError` that says why not.
-        prediction: (n,) probability of the label; NaN unless status is "ok".
+        status: (n,) "ok", or the code of the `ServingError` that says what is missing.
+        fallback: (n,) what answers all the same, as the model declares; "none": nothing does unless status is "ok".
+        prediction: (n,) probability of the label; NaN where there is no answer.
         feature_age_ms: (n,) age of the server features when merged; -1 where there are none.
     """
 
@@ -134,12 +139,14 @@ class Predictions(BatchMessage):
     COLUMNS: ClassVar[dict[str, str]] = {
         "request_id": "uuid",
         "status": "text",
+        "fallback": "text",
         "prediction": "float32",
         "feature_age_ms": "int64",
     }
 
     request_id: NDArray[np.void]
     status: NDArray[np.object_]
+    fallback: NDArray[np.object_]
     prediction: NDArray[np.float32]
     feature_age_ms: NDArray[np.int64]
 

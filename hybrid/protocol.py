@@ -16,4 +16,15 @@ PREDICTION = "prediction"  # a probability
 VERSION = "version"  # that predicted
 FEATURE_AGE_MS = "feature_age_ms"  # of the server's features when merged
 MERGED = "merged"  # where the embeddings met
-OUTPUTS = {PREDICTION: "FP32", VERSION: "INT64", FEATURE_AGE_MS: "INT64", MERGED: "BYTES"}  # (n,) each
+TRANSPORT = "transport"  # how the request reached the models: "kafka" or "direct"
+STATUS = "status"  # "ok", or why one side is missing where a fallback answers
+FALLBACK = "fallback"  # what answers in place of both sides: "none", "device-only", "server-only" or "constant"
+OUTPUTS = {  # (n,) each
+    PREDICTION: "FP32",
+    VERSION: "INT64",
+    FEATURE_AGE_MS: "INT64",
+    MERGED: "BYTES",
+    TRANSPORT: "BYTES",
+    STATUS: "BYTES",
+    FALLBACK: "BYTES",
+}

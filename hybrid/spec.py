@@ -257,7 +257,8 @@ class Serving(Declared):
         missing_entity: where the feature store has no row for the entity: "error"; "device-only", predicted with the
             embedding that was learned for a missing server side; or "constant".
         stale_features: where its row is older than `server.max_feature_age`, or was packed by another schema.
-        unavailable: where the feature store or Triton does not answer.
+        unavailable: where the feature store does not answer; without Triton nothing can be predicted, and "device-only"
+            is the constant.
         missing_device: where a request comes without the device's embedding: "error"; "server-only", predicted with
             the embedding that was learned for a missing device side; or "constant".
         constant: the probability of "constant", and of rows whose fallback cannot be computed either; None: those

@@ -23,6 +23,8 @@ from torch import nn
 
 from feature_store.materialize import apply, materialize
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, View
+from hybrid import Serving as Declared
+from hybrid.deployment import Window
 from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local import kafka as local_kafka
@@ -129,7 +131,8 @@ def serving(kafka, triton, cache, tmp_path_factory):
         command_line("worker", folder, kafka, "--feast", str(folder / "feast"), "--triton", models),
         ready=log_has("ready"),
     )
-    first = gateway_service("gateway", folder, kafka, reply_partition=0)
+    reached = ["--feast", str(folder / "feast"), "--triton", models]
+    first = gateway_service("gateway", folder, kafka, *reached, reply_partition=0)
     url = f"127.0.0.1:{first.ports['gateway']}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(running(first, folder / "logs"))
@@ -145,9 +148,9 @@ def command_line(process, folder, broker, *arguments):
     return [sys.executable, "-m", "serving", process, *where, *arguments]
 
 
-def gateway_service(name, folder, broker, reply_partition):
+def gateway_service(name, folder, broker, *more, reply_partition):
     (port,) = free_ports(1)
-    arguments = ["--port", str(port), "--reply-partition", str(reply_partition)]
+    arguments = ["--port", str(port), "--reply-partition", str(reply_partition), *more]
     ready = http_ok(f"http://127.0.0.1:{port}/v2/health/ready")
     return Service(name, command_line("gateway", folder, broker, *arguments), ready, ports={"gateway": port})
 
@@ -354,6 +357,80 @@ def test_sigterm_ends_the_worker_in_order(serving):
         partitions = [kafka_python.TopicPartition(DeviceEmbeddings.TOPIC, p) for p in range(4)]
         written = {p: end for p, end in ends.end_offsets(partitions).items() if end}
     assert {p: o.offset for p, o in offsets[GROUP].items()} == written
+
+
+LEARNED = {"missing_server": (0.5, 0.25, -1.0, 2.0), "missing_device": (1.0, -0.5, 0.0, 0.25)}
+
+
+@pytest.fixture(scope="module")
+def declared(serving):
+    """Publishes "shop" once more under another name, with another way to serve it; gives its outputs for a question."""
+    versions = Window.read(serving.folder / "deployments" / "shop.json").versions
+    (shop,) = (version for version in versions if version.version == 2)
+
+    def publish(name, **how):
+        served = shop.model_copy(update={"model": name, "serving": Declared(**how), **LEARNED})
+        served.write(serving.folder / "deployments")
+        deadline = datetime.now(UTC) + timedelta(seconds=30)
+        while serving.client.get(f"/v2/models/{name}/ready").status_code != 200:
+            assert datetime.now(UTC) < deadline
+
+        def ask(without=(), **changes):
+            asked = question(**changes)
+            asked["inputs"] = [tensor for tensor in asked["inputs"] if tensor["name"] not in without]
+            answer = serving.client.post(f"/v2/models/{name}/infer", content=json.dumps(asked))
+            if answer.status_code != 200:
+                return answer.json()["code"]
+            return {o["name"]: o["data"][0] for o in answer.json()["outputs"]}
+
+        return ask
+
+    return publish
+
+
+def merged(serving, server=None, device=None):
+    """What torch's head says of the bakery at 7AM with 12.5, where a side is given in place of the tower's."""
+    features = serving.network.model.server_features
+    slots = features.slots(features.inputs({"kind": ["food"], "size": [12.0], "hour": ["7AM"], "budget": [12.5]}))
+    device = question()["inputs"][3]["data"] if device is None else device
+    with torch.no_grad():
+        tower = serving.network.server_program()(torch.from_numpy(slots))
+        sides = (tower if server is None else torch.tensor([server])), torch.tensor([device])
+        return float(torch.sigmoid(serving.network.head.eval()(*sides)))
+
+
+@pytest.mark.parametrize("transport", ["kafka", "direct"])
+def test_both_transports_give_the_same_answer_and_name_themselves(serving, declared, transport):
+    """Declared per model; each says how it went, and that nothing was missing."""
+    found = declared(f"by-{transport}", transport=transport)()
+    assert found["prediction"] == pytest.approx(merged(serving), abs=1e-5)
+    assert (found["transport"], found["merged"]) == (transport, "server")
+    assert (found["status"], found["fallback"]) == ("ok", "none")
+
+
+@pytest.mark.parametrize("transport", ["kafka", "direct"])
+def test_a_missing_side_is_answered_as_declared_and_named(serving, declared, transport):
+    """Learned embeddings in the place of a missing side, a constant where both are missing; torch agrees to 1e-5."""
+    fallbacks = {"missing_entity": "device-only", "stale_features": "constant", "missing_device": "server-only"}
+    ask = declared(f"patient-{transport}", transport=transport, constant=0.25, **fallbacks)
+    found = {
+        "no entity": ask(entity="nowhere"),
+        "old": ask(entity="ruin"),
+        "no device": ask(without=["device_embedding"]),
+        "neither": ask(entity="nowhere", without=["device_embedding"]),
+    }
+    assert {name: (row["status"], row["fallback"]) for name, row in found.items()} == {
+        "no entity": ("unknown_entity", "device-only"),
+        "old": ("stale_features", "constant"),
+        "no device": ("missing_device", "server-only"),
+        "neither": ("unknown_entity", "constant"),
+    }
+    assert [found["old"]["prediction"], found["neither"]["prediction"]] == [0.25, 0.25]
+    assert found["no entity"]["prediction"] == pytest.approx(merged(serving, LEARNED["missing_server"]), abs=1e-5)
+    assert found["no device"]["prediction"] == pytest.approx(
+        merged(serving, device=LEARNED["missing_device"]), abs=1e-5
+    )
+    assert (found["no entity"]["feature_age_ms"], found["old"]["feature_age_ms"] > 3e10) == (-1, True)
 
 
 def test_the_logs_hold_no_values(serving):

@@ -8,13 +8,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
+
+if TYPE_CHECKING:
+    from serving.direct import Direct
+    from serving.exchange import Limits
+    from serving.merge import Reader
 
 log = logging.getLogger("serving")
 DRAIN_S = 10
@@ -52,7 +59,9 @@ def gateway(arguments: argparse.Namespace) -> None:
         lost.set()
         signal.raise_signal(signal.SIGTERM)
 
-    app = over_kafka(arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits, on_loss=end)
+    partition = arguments.reply_partition
+    direct = _direct(arguments, limits)
+    app = over_kafka(arguments.kafka, partition, deployments, _now_ms, limits, on_loss=end, direct=direct)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
     uvicorn.run(
@@ -68,23 +77,24 @@ def gateway(arguments: argparse.Namespace) -> None:
     )
 
 
+def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
+    """The direct transport, where the gateway is told of a feature store and of Triton."""
+    from serving.direct import Direct
+    from serving.readers import Readers
+    from serving.triton import Triton
+
+    if (arguments.feast is None) != (arguments.triton is None):
+        raise ConfigError("--feast and --triton must be given both or neither: the direct transport needs both")
+    if arguments.feast is None:
+        return None
+    return Direct(Readers(_reader_in(arguments.feast)), Triton(arguments.triton), _now_ms, limits)
+
+
 def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
-    from feature_store.online import PackedReader
     from serving.kafka import GroupInbox, ProducerOutbox, create_topics
     from serving.triton import Triton
     from serving.worker import Worker
-
-    def open_reader(deployment: Deployment) -> PackedReader:
-        return PackedReader(
-            arguments.feast,
-            packed_view=deployment.packed_view,
-            join_key=deployment.join_key,
-            join_key_type=deployment.join_key_type,
-            schema_hash=deployment.server.schema_hash,
-            max_age_s=deployment.max_feature_age_s,
-            width=len(deployment.server),
-        )
 
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,12 +109,31 @@ def worker(arguments: argparse.Namespace) -> None:
             inbox=inbox,
             outbox=outbox,
             deployments=Deployments(arguments.deployments),
-            open_reader=open_reader,
+            open_reader=_reader_in(arguments.feast),
             models=triton,
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
         )
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
+
+
+def _reader_in(folder: Path) -> Callable[[Deployment], Reader]:
+    """Opens the feature store in a folder for a deployment."""
+
+    def open_reader(deployment: Deployment) -> Reader:
+        from feature_store.online import PackedReader
+
+        return PackedReader(
+            folder,
+            packed_view=deployment.packed_view,
+            join_key=deployment.join_key,
+            join_key_type=deployment.join_key_type,
+            schema_hash=deployment.server.schema_hash,
+            max_age_s=deployment.max_feature_age_s,
+            width=len(deployment.server),
+        )
+
+    return open_reader
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=int, required=True)
     http.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one gateway each")
+    http.add_argument("--feast", type=Path, help="folder of the feature store; for models declared transport='direct'")
+    http.add_argument("--triton", metavar="HOST:PORT", help="Triton's gRPC endpoint; for the same")
     http.set_defaults(run=gateway)
     merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ ID_BYTES = 16
 DEADLINE_S = 5.0
 MAX_RECORD_BYTES = 768 << 10  # below Kafka's default limit of 1 MiB, with room for the framing
 EXPLAIN = {
+    "missing_device": "it came without a device embedding, and the model declares no answer without one",
     "bad_request": "the worker refused it as malformed",
     "unknown_model": "the worker does not serve this version",
     "unknown_entity": "the feature store has no row for the entity",
@@ -26,6 +27,7 @@ EXPLAIN = {
     "schema_drift": "the entity's features were packed by another schema than the model's",
     "unavailable": "the feature store or Triton did not answer, or gave no finite prediction for it",
 }
+FALLBACKS = {"none", "device-only", "server-only", "constant"}
 ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 Send = Callable[[DeviceEmbeddings, Callable[[], None]], None]
 
@@ -59,6 +61,7 @@ class _Question:
     prediction: NDArray[np.float32]
     age_ms: NDArray[np.int64]
     status: list[str]
+    fallback: list[str]
 
 
 @dataclass
@@ -109,8 +112,7 @@ class Exchange:
         finally:
             for key in question.ids:
                 self._asked.pop(key, None)
-        _raise_first(question.status)
-        return Answers(question.prediction, question.age_ms)
+        return answers(question.prediction, question.age_ms, question.status, question.fallback)
 
     def deliver(self, message: Predictions) -> None:
         """`answer` for other threads."""
@@ -128,6 +130,7 @@ class Exchange:
             question.prediction[place] = message.prediction[row]
             question.age_ms[place] = message.feature_age_ms[row]
             question.status[place] = message.status[row]
+            question.fallback[place] = message.fallback[row]
             question.left -= 1
             if question.left == 0 and not question.done.done():
                 question.done.set_result(None)
@@ -138,7 +141,7 @@ class Exchange:
         ids = [raw[start : start + ID_BYTES] for start in range(0, len(raw), ID_BYTES)]
         done = self._loop.create_future()
         asked, prediction = (deployment.model, deployment.version), np.full(n, np.nan, np.float32)
-        question = _Question(asked, rows, ids, done, n, prediction, np.full(n, -1, np.int64), [""] * n)
+        question = _Question(asked, rows, ids, done, n, prediction, np.full(n, -1, np.int64), [""] * n, [""] * n)
         self._asked |= {key: (question, place) for place, key in enumerate(ids)}
         return question
 
@@ -189,9 +192,10 @@ class Exchange:
 
 def _credible(message: Predictions, row: int, question: _Question) -> bool:
     """Whether a worker of ours can have said it: whoever may write to the topic may write anything."""
-    if (message.model, message.version) != question.asked:
+    if (message.model, message.version) != question.asked or message.fallback[row] not in FALLBACKS:
         return False
-    return message.status[row] != "ok" or bool(0 <= message.prediction[row] <= 1)
+    answered = message.status[row] == "ok" or message.fallback[row] != "none"
+    return not answered or bool(0 <= message.prediction[row] <= 1)
 
 
 def _fail(questions: Iterable[_Question]) -> None:
@@ -200,9 +204,16 @@ def _fail(questions: Iterable[_Question]) -> None:
             question.done.set_exception(Unavailable("Kafka did not take the request"))
 
 
-def _raise_first(status: list[str]) -> None:
-    """Raises the error of the first row that has one."""
-    for row, code in enumerate(status):
-        if code != "ok":
+def answers(
+    prediction: NDArray[np.float32], age_ms: NDArray[np.int64], status: Sequence[str], fallback: Sequence[str]
+) -> Answers:
+    """What a caller is told of its rows, each as in `Predictions`.
+
+    Raises:
+        ServingError: of the first row that nothing answers.
+    """
+    for row, (code, instead) in enumerate(zip(status, fallback, strict=True)):
+        if code != "ok" and instead == "none":
             why = EXPLAIN.get(code, "the worker gave no known reason")
             raise (ERRORS[code] if code in EXPLAIN else Unavailable)(f"row {row + 1} of {len(status)}: {why}")
+    return Answers(prediction, age_ms, status, fallback)

@@ -23,11 +23,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, BodyTooLarge, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
 from serving import oip
 from serving.deployments import Deployments
+from serving.direct import Direct
 from serving.exchange import Exchange, Limits
 from serving.kafka import Record, Tail, ThreadedOutbox
 
@@ -127,8 +129,11 @@ def over_kafka(
     limits: Limits,
     *,
     on_loss: Callable[[], None],
+    direct: Direct | None = None,
 ) -> Starlette:
-    """A gateway whose questions and answers cross Kafka; connects while the application starts.
+    """A gateway whose questions and answers cross Kafka, or go its own way where a model is declared to.
+
+    It connects while the application starts.
 
     Args:
         bootstrap: the broker, HOST:PORT.
@@ -137,24 +142,37 @@ def over_kafka(
         now_ms: Unix time in milliseconds, UTC.
         limits: of what may wait.
         on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
+        direct: the transport of models that are declared so; None: they are unavailable here.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
     exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
     tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange))
 
+    async def ask(deployment: Deployment, rows: oip.Rows) -> oip.Answers:
+        if deployment.serving.transport == "kafka":
+            return await exchange.ask(deployment, rows)
+        if direct is None:
+            raise Unavailable("the model is declared transport='direct', which this gateway was not started for")
+        return await direct.ask(deployment, rows)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         exchange.start()
         with outbox, tail:
-            tasks = [asyncio.create_task(_refresh(deployments)), asyncio.create_task(_watch((outbox, tail), on_loss))]
+            tasks = [asyncio.create_task(_watch((outbox, tail), on_loss))]
+            tasks.append(asyncio.create_task(_refresh(deployments, direct)))
             try:
                 yield
             finally:
                 for task in tasks:
                     task.cancel()
+                if direct is not None:
+                    direct.close()
 
-    return application(Gateway(deployments, exchange.ask, lambda: outbox.ready and tail.ready), lifespan)
+    return application(
+        Gateway(deployments, ask, lambda: outbox.ready and tail.ready and (direct is None or direct.ready)), lifespan
+    )
 
 
 def _send(outbox: ThreadedOutbox, message: DeviceEmbeddings, on_failure: Callable[[], None]) -> None:
@@ -174,8 +192,13 @@ def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange) -> None
         exchange.deliver(message)
 
 
-async def _refresh(deployments: Deployments) -> None:
+async def _refresh(deployments: Deployments, direct: Direct | None) -> None:
+    prepared: list[Deployment] | None = None
     while True:
+        wanted = [deployment for deployment in deployments.current if deployment.serving.transport == "direct"]
+        if direct is not None and wanted != prepared:
+            await direct.prepare(wanted)
+            prepared = wanted
         await asyncio.sleep(REFRESH_S)
         deployments.refresh()
 

@@ -1,7 +1,8 @@
 """The four stages of a merge, each a function: decode -> features -> forward -> encode.
 
 Columnar throughout: rows of many requests, of many records, go through Feast and
-Triton together. A row that cannot be predicted carries its reason to the end.
+Triton together. A row without one side carries the reason to the end, with what
+answers in its place: what the model declares, or nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +10,23 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.deployment import Deployment
-from hybrid.errors import BadRequest, Unavailable, UnknownModel
+from hybrid.errors import (
+    BadRequest,
+    MissingDevice,
+    SchemaDrift,
+    StaleFeatures,
+    Unavailable,
+    UnknownEntity,
+    UnknownModel,
+)
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from serving.exchange import DEADLINE_S
 from serving.kafka import PARTITIONS, Record
@@ -25,6 +35,8 @@ from serving.triton import Models
 log = logging.getLogger(__name__)
 
 OK = "ok"
+NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT = "none", "device-only", "server-only", "constant"
+ERROR = "error"  # declared in place of a fallback
 MAX_BATCH_ROWS = 2048  # of one forward pass and of one answer; a Triton model takes 4096
 MAX_NAME_BYTES = 256  # of a model; every answer repeats it
 Find = Callable[[str, int], Deployment | None]
@@ -74,6 +86,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.request_id)
 
+    @cached_property
+    def without_device(self) -> NDArray[np.bool_]:
+        """(n,) whether the request came without an embedding."""
+        return np.asarray(np.isnan(self.embedding).all(axis=1), dtype=bool)
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -89,14 +106,21 @@ class Joined:
     """The server's side of a batch.
 
     Attributes:
-        slots: (n, server + request); meaningless where `status` is not "ok".
+        slots: (n, server + request); meaningless where the server's side is missing.
         age_ms: (n,) of the server features; -1 where there are none.
-        status: (n,) "ok", or why the row cannot be predicted.
+        status: (n,) "ok", or the code that says which side is missing, and why.
+        fallback: (n,) what answers in its place; "none": nothing, the row is an error unless its status is "ok".
     """
 
     slots: NDArray[np.float32]
     age_ms: NDArray[np.int64]
     status: NDArray[np.object_]
+    fallback: NDArray[np.object_]
+
+    @property
+    def with_server(self) -> NDArray[np.bool_]:
+        """(n,) whether the server tower is asked."""
+        return np.asarray((self.status == OK) & (self.fallback == NONE) | (self.fallback == SERVER_ONLY), dtype=bool)
 
 
 def decode(records: Sequence[Record], find: Find) -> Decoded:
@@ -120,7 +144,7 @@ def decode(records: Sequence[Record], find: Find) -> Decoded:
 
 
 def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEADLINE_S) -> Joined:
-    """The server's slots of each row, and the request's beside them.
+    """The server's slots of each row, the request's beside them, and what answers where a side is missing.
 
     A row asked more than `deadline_s` ago is "unavailable": after an outage, those who
     gave up cost those who still wait nothing. The gateways' clocks and ours must agree
@@ -128,44 +152,100 @@ def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEAD
     """
     n, width = len(batch), len(batch.deployment.server)
     status = np.full(n, OK, dtype=object)
-    status[~np.isfinite(batch.embedding).all(axis=1)] = BadRequest.code
-    status[now_ms - batch.event_ms > 1000 * deadline_s] = Unavailable.code
+    status[batch.without_device] = MissingDevice.code
+    status[~(batch.without_device | np.isfinite(batch.embedding).all(axis=1))] = BadRequest.code
+    late = now_ms - batch.event_ms > 1000 * deadline_s
+    status[late] = Unavailable.code
     slots, age_ms = np.zeros((n, width), np.float32), np.full(n, -1, np.int64)
-    asked = status == OK
+    asked = np.isin(status, [OK, MissingDevice.code])
+    server = np.full(n, OK, dtype=object)
     if asked.any():
-        rows = reader.read(batch.entity[asked].tolist(), now_ms)
-        slots[asked], age_ms[asked], status[asked] = rows.slots, rows.age_ms, rows.status
-    return Joined(np.concatenate([slots, batch.request], axis=1), age_ms, status)
+        slots[asked], age_ms[asked], server[asked] = _read(reader, batch.entity[asked].tolist(), now_ms, width)
+    status[server != OK] = server[server != OK]
+    fallback = np.where(late, NONE, _fallback(batch, status))
+    return Joined(np.concatenate([slots, batch.request], axis=1), age_ms, status, fallback)
+
+
+def _read(reader: Reader, entities: list[str], now_ms: int, width: int) -> tuple[Any, Any, Any]:
+    """Slots, ages and statuses; all "unavailable" where the store fails."""
+    try:
+        rows = reader.read(entities, now_ms)
+    except Exception as error:
+        # The class alone: a store's message can quote the entity.
+        log.error("the feature store does not answer for %d rows: %s", len(entities), type(error).__name__)
+        return np.zeros((len(entities), width), np.float32), -1, Unavailable.code
+    return rows.slots, rows.age_ms, rows.status
+
+
+def _fallback(batch: Batch, status: NDArray[np.object_]) -> NDArray[np.object_]:
+    """(n,) what the model declares for each row's status."""
+    serving = batch.deployment.serving
+    without_server = {
+        UnknownEntity.code: serving.missing_entity,
+        StaleFeatures.code: serving.stale_features,
+        SchemaDrift.code: serving.stale_features,
+        Unavailable.code: serving.unavailable,
+    }
+    declared = np.full(len(batch), NONE, dtype=object)
+    declared[status == MissingDevice.code] = serving.missing_device
+    for code, answer in without_server.items():
+        here = status == code
+        declared[here & ~batch.without_device] = answer
+        # With both sides missing nothing is left to predict from.
+        both = ERROR if ERROR in (answer, serving.missing_device) or serving.constant is None else CONSTANT
+        declared[here & batch.without_device] = both
+    declared[declared == ERROR] = NONE
+    return declared
 
 
 def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]:
-    """(n,) probabilities: the server tower, then the head; NaN where the status is not "ok".
+    """(n,) probabilities: the server tower, then the head; NaN where nothing answers.
 
+    In the place of a missing side the head is given the embedding that was learned for it.
     An extreme embedding can overflow the head: that row too gets no finite number, and no other row is touched.
 
     Raises:
         Unavailable: Triton failed, or did not give one number a row.
     """
+    served = batch.deployment
     prediction = np.full(len(batch), np.nan, np.float32)
-    ready, served = joined.status == OK, batch.deployment
-    if not ready.any():
+    if served.serving.constant is not None:
+        prediction[joined.fallback == CONSTANT] = served.serving.constant
+    with_server = joined.with_server
+    asked = with_server | (joined.fallback == DEVICE_ONLY)
+    if not asked.any():
         return prediction
-    embedding = models.infer(served.server_tower, served.version, {"slots": joined.slots[ready]}, "embedding")
-    both = {"server": embedding, "device": batch.embedding[ready]}
+    server = np.broadcast_to(
+        np.array(served.missing_server or np.nan, np.float32), (len(batch), served.server_embedding)
+    )
+    if with_server.any():
+        server = server.copy()
+        slots = {"slots": joined.slots[with_server]}
+        server[with_server] = models.infer(served.server_tower, served.version, slots, "embedding")
+    device = batch.embedding
+    if batch.without_device.any():
+        learned = np.array(served.missing_device or np.nan, np.float32)
+        device = np.where(batch.without_device[:, None], learned, device)
+    both = {"server": server[asked], "device": device[asked]}
     answer = models.infer(served.head, served.version, both, "prediction").reshape(-1)
-    if len(answer) != ready.sum():
+    if len(answer) != asked.sum():
         raise Unavailable(f"Triton model {served.head!r} version {served.version} gave no prediction per row")
-    prediction[ready] = answer
+    prediction[asked] = answer
     return prediction
 
 
 def encode(batch: Batch, joined: Joined, prediction: NDArray[np.float32]) -> list[Predictions]:
     """One message for each gateway that waits."""
     served = batch.deployment
-    overflowed = (joined.status == OK) & ~np.isfinite(prediction)
-    status = np.where(overflowed, Unavailable.code, joined.status)
-    columns = {"request_id": batch.request_id, "status": status, "feature_age_ms": joined.age_ms}
-    columns["prediction"] = prediction
+    answered = (joined.status == OK) | (joined.fallback != NONE)
+    overflowed = answered & ~np.isfinite(prediction)
+    columns = {
+        "request_id": batch.request_id,
+        "status": np.where(overflowed, Unavailable.code, joined.status),
+        "fallback": np.where(overflowed, NONE, joined.fallback),
+        "prediction": prediction,
+        "feature_age_ms": joined.age_ms,
+    }
     return [
         Predictions(served.model, served.version, int(p), **_rows(columns, batch.reply_partition == p))
         for p in np.unique(batch.reply_partition)
@@ -179,18 +259,35 @@ def merge(
     now_ms: int,
     deadline_s: float = DEADLINE_S,
 ) -> list[Predictions]:
-    """The last three stages; where the store or Triton fails, every row says "unavailable"."""
+    """The last three stages; where the store or Triton fails, every row has what the model declares for that."""
     try:
         joined = features(batch, reader_of(batch.deployment), now_ms, deadline_s)
-        return encode(batch, joined, forward(batch, joined, models))
-    except Unavailable as error:
-        log.warning("%d rows unavailable: %s", len(batch), error)
     except Exception as error:
-        # The class alone: a store's message can quote the entity.
         log.error("%d rows unavailable: %s", len(batch), type(error).__name__)
-    n = len(batch)
-    failed = Joined(np.zeros((n, 0), np.float32), np.full(n, -1), np.full(n, Unavailable.code, dtype=object))
-    return encode(batch, failed, np.full(n, np.nan, np.float32))
+        joined = features(batch, _NoReader(), now_ms, deadline_s)
+    try:
+        return encode(batch, joined, forward(batch, joined, models))
+    except Exception as error:
+        # The text of ours alone, which holds no values.
+        log.error("%d rows without Triton: %s", len(batch), error if isinstance(error, Unavailable) else type(error))
+    joined = _without_models(batch, joined)
+    return encode(batch, joined, forward(batch, joined, models))
+
+
+class _NoReader:
+    """The feature store of a deployment that cannot be opened."""
+
+    def read(self, entities: Sequence[str], now_ms: int) -> PackedRows:
+        """Nothing."""
+        raise Unavailable("the feature store cannot be opened")
+
+
+def _without_models(batch: Batch, joined: Joined) -> Joined:
+    """Nothing can be predicted: the constant is left to rows that have a fallback, where the model declares one."""
+    status = np.where(joined.with_server, Unavailable.code, joined.status)
+    fallback = np.where(joined.with_server, _fallback(batch, status), joined.fallback)
+    last = NONE if batch.deployment.serving.constant is None else CONSTANT
+    return replace(joined, status=status, fallback=np.where(fallback == NONE, NONE, last))
 
 
 def probe(deployment: Deployment) -> tuple[Batch, Joined]:
@@ -199,7 +296,7 @@ def probe(deployment: Deployment) -> tuple[Batch, Joined]:
     one, zeros = np.zeros(1, np.int64), np.zeros((1, inputs), np.float32)
     entity, slots = np.array([""], dtype=object), np.zeros((1, len(deployment.server) + inputs), np.float32)
     batch = Batch(deployment, one, np.zeros(1, "V16"), entity, zeros, np.zeros((1, size), np.float32), one)
-    return batch, Joined(slots, one, np.array([OK], dtype=object))
+    return batch, Joined(slots, one, np.array([OK], dtype=object), np.array([NONE], dtype=object))
 
 
 def refusals(message: DeviceEmbeddings, reason: str) -> list[Predictions]:
@@ -212,6 +309,7 @@ def refusals(message: DeviceEmbeddings, reason: str) -> list[Predictions]:
             message.reply_partition,
             request_id=message.request_id[start : start + MAX_BATCH_ROWS],
             status=np.full(n, reason, dtype=object),
+            fallback=np.full(n, NONE, dtype=object),
             prediction=np.full(n, np.nan, np.float32),
             feature_age_ms=np.full(n, -1),
         )

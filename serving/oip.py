@@ -24,11 +24,14 @@ from hybrid.errors import BadRequest, ServingError
 from hybrid.protocol import (
     DEVICE_EMBEDDING,
     ENTITY,
+    FALLBACK,
     FEATURE_AGE_MS,
     HEADER_LENGTH,
     MERGED,
     OUTPUTS,
     PREDICTION,
+    STATUS,
+    TRANSPORT,
     VERSION,
 )
 
@@ -45,7 +48,7 @@ class Rows:
     Attributes:
         entity: (n,) join keys as text.
         request: (n, r) request features as slots.
-        embedding: (n, d) finite, as released by the device.
+        embedding: (n, d) as released by the device, finite; all NaN where the request came without.
     """
 
     entity: NDArray[np.object_]
@@ -73,10 +76,19 @@ class Infer:
 
 @dataclass(frozen=True)
 class Answers:
-    """The predictions of one request, (n,) each; all rows are "ok"."""
+    """The predictions of one request, (n,) each; every row has one.
+
+    Attributes:
+        prediction: probabilities.
+        feature_age_ms: of the server's features; -1 where there were none.
+        status: "ok", or why a side is missing.
+        fallback: what answered then; else "none".
+    """
 
     prediction: NDArray[np.float32]
     feature_age_ms: NDArray[np.int64]
+    status: Sequence[str]
+    fallback: Sequence[str]
 
 
 def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str, Any]:
@@ -113,7 +125,8 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
     inputs = _by_name(document.get("inputs"), "inputs")
     scalars = _scalars(deployment)
     expected = [*scalars, DEVICE_EMBEDDING]
-    unknown, missing = [n for n in inputs if n not in expected], [n for n in expected if n not in inputs]
+    needed = scalars if deployment.serving.missing_device != "error" else expected
+    unknown, missing = [n for n in inputs if n not in expected], [n for n in needed if n not in inputs]
     if unknown:
         raise BadRequest(f"unknown input {_short(unknown[0])}; {deployment.model} takes {expected}")
     if missing:
@@ -124,9 +137,11 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
     for name, datatype in scalars.items():
         if datatype == "BYTES":
             _check_lengths(name, columns[name])
-    embedding = _tensor(inputs[DEVICE_EMBEDDING], "FP32", (rows, deployment.device_embedding), chunks[DEVICE_EMBEDDING])
-    if not np.isfinite(embedding).all():
-        raise BadRequest(f"input {DEVICE_EMBEDDING!r} must be finite, got NaN or infinity")
+    embedding = np.full((rows, deployment.device_embedding), np.nan, np.float32)
+    if DEVICE_EMBEDDING in inputs:
+        embedding = _tensor(inputs[DEVICE_EMBEDDING], "FP32", embedding.shape, chunks[DEVICE_EMBEDDING])
+        if not np.isfinite(embedding).all():
+            raise BadRequest(f"input {DEVICE_EMBEDDING!r} must be finite, got NaN or infinity")
     request = deployment.request.slots(deployment.request.inputs(columns)).reshape(rows, len(deployment.request))
     entity = _entities(columns[ENTITY], deployment.join_key_type)
     return Infer(_id(document), Rows(entity, request, embedding), _wanted(document))
@@ -139,7 +154,10 @@ def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[byte
         PREDICTION: answers.prediction,
         VERSION: np.full(n, deployment.version),
         FEATURE_AGE_MS: answers.feature_age_ms,
-        MERGED: ["server"] * n,
+        MERGED: [deployment.merge] * n,
+        TRANSPORT: [deployment.serving.transport] * n,
+        STATUS: answers.status,
+        FALLBACK: answers.fallback,
     }
     outputs, raw = [], []
     for name, binary in infer.outputs.items():

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable
 
 from hybrid.deployment import Deployment
-from hybrid.errors import ConfigError, HybridError, Unavailable
+from hybrid.errors import Unavailable
 from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox
-from serving.merge import Batch, Reader, decode, forward, merge, probe
+from serving.merge import Batch, Reader, decode, merge
+from serving.readers import Readers
 from serving.triton import Models
 
 log = logging.getLogger(__name__)
@@ -49,18 +50,15 @@ class Worker:
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
-        self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
+        self._readers, self._models, self._now_ms = Readers(open_reader), models, now_ms
         self._deadline_s = deadline_s
-        self._readers: dict[tuple[str, int], Reader] = {}
-        self._said: dict[tuple[str, int], str | None] = {}
         self._behind = False
         self._refreshed_ms = now_ms()
 
     def run(self, stopping: threading.Event, ready: Callable[[], bool], announce: Callable[[], None]) -> None:
         """Works until `stopping` is set, then ends between two polls; calls `announce` once `ready`."""
         announced = False
-        self._open_readers()
-        self._warm_up()
+        self._readers.warm_up(self._deployments.current, self._models, self._now_ms())
         while not stopping.is_set():
             try:
                 self.step()
@@ -103,39 +101,10 @@ class Worker:
         return found
 
     def _merge(self, batch: Batch) -> list[Predictions]:
-        return merge(batch, self._reader, self._models, self._now_ms(), self._deadline_s)
-
-    def _reader(self, deployment: Deployment) -> Reader:
-        key = deployment.model, deployment.version
-        if key not in self._readers:
-            self._readers[key] = self._open_reader(deployment)
-        return self._readers[key]
+        return merge(batch, self._readers.of, self._models, self._now_ms(), self._deadline_s)
 
     def _refresh(self) -> None:
         if self._now_ms() - self._refreshed_ms >= REFRESH_MS:
             self._refreshed_ms = self._now_ms()
             self._deployments.refresh()
-            self._open_readers()
-
-    def _warm_up(self) -> None:
-        """Runs each stage once for each model, which takes seconds that the first request would wait."""
-        for deployment in self._deployments.current:
-            batch, joined = probe(deployment)
-            try:
-                self._reader(deployment).read([""], self._now_ms())
-                forward(batch, joined, self._models)
-            except HybridError as error:
-                log.warning("model %s version %d could not be tried: %s", deployment.model, deployment.version, error)
-
-    def _open_readers(self) -> None:
-        """Ahead of the first request, which would wait for it for seconds."""
-        for deployment in self._deployments.current:
-            said = None
-            try:
-                self._reader(deployment)
-            except ConfigError as error:
-                said = f"cannot be predicted yet: {error}"
-            key = deployment.model, deployment.version
-            if said and said != self._said.get(key):  # else once a second
-                log.error("model %s version %d %s", *key, said)
-            self._said[key] = said
+            self._readers.open_all(self._deployments.current)

@@ -94,7 +94,8 @@ class Settings(BaseModel):
         """
         workspace, ports = Workspace(self.root), self.ports
         workspace.triton.mkdir(parents=True, exist_ok=True)
-        broker = ["--kafka", f"127.0.0.1:{ports.kafka}"]
+        reached = ["--kafka", f"127.0.0.1:{ports.kafka}", "--feast", str(workspace.feast)]
+        reached += ["--triton", f"127.0.0.1:{ports.triton_grpc}"]
         return (
             (
                 kafka.service(
@@ -110,16 +111,11 @@ class Settings(BaseModel):
                 ),
             ),
             (
-                _serving(
-                    "worker",
-                    workspace,
-                    [*broker, "--feast", str(workspace.feast), "--triton", f"127.0.0.1:{ports.triton_grpc}"],
-                    log_has("ready"),
-                ),
+                _serving("worker", workspace, reached, log_has("ready")),
                 _serving(
                     "gateway",
                     workspace,
-                    [*broker, "--host", "127.0.0.1", "--port", str(ports.gateway)],
+                    [*reached, "--host", "127.0.0.1", "--port", str(ports.gateway)],
                     http_ok(f"http://127.0.0.1:{ports.gateway}/v2/health/ready"),
                     {"gateway": ports.gateway},
                 ),

@@ -54,6 +54,7 @@ def test_predictions_come_back_as_they_went():
         reply_partition=7,
         request_id=np.frombuffer(bytes(32), dtype="V16"),
         status=np.array(["ok", "unknown_entity"], dtype=object),
+        fallback=np.array(["none", "none"], dtype=object),
         prediction=np.array([0.25, np.nan], np.float32),
         feature_age_ms=np.array([1500, -1]),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hybrid import Categorical, Clear, Entity, HybridModel, Label, Noised, Numeric, Privacy, Server, View
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Noised, Numeric, Privacy, Server, Serving, View
 from hybrid.errors import ConfigError
 from hybrid.features import Transform
 from hybrid.spec import definition_hash, load_model
@@ -297,3 +298,25 @@ def test_a_file_is_read_as_it_is_now(tmp_path: Path):
         os.utime(file, (1_000_000_000, 1_000_000_000))
         assert load_model(file).name == name
     assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
+
+
+@pytest.mark.parametrize(
+    ("serving", "message"),
+    [
+        ({"missing_entity": "constant"}, "constant must be a probability, since missing_entity='constant'"),
+        ({"constant": 1.5}, "less than or equal to 1"),
+        ({"missing_device": "device-only"}, "'error', 'server-only' or 'constant'"),
+        ({"transport": "carrier pigeon"}, "'kafka' or 'direct'"),
+        ({"versions": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_way_to_serve_is_refused(serving: dict[str, Any], message: str):
+    """The message names the field and what it must be."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Serving(**serving)
+
+
+def test_how_a_model_is_served_is_not_part_of_its_definition():
+    """A fallback can be declared for a trained version: its definition's hash stays."""
+    plain = declare()
+    assert declare(serving=Serving(missing_entity="constant", constant=0.1)).definition() == plain.definition()

@@ -28,12 +28,11 @@ class Broker:
     def send(self, message, on_failure):
         self.sent.put_nowait((message, on_failure))
 
-    def answer(self, message, status="ok", picked=slice(None)):
+    def answer(self, message, status="ok", picked=slice(None), fallback="none"):
         ids = message.request_id[picked]
         n, prediction = len(ids), np.array([len(e) / 8 for e in message.entity[picked]], np.float32)
-        status = np.array([status] * n, dtype=object)
-        answer = Predictions("shop", 1, 3, request_id=ids, status=status, prediction=prediction,
-                             feature_age_ms=np.full(n, 9))  # fmt: skip
+        words = {"status": np.array([status] * n, dtype=object), "fallback": np.array([fallback] * n, dtype=object)}
+        answer = Predictions("shop", 1, 3, ids, prediction=prediction, feature_age_ms=np.full(n, 9), **words)
         self.exchange.answer(answer)
 
     def ask(self, *entities, **changes):
@@ -105,7 +104,16 @@ def test_a_repeated_or_unknown_answer_is_dropped():
 
 
 @pytest.mark.parametrize(
-    "forged", [{"prediction": 42.5}, {"prediction": np.nan}, {"prediction": -0.1}, {"model": "other"}, {"version": 77}]
+    "forged",
+    [
+        {"prediction": 42.5},
+        {"prediction": np.nan},
+        {"prediction": -0.1},
+        {"model": "other"},
+        {"version": 77},
+        {"fallback": "magic"},
+        {"status": "stale_features", "fallback": "constant", "prediction": np.nan},
+    ],
 )
 def test_an_answer_that_no_worker_can_have_given_is_dropped(forged):
     """It is no probability, or of another model or version than was asked; the true one, which comes later, counts."""
@@ -114,8 +122,9 @@ def test_an_answer_that_no_worker_can_have_given_is_dropped(forged):
         broker = Broker()
         asked = broker.ask("a")
         message, _ = await broker.sent.get()
-        said = {"model": "shop", "version": 1, "prediction": 0.5} | forged
-        columns = {"status": np.array(["ok"], dtype=object), "feature_age_ms": np.array([9])}
+        said = {"model": "shop", "version": 1, "prediction": 0.5, "status": "ok", "fallback": "none"} | forged
+        columns = {word: np.array([said[word]], dtype=object) for word in ("status", "fallback")}
+        columns["feature_age_ms"] = np.array([9])
         columns["prediction"] = np.array([said["prediction"]], np.float32)
         broker.exchange.answer(Predictions(said["model"], said["version"], 3, message.request_id, **columns))
         assert not asked.done()
@@ -155,6 +164,22 @@ def test_a_row_that_cannot_be_predicted_raises_its_error(status, error):
         with pytest.raises(error, match=r"^row 2 of 2: [^b]") as raised:
             await asked
         assert type(raised.value) is error
+
+    asyncio.run(scenario())
+
+
+def test_a_row_that_a_fallback_answers_is_an_answer():
+    """It says what was missing and what answered."""
+
+    async def scenario():
+        broker = Broker()
+        asked = broker.ask("a", "bb")
+        message, _ = await broker.sent.get()
+        broker.answer(message, picked=slice(0, 1))
+        broker.answer(message, "stale_features", picked=slice(1, 2), fallback="device-only")
+        answers = await asked
+        assert (answers.status, answers.fallback) == (["ok", "stale_features"], ["none", "device-only"])
+        assert answers.prediction.tolist() == [1 / 8, 2 / 8]
 
     asyncio.run(scenario())
 

@@ -34,7 +34,7 @@ class Setup:
         if self.error:
             raise self.error
         total = rows.request.sum(axis=1) + rows.embedding.sum(axis=1)
-        return Answers(total.astype(np.float32), np.full(len(rows), 60_000))
+        return Answers(total.astype(np.float32), np.full(len(rows), 60_000), ["ok"] * len(rows), ["none"] * len(rows))
 
     def infer(self, body=BODY, path="/v2/models/shop/infer", **options):
         return self.client.post(path, content=body, **options)
@@ -55,6 +55,9 @@ def test_a_request_is_answered_by_the_default_or_the_named_version(setup, path):
         "version": [1],
         "feature_age_ms": [60_000],
         "merged": ["server"],
+        "transport": ["kafka"],
+        "status": ["ok"],
+        "fallback": ["none"],
     }
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from hybrid.messages import DeviceEmbeddings
+from hybrid.spec import Serving
 from serving.kafka import Record
 from serving.merge import decode, encode, features, forward, merge
 from serving.testing import MemoryReader, SumModels, deployment
@@ -127,3 +128,109 @@ def test_a_prediction_that_is_not_finite_is_no_prediction():
         (answer,) = merge(batch, lambda _: MemoryReader(KNOWN), SumModels(), now_ms=0)
     assert answer.status.tolist() == ["unavailable", "ok"]
     assert np.isfinite(answer.prediction).tolist() == [False, True]
+
+
+LEARNED = {"missing_server": (10.0, 10.0), "missing_device": (5.0, 5.0)}
+
+
+def answered(entities, serving=None, embedding=None, models=None, reader=None, learned=LEARNED):
+    """Status, fallback and prediction of each row."""
+    served = deployment().model_copy(update={"serving": Serving(**(serving or {})), **learned})
+    batch = decode(records(message(entities, embedding=embedding)), lambda *_: served).batches[0]
+    (found,) = merge(batch, lambda _: reader or MemoryReader(KNOWN), models or SumModels(), now_ms=0)
+    return list(zip(found.status, found.fallback, found.prediction.tolist(), strict=True))
+
+
+class NoStore:
+    def read(self, entities, now_ms):
+        raise OSError("database is locked")
+
+
+def test_without_a_declared_fallback_a_missing_side_is_an_error():
+    """Each reason is told, and nothing is predicted in silence."""
+    rows = answered(["nowhere", "ruin", "mall"])
+    assert [(status, fallback) for status, fallback, _ in rows] == [
+        ("unknown_entity", "none"),
+        ("stale_features", "none"),
+        ("schema_drift", "none"),
+    ]
+    assert np.isnan([prediction for *_, prediction in rows]).all()
+
+
+def test_device_only_is_predicted_with_the_embedding_learned_for_a_missing_server_side():
+    """The head sums (10, 10) and the device's (1, 1): 22; the bakery beside it 2 x 12 + 2 = 26."""
+    serving = {"missing_entity": "device-only", "stale_features": "device-only"}
+    assert answered(["nowhere", "bakery", "ruin", "mall"], serving) == [
+        ("unknown_entity", "device-only", 22.0),
+        ("ok", "none", 26.0),
+        ("stale_features", "device-only", 22.0),
+        ("schema_drift", "device-only", 22.0),
+    ]
+
+
+def test_server_only_is_predicted_with_the_embedding_learned_for_a_missing_device_side():
+    """The bakery's tower gives (12, 12), the missing device (5, 5): 34; a row of its own embedding 26."""
+    rows = answered(["bakery", "bakery"], {"missing_device": "server-only"}, [[np.nan, np.nan], [1, 1]])
+    assert rows == [("missing_device", "server-only", 34.0), ("ok", "none", 26.0)]
+
+
+def test_an_embedding_that_is_half_a_number_is_refused():
+    """Only a whole row of NaN says that there is none."""
+    assert answered(["bakery"], {"missing_device": "server-only"}, [[np.nan, 1]])[0][:2] == ("bad_request", "none")
+
+
+@pytest.mark.parametrize(("constant", "expected"), [(0.25, ("unknown_entity", "constant", 0.25)), (None, None)])
+def test_with_both_sides_missing_only_a_constant_is_left(constant, expected):
+    """Each side alone would be predicted without the other; without both there is nothing to predict from."""
+    serving = {"missing_entity": "device-only", "missing_device": "server-only", "constant": constant}
+    (row,) = answered(["nowhere"], serving, [[np.nan, np.nan]])
+    assert row == expected if expected else row[:2] == ("unknown_entity", "none")
+
+
+def test_a_constant_is_what_was_declared():
+    """No network is asked."""
+    models = SumModels()
+    assert answered(["nowhere"], {"missing_entity": "constant", "constant": 0.125}, models=models) == [
+        ("unknown_entity", "constant", 0.125)
+    ]
+    assert not models.calls
+
+
+def test_a_store_that_fails_is_the_declared_fallback_of_unavailable():
+    """Feast is down and Triton is not: the device's side is predicted alone, or an error where none is declared."""
+    assert answered(["bakery"], {"unavailable": "device-only"}, reader=NoStore()) == [
+        ("unavailable", "device-only", 22.0)
+    ]
+    assert answered(["bakery"], reader=NoStore())[0][:2] == ("unavailable", "none")
+
+
+@pytest.mark.parametrize(
+    ("serving", "expected"),
+    [
+        ({}, [("unavailable", "none"), ("unknown_entity", "none")]),
+        ({"unavailable": "device-only"}, [("unavailable", "none"), ("unknown_entity", "none")]),
+        (
+            {"unavailable": "device-only", "missing_entity": "device-only", "constant": 0.5},
+            [("unavailable", "constant"), ("unknown_entity", "constant")],
+        ),
+    ],
+)
+def test_without_triton_only_a_constant_is_left(serving, expected):
+    """And each row keeps the reason of its own."""
+    rows = answered(["bakery", "nowhere"], serving, models=SumModels(broken=True))
+    assert [row[:2] for row in rows] == expected
+    assert all(row[2] == 0.5 for row in rows if row[1] == "constant")
+
+
+def test_a_row_asked_too_long_ago_is_not_predicted_by_a_fallback():
+    """Nobody waits for it."""
+    served = deployment().model_copy(update={"serving": Serving(unavailable="constant", constant=0.5)})
+    batch = decode(records(message()), lambda *_: served).batches[0]
+    joined = features(batch, MemoryReader(KNOWN), now_ms=5_001)
+    assert (joined.status.tolist(), joined.fallback.tolist()) == (["unavailable"], ["none"])
+
+
+def test_an_overflow_is_no_answer_of_a_fallback_either():
+    """The head gives infinity for an extreme embedding: unavailable, as without a fallback."""
+    (row,) = answered(["nowhere"], {"missing_entity": "device-only"}, [[3e38, 3e38]])
+    assert row[:2] == ("unavailable", "none")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import BadRequest, StaleFeatures
+from hybrid.spec import Serving
 from serving import oip
 from serving.testing import deployment
 
@@ -43,7 +44,9 @@ def test_json_becomes_rows():
     assert asked.rows.entity.tolist() == ["bakery", "kiosk"]
     assert asked.rows.request.tolist() == [[1.0, 0.5], [2.0, 10.0]]
     assert asked.rows.embedding.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert asked.outputs == dict.fromkeys(["prediction", "version", "feature_age_ms", "merged"], False)
+    assert asked.outputs == dict.fromkeys(
+        ["prediction", "version", "feature_age_ms", "merged", "transport", "status", "fallback"], False
+    )
 
 
 def test_raw_tensors_lie_behind_the_json_in_the_order_of_the_inputs():
@@ -192,7 +195,9 @@ def test_a_damaged_request_is_read_or_refused_but_never_anything_else(patch, pla
 
 def answer(outputs):
     asked = oip.Infer("q1", decode(inputs()).rows, outputs)
-    return oip.encode(asked, oip.Answers(np.array([0.25, 0.5], np.float32), np.array([7, 8])), SHOP)
+    return oip.encode(
+        asked, oip.Answers(np.array([0.25, 0.5], np.float32), np.array([7, 8]), ["ok"] * 2, ["none"] * 2), SHOP
+    )
 
 
 def test_an_answer_in_json():
@@ -209,6 +214,28 @@ def test_an_answer_in_json():
             {"name": "merged", "datatype": "BYTES", "shape": [2], "data": ["server", "server"]},
         ],
     }
+
+
+def test_an_answer_names_what_answered_and_why():
+    """Row 2 is predicted without the server's side, since the store has no row for it; the model goes over Kafka."""
+    asked = oip.Infer(None, decode(inputs()).rows, {"transport": False, "status": False, "fallback": False})
+    answers = oip.Answers(
+        np.array([0.25, 0.5], np.float32), np.array([7, -1]), ["ok", "unknown_entity"], ["none", "device-only"]
+    )
+    outputs = {o["name"]: o["data"] for o in json.loads(oip.encode(asked, answers, SHOP)[0])["outputs"]}
+    assert outputs == {
+        "transport": ["kafka", "kafka"],
+        "status": ["ok", "unknown_entity"],
+        "fallback": ["none", "device-only"],
+    }
+
+
+def test_the_device_embedding_may_be_left_out_where_the_model_answers_without():
+    """Then its rows are NaN; where the model declares no answer without one, the input is missing."""
+    declared = SHOP.model_copy(update={"serving": Serving(missing_device="constant", constant=0.1)})
+    assert np.isnan(decode(inputs(device_embedding=None), served=declared).rows.embedding).all()
+    with pytest.raises(BadRequest, match=r"inputs \['device_embedding'\] are missing"):
+        decode(inputs(device_embedding=None))
 
 
 def test_an_answer_with_raw_tensors():

@@ -199,15 +199,15 @@ def test_it_announces_itself_once_it_is_ready_and_ends_between_two_polls(setup):
 
 def test_a_view_that_is_not_there_yet_does_not_stop_the_worker(setup):
     """Its rows are unavailable; a reader that opens later answers."""
-    opened = setup.worker._open_reader
+    opened = setup.worker._readers._open
 
     def closed(_):
         raise ConfigError("no such view")
 
-    setup.worker._open_reader = closed
+    setup.worker._readers._open = closed
     setup.ask(1)
     setup.worker.step()
-    setup.worker._open_reader = opened
+    setup.worker._readers._open = opened
     setup.ask(2)
     setup.worker.step()
     assert setup.answered == [(1, "unavailable"), (2, "ok")]
@@ -215,17 +215,17 @@ def test_a_view_that_is_not_there_yet_does_not_stop_the_worker(setup):
 
 def test_a_view_that_is_missing_is_logged_once_until_something_changes(setup, caplog):
     """Three refreshes say so once; another reason, or the same one after a success, is said again."""
-    opened, reasons = setup.worker._open_reader, ["no view", "no view", "no view", "no folder", None, "no view"]
+    opened, reasons = setup.worker._readers._open, ["no view", "no view", "no view", "no folder", None, "no view"]
 
     def reader(asked):
         if reason := reasons[setup.now_ms // REFRESH_MS - 1]:
             raise ConfigError(reason)
         return opened(asked)
 
-    setup.worker._open_reader = reader
+    setup.worker._readers._open = reader
     for _ in reasons:
         setup.now_ms += REFRESH_MS
-        setup.worker._readers.clear()
+        setup.worker._readers._opened.clear()
         setup.worker.step()
     said = [record.getMessage() for record in caplog.records if "cannot be predicted" in record.getMessage()]
     assert said == [

@@ -1,9 +1,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from hybrid import Serving
 from hybrid.errors import ConfigError
 from hybrid.export.promote import export_version
 from hybrid.workspace import Workspace
@@ -19,6 +21,22 @@ def test_serving_is_told_all_that_it_needs(every):
     assert deployment.request.names == ("place", "speed")
     assert (deployment.server_embedding, deployment.device_embedding) == (3, 2)
     assert (deployment.server_tower, deployment.head) == ("every_server_tower", "every_head")
+
+
+def test_serving_is_told_the_embeddings_that_stand_for_a_missing_side(every, tmp_path: Path):
+    """Those that tower dropout learned: (1, 2, 3) for the server's; none for the device's, which stayed zero."""
+    learned = {"missing.server.weight": np.array([[1.0], [2.0], [3.0]], np.float32)}
+    version = replace(every.version, weights=every.version.weights | learned)
+    deployment = export_version(version, every.network.model, Workspace(tmp_path)).deployment
+    assert (deployment.missing_server, deployment.missing_device) == ((1.0, 2.0, 3.0), ())
+
+
+@pytest.mark.parametrize("serving", [{"missing_entity": "device-only"}, {"missing_device": "server-only"}])
+def test_a_fallback_that_was_not_learned_is_refused(every, tmp_path: Path, serving: dict[str, str]):
+    """Zeros are no embedding: the message names the setting and what learns one."""
+    model = every.network.model.model_copy(update={"serving": Serving(**serving)})
+    with pytest.raises(ConfigError, match=f"serving.{next(iter(serving))} must be .* tower dropout"):
+        export_version(every.version, model, Workspace(tmp_path))
 
 
 def test_export_alone_changes_nothing_that_is_served(every):

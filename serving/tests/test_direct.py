@@ -1,0 +1,190 @@
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from hybrid.errors import ConfigError, Unavailable, UnknownEntity
+from hybrid.spec import Serving
+from serving.direct import Direct
+from serving.exchange import Limits
+from serving.oip import Rows
+from serving.readers import Readers
+from serving.testing import MemoryReader, SumModels, deployment
+
+KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok")}
+
+
+def rows(*entities, slot=0.0):
+    n = len(entities)
+    return Rows(np.array(entities, dtype=object), np.full((n, 2), slot, np.float32), np.zeros((n, 2), np.float32))
+
+
+class Halting(SumModels):
+    """The first call waits until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def infer(self, *arguments):
+        if not self.reached.is_set():
+            self.reached.set()
+            assert self.go.wait(30)
+        return super().infer(*arguments)
+
+
+def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN)):
+    return Direct(Readers(open_reader), models or SumModels(), lambda: 1_000, limits or Limits(deadline_s=30))
+
+
+def run(scenario, made):
+    try:
+        return asyncio.run(scenario(made))
+    finally:
+        made.close()
+
+
+def test_a_request_is_merged_without_kafka():
+    """bakery's slot is 1: the tower gives (1, 1), the head 2; its row is 5 ms old."""
+
+    async def scenario(made):
+        answers = await made.ask(deployment(), rows("bakery"))
+        assert (answers.prediction.tolist(), answers.feature_age_ms.tolist()) == ([2.0], [5])
+        assert (list(answers.status), list(answers.fallback)) == (["ok"], ["none"])
+
+    run(scenario, direct())
+
+
+def test_what_waits_while_a_batch_is_merged_leaves_together_as_the_next():
+    """The first row goes alone; four that come meanwhile, of three callers, are one batch; each gets its own back."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        others = [
+            asyncio.create_task(made.ask(deployment(), asked))
+            for asked in (rows("kiosk"), rows("bakery", "kiosk"), rows("bakery", slot=1.0))
+        ]
+        await asyncio.sleep(0)
+        models.go.set()
+        found = [answers.prediction.tolist() for answers in await asyncio.gather(first, *others)]
+        assert found == [[2.0], [4.0], [2.0, 4.0], [6.0]]
+        assert [n for name, _, n in models.calls if name == "shop_head"] == [1, 4]
+
+    run(scenario, direct(models))
+
+
+def test_rows_of_two_versions_are_never_merged_together():
+    """Each goes through its own pair."""
+    models = Halting()
+
+    async def scenario(made):
+        asked = [asyncio.create_task(made.ask(deployment(v), rows("bakery"))) for v in (1, 2, 1)]
+        await asyncio.to_thread(models.reached.wait, 30)
+        models.go.set()
+        await asyncio.gather(*asked)
+        assert {(version, n) for _, version, n in models.calls} == {(1, 2), (2, 1)}
+
+    run(scenario, direct(models))
+
+
+def test_a_row_that_cannot_be_predicted_raises_its_error_for_its_caller_alone():
+    """The other caller of the same batch is answered."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        lost = asyncio.create_task(made.ask(deployment(), rows("nowhere")))
+        found = asyncio.create_task(made.ask(deployment(), rows("kiosk")))
+        await asyncio.sleep(0)
+        models.go.set()
+        with pytest.raises(UnknownEntity, match="row 1 of 1"):
+            await lost
+        assert (await found).prediction.tolist() == [4.0]
+        await first
+
+    run(scenario, direct(models))
+
+
+def test_a_declared_fallback_answers():
+    """Without a row in the store, and with a constant declared."""
+
+    async def scenario(made):
+        served = deployment().model_copy(update={"serving": Serving(missing_entity="constant", constant=0.5)})
+        answers = await made.ask(served, rows("nowhere"))
+        assert (list(answers.status), list(answers.fallback)) == (["unknown_entity"], ["constant"])
+        assert answers.prediction.tolist() == [0.5]
+
+    run(scenario, direct())
+
+
+def test_no_answer_in_time_is_unavailable_and_what_nobody_waits_for_is_not_merged():
+    """The second request's caller gave up while the first was merged: its row never reaches the models."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        with pytest.raises(Unavailable, match="no answer in time"):
+            await made.ask(deployment(), rows("kiosk"))
+        models.go.set()
+        with pytest.raises(Unavailable, match="no answer in time"):
+            await first
+        while made._merging is not None and not made._merging.done():
+            await made._merging
+        assert [n for name, _, n in models.calls if name == "shop_head"] == [1]
+
+    run(scenario, direct(models, Limits(deadline_s=0.05)))
+
+
+def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
+    """With room for two rows, a third is told at once."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery", "kiosk")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        with pytest.raises(Unavailable, match="too many rows"):
+            await made.ask(deployment(), rows("kiosk"))
+        models.go.set()
+        await first
+        assert (await made.ask(deployment(), rows("kiosk"))).prediction.tolist() == [4.0]
+
+    run(scenario, direct(models, Limits(deadline_s=30, waiting_rows=2)))
+
+
+def test_a_store_that_cannot_be_opened_makes_its_rows_unavailable():
+    """It is opened again with the next request."""
+
+    def closed(_):
+        raise ConfigError("no such view")
+
+    async def scenario(made):
+        await made.prepare([deployment()])
+        assert made.ready
+        with pytest.raises(Unavailable, match="feature store"):
+            await made.ask(deployment(), rows("bakery"))
+
+    run(scenario, direct(open_reader=closed))
+
+
+def test_an_end_while_requests_wait_tells_them():
+    """None is left without an answer."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        second = asyncio.create_task(made.ask(deployment(), rows("kiosk")))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(made.close))
+        models.go.set()
+        await closing
+        assert (await first).prediction.tolist() == [2.0]
+        with pytest.raises(Unavailable, match="stopping"):
+            await second
+
+    run(scenario, direct(models))
