@@ -380,7 +380,7 @@ def declared(serving):
             asked["inputs"] = [tensor for tensor in asked["inputs"] if tensor["name"] not in without]
             answer = serving.client.post(f"/v2/models/{name}/infer", content=json.dumps(asked))
             if answer.status_code != 200:
-                return answer.json()["code"]
+                return answer.json()
             return {o["name"]: o["data"][0] for o in answer.json()["outputs"]}
 
         return ask
