@@ -37,7 +37,7 @@ from rich.console import Console
 
 from benchmarks import measure, world
 from hybrid.errors import StackError
-from hybrid.local.process import Process, Service, free_ports, http_ok
+from hybrid.local.process import Process, free_ports
 from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.kafka import GROUP, PARTITIONS, create_topics
 from serving.triton import Triton
@@ -364,8 +364,10 @@ def soak(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], figu
         load.join(seconds * 4 / 5)
         end = {name: rss_mb(process) for name, process in processes.items()}
         load.join()
-    for name in processes:
-        rows.append({"part": f"soak, {name}, MB", "after a fifth": warm[name], "at the end": end[name]} | done[0])
+    rows += [
+        {"part": f"soak, {name}, MB", "after a fifth": warm[name], "at the end": end[name]} | done[0]
+        for name in processes
+    ]
     figures["rss_drift"] = max(end[name] / warm[name] - 1 for name in processes)
 
 

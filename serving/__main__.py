@@ -71,20 +71,26 @@ def gateway(arguments: argparse.Namespace) -> None:
 def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
     from feature_store.online import PackedReader
+    from serving.cache import CachedModels, CachedReader
     from serving.kafka import GroupInbox, ProducerOutbox, create_topics
     from serving.triton import Triton
-    from serving.worker import Worker
+    from serving.worker import IN_FLIGHT, Pace, Worker
 
-    def open_reader(deployment: Deployment) -> PackedReader:
-        return PackedReader(
+    max_bytes = arguments.cache_mb << 20
+
+    def open_reader(deployment: Deployment) -> CachedReader:
+        width, max_age_s = len(deployment.server), deployment.max_feature_age_s
+        packed = PackedReader(
             arguments.feast,
             packed_view=deployment.packed_view,
             join_key=deployment.join_key,
             join_key_type=deployment.join_key_type,
             schema_hash=deployment.server.schema_hash,
-            max_age_s=deployment.max_feature_age_s,
-            width=len(deployment.server),
+            max_age_s=max_age_s,
+            width=width,
         )
+        limits = {"reread_s": arguments.reread_s, "max_age_s": max_age_s}
+        return CachedReader(packed, width=width, max_bytes=max_bytes, **limits)
 
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,9 +106,11 @@ def worker(arguments: argparse.Namespace) -> None:
             outbox=outbox,
             deployments=Deployments(arguments.deployments),
             open_reader=open_reader,
-            models=triton,
+            models=CachedModels(triton, max_bytes),
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
+            in_flight=IN_FLIGHT,
+            pace=Pace(arguments.batch_ms / 1000),
         )
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
@@ -127,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
+    merging.add_argument(
+        "--reread-s",
+        type=float,
+        default=5.0,
+        help="how late a materialised change may be seen; 0 reads the store for every row",
+    )
+    merging.add_argument("--cache-mb", type=int, default=32, help="of features and of embeddings, each, per version")
+    merging.add_argument("--batch-ms", type=float, default=20.0, help="that a batch may take; under load it fills that")
     merging.set_defaults(run=worker)
     return parser
 

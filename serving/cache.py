@@ -80,7 +80,7 @@ class CachedReader:
         status = np.full(n, OK, dtype=object)
         if not fresh.all():
             missed = np.flatnonzero(~fresh)
-            rows = self._reader.read([entities[row] for row in missed], now_ms)
+            rows = self._reader.read([entities[row] for row in missed.tolist()], now_ms)
             slots[missed], age_ms[missed], status[missed] = rows.slots, rows.age_ms, rows.status
             self._keep(entities, missed[status[missed] == OK], slots, now_ms - age_ms, now_ms)
         return Rows(slots, age_ms, status)
@@ -94,7 +94,7 @@ class CachedReader:
         now_ms: int,
     ) -> None:
         with self._lock:
-            place = self._places.take([entities[row] for row in rows])
+            place = self._places.take([entities[row] for row in rows.tolist()])
             self._slots[place], self._oldest_ms[place], self._read_ms[place] = slots[rows], oldest_ms[rows], now_ms
 
 
@@ -127,13 +127,13 @@ class CachedModels:
         hit = np.zeros(len(keys), bool) if known is None else known.hit
         if known is not None and hit.all():
             return known.embedding
-        missed = {keys[row]: row for row in np.flatnonzero(~hit)}
+        missed = {keys[row]: row for row in np.flatnonzero(~hit).tolist()}
         first = {key: place for place, key in enumerate(missed)}
         computed = self._models.infer(model, version, {name: slots[list(missed.values())]}, output)
         with self._lock:
             self._tower(model, version, computed.shape[1], size).put(list(missed), computed)
         embedding = np.empty((len(keys), computed.shape[1]), np.float32) if known is None else known.embedding
-        rows = np.flatnonzero(~hit)
+        rows = np.flatnonzero(~hit).tolist()
         embedding[rows] = computed[[first[keys[row]] for row in rows]]
         return embedding
 

@@ -159,7 +159,7 @@ def test_whatever_is_written_and_read_in_any_order(steps):
 def test_the_bound_counts_what_python_takes():
     """2,000 rows of 20-letter entities take less memory than their share of `max_bytes`."""
     names = [f"entity-{number:013d}" for number in range(2000)]
-    store = Store(**{name: (1.0, 0) for name in names})
+    store = Store(**dict.fromkeys(names, (1.0, 0)))
     tracemalloc.start()
     reader = cached(store, entries=2000)
     for name in names:
