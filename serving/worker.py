@@ -29,7 +29,7 @@ POLL_S = 0.2
 BUSY_POLL_S = 0.02  # while batches are on their way, whose offsets wait to be committed
 STALLED_S = 0.5  # batches that take longer hold up polling: without it the group would give our share away
 BUDGET_S = 0.02
-MOST_RECORDS = 512
+LEAST_BYTES, MOST_BYTES = 64 << 10, 1 << 20  # of a batch
 IN_FLIGHT = 3
 PAUSE_S = 1.0  # before records are tried again whose answers Kafka did not take
 REFRESH_MS = 1_000
@@ -38,26 +38,37 @@ REFRESH_MS = 1_000
 class Pace:
     """How many records a batch takes: as many as are through within a budget of time.
 
-    Few records come alone and are never kept waiting for company; under load a
-    batch grows while it stays within the budget, and shrinks when it does not.
+    A few records are never kept waiting for company. Under load a batch grows while
+    it stays within the budget, and shrinks when it does not; to no less than
+    `least_bytes`, below which what each batch costs would make all of them later.
 
     Args:
         budget_s: of a batch, from its bytes to its answers in Kafka.
-        most: records, however fast they are.
+        least_bytes, most_bytes: of a batch; at least one record.
 
     Source:
         Crankshaw et al., Clipper, NSDI 2017, section 4.3.1: additive increase, multiplicative decrease.
     """
 
-    def __init__(self, budget_s: float = BUDGET_S, most: int = MOST_RECORDS) -> None:
-        self._budget_s, self._most, self.records = budget_s, most, min(8, most)
+    def __init__(
+        self, budget_s: float = BUDGET_S, *, least_bytes: int = LEAST_BYTES, most_bytes: int = MOST_BYTES
+    ) -> None:
+        self._budget_s, self._least, self._most = budget_s, least_bytes, most_bytes
+        self._bytes, self._record_bytes = least_bytes, 1_000.0
 
-    def took(self, records: int, seconds: float) -> None:
-        """Learns from a batch."""
+    @property
+    def records(self) -> int:
+        """Of the next batch, at most."""
+        return max(1, int(self._bytes / self._record_bytes))
+
+    def took(self, records: int, size: int, seconds: float) -> None:
+        """Learns from a batch of `size` bytes."""
+        full = records >= self.records
+        self._record_bytes += 0.2 * (size / records - self._record_bytes)
         if seconds > self._budget_s:
-            self.records = max(1, min(self.records, int(0.9 * records)))
-        elif records >= self.records:
-            self.records = min(self._most, self.records + max(1, self.records // 8))
+            self._bytes = max(self._least, int(0.9 * self._bytes))
+        elif full:
+            self._bytes = min(self._most, self._bytes + self._least)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class _Flight:
 
     upto: dict[int, int]
     records: int
+    size: int  # bytes
     seconds: Future[float]
 
 
@@ -148,7 +160,8 @@ class Worker:
         """The next records, if any, as a batch."""
         if records := self._inbox.poll(timeout_s, self._pace.records):
             upto = {record.partition: record.offset + 1 for record in records}  # in order, so the last counts
-            self._flights.append(_Flight(upto, len(records), self._threads.submit(self._answer, records)))
+            size = sum(len(record.value) for record in records)
+            self._flights.append(_Flight(upto, len(records), size, self._threads.submit(self._answer, records)))
 
     def _land(self, most: int) -> None:
         """Commits the batches that have arrived, in their order; waits until at most so many are on their way.
@@ -161,7 +174,7 @@ class Worker:
             self._wait(most)
             while self._flights and self._flights[0].seconds.done():
                 flight = self._flights[0]
-                self._pace.took(flight.records, flight.seconds.result())
+                self._pace.took(flight.records, flight.size, flight.seconds.result())
                 upto |= self._flights.popleft().upto
         except BaseException:
             wait([flight.seconds for flight in self._flights])
