@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
+from serving.cache import CACHE_BYTES, REREAD_S
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 
@@ -79,6 +80,7 @@ def gateway(arguments: argparse.Namespace) -> None:
 
 def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
     """The direct transport, where the gateway is told of a feature store and of Triton."""
+    from serving.cache import CachedModels
     from serving.direct import Direct
     from serving.readers import Readers
     from serving.triton import Triton
@@ -87,14 +89,16 @@ def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
         raise ConfigError("--feast and --triton must be given both or neither: the direct transport needs both")
     if arguments.feast is None:
         return None
-    return Direct(Readers(_reader_in(arguments.feast)), Triton(arguments.triton), _now_ms, limits)
+    models = CachedModels(Triton(arguments.triton), arguments.cache_mb << 20)
+    return Direct(Readers(_reader_in(arguments)), models, _now_ms, limits)
 
 
 def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
+    from serving.cache import CachedModels
     from serving.kafka import GroupInbox, ProducerOutbox, create_topics
     from serving.triton import Triton
-    from serving.worker import Worker
+    from serving.worker import IN_FLIGHT, Pace, Worker
 
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,29 +113,35 @@ def worker(arguments: argparse.Namespace) -> None:
             inbox=inbox,
             outbox=outbox,
             deployments=Deployments(arguments.deployments),
-            open_reader=_reader_in(arguments.feast),
-            models=triton,
+            open_reader=_reader_in(arguments),
+            models=CachedModels(triton, arguments.cache_mb << 20),
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
+            in_flight=IN_FLIGHT,
+            pace=Pace(arguments.batch_ms / 1000),
         )
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
 
-def _reader_in(folder: Path) -> Callable[[Deployment], Reader]:
-    """Opens the feature store in a folder for a deployment."""
+def _reader_in(arguments: argparse.Namespace) -> Callable[[Deployment], Reader]:
+    """Opens the feature store for a deployment, behind its cache."""
 
     def open_reader(deployment: Deployment) -> Reader:
         from feature_store.online import PackedReader
+        from serving.cache import CachedReader
 
-        return PackedReader(
-            folder,
+        width, max_age_s = len(deployment.server), deployment.max_feature_age_s
+        packed = PackedReader(
+            arguments.feast,
             packed_view=deployment.packed_view,
             join_key=deployment.join_key,
             join_key_type=deployment.join_key_type,
             schema_hash=deployment.server.schema_hash,
-            max_age_s=deployment.max_feature_age_s,
-            width=len(deployment.server),
+            max_age_s=max_age_s,
+            width=width,
         )
+        limits = {"reread_s": arguments.reread_s, "max_age_s": max_age_s}
+        return CachedReader(packed, width=width, max_bytes=arguments.cache_mb << 20, **limits)
 
     return open_reader
 
@@ -148,6 +158,15 @@ def _parser() -> argparse.ArgumentParser:
         default=DEADLINE_S,
         help="from a request to its answer; gateway's and worker's agree",
     )
+    common.add_argument(
+        "--reread-s",
+        type=float,
+        default=REREAD_S,
+        help="how late a materialised change may be seen; 0 reads the store for every row",
+    )
+    common.add_argument(
+        "--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of features and of embeddings, each, per version"
+    )
     http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=int, required=True)
@@ -158,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
+    merging.add_argument("--batch-ms", type=float, default=20.0, help="that a batch may take; under load it fills that")
     merging.set_defaults(run=worker)
     return parser
 

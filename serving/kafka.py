@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -49,14 +50,23 @@ class Record:
         return DeadLetter.of(self.value, topic=self.topic, reason=reason, **place)
 
 
+Upto = Mapping[int, int]  # partition -> offset of the first record that is not done with
+
+
 class Inbox(Protocol):
     """Where the worker takes records from."""
 
-    def poll(self, timeout_s: float) -> list[Record]:
-        """Records since the last poll, none if `timeout_s` passes first."""
+    def poll(self, timeout_s: float, most: int) -> list[Record]:
+        """Records since the last poll, at most so many, none if `timeout_s` passes first."""
 
-    def commit(self) -> None:
-        """Says that all polled records are done with."""
+    def commit(self, upto: Upto) -> None:
+        """Says that all records before those offsets are done with; need not wait until Kafka has noted it."""
+
+    def pause(self) -> None:
+        """Takes no more records of its present share until `resume`; polls go on, to stay in the group."""
+
+    def resume(self) -> None:
+        """Takes records again."""
 
     def rewind(self) -> None:
         """Goes back to the last commit: the records since then come again.
@@ -73,7 +83,7 @@ class Outbox(Protocol):
         """Takes a record; it is safe only once `flush` returned."""
 
     def flush(self) -> None:
-        """Waits until everything sent lies in its topic.
+        """Waits until everything that this thread sent lies in its topic.
 
         Raises:
             Unavailable: something does not.
@@ -95,16 +105,19 @@ def create_topics(bootstrap: str) -> None:
 
 
 class GroupInbox:
-    """The worker's share of a topic, by consumer group; at least once, as offsets are committed by hand."""
+    """The worker's share of a topic, by consumer group; at least once, as offsets are committed by hand.
 
-    def __init__(self, bootstrap: str, topic: str, max_records: int = 64) -> None:
+    One thread uses it; kafka-python fetches ahead and keeps up the membership in another.
+    """
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
         self._topic = topic
+        self._done: dict[Any, Any] = {}
         self._consumer = kafka.KafkaConsumer(
             bootstrap_servers=bootstrap,
             group_id=GROUP,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            max_poll_records=max_records,
             # A killed worker's partitions wait this long for the next one: the shortest a broker takes by default.
             session_timeout_ms=6_000,
             heartbeat_interval_ms=1_500,
@@ -115,6 +128,11 @@ class GroupInbox:
         return self
 
     def __exit__(self, *_: object) -> None:
+        try:
+            if done := self._ours(self._done):  # those sent before may not have arrived
+                self._consumer.commit(done, timeout_ms=SEND_TIMEOUT_MS)
+        except KafkaError as error:
+            log.warning("offsets were not committed: %s", type(error).__name__)
         self._consumer.close(autocommit=False)
 
     @property
@@ -122,16 +140,32 @@ class GroupInbox:
         """Whether the group gave this consumer a share."""
         return bool(self._consumer.assignment())
 
-    def poll(self, timeout_s: float) -> list[Record]:
+    def poll(self, timeout_s: float, most: int) -> list[Record]:
         """See `Inbox`."""
-        return _records(self._consumer, timeout_s)
+        return _records(self._consumer, timeout_s, most)
 
-    def commit(self) -> None:
+    def commit(self, upto: Upto) -> None:
         """See `Inbox`. After a rebalance the records are another worker's: answered twice, which is allowed."""
-        try:
-            self._consumer.commit()
-        except KafkaError as error:
-            log.warning("offsets were not committed: %s", type(error).__name__)
+        offsets = {
+            kafka.TopicPartition(self._topic, partition): kafka.OffsetAndMetadata(offset, "", -1)
+            for partition, offset in upto.items()
+        }
+        self._done |= offsets
+        if ours := self._ours(offsets):
+            self._consumer.commit_async(ours, callback=_noted)
+
+    def _ours(self, offsets: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Those of partitions that the group did not give to another."""
+        share = self._consumer.assignment()
+        return {place: offset for place, offset in offsets.items() if place in share}
+
+    def pause(self) -> None:
+        """See `Inbox`."""
+        self._consumer.pause(*self._consumer.assignment())
+
+    def resume(self) -> None:
+        """See `Inbox`."""
+        self._consumer.resume(*self._consumer.paused())
 
     def rewind(self) -> None:
         """See `Inbox`."""
@@ -147,11 +181,11 @@ class GroupInbox:
 
 
 class ProducerOutbox:
-    """A producer that knows whether everything sent has arrived."""
+    """A producer that knows whether everything sent has arrived. Threads may share it."""
 
     def __init__(self, bootstrap: str) -> None:
         self._producer = _producer(bootstrap, Predictions.TOPIC)
-        self._sent: list[Any] = []
+        self._sent: dict[int, list[Any]] = defaultdict(list)  # by thread
 
     def __enter__(self) -> Self:
         return self
@@ -162,15 +196,14 @@ class ProducerOutbox:
     def send(self, topic: str, value: bytes, partition: int | None = None) -> None:
         """See `Outbox`."""
         try:
-            self._sent.append(self._producer.send(topic, value, partition=partition))
+            self._sent[threading.get_ident()].append(self._producer.send(topic, value, partition=partition))
         except KafkaError as error:
             raise Unavailable(f"Kafka takes no records: {type(error).__name__}") from None
 
     def flush(self) -> None:
         """See `Outbox`."""
-        sent, self._sent = self._sent, []
         try:
-            for future in sent:
+            for future in self._sent.pop(threading.get_ident(), []):
                 future.get(timeout=2 * SEND_TIMEOUT_MS / 1000)
         except KafkaError as error:
             raise Unavailable(f"Kafka did not take a record: {type(error).__name__}") from None
@@ -294,7 +327,7 @@ class Tail:
             consumer.position(self._partition)  # resolves the end now, not at the first poll
             self._assigned.set()
             while not self._stopping.is_set():
-                for record in _records(consumer, timeout_s=0.2):
+                for record in _records(consumer, 0.2):
                     self._on_record(record)
         finally:
             consumer.close()
@@ -314,6 +347,11 @@ def _producer(bootstrap: str, topic: str) -> Any:
     return producer
 
 
-def _records(consumer: Any, timeout_s: float) -> list[Record]:
-    polled = consumer.poll(timeout_ms=int(1000 * timeout_s))
+def _noted(_offsets: object, answer: object) -> None:
+    if isinstance(answer, Exception):
+        log.warning("offsets were not committed: %s", type(answer).__name__)
+
+
+def _records(consumer: Any, timeout_s: float, most: int | None = None) -> list[Record]:
+    polled = consumer.poll(timeout_ms=int(1000 * timeout_s), max_records=most)
     return [Record(r.topic, r.partition, r.offset, r.value or b"") for rs in polled.values() for r in rs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
 
 from hybrid.deployment import Deployment
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Readers:
-    """By deployment. Not to be used by two threads at once.
+    """By deployment; threads may share it.
 
     Args:
         open_reader: opens the feature store for a deployment; called once for each.
@@ -24,6 +25,7 @@ class Readers:
         self._open = open_reader
         self._opened: dict[tuple[str, int], Reader] = {}
         self._said: dict[tuple[str, int], str | None] = {}
+        self._opening = threading.Lock()
 
     def of(self, deployment: Deployment) -> Reader:
         """The reader of a deployment.
@@ -32,9 +34,10 @@ class Readers:
             ConfigError: its view was not applied.
         """
         key = deployment.model, deployment.version
-        if key not in self._opened:
-            self._opened[key] = self._open(deployment)
-        return self._opened[key]
+        with self._opening:
+            if key not in self._opened:
+                self._opened[key] = self._open(deployment)
+            return self._opened[key]
 
     def open_all(self, deployments: Iterable[Deployment]) -> None:
         """Ahead of their first requests, which would wait for seconds; what cannot be opened is logged, once."""

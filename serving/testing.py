@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hybrid.deployment import Deployment
 from hybrid.errors import Unavailable, UnknownEntity
 from hybrid.features import Categorical, Features, Numeric
-from serving.kafka import Record
+from serving.kafka import Record, Upto
 
 EMBEDDING = 2
 
@@ -44,6 +44,7 @@ class MemoryTopic:
         records: all that lies in the topic, in order.
         committed, position: of the one reader, as places in `records`.
         failures: how many flushes from now on fail; what they should have delivered is lost.
+        paused: whether polls give nothing.
         max_bytes: a flush fails that holds a larger record, as Kafka's default limit has it.
     """
 
@@ -51,6 +52,7 @@ class MemoryTopic:
     committed: int = 0
     position: int = 0
     failures: int = 0
+    paused: bool = False
     max_bytes: int = 1 << 20
     _sent: list[Record] = field(default_factory=list)
 
@@ -68,15 +70,25 @@ class MemoryTopic:
             raise Unavailable("a record is larger than the topic takes")
         self.records += sent
 
-    def poll(self, timeout_s: float) -> list[Record]:
+    def poll(self, timeout_s: float, most: int) -> list[Record]:
         """See `Inbox`; never waits."""
-        found = self.records[self.position :]
-        self.position = len(self.records)
+        if self.paused:
+            return []
+        found = self.records[self.position : self.position + most]
+        self.position += len(found)
         return found
 
-    def commit(self) -> None:
+    def commit(self, upto: Upto) -> None:
+        """See `Inbox`; there is one partition."""
+        (self.committed,) = upto.values()
+
+    def pause(self) -> None:
         """See `Inbox`."""
-        self.committed = self.position
+        self.paused = True
+
+    def resume(self) -> None:
+        """See `Inbox`."""
+        self.paused = False
 
     def rewind(self) -> None:
         """See `Inbox`."""

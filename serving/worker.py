@@ -1,17 +1,25 @@
-"""The merge worker: takes device embeddings, answers each row once or more, and says what it could not read."""
+"""The merge worker: takes device embeddings, answers each row once or more, and says what it could not read.
+
+One thread polls and commits; a few others each carry a batch through its stages,
+so that one's Python runs while another's waits for Triton, Feast or Kafka.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from hybrid.deployment import Deployment
 from hybrid.errors import Unavailable
 from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
-from serving.kafka import Inbox, Outbox
+from serving.kafka import Inbox, Outbox, Record
 from serving.merge import Batch, Reader, decode, merge
 from serving.readers import Readers
 from serving.triton import Models
@@ -19,8 +27,59 @@ from serving.triton import Models
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+BUSY_POLL_S = 0.02  # while batches are on their way, whose offsets wait to be committed
+STALLED_S = 0.5  # batches that take longer hold up polling: without it the group would give our share away
+BUDGET_S = 0.02
+LEAST_BYTES, MOST_BYTES = 64 << 10, 1 << 20  # of a batch
+IN_FLIGHT = 3
 PAUSE_S = 1.0  # before records are tried again whose answers Kafka did not take
 REFRESH_MS = 1_000
+
+
+class Pace:
+    """How many records a batch takes: as many as are through within a budget of time.
+
+    A few records are never kept waiting for company. Under load a batch grows while
+    it stays within the budget, and shrinks when it does not; to no less than
+    `least_bytes`, below which what each batch costs would make all of them later.
+
+    Args:
+        budget_s: of a batch, from its bytes to its answers in Kafka.
+        least_bytes, most_bytes: of a batch; at least one record.
+
+    Source:
+        Crankshaw et al., Clipper, NSDI 2017, section 4.3.1: additive increase, multiplicative decrease.
+    """
+
+    def __init__(
+        self, budget_s: float = BUDGET_S, *, least_bytes: int = LEAST_BYTES, most_bytes: int = MOST_BYTES
+    ) -> None:
+        self._budget_s, self._least, self._most = budget_s, least_bytes, most_bytes
+        self._bytes, self._record_bytes = least_bytes, 1_000.0
+
+    @property
+    def records(self) -> int:
+        """Of the next batch, at most."""
+        return max(1, int(self._bytes / self._record_bytes))
+
+    def took(self, records: int, size: int, seconds: float) -> None:
+        """Learns from a batch of `size` bytes."""
+        full = records >= self.records
+        self._record_bytes += 0.2 * (size / records - self._record_bytes)
+        if seconds > self._budget_s:
+            self._bytes = max(self._least, int(0.9 * self._bytes))
+        elif full:
+            self._bytes = min(self._most, self._bytes + self._least)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch on its way: the offsets that may be committed once it has arrived, and how long it took."""
+
+    upto: dict[int, int]
+    records: int
+    size: int  # bytes
+    seconds: Future[float]
 
 
 class Worker:
@@ -36,6 +95,8 @@ class Worker:
         models: the networks.
         now_ms: Unix time in milliseconds, UTC.
         deadline_s: the gateways'; nobody waits longer for an answer.
+        in_flight: batches at once; with more, none is taken.
+        pace: how large they are.
     """
 
     def __init__(
@@ -48,15 +109,21 @@ class Worker:
         models: Models,
         now_ms: Callable[[], int],
         deadline_s: float = DEADLINE_S,
+        in_flight: int = 1,
+        pace: Pace | None = None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._readers, self._models, self._now_ms = Readers(open_reader), models, now_ms
         self._deadline_s = deadline_s
+        self._in_flight, self._pace = in_flight, pace or Pace()
+        self._flights: deque[_Flight] = deque()
+        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="merge")
+        self._refreshing = threading.Lock()  # the deployments, which the threads share
         self._behind = False
         self._refreshed_ms = now_ms()
 
     def run(self, stopping: threading.Event, ready: Callable[[], bool], announce: Callable[[], None]) -> None:
-        """Works until `stopping` is set, then ends between two polls; calls `announce` once `ready`."""
+        """Works until `stopping` is set, then finishes what it has taken; calls `announce` once `ready`."""
         announced = False
         self._readers.warm_up(self._deployments.current, self._models, self._now_ms())
         while not stopping.is_set():
@@ -68,9 +135,14 @@ class Worker:
             if not announced and ready():
                 announced = True
                 announce()
+        try:
+            self._land(most=0)
+        except Unavailable as error:
+            log.error("%s; the next worker will try the records again", error)
+        self._threads.shutdown()
 
     def step(self) -> None:
-        """Polls once, answers what came, commits.
+        """Polls once, sends what came on its way, commits what has arrived.
 
         Raises:
             Unavailable: Kafka did not take the answers; the next step starts from the last commit.
@@ -79,10 +151,59 @@ class Worker:
         if self._behind:
             self._inbox.rewind()
             self._behind = False
-        records = self._inbox.poll(POLL_S)
-        if not records:
-            return
-        self._behind = True
+        self._take(BUSY_POLL_S if self._flights else POLL_S)
+        self._land(most=self._in_flight - 1)
+
+    def _take(self, timeout_s: float) -> None:
+        """The next records, if any, as a batch."""
+        if records := self._inbox.poll(timeout_s, self._pace.records):
+            upto = {record.partition: record.offset + 1 for record in records}  # in order, so the last counts
+            size = sum(len(record.value) for record in records)
+            self._flights.append(_Flight(upto, len(records), size, self._threads.submit(self._answer, records)))
+
+    def _land(self, most: int) -> None:
+        """Commits the batches that have arrived, in their order; waits until at most so many are on their way.
+
+        Raises:
+            Unavailable: one cannot arrive; nothing after the last commit counts.
+        """
+        upto: dict[int, int] = {}
+        try:
+            self._wait(most)
+            while self._flights and self._flights[0].seconds.done():
+                flight = self._flights[0]
+                self._pace.took(flight.records, flight.size, flight.seconds.result())
+                upto |= self._flights.popleft().upto
+        except BaseException:
+            wait([flight.seconds for flight in self._flights])
+            self._flights.clear()
+            self._behind = True
+            raise
+        finally:
+            if upto:
+                self._inbox.commit(upto)
+
+    def _wait(self, most: int) -> None:
+        """Should it take long, polls go on with the share paused, lest the group give it away."""
+        paused = False
+        while wait(self._surplus(most), STALLED_S).not_done:
+            self._inbox.pause()
+            paused = True
+            self._take(0)  # a rebalance may bring partitions that are not paused
+        if paused:
+            self._inbox.resume()
+
+    def _surplus(self, most: int) -> list[Future[float]]:
+        """All but the `most` youngest batches."""
+        return [flight.seconds for flight in self._flights][: max(0, len(self._flights) - most)]
+
+    def _answer(self, records: Sequence[Record]) -> float:
+        """Carries a batch through its stages until its answers lie in Kafka; returns the seconds that took.
+
+        Raises:
+            Unavailable: Kafka did not take them.
+        """
+        begun = time.perf_counter()
         decoded = decode(records, self._find)
         for message in [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch))]:
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
@@ -90,13 +211,13 @@ class Worker:
             log.warning("dead letter: partition %d, offset %d: %s", letter.partition, letter.offset, letter.reason)
             self._outbox.send(DeadLetter.topic_for(letter.topic), letter.model_dump_json().encode())
         self._outbox.flush()
-        self._inbox.commit()
-        self._behind = False
+        return time.perf_counter() - begun
 
     def _find(self, model: str, version: int) -> Deployment | None:
         found = self._deployments.find(model, version)
         if found is None:  # the gateway may have seen a promotion first
-            self._deployments.refresh()
+            with self._refreshing:
+                self._deployments.refresh()
             found = self._deployments.find(model, version)
         return found
 
@@ -106,5 +227,6 @@ class Worker:
     def _refresh(self) -> None:
         if self._now_ms() - self._refreshed_ms >= REFRESH_MS:
             self._refreshed_ms = self._now_ms()
-            self._deployments.refresh()
+            with self._refreshing:
+                self._deployments.refresh()
             self._readers.open_all(self._deployments.current)

@@ -8,10 +8,14 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from feast.infra.key_encoding_utils import serialize_entity_key
+from hypothesis import given
+from hypothesis import strategies as st
 
+from feature_store import online
 from feature_store.definitions import open_store
 from feature_store.materialize import apply, materialize, reader
-from feature_store.online import PackedReader
+from feature_store.online import PackedReader, key_encoder
 from hybrid import Numeric
 from hybrid.errors import ConfigError
 
@@ -132,3 +136,45 @@ def test_the_direct_read_gives_what_the_public_one_gives(loaded):
     assert [loaded.now_ms - oldest for oldest in public["oldest_ms"][:2]] == rows.age_ms[:2].tolist()
     assert public["slots"][2] is None
     assert rows.status[2] == "unknown_entity"
+
+
+def test_every_online_store_gives_what_the_statement_for_sqlite_gives(loaded, monkeypatch):
+    """Through the interface that Redis has too: the same rows of entities known, repeated, unknown and stale."""
+    entities = ["b", "zz", "c", "a", "b", "d", ""]
+    direct = reader(loaded.model, loaded.store).read(entities, loaded.now_ms)
+    monkeypatch.setattr(online, "_from_sqlite", online._from_any_store)
+    general = reader(loaded.model, loaded.store).read(entities, loaded.now_ms)
+    np.testing.assert_array_equal(general.slots, direct.slots)
+    assert general.age_ms.tolist() == direct.age_ms.tolist()
+    assert general.status.tolist() == direct.status.tolist()
+
+
+def test_a_row_without_one_of_its_fields_is_drift_and_has_no_age(loaded):
+    """A store that was written half: the entity is known, and nothing of it is served."""
+    with closing(sqlite3.connect(loaded.store / "online.db")) as connection, connection:
+        connection.execute("DELETE FROM \"hybrid_offers_v1__packed\" WHERE feature_name = 'oldest_ms'")
+    rows = reader(loaded.model, loaded.store).read(["a", "zz"], loaded.now_ms)
+    assert rows.status.tolist() == ["schema_drift", "unknown_entity"]
+    assert rows.age_ms.tolist() == [-1, -1]
+
+
+def test_one_integer_has_many_texts(two_views):
+    """ "1", "01" and "+1" are one entity, each answered in its place."""
+    apply(two_views.model, two_views.store)
+    materialize(two_views.model, two_views.store, two_views.now)
+    rows = reader(two_views.model, two_views.store).read(["01", "1", "+1"], two_views.now_ms)
+    assert rows.status.tolist() == ["ok"] * 3
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_text_keys_are_encoded_as_feast_encodes_them(entity):
+    """Of any length, in any script."""
+    feasts = serialize_entity_key(online._key("shop_id", entity, integer=False), 3)
+    assert key_encoder("shop_id", 3, integer=False)(entity) == feasts
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+def test_integer_keys_are_encoded_as_feast_encodes_them(number):
+    """All that 64 bits hold."""
+    feasts = serialize_entity_key(online._key("shop_id", str(number), integer=True), 3)
+    assert key_encoder("shop_id", 3, integer=True)(str(number)) == feasts
