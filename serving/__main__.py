@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
+from hybrid.sealing import SealingKey
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 
@@ -52,7 +54,9 @@ def gateway(arguments: argparse.Namespace) -> None:
         lost.set()
         signal.raise_signal(signal.SIGTERM)
 
-    app = over_kafka(arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits, on_loss=end)
+    app = over_kafka(
+        arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits, on_loss=end, key=_key(arguments)
+    )
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
     uvicorn.run(
@@ -103,6 +107,7 @@ def worker(arguments: argparse.Namespace) -> None:
             models=triton,
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
+            key=_key(arguments),
         )
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
@@ -119,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         default=DEADLINE_S,
         help="from a request to its answer; gateway's and worker's agree",
     )
+    common.add_argument(
+        "--dead-letter-key",
+        type=Path,
+        default=os.environ.get("HYBRID_DEAD_LETTER_KEY"),
+        metavar="FILE",
+        help="public key (`hybrid dead-letters keygen`) that seals records which cannot be read; without it their "
+        "bytes are not kept; by default $HYBRID_DEAD_LETTER_KEY",
+    )
     http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=int, required=True)
@@ -129,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
     merging.set_defaults(run=worker)
     return parser
+
+
+def _key(arguments: argparse.Namespace) -> SealingKey | None:
+    return SealingKey.read(Path(arguments.dead_letter_key)) if arguments.dead_letter_key else None
 
 
 def _now_ms() -> int:

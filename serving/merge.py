@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Prediction
 from serving.exchange import DEADLINE_S
 from serving.kafka import PARTITIONS, Record
 from serving.triton import Models
+
+if TYPE_CHECKING:
+    from hybrid.sealing import SealingKey
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +102,14 @@ class Joined:
     status: NDArray[np.object_]
 
 
-def decode(records: Sequence[Record], find: Find) -> Decoded:
-    """Bytes -> rows, merged by deployment; nothing is checked again after this but single values."""
+def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None) -> Decoded:
+    """Bytes -> rows, merged by deployment; nothing is checked again after this but single values.
+
+    Args:
+        records: polled together.
+        find: (model, version) -> the deployment that answers, if there is one.
+        key: seals the bytes of records that cannot be read.
+    """
     parts: dict[tuple[str, int], list[DeviceEmbeddings]] = defaultdict(list)
     refused: list[Predictions] = []
     dead: list[DeadLetter] = []
@@ -108,7 +117,7 @@ def decode(records: Sequence[Record], find: Find) -> Decoded:
         try:
             message = _readable(record)
         except BadMessage as error:
-            dead.append(record.dead_letter(str(error)))
+            dead.append(record.dead_letter(error, key))
             continue
         reason = _misfit(message, find(message.model, message.version))
         if reason is None:
@@ -223,9 +232,9 @@ def refusals(message: DeviceEmbeddings, reason: str) -> list[Predictions]:
 def _readable(record: Record) -> DeviceEmbeddings:
     message = DeviceEmbeddings.from_bytes(record.value)
     if not 0 <= message.reply_partition < PARTITIONS[Predictions.TOPIC]:
-        raise BadMessage(f"reply_partition must be below {PARTITIONS[Predictions.TOPIC]}")
+        raise BadMessage(f"reply_partition must be below {PARTITIONS[Predictions.TOPIC]}", "bad_reply_partition")
     if len(message.model.encode()) > MAX_NAME_BYTES:
-        raise BadMessage(f"the model's name must have at most {MAX_NAME_BYTES} bytes")
+        raise BadMessage(f"the model's name must have at most {MAX_NAME_BYTES} bytes", "name_too_long")
     return message
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError, Unavailable
@@ -14,6 +15,9 @@ from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox
 from serving.merge import Batch, Reader, decode, forward, merge, probe
 from serving.triton import Models
+
+if TYPE_CHECKING:
+    from hybrid.sealing import SealingKey
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ class Worker:
         models: the networks.
         now_ms: Unix time in milliseconds, UTC.
         deadline_s: the gateways'; nobody waits longer for an answer.
+        key: seals the bytes of records that cannot be read; without one they are not kept.
     """
 
     def __init__(
@@ -47,10 +52,11 @@ class Worker:
         models: Models,
         now_ms: Callable[[], int],
         deadline_s: float = DEADLINE_S,
+        key: SealingKey | None = None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
-        self._deadline_s = deadline_s
+        self._deadline_s, self._key = deadline_s, key
         self._readers: dict[tuple[str, int], Reader] = {}
         self._said: dict[str, str | None] = {}
         self._behind = False
@@ -85,11 +91,12 @@ class Worker:
         if not records:
             return
         self._behind = True
-        decoded = decode(records, self._find)
+        decoded = decode(records, self._find, self._key)
         for message in [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch))]:
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
         for letter in decoded.dead:
-            log.warning("dead letter: partition %d, offset %d: %s", letter.partition, letter.offset, letter.reason)
+            place = letter.partition, letter.offset
+            log.warning("dead letter: partition %d, offset %d: %s: %s", *place, letter.code, letter.reason)
             self._outbox.send(DeadLetter.topic_for(letter.topic), letter.model_dump_json().encode())
         self._outbox.flush()
         self._inbox.commit()
