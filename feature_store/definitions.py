@@ -9,9 +9,13 @@ numbers).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybrid.errors import ConfigError
 from hybrid.features import Transform
@@ -27,6 +31,10 @@ ENTITY_TIME = "event_timestamp"  # Feast's name for the time that a historical j
 # Fields of a packed view. Feast keeps an event time of its own, in whole seconds
 # on SQLite, and of the newest view; a row is as old as its oldest part.
 SLOTS, SCHEMA_HASH, OLDEST_MS = "slots", "schema_hash", "oldest_ms"
+
+ONLINE_FILE = "online.json"
+NEWEST_REDIS = "feature_store.newest_redis.NewestRedisOnlineStore"
+COMMA = "\\u002c"
 
 
 @dataclass(frozen=True)
@@ -52,24 +60,118 @@ class Definitions:
         return [self.entity, *self.views, self.service, self.packed]
 
 
+class OnlineStore(BaseModel):
+    """Where the features that serving reads lie: `online.json` in the store's folder, SQLite where there is none.
+
+    Attributes:
+        kind: "sqlite", a file in the folder, for one machine; "redis", a server.
+        address: of Redis, HOST:PORT.
+        database: of Redis, its number: deployments that share a server must not share a database.
+        tls: whether Redis is spoken to over TLS.
+        username: of Redis, if it has users.
+        password_file: a file that holds Redis's password; an absolute path, read by each process that opens the store.
+        timeout_s: of one call to Redis.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["sqlite", "redis"] = "sqlite"
+    address: str = Field("127.0.0.1:6379", pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")
+    database: int = Field(0, ge=0)
+    tls: bool = False
+    username: str | None = None
+    password_file: Path | None = None
+    timeout_s: float = Field(2.0, gt=0)
+
+    @classmethod
+    def read(cls, folder: Path) -> OnlineStore:
+        """The configuration of the store in `folder`.
+
+        Raises:
+            ConfigError: the file is not one; names the setting.
+        """
+        file = folder / ONLINE_FILE
+        if not file.exists():
+            return cls()
+        try:
+            return cls.of(json.loads(file.read_text()))
+        except ValueError:
+            raise ConfigError(f"{ONLINE_FILE} in the feature store must be JSON") from None
+
+    @classmethod
+    def of(cls, settings: Any) -> OnlineStore:
+        """A configuration from its settings by name.
+
+        Raises:
+            ConfigError: one of them is wrong; names it.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"the online store's settings ({ONLINE_FILE}): {wrong}") from None
+
+    def write(self, folder: Path) -> Path:
+        """Replaces the configuration in one step; open stores keep theirs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f"{ONLINE_FILE}.new"
+        draft.write_text(self.model_dump_json(indent=2))
+        return draft.replace(folder / ONLINE_FILE)
+
+    def for_feast(self, folder: Path) -> dict[str, Any]:
+        """What Feast is told.
+
+        Raises:
+            ConfigError: the password's file cannot be read.
+        """
+        if self.kind == "sqlite":
+            return {"type": "sqlite", "path": str(folder / "online.db")}
+        settings: dict[str, Any] = {
+            "db": self.database,
+            "socket_timeout": self.timeout_s,
+            "socket_connect_timeout": self.timeout_s,
+        }
+        settings |= {"ssl": True} if self.tls else {}
+        settings |= {"username": self.username} if self.username else {}
+        settings |= {"password": _secret(self.password_file)} if self.password_file else {}
+        # Feast splits at commas first and reads each value as JSON, where a comma can be written otherwise.
+        text = [f"{name}={json.dumps(value).replace(',', COMMA)}" for name, value in settings.items()]
+        return {"type": NEWEST_REDIS, "connection_string": ",".join([self.address, *text])}
+
+
 def open_store(folder: Path) -> FeatureStore:
-    """The embedded Feast store in `folder`: file registry, SQLite online, Parquet offline.
+    """The embedded Feast store in `folder`: file registry, Parquet offline, online as `OnlineStore` says.
 
     Takes seconds the first time in a process, to import Feast.
+
+    Raises:
+        ConfigError: the online store's configuration is wrong, or its client is not installed.
     """
     from feast import FeatureStore, RepoConfig
 
     folder.mkdir(parents=True, exist_ok=True)
+    online = OnlineStore.read(folder)
+    if online.kind == "redis" and find_spec("redis") is None:
+        raise ConfigError(
+            "the online store is Redis, whose client is not installed: pip install 'hybrid-towers[redis]'"
+        )
     config = RepoConfig(
         project=PROJECT,
         provider="local",
         registry={"path": str(folder / "registry.db"), "cache_ttl_seconds": 300},
-        online_store={"type": "sqlite", "path": str(folder / "online.db")},
+        online_store=online.for_feast(folder),
         offline_store={"type": "dask"},
         materialization={"online_write_batch_size": 10_000},
         entity_key_serialization_version=3,
     )
     return FeatureStore(config=config)
+
+
+def _secret(file: Path) -> str:
+    try:
+        return file.read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"password_file must be a readable file, {file}: {type(error).__name__}") from None
 
 
 def packed_file(server: Server, folder: Path) -> Path:

@@ -60,14 +60,12 @@ def apply(model: HybridModel, folder: Path) -> list[str]:
         ConfigError: a source is not as declared, or another feature service
             holds a view or entity of that name that is defined otherwise.
     """
-    import sqlite3
-
     definitions = build(model, folder)
     store = open_store(folder)
     _check_not_taken(store, definitions)
     store.apply(definitions.objects)
-    with closing(sqlite3.connect(folder / "online.db")) as database:
-        database.execute("PRAGMA journal_mode=WAL")  # readers go on while a materialisation writes
+    if store.config.online_store.type == "sqlite":
+        _prepare_sqlite(store, definitions, folder / "online.db")
     return [*(view.name for view in definitions.views), definitions.service.name, definitions.packed.name]
 
 
@@ -98,6 +96,24 @@ def materialize(model: HybridModel, folder: Path, now: datetime) -> Materialized
         store.materialize(EPOCH, now, feature_views=[*latest, definitions.packed.name])
     checked = _check(model, packed, store, folder, now)
     return Materialized({name: len(rows) for name, rows in latest.items()}, len(packed), checked)
+
+
+def _prepare_sqlite(store: FeatureStore, definitions: Definitions, file: Path) -> None:
+    """Gives SQLite what Feast does not: readers that go on during a write, and rows that give way to none older."""
+    import sqlite3
+
+    from feast.infra.online_stores.helpers import compute_table_id
+
+    versioned = store.config.registry.enable_online_feature_view_versioning
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        for view in (*definitions.views, definitions.packed):
+            table = compute_table_id(store.config.project, view, versioned).replace('"', '""')
+            database.execute(
+                f'CREATE TRIGGER IF NOT EXISTS "{table}_newest" BEFORE UPDATE ON "{table}" '
+                "WHEN NEW.event_ts < OLD.event_ts BEGIN SELECT RAISE(IGNORE); END"
+            )
+        database.commit()
 
 
 def _check_not_taken(store: FeatureStore, definitions: Definitions) -> None:

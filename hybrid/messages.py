@@ -6,9 +6,10 @@ and the worker sends a `DeadLetter` and goes on.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,22 @@ from hybrid.errors import HybridError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from hybrid.sealing import OpeningKey, SealingKey
+
+
+MAX_KEPT_BYTES = 704 << 10  # of a record in its dead letter: in base64 they stay below Kafka's default limit of 1 MiB
+
 
 class BadMessage(HybridError):
-    """Bytes that are not a message of the expected schema."""
+    """Bytes that are not a message of the expected schema, or one that nobody can answer.
+
+    Attributes:
+        code: why, as one stable word, for dead letters and counters.
+    """
+
+    def __init__(self, reason: str, code: str = "unreadable") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -152,12 +166,20 @@ class Predictions(BatchMessage):
 
 
 class DeadLetter(BaseModel):
-    """A record that could not be processed: where it lies and why, and none of its bytes.
+    """A record that could not be processed: where it lies, why, and its bytes where they may be kept.
+
+    The bytes can hold embeddings, so they are kept sealed to a public key only:
+    whoever writes a letter cannot read it again. They open only as the bytes of
+    this topic, partition and offset.
 
     Attributes:
         topic, partition, offset: of the record.
-        reason: one sentence, without values.
+        code: why, as one stable word: a `BadMessage`'s.
+        reason: why, as one sentence without values.
         length, sha256: of its bytes.
+        sealed: the bytes, sealed (`hybrid.sealing`) and in base64; None where they are not kept.
+        key_id: of the key that opens them.
+        withheld: why the bytes are not kept: no key is configured, or they are more than `MAX_KEPT_BYTES`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -165,15 +187,58 @@ class DeadLetter(BaseModel):
     topic: str
     partition: int
     offset: int
+    code: str = "unreadable"
     reason: str
     length: int
     sha256: str
+    sealed: str | None = None
+    key_id: str | None = None
+    withheld: Literal["no_key", "too_large"] | None = None
 
     @classmethod
-    def of(cls, data: bytes, *, topic: str, partition: int, offset: int, reason: str) -> DeadLetter:
-        """Builds it from the record's bytes, which it does not keep."""
-        digest = hashlib.sha256(data).hexdigest()
-        return cls(topic=topic, partition=partition, offset=offset, reason=reason, length=len(data), sha256=digest)
+    def of(
+        cls, data: bytes, *, topic: str, partition: int, offset: int, error: BadMessage, key: SealingKey | None = None
+    ) -> DeadLetter:
+        """Builds it from the record's bytes; without a key it does not keep them."""
+        letter = cls(
+            topic=topic,
+            partition=partition,
+            offset=offset,
+            code=error.code,
+            reason=str(error),
+            length=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        if key is None:
+            return letter.model_copy(update={"withheld": "no_key"})
+        if len(data) > MAX_KEPT_BYTES:
+            return letter.model_copy(update={"withheld": "too_large"})
+        sealed = base64.b64encode(key.seal(data, letter._context)).decode()
+        return letter.model_copy(update={"sealed": sealed, "key_id": key.key_id})
+
+    def open(self, key: OpeningKey) -> bytes:
+        """The record's bytes.
+
+        Raises:
+            CannotOpen: they were not kept, or are of another key, or the letter was changed.
+        """
+        from hybrid.sealing import CannotOpen
+
+        if self.sealed is None:
+            raise CannotOpen(f"the letter holds no bytes ({self.withheld})")
+        if self.key_id != key.key_id:
+            raise CannotOpen(f"the letter was sealed to key {self.key_id}, this is key {key.key_id}")
+        try:
+            data = key.open(base64.b64decode(self.sealed, validate=True), self._context)
+        except ValueError:
+            raise CannotOpen("the letter's bytes are not base64") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise CannotOpen("the letter's bytes do not have its sha256")
+        return data
+
+    @property
+    def _context(self) -> bytes:
+        return f"hybrid dead letter v1\n{self.topic}\n{self.partition}\n{self.offset}".encode()
 
     @staticmethod
     def topic_for(topic: str) -> str:

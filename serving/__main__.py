@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
+from hybrid.sealing import SealingKey
 from serving.cache import CACHE_BYTES, REREAD_S
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
@@ -60,9 +62,16 @@ def gateway(arguments: argparse.Namespace) -> None:
         lost.set()
         signal.raise_signal(signal.SIGTERM)
 
-    partition = arguments.reply_partition
-    direct = _direct(arguments, limits)
-    app = over_kafka(arguments.kafka, partition, deployments, _now_ms, limits, on_loss=end, direct=direct)
+    app = over_kafka(
+        arguments.kafka,
+        arguments.reply_partition,
+        deployments,
+        _now_ms,
+        limits,
+        on_loss=end,
+        direct=_direct(arguments, limits),
+        key=_key(arguments),
+    )
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
     uvicorn.run(
@@ -119,6 +128,7 @@ def worker(arguments: argparse.Namespace) -> None:
             deadline_s=arguments.deadline_s,
             in_flight=IN_FLIGHT,
             pace=Pace(arguments.batch_ms / 1000),
+            key=_key(arguments),
         )
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
@@ -167,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of features and of embeddings, each, per version"
     )
+    common.add_argument(
+        "--dead-letter-key",
+        type=Path,
+        default=os.environ.get("HYBRID_DEAD_LETTER_KEY"),
+        metavar="FILE",
+        help="public key (`hybrid dead-letters keygen`) that seals records which cannot be read; without it their "
+        "bytes are not kept; by default $HYBRID_DEAD_LETTER_KEY",
+    )
     http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=int, required=True)
@@ -180,6 +198,10 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--batch-ms", type=float, default=20.0, help="that a batch may take; under load it fills that")
     merging.set_defaults(run=worker)
     return parser
+
+
+def _key(arguments: argparse.Namespace) -> SealingKey | None:
+    return SealingKey.read(Path(arguments.dead_letter_key)) if arguments.dead_letter_key else None
 
 
 def _now_ms() -> int:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pyarrow as pa
@@ -32,6 +32,9 @@ from serving.deployments import Deployments
 from serving.direct import Direct
 from serving.exchange import Exchange, Limits
 from serving.kafka import Record, Tail, ThreadedOutbox
+
+if TYPE_CHECKING:
+    from hybrid.sealing import SealingKey
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +133,7 @@ def over_kafka(
     *,
     on_loss: Callable[[], None],
     direct: Direct | None = None,
+    key: SealingKey | None = None,
 ) -> Starlette:
     """A gateway whose questions and answers cross Kafka, or go its own way where a model is declared to.
 
@@ -143,11 +147,12 @@ def over_kafka(
         limits: of what may wait.
         on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
         direct: the transport of models that are declared so; None: they are unavailable here.
+        key: seals the bytes of records that cannot be read; without one they are not kept.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
     exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
-    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange))
+    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange, key))
 
     async def ask(deployment: Deployment, rows: oip.Rows) -> oip.Answers:
         if deployment.serving.transport == "kafka":
@@ -179,13 +184,14 @@ def _send(outbox: ThreadedOutbox, message: DeviceEmbeddings, on_failure: Callabl
     outbox.send(message.TOPIC, message.to_bytes(), message.request_id[0].tobytes(), on_failure)
 
 
-def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange) -> None:
+def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange, key: SealingKey | None) -> None:
     """Hands one record of the predictions topic to those who wait, or to the dead letters."""
     try:
         message = Predictions.from_bytes(record.value)
     except BadMessage as error:
-        letter = record.dead_letter(str(error))
-        log.warning("dead letter: partition %d, offset %d: %s", letter.partition, letter.offset, letter.reason)
+        letter = record.dead_letter(error, key)
+        place = letter.partition, letter.offset
+        log.warning("dead letter: partition %d, offset %d: %s: %s", *place, letter.code, letter.reason)
         with suppress(Unavailable):
             outbox.send(DeadLetter.topic_for(record.topic), letter.model_dump_json().encode(), None, lambda: None)
     else:

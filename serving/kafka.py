@@ -13,25 +13,32 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import kafka
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from hybrid.errors import Unavailable
-from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+
+if TYPE_CHECKING:
+    from hybrid.sealing import SealingKey
 
 log = logging.getLogger(__name__)
 
 GROUP = "hybrid-merge-worker"
+REPLAYS = "hybrid.dead-letter-replays.v1"  # what was sent again; see `serving.dead_letters`
 PARTITIONS = {
     DeviceEmbeddings.TOPIC: 4,
     Predictions.TOPIC: 8,
     DeadLetter.topic_for(DeviceEmbeddings.TOPIC): 1,
     DeadLetter.topic_for(Predictions.TOPIC): 1,
+    REPLAYS: 1,
 }
 # A topic is deleted by whole segments, so hourly retention needs segments shorter than an hour.
 TOPIC_CONFIG = {"retention.ms": "3600000", "segment.ms": "600000", "message.timestamp.type": "CreateTime"}
+# Letters wait for somebody to mend what was wrong, for a week; a flood of poison must not fill the disk meanwhile.
+DEAD_CONFIG = TOPIC_CONFIG | {"retention.ms": "604800000", "segment.ms": "86400000", "retention.bytes": str(1 << 30)}
 SEND_TIMEOUT_MS = 5_000
 
 
@@ -44,10 +51,10 @@ class Record:
     offset: int
     value: bytes
 
-    def dead_letter(self, reason: str) -> DeadLetter:
-        """What is kept of a record that cannot be read."""
-        place = {"partition": self.partition, "offset": self.offset}
-        return DeadLetter.of(self.value, topic=self.topic, reason=reason, **place)
+    def dead_letter(self, error: BadMessage, key: SealingKey | None) -> DeadLetter:
+        """What is kept of a record that cannot be read; its bytes where there is a key to seal them with."""
+        place: dict[str, Any] = {"topic": self.topic, "partition": self.partition, "offset": self.offset}
+        return DeadLetter.of(self.value, **place, error=error, key=key)
 
 
 Upto = Mapping[int, int]  # partition -> offset of the first record that is not done with
@@ -96,7 +103,8 @@ def create_topics(bootstrap: str) -> None:
     try:
         for topic in sorted(set(PARTITIONS) - set(admin.list_topics())):
             try:
-                settings = {"num_partitions": PARTITIONS[topic], "configs": TOPIC_CONFIG}
+                configs = DEAD_CONFIG if topic == REPLAYS or topic.endswith(".dead") else TOPIC_CONFIG
+                settings = {"num_partitions": PARTITIONS[topic], "configs": configs}
                 admin.create_topics({topic: settings}, wait_for_metadata=True)
             except TopicAlreadyExistsError:
                 log.info("topic %s was created meanwhile", topic)
@@ -338,6 +346,9 @@ def _producer(bootstrap: str, topic: str) -> Any:
     producer = kafka.KafkaProducer(
         bootstrap_servers=bootstrap,
         acks="all",
+        # Repeats are told by their request ids. kafka-python's own idempotence (3.0.12) sends nothing ever again
+        # once a batch that was tried has expired, as it does in any outage longer than the time limit below.
+        enable_idempotence=False,
         retry_backoff_ms=20,
         max_block_ms=SEND_TIMEOUT_MS,
         request_timeout_ms=SEND_TIMEOUT_MS - 1_000,

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Prediction
 from serving.exchange import DEADLINE_S
 from serving.kafka import PARTITIONS, Record
 from serving.triton import Models
+
+if TYPE_CHECKING:
+    from hybrid.sealing import SealingKey
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +126,14 @@ class Joined:
         return np.asarray((self.status == OK) & (self.fallback == NONE) | (self.fallback == SERVER_ONLY), dtype=bool)
 
 
-def decode(records: Sequence[Record], find: Find) -> Decoded:
-    """Bytes -> rows, merged by deployment; nothing is checked again after this but single values."""
+def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None) -> Decoded:
+    """Bytes -> rows, merged by deployment; nothing is checked again after this but single values.
+
+    Args:
+        records: polled together.
+        find: (model, version) -> the deployment that answers, if there is one.
+        key: seals the bytes of records that cannot be read.
+    """
     parts: dict[tuple[str, int], list[DeviceEmbeddings]] = defaultdict(list)
     refused: list[Predictions] = []
     dead: list[DeadLetter] = []
@@ -132,7 +141,7 @@ def decode(records: Sequence[Record], find: Find) -> Decoded:
         try:
             message = _readable(record)
         except BadMessage as error:
-            dead.append(record.dead_letter(str(error)))
+            dead.append(record.dead_letter(error, key))
             continue
         reason = _misfit(message, find(message.model, message.version))
         if reason is None:
@@ -321,9 +330,9 @@ def refusals(message: DeviceEmbeddings, reason: str) -> list[Predictions]:
 def _readable(record: Record) -> DeviceEmbeddings:
     message = DeviceEmbeddings.from_bytes(record.value)
     if not 0 <= message.reply_partition < PARTITIONS[Predictions.TOPIC]:
-        raise BadMessage(f"reply_partition must be below {PARTITIONS[Predictions.TOPIC]}")
+        raise BadMessage(f"reply_partition must be below {PARTITIONS[Predictions.TOPIC]}", "bad_reply_partition")
     if len(message.model.encode()) > MAX_NAME_BYTES:
-        raise BadMessage(f"the model's name must have at most {MAX_NAME_BYTES} bytes")
+        raise BadMessage(f"the model's name must have at most {MAX_NAME_BYTES} bytes", "name_too_long")
     return message
 
 

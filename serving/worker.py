@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hybrid.deployment import Deployment
 from hybrid.errors import Unavailable
@@ -23,6 +24,9 @@ from serving.kafka import Inbox, Outbox, Record
 from serving.merge import Batch, Reader, decode, merge
 from serving.readers import Readers
 from serving.triton import Models
+
+if TYPE_CHECKING:
+    from hybrid.sealing import SealingKey
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ class Worker:
         deadline_s: the gateways'; nobody waits longer for an answer.
         in_flight: batches at once; with more, none is taken.
         pace: how large they are.
+        key: seals the bytes of records that cannot be read; without one they are not kept.
     """
 
     def __init__(
@@ -111,10 +116,11 @@ class Worker:
         deadline_s: float = DEADLINE_S,
         in_flight: int = 1,
         pace: Pace | None = None,
+        key: SealingKey | None = None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._readers, self._models, self._now_ms = Readers(open_reader), models, now_ms
-        self._deadline_s = deadline_s
+        self._deadline_s, self._key = deadline_s, key
         self._in_flight, self._pace = in_flight, pace or Pace()
         self._flights: deque[_Flight] = deque()
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="merge")
@@ -204,11 +210,12 @@ class Worker:
             Unavailable: Kafka did not take them.
         """
         begun = time.perf_counter()
-        decoded = decode(records, self._find)
+        decoded = decode(records, self._find, self._key)
         for message in [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch))]:
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
         for letter in decoded.dead:
-            log.warning("dead letter: partition %d, offset %d: %s", letter.partition, letter.offset, letter.reason)
+            place = letter.partition, letter.offset
+            log.warning("dead letter: partition %d, offset %d: %s: %s", *place, letter.code, letter.reason)
             self._outbox.send(DeadLetter.topic_for(letter.topic), letter.model_dump_json().encode())
         self._outbox.flush()
         return time.perf_counter() - begun

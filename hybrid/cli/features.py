@@ -1,10 +1,11 @@
-"""The `hybrid features` commands: apply, materialize, read."""
+"""The `hybrid features` commands: apply, materialize, read, store."""
 
 from __future__ import annotations
 
 import json
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,41 @@ def read(
         print(json.dumps(rows))
     else:
         _print_rows(rows, names)
+
+
+@group.command()
+def store(
+    kind: Annotated[str | None, typer.Argument(help="sqlite or redis; without it what is set is shown.")] = None,
+    *,
+    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Of Redis.")] = "127.0.0.1:6379",
+    database: Annotated[int, typer.Option(help="Of Redis; deployments on one server need different ones.")] = 0,
+    tls: Annotated[bool, typer.Option("--tls", help="Speak to Redis over TLS.")] = False,
+    username: Annotated[str | None, typer.Option(help="Of Redis, if it has users.")] = None,
+    password_file: Annotated[Path | None, typer.Option(help="File that holds Redis's password.")] = None,
+) -> None:
+    """Chooses where the features that serving reads lie; written to online.json in the feature store's folder.
+
+    SQLite is a file, for one machine; Redis a server, for workers on many. After a change apply and
+    materialize each model again, and restart the merge workers: nothing is copied from one to the other.
+
+    Example: hybrid features store redis --address redis.internal:6379 --tls --password-file /run/secrets/redis
+    """
+    from feature_store.definitions import OnlineStore
+
+    folder = Workspace.current().feast
+    if kind is None:
+        print(OnlineStore.read(folder).model_dump_json(indent=2))
+        return
+    redis = {
+        "address": address,
+        "database": database,
+        "tls": tls,
+        "username": username,
+        "password_file": password_file and password_file.resolve(),
+    }
+    online = OnlineStore.of({"kind": kind} | (redis if kind == "redis" else {}))
+    online.for_feast(folder)  # is the password's file there?
+    print(f"wrote {online.write(folder)}")
 
 
 def _print_rows(rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:

@@ -250,12 +250,14 @@ def _serving(
     ports: dict[str, int] | None = None,
 ) -> Service:
     """A process of the `serving` package."""
+    key = workspace.keys / "dead-letters.pub"  # of `hybrid dead-letters keygen`
     return Service(
         name=name,
         # -P: a folder named `serving` where the user stands is not ours.
         command=[
             *(sys.executable, "-P", "-m", "serving", name),
             *("--deployments", str(workspace.deployments)),
+            *(("--dead-letter-key", str(key)) if key.exists() else ()),
             *arguments,
         ],
         ready=ready,

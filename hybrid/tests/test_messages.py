@@ -1,3 +1,4 @@
+import base64
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.messages import MAX_KEPT_BYTES, BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.sealing import CannotOpen, OpeningKey, SealingKey, generate
 
 FINITE = st.floats(width=32, allow_nan=False)
 
@@ -127,15 +129,68 @@ def test_the_reason_holds_no_bytes_of_the_record():
         DeviceEmbeddings.from_bytes(embeddings().to_bytes().replace(b"Bar|2h", b"Bar|\xff\xff"))
 
 
-def test_a_dead_letter_says_where_and_why_and_keeps_no_bytes():
+def letter_of(data, key=None):
+    return DeadLetter.of(data, topic="t", partition=1, offset=5, error=BadMessage("not a record"), key=key)
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """(sealing, opening) key."""
+    generate(tmp_path / "a.pem", tmp_path / "a.pub")
+    return SealingKey.read(tmp_path / "a.pub"), OpeningKey.read(tmp_path / "a.pem")
+
+
+def test_a_dead_letter_without_a_key_says_where_and_why_and_that_it_keeps_no_bytes():
     """SHA-256 of "abc" is FIPS 180-2's example; the record itself is not there."""
-    letter = DeadLetter.of(b"abc", topic="t", partition=1, offset=5, reason="not a record")
+    letter = letter_of(b"abc")
     assert letter.model_dump() == {
         "topic": "t",
         "partition": 1,
         "offset": 5,
+        "code": "unreadable",
         "reason": "not a record",
         "length": 3,
         "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "sealed": None,
+        "key_id": None,
+        "withheld": "no_key",
     }
     assert DeadLetter.topic_for("t") == "t.dead"
+
+
+def test_a_dead_letter_keeps_the_bytes_for_the_private_key_alone(keys):
+    """Through JSON and back, the other half opens them; neither the text nor its base64 stands in the letter."""
+    sealing, opening = keys
+    letter = letter_of(b"secret garbage", sealing)
+    assert (letter.key_id, letter.withheld) == (opening.key_id, None)
+    text = letter.model_dump_json()
+    assert b"secret garbage" not in base64.b64decode(letter.sealed)
+    assert DeadLetter.model_validate_json(text).open(opening) == b"secret garbage"
+
+
+def test_the_bytes_of_a_letter_do_not_open_in_another_place(keys):
+    """Whoever may write letters cannot make bytes of one record pass for another's, nor change its hash."""
+    letter = letter_of(b"x", keys[0])
+    for change in ({"topic": "u"}, {"partition": 2}, {"offset": 6}, {"sha256": "0" * 64}, {"key_id": "0" * 16}):
+        with pytest.raises(CannotOpen):
+            letter.model_copy(update=change).open(keys[1])
+    for sealed in ("", "AAAA", "é", None):
+        with pytest.raises(CannotOpen):
+            letter.model_copy(update={"sealed": sealed}).open(keys[1])
+
+
+@pytest.mark.parametrize("length", [0, MAX_KEPT_BYTES, MAX_KEPT_BYTES + 1, 1 << 20, 8 << 20])
+def test_a_record_of_any_size_makes_a_letter_that_kafka_takes(keys, length):
+    """Below 1 MiB with room for the framing; a record larger than 704 KiB leaves its length and hash only."""
+    letter = letter_of(b"\xff" * length, keys[0])
+    assert len(letter.model_dump_json()) < (1 << 20) - (1 << 10)
+    assert letter.length == length
+    assert letter.withheld == ("too_large" if length > MAX_KEPT_BYTES else None)
+    assert (letter.sealed is None) == (length > MAX_KEPT_BYTES)
+
+
+def test_a_letter_of_the_release_before_is_still_read():
+    """It had neither code nor bytes."""
+    old = '{"topic": "t", "partition": 0, "offset": 1, "reason": "r", "length": 3, "sha256": "00"}'
+    letter = DeadLetter.model_validate_json(old)
+    assert (letter.code, letter.sealed) == ("unreadable", None)
