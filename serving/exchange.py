@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.deployment import Deployment
-from hybrid.errors import ServingError, Unavailable
+from hybrid.errors import Overloaded, ServingError, Unavailable
 from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
 
@@ -39,12 +39,14 @@ class Limits:
         linger_s: how long rows wait for company before they leave as one record.
         record_rows: rows that leave at once without waiting.
         waiting_rows: rows in flight; more are refused.
+        waiting_bytes: of those rows' numbers; more are refused.
     """
 
     deadline_s: float = DEADLINE_S
     linger_s: float = 0.002
     record_rows: int = 512
     waiting_rows: int = 20_000
+    waiting_bytes: int = 64 << 20
 
 
 @dataclass
@@ -86,27 +88,39 @@ class Exchange:
         self._send, self._reply_partition, self._now_ms, self._limits = send, reply_partition, now_ms, limits
         self._queues: dict[tuple[str, int], _Queue] = {}
         self._asked: dict[bytes, tuple[_Question, int]] = {}
+        self._bytes = 0
 
     def start(self) -> None:
         """Binds it to the running event loop; to be called first."""
         self._loop = asyncio.get_running_loop()
 
-    async def ask(self, deployment: Deployment, rows: Rows) -> Answers:
+    async def ask(self, deployment: Deployment, rows: Rows, timeout_s: float | None = None) -> Answers:
         """Waits for the predictions of all rows.
 
+        Args:
+            deployment: the model that is asked.
+            rows: what about.
+            timeout_s: how long the caller waits; the limits' deadline where that is sooner, or with None.
+
         Raises:
-            ServingError: a row cannot be predicted, no answer came in time, or too much waits already.
+            Overloaded: too much waits already; nothing was sent.
+            ServingError: a row cannot be predicted, or no answer came in time.
         """
-        if len(self._asked) + len(rows) > self._limits.waiting_rows:
-            raise Unavailable("too many rows wait for an answer; try again in a second")
+        deadline_s, size = self._limits.deadline_s, rows.request.nbytes + rows.embedding.nbytes
+        if timeout_s is not None:
+            deadline_s = min(deadline_s, timeout_s)
+        if len(self._asked) + len(rows) > self._limits.waiting_rows or self._bytes + size > self._limits.waiting_bytes:
+            raise Overloaded("too many rows wait for an answer; try again in a second")
         question = self._question(deployment, rows)
+        self._bytes += size
         try:
             self._enqueue(deployment, question)
-            async with asyncio.timeout(self._limits.deadline_s):
+            async with asyncio.timeout(deadline_s):
                 await question.done
         except TimeoutError:
-            raise Unavailable(f"no answer in time ({self._limits.deadline_s:g} s)") from None
+            raise Unavailable(f"no answer in time ({deadline_s:g} s)") from None
         finally:
+            self._bytes -= size
             for key in question.ids:
                 self._asked.pop(key, None)
         _raise_first(question.status)
