@@ -135,8 +135,12 @@ def api_key(arguments: argparse.Namespace) -> None:
     from serving.access import ApiKey
 
     key, text = ApiKey.issue(arguments.client)
-    with arguments.file.open("a", opener=lambda file, flags: os.open(file, flags, 0o600)) as lines:
-        lines.write(f"{key}\n")
+    try:
+        descriptor = os.open(arguments.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(descriptor, "a") as lines:
+            lines.write(f"{key}\n")
+    except OSError as error:
+        raise ConfigError(f"--file {arguments.file} must be a file that can be written: {error.strerror}") from None
     print(text)
 
 

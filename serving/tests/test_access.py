@@ -1,7 +1,12 @@
 import asyncio
 import base64
+import hashlib
+import hmac
+import http.server
 import json
+import ssl
 import threading
+import time
 from fractions import Fraction
 
 import jwt
@@ -28,6 +33,7 @@ from serving.access import (
     is_loopback,
     key_source,
 )
+from serving.testing import Certificate
 
 RSA = rsa.generate_private_key(65537, 2048)
 OTHER = rsa.generate_private_key(65537, 2048)
@@ -85,9 +91,6 @@ PUBLIC_PEM = RSA.public_key().public_bytes(serialization.Encoding.PEM, serializa
 
 def confused():
     """Signed with HMAC under the public key, which everyone has."""
-    import hashlib
-    import hmac
-
     header, payload, _ = unsigned({"alg": "HS256", "kid": "a"}, claims()).split(".")
     signature = hmac.digest(PUBLIC_PEM, f"{header}.{payload}".encode(), hashlib.sha256)
     return f"{header}.{payload}." + base64.urlsafe_b64encode(signature).rstrip(b"=").decode()
@@ -140,8 +143,6 @@ def test_a_token_that_does_not_hold_is_refused(bad):
 
 def test_a_clock_may_differ_by_half_a_minute():
     """A token that expired 20 s ago holds, one that expired 40 s ago does not."""
-    import time
-
     assert client(tokens(), token(exp=int(time.time()) - 20)) == "shop-app"
     with pytest.raises(Unauthenticated, match="expired"):
         client(tokens(), token(exp=int(time.time()) - 40))
@@ -433,3 +434,58 @@ def test_without_a_header_the_challenge_names_no_error(tmp_path):
 def test_loopback_is_known(host, here):
     """A name could be anywhere tomorrow."""
     assert is_loopback(host) == here
+
+
+@pytest.fixture
+def https(tmp_path, monkeypatch):
+    """An issuer over https: its answers by path, and its address. Its certificate is trusted."""
+    certificate = Certificate.write(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.chain))
+    answers = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers, body = answers[self.path]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate.chain, certificate.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield answers, f"https://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_keys_are_read_over_https(https):
+    """From an issuer whose certificate holds; a redirect, an error and more than a megabyte are no keys."""
+    answers, url = https
+    answers["/keys"] = (200, {}, jwks(jwk(RSA, "a")))
+    answers["/moved"] = (302, {"Location": f"{url}/keys"}, b"")
+    answers["/error"] = (500, {}, b"")
+    answers["/large"] = (200, {}, b" " * (1 << 20) + jwks(jwk(RSA, "a")))
+    settings = Jwt("https://issuer", "hybrid")
+    good = Tokens(settings, KeySet(key_source(f"{url}/keys"), settings.algorithms))
+    assert client(good, token()) == "shop-app"
+    for path in ("/moved", "/error", "/large"):
+        with pytest.raises(Unavailable):
+            client(Tokens(settings, KeySet(key_source(url + path), settings.algorithms)), token())
+
+
+def test_an_issuer_with_a_certificate_that_nobody_signed_is_not_believed(https, monkeypatch, tmp_path):
+    """Its keys could be anyone's."""
+    (tmp_path / "none.crt").write_bytes(Certificate.write(tmp_path, "other").chain.read_bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.crt"))
+    answers, url = https
+    answers["/keys"] = (200, {}, jwks(jwk(RSA, "a")))
+    with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+        key_source(f"{url}/keys")()
