@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     _log()
     try:
-        arguments.run(arguments)
+        {"gateway": gateway, "worker": worker, "api-key": api_key}[arguments.process](arguments)
     except HybridError as error:
         sys.exit(f"{arguments.process}: {error}")
 
@@ -184,13 +185,15 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def _spawn(arguments: argparse.Namespace, reply_partition: int) -> SpawnProcess:
-    name = f"gateway-{reply_partition}"
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(arguments, reply_partition), name=name)
-    process.start()
-    return process
+    # Under its own name: as a part of `__main__`, a new process would not find it.
+    child = importlib.import_module("serving.__main__").child
+    started = multiprocessing.get_context("spawn").Process(target=child, args=(arguments, reply_partition))
+    started.start()
+    return started
 
 
-def _child(arguments: argparse.Namespace, reply_partition: int) -> None:
+def child(arguments: argparse.Namespace, reply_partition: int) -> None:
+    """What one of several processes of the gateway does."""
     processes.end_with_parent()
     _log()
     try:
@@ -302,15 +305,12 @@ def _parser() -> argparse.ArgumentParser:
     fronts.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one process each")
     fronts.add_argument("--processes", type=int, default=1, help="on the same ports, from --reply-partition on")
     _add_access(fronts)
-    fronts.set_defaults(run=gateway)
     merging = commands.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
-    merging.set_defaults(run=worker)
     key = commands.add_parser("api-key", help=api_key.__doc__)
     key.add_argument("client", help="whose it is: letters, digits and any of . _ @ -")
     key.add_argument("--file", type=Path, required=True, help="that the gateway has as --api-keys")
-    key.set_defaults(run=api_key)
     return parser
 
 
