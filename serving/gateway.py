@@ -23,10 +23,10 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.deployment import Deployment
-from hybrid.errors import BadRequest, BodyTooLarge, ServingError, Unavailable
+from hybrid.errors import BadRequest, BodyTooLarge, Overloaded, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
 from serving import oip, openapi
@@ -38,6 +38,7 @@ from serving.kafka import Record, Tail, ThreadedOutbox
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
+HELD_BYTES = 128 << 20  # of all bodies whose requests are not answered yet; more are refused
 DRAIN_BYTES = 16 << 20  # of a refused body, read and dropped so that the client sees the answer
 CLIENT = "hybrid.client"  # in a request's scope
 REFRESH_S = 1.0
@@ -134,18 +135,21 @@ class Gateway:
         return await self.ask(deployment, asked.rows, asked.timeout_s)
 
 
-def application(gateway: Gateway, lifespan: Any = None) -> Starlette:
+def application(gateway: Gateway, lifespan: Any = None, held_bytes: int = HELD_BYTES) -> Starlette:
     """The ASGI application; every error is the protocol's error object."""
     handlers: dict[Any, Any] = {ServingError: _refused, HTTPException: _no_route}
-    door = Middleware(_Door, access=gateway.access)
+    door = Middleware(_Door, gateway.access, gateway.max_body_bytes, held_bytes)
     return Starlette(routes=gateway.routes(), middleware=[door], exception_handlers=handlers, lifespan=lifespan)
 
 
 class _Door:
-    """Lets in who may ask. Every path but `OPEN` is behind it, also one that comes later, or is not there."""
+    """Lets in who may ask, as long as there is room for the bodies.
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
+    Every path but `OPEN` is behind it, also one that comes later, or is not there.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, max_body_bytes: int, held_bytes: int) -> None:
+        self._app, self._access, self._max_body, self._room = app, access, max_body_bytes, held_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
@@ -157,7 +161,22 @@ class _Door:
             return await _refused(None, error)(scope, receive, send)
         except Exception as error:
             return await _refused(None, internal(error))(scope, receive, send)
-        return await self._app(scope, receive, send)
+        held = 0
+
+        async def read() -> Message:
+            nonlocal held
+            message = await receive()
+            # What is past the largest body is read and dropped.
+            size = min(len(message.get("body", b"")), self._max_body - held)
+            if size > self._room:
+                raise Overloaded("too many bodies wait for an answer; try again in a second")
+            held, self._room = held + size, self._room - size
+            return message
+
+        try:
+            return await self._app(scope, read, send)
+        finally:
+            self._room += held
 
 
 def over_kafka(

@@ -16,6 +16,7 @@ from hybrid.deployment import Deployment
 from hybrid.protocol import DEVICE_EMBEDDING, ENTITY, HEADER_LENGTH, OUTPUTS
 from serving import oip
 
+SIZE = {"type": "integer", "minimum": 0, "maximum": 10**11 - 1}  # bytes
 INT64 = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 SCHEMAS: dict[str, Any] = {
     "Error": {
@@ -197,13 +198,13 @@ def _tensor(tensor: dict[str, Any], nullable: bool) -> dict[str, Any]:
                 "description": "Row by row; an embedding may be nested, one list for each row.",
                 "items": values if len(shape) == 1 else {"anyOf": [values, {"type": "array", "items": values}]},
             },
-            "parameters": {"type": "object", "properties": {"binary_data_size": INT64}},
+            "parameters": {"type": "object", "properties": {"binary_data_size": SIZE}},
         },
     }
 
 
 def _infer(deployment: Deployment) -> dict[str, Any]:
-    length = {"name": HEADER_LENGTH, "in": "header", "required": False, "schema": INT64}
+    length = {"name": HEADER_LENGTH, "in": "header", "required": False, "schema": SIZE}
     length["description"] = "Bytes of the JSON, where raw tensors follow it."
     binary = {"type": "string", "contentMediaType": "application/octet-stream"}
     body = {"schema": request_schema(deployment), "example": example(deployment)}

@@ -1,6 +1,7 @@
 import asyncio
 import json
 
+import httpx
 import numpy as np
 import pytest
 from starlette.requests import Request
@@ -195,3 +196,40 @@ def test_an_error_of_ours_at_the_door_is_said_like_any_other(tmp_path, caplog):
     answer = setup.client.get("/v2", headers={"Authorization": "Bearer secret"})
     assert (answer.status_code, answer.json()) == (500, {"error": "internal error", "code": "internal"})
     assert "secret" not in caplog.text
+
+
+def test_bodies_have_so_much_room_and_no_more(tmp_path):
+    """Of 900 bytes, a body of 600 leaves 300: a second one is told to come back, while health answers."""
+
+    async def scenario():
+        entered, go = asyncio.Event(), asyncio.Event()
+
+        async def ask(_, rows, __):
+            entered.set()
+            await go.wait()
+            return Answers(np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64))
+
+        deployment().write(tmp_path)
+        app = application(Gateway(Deployments(tmp_path), ask, lambda: True), held_bytes=900)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            body = BODY.ljust(600)
+            first = asyncio.create_task(client.post("/v2/models/shop/infer", content=body))
+            await entered.wait()
+            second = await client.post("/v2/models/shop/infer", content=body)
+            assert (second.status_code, second.json()["code"], second.headers["Retry-After"]) == (
+                429,
+                "overloaded",
+                "1",
+            )
+            assert (await client.get("/v2/health/live")).status_code == 200
+            go.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/v2/models/shop/infer", content=body)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_is_too_large_takes_no_more_room_than_the_largest(setup):
+    """A hundred of 1.6 MB are refused one by one, and the room is whole again."""
+    assert {setup.infer(bytes(1_600_000)).status_code for _ in range(100)} == {413}
+    assert setup.infer().status_code == 200
