@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from device_runtime.program import EmbedProgram
 from device_runtime.store import Rows
 from hybrid.bundle import Manifest
-from hybrid.errors import ConfigError, HybridError, ServingError
+from hybrid.errors import ConfigError, HybridError, Overloaded, ServingError, Unavailable
 from hybrid.privacy.mechanisms import NoiseSource, SystemNoise, clip_and_noise
 from hybrid.protocol import (
     DEVICE_EMBEDDING,
@@ -41,6 +41,8 @@ from hybrid.spec import Noised
 ATTEMPTS = 3
 TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
+# What a retry may find gone. Stale features and drift, 503 as well, stay so; a rate limit does for longer than we wait.
+PASSING = frozenset({(Unavailable.status, Unavailable.code), (Overloaded.status, Overloaded.code)})
 
 
 @dataclass(frozen=True)
@@ -266,8 +268,7 @@ class InferenceClient:
             text = f"the connection to the gateway broke ({type(error).__name__})"
             return Answer(ask.device, ask.row, "unreachable", error=text), False
         fields = read_answer(response.status_code, response.content, self._manifest)
-        # Stale features and drift are 503 as well, and stay so.
-        again = response.status_code == 503 and fields["status"] == "unavailable"
+        again = (response.status_code, fields["status"]) in PASSING
         return Answer(ask.device, ask.row, http_status=response.status_code, **fields), again
 
 

@@ -41,10 +41,12 @@ class ServingError(HybridError):
     Attributes:
         status: the HTTP status that says whose fault it is.
         code: the reason as one stable word, for clients and counters.
+        retry_after_s: when it may be tried again, in whole seconds; None where that does not help.
     """
 
     status = 500
     code = "internal"
+    retry_after_s: int | None = None
 
 
 class BadRequest(ServingError):
@@ -94,6 +96,7 @@ class StaleFeatures(ServingError):
 
     status = 503
     code = "stale_features"
+    retry_after_s = 1
 
 
 class SchemaDrift(ServingError):
@@ -101,6 +104,7 @@ class SchemaDrift(ServingError):
 
     status = 503
     code = "schema_drift"
+    retry_after_s = 1
 
 
 class Unavailable(ServingError):
@@ -108,3 +112,41 @@ class Unavailable(ServingError):
 
     status = 503
     code = "unavailable"
+    retry_after_s = 1
+
+
+class Overloaded(ServingError):
+    """So much waits already that this request was not taken. Nothing it needs has failed."""
+
+    status = 429
+    code = "overloaded"
+    retry_after_s = 1
+
+
+class RateLimited(ServingError):
+    """The caller asks for more than its share; `retry_after_s` says when that is enough again."""
+
+    status = 429
+    code = "rate_limited"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(ServingError):
+    """The request shows no credential, or, where `shown`, one that does not hold."""
+
+    status = 401
+    code = "unauthenticated"
+
+    def __init__(self, message: str, *, shown: bool = False) -> None:
+        super().__init__(message)
+        self.shown = shown
+
+
+class Forbidden(ServingError):
+    """The credential holds, but does not allow this."""
+
+    status = 403
+    code = "forbidden"

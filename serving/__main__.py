@@ -1,15 +1,21 @@
-"""Starts one process of serving: `python -m serving gateway` or `python -m serving worker`."""
+"""Starts serving: `python -m serving gateway` or `python -m serving worker`; `api-key` makes a key for a client."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import multiprocessing
 import os
 import signal
+import socket
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +23,13 @@ from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.sealing import SealingKey
+from serving import processes
 from serving.cache import CACHE_BYTES, REREAD_S
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 
 if TYPE_CHECKING:
+    from serving.access import Access
     from serving.direct import Direct
     from serving.exchange import Limits
     from serving.merge import Reader
@@ -29,31 +37,55 @@ if TYPE_CHECKING:
 log = logging.getLogger("serving")
 DRAIN_S = 10
 CONNECTIONS = 512  # at once; a process has 1,024 descriptors by default, and more connections get 503
+WAITING_BYTES = 256 << 20  # of gRPC messages that were read; calls are bounded so that the largest fit
 
 
 def main() -> None:
     """Reads the command line and runs the process until SIGTERM or Ctrl-C."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("kafka").setLevel(logging.WARNING)
+    _log()
     try:
-        arguments.run(arguments)
+        {"gateway": gateway, "worker": worker, "api-key": api_key}[arguments.process](arguments)
     except HybridError as error:
         sys.exit(f"{arguments.process}: {error}")
 
 
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("kafka").setLevel(logging.WARNING)
+
+
 def gateway(arguments: argparse.Namespace) -> None:
-    """Serves HTTP until a signal; then finishes what waits and exits with 0, or with 1 if Kafka was lost."""
+    """Serves HTTP, and gRPC, until a signal; then finishes what waits and exits with 0, or with 1 if Kafka was lost."""
+    from serving.kafka import PARTITIONS, create_topics
+
+    first, last = arguments.reply_partition, arguments.reply_partition + arguments.processes - 1
+    highest = PARTITIONS[Predictions.TOPIC] - 1
+    if arguments.processes < 1 or not 0 <= first <= last <= highest:
+        raise ConfigError(
+            f"--reply-partition and the {arguments.processes} of --processes must lie in 0 to {highest}, "
+            f"one partition each, got {first} to {last}"
+        )
+    _check_exposed(arguments)
+    _access(arguments)  # is all as it must be? each process makes its own
+    _certificate(arguments)
+    _check_free(arguments.host, arguments.port, "--port")
+    if arguments.grpc_port is not None:
+        _check_free(arguments.host, arguments.grpc_port, "--grpc-port")
+    create_topics(arguments.kafka)
+    if arguments.processes == 1:
+        serve(arguments, first)
+    else:
+        processes.supervise(lambda number: _spawn(arguments, first + number), arguments.processes, drain_s=3 * DRAIN_S)
+
+
+def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
+    """One process of the gateway."""
     import uvicorn
 
     from serving.exchange import Limits
-    from serving.gateway import over_kafka
-    from serving.kafka import PARTITIONS, create_topics
+    from serving.gateway import MAX_BODY_BYTES, Gateway, over_kafka
 
-    if not 0 <= arguments.reply_partition < PARTITIONS[Predictions.TOPIC]:
-        highest = PARTITIONS[Predictions.TOPIC] - 1
-        raise ConfigError(f"--reply-partition must be from 0 to {highest}, got {arguments.reply_partition}")
-    create_topics(arguments.kafka)
     limits = Limits(deadline_s=arguments.deadline_s)
     deployments = Deployments(arguments.deployments)
     lost = threading.Event()
@@ -62,19 +94,31 @@ def gateway(arguments: argparse.Namespace) -> None:
         lost.set()
         signal.raise_signal(signal.SIGTERM)
 
+    def beside(served: Gateway) -> AbstractAsyncContextManager[object]:
+        if arguments.grpc_port is None:
+            return nullcontext()
+        from serving.grpc_gateway import Listen, listening
+
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        calls, certificate = min(CONNECTIONS, WAITING_BYTES // MAX_BODY_BYTES), _certificate(arguments)
+        several = arguments.processes > 1
+        return listening(served, Listen(f"{host}:{arguments.grpc_port}", calls, DRAIN_S, *certificate, several))
+
     app = over_kafka(
         arguments.kafka,
-        arguments.reply_partition,
+        reply_partition,
         deployments,
         _now_ms,
         limits,
         on_loss=end,
         direct=_direct(arguments, limits),
         key=_key(arguments),
+        access=_access(arguments),
+        beside=beside,
     )
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=arguments.host,
         port=arguments.port,
@@ -84,7 +128,29 @@ def gateway(arguments: argparse.Namespace) -> None:
         access_log=False,
         log_config=None,
         timeout_graceful_shutdown=DRAIN_S,
+        ssl_certfile=arguments.tls_cert,
+        ssl_keyfile=arguments.tls_key,
+        ssl_ca_certs=arguments.tls_client_ca,
+        ssl_cert_reqs=ssl.CERT_NONE if arguments.tls_client_ca is None else ssl.CERT_REQUIRED,
     )
+    server = uvicorn.Server(config)
+    server.run([_listening(arguments.host, arguments.port, shared=arguments.processes > 1)])
+    if not server.started:
+        sys.exit("gateway: it did not start; the lines above say why")
+
+
+def api_key(arguments: argparse.Namespace) -> None:
+    """Makes an API key: its line goes to the end of the file, the key itself to the screen, and nowhere else."""
+    from serving.access import ApiKey
+
+    key, text = ApiKey.issue(arguments.client)
+    try:
+        descriptor = os.open(arguments.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(descriptor, "a") as lines:
+            lines.write(f"{key}\n")
+    except OSError as error:
+        raise ConfigError(f"--file {arguments.file} must be a file that can be written: {error.strerror}") from None
+    print(text)
 
 
 def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
@@ -156,9 +222,111 @@ def _reader_in(arguments: argparse.Namespace) -> Callable[[Deployment], Reader]:
     return open_reader
 
 
+def _spawn(arguments: argparse.Namespace, reply_partition: int) -> SpawnProcess:
+    # Under its own name: as a part of `__main__`, a new process would not find it.
+    child = importlib.import_module("serving.__main__").child
+    started = multiprocessing.get_context("spawn").Process(target=child, args=(arguments, reply_partition))
+    started.start()
+    return started
+
+
+def child(arguments: argparse.Namespace, reply_partition: int) -> None:
+    """What one of several processes of the gateway does."""
+    processes.end_with_parent()
+    _log()
+    try:
+        serve(arguments, reply_partition)
+    except HybridError as error:
+        sys.exit(f"gateway: {error}")
+
+
+def _access(arguments: argparse.Namespace) -> Access:
+    """Who may ask, as the command line has it."""
+    from serving.access import Access, ApiKeys, Buckets, Credentials, Jwt, KeySet, Tokens, key_source
+    from serving.oip import MAX_ROWS
+
+    given = [name for name in ("jwt_issuer", "jwt_audience", "jwt_keys") if getattr(arguments, name) is not None]
+    if arguments.api_keys is not None and given:
+        raise ConfigError("--api-keys and --jwt-issuer exclude each other")
+    if len(given) not in (0, 3):
+        raise ConfigError("--jwt-issuer, --jwt-audience and --jwt-keys must be given together")
+    credentials: Credentials | None = None
+    if arguments.api_keys is not None:
+        credentials = ApiKeys(arguments.api_keys)
+    elif given:
+        algorithms = tuple(arguments.jwt_algorithms.split(","))
+        settings = Jwt(arguments.jwt_issuer, arguments.jwt_audience, algorithms, arguments.jwt_scope)
+        credentials = Tokens(settings, KeySet(key_source(arguments.jwt_keys), algorithms))
+    requests, rows = arguments.requests_per_s, arguments.rows_per_s
+    return Access(
+        credentials,
+        None if requests is None else Buckets(requests, max(requests, 1.0)),
+        None if rows is None else Buckets(rows, max(rows, MAX_ROWS)),
+    )
+
+
+def _check_exposed(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError where others than this machine could ask without being asked who they are."""
+    from serving.access import is_loopback
+
+    checked = (arguments.api_keys, arguments.jwt_issuer, arguments.tls_client_ca)
+    if is_loopback(arguments.host):
+        return
+    if all(setting is None for setting in checked):
+        raise ConfigError(
+            f"--host {arguments.host} can be reached by other machines, so clients must be known: "
+            "give --api-keys, --jwt-issuer or --tls-client-ca, or listen on 127.0.0.1"
+        )
+    if arguments.tls_cert is None:
+        log.warning("what clients send, their keys too, is not encrypted: give --tls-cert, unless a proxy does it")
+
+
+def _certificate(arguments: argparse.Namespace) -> tuple[tuple[bytes, bytes] | None, bytes | None]:
+    """Key and chain, and the clients' CA, as PEM.
+
+    Raises:
+        ConfigError: one is there without the other, or cannot be read, or they do not fit.
+    """
+    chain, key, ca = arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca
+    if chain is None and key is None and ca is None:
+        return None, None
+    if chain is None or key is None:
+        raise ConfigError("--tls-cert and --tls-key must be given together, and with --tls-client-ca")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(chain, key, password="")  # none is asked for at a terminal
+        if ca is not None:
+            context.load_verify_locations(ca)
+        return (key.read_bytes(), chain.read_bytes()), None if ca is None else ca.read_bytes()
+    except (OSError, ValueError) as error:  # also what ssl raises
+        raise ConfigError(f"--tls-cert, --tls-key and --tls-client-ca must be PEM files that fit: {error}") from None
+
+
+def _listening(host: str, port: int, *, shared: bool) -> socket.socket:
+    """A socket bound to that place, which processes that say `shared` may have together."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listening.bind((host, port))
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _check_free(host: str, port: int, option: str) -> None:
+    """Raises ConfigError where the port cannot be had alone: a shared one would be had with strangers too."""
+    try:
+        _listening(host, port, shared=False).close()
+    except OSError as error:
+        raise ConfigError(f"{option} {port} of {host} cannot be listened on: {error.strerror}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
-    processes = parser.add_subparsers(dest="process", required=True)
+    commands = parser.add_subparsers(dest="process", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--deployments", type=Path, required=True, help="folder that `hybrid promote` writes")
     common.add_argument("--kafka", required=True, metavar="HOST:PORT")
@@ -185,23 +353,46 @@ def _parser() -> argparse.ArgumentParser:
         help="public key (`hybrid dead-letters keygen`) that seals records which cannot be read; without it their "
         "bytes are not kept; by default $HYBRID_DEAD_LETTER_KEY",
     )
-    http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
-    http.add_argument("--host", default="127.0.0.1")
-    http.add_argument("--port", type=int, required=True)
-    http.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one gateway each")
-    http.add_argument("--feast", type=Path, help="folder of the feature store; for models declared transport='direct'")
-    http.add_argument("--triton", metavar="HOST:PORT", help="Triton's gRPC endpoint; for the same")
-    http.set_defaults(run=gateway)
-    merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
+    fronts = commands.add_parser("gateway", parents=[common], help=gateway.__doc__)
+    fronts.add_argument("--host", default="127.0.0.1")
+    fronts.add_argument("--port", type=int, required=True, help="of HTTP")
+    fronts.add_argument("--grpc-port", type=int, help="of gRPC; without it there is none")
+    fronts.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one process each")
+    fronts.add_argument("--processes", type=int, default=1, help="on the same ports, from --reply-partition on")
+    fronts.add_argument(
+        "--feast", type=Path, help="folder of the feature store; for models declared transport='direct'"
+    )
+    fronts.add_argument("--triton", metavar="HOST:PORT", help="Triton's gRPC endpoint; for the same")
+    _add_access(fronts)
+    merging = commands.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
     merging.add_argument("--batch-ms", type=float, default=20.0, help="that a batch may take; under load it fills that")
-    merging.set_defaults(run=worker)
+    key = commands.add_parser("api-key", help=api_key.__doc__)
+    key.add_argument("client", help="whose it is: letters, digits and any of . _ @ -")
+    key.add_argument("--file", type=Path, required=True, help="that the gateway has as --api-keys")
     return parser
 
 
 def _key(arguments: argparse.Namespace) -> SealingKey | None:
     return SealingKey.read(Path(arguments.dead_letter_key)) if arguments.dead_letter_key else None
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    who = parser.add_argument_group("access", "API keys, or JWT as bearer, or neither on loopback")
+    who.add_argument("--api-keys", type=Path, metavar="FILE", help="of `api-key`; read again when it changes")
+    who.add_argument("--jwt-issuer", metavar="TEXT", help="the claim `iss`")
+    who.add_argument("--jwt-audience", metavar="TEXT", help="the claim `aud`")
+    who.add_argument("--jwt-keys", metavar="FILE|URL", help="the issuer's JWK set, as a file or an https URL")
+    who.add_argument("--jwt-algorithms", default="RS256,ES256,EdDSA", metavar="LIST", help="default: %(default)s")
+    who.add_argument("--jwt-scope", metavar="TEXT", help="that a token must grant")
+    rates = parser.add_argument_group("rates", "of one client, in each process; past them 429 with Retry-After")
+    rates.add_argument("--requests-per-s", type=float, metavar="RATE", help="a second's worth may come at once")
+    rates.add_argument("--rows-per-s", type=float, metavar="RATE", help="the same; one full request always may")
+    tls = parser.add_argument_group("TLS", "of both ports")
+    tls.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
+    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    tls.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate of these CAs")
 
 
 def _now_ms() -> int:

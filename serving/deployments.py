@@ -28,13 +28,8 @@ class Deployments:
         self._take(Window.read_all(folder))
 
     @property
-    def windows(self) -> dict[str, Window]:
-        """By model."""
-        return self._windows
-
-    @property
     def current(self) -> list[Deployment]:
-        """Every version that is served."""
+        """Every version that is served; of one model, the default first."""
         return [version for window in self._windows.values() for version in window.versions]
 
     def served(self, model: str, version: str | None = None) -> Deployment:
@@ -52,10 +47,14 @@ class Deployments:
         for deployment in window.versions:
             if version == str(deployment.version):
                 return deployment
-        served = [deployment.version for deployment in window.versions]
+        served = self.versions(model)
         if version.isascii() and version.isdecimal() and len(version) < 10 and 0 < int(version) < max(served):
             raise UpdateRequired(f"model {model!r} is served in versions {served}; fetch the bundle of {served[0]}")
         raise UnknownModel(f"model {model!r} is served in versions {served}, and has no version of that name")
+
+    def versions(self, model: str) -> list[int]:
+        """Of a model that is served, the default first."""
+        return [deployment.version for deployment in self._windows[model].versions]
 
     def find(self, model: str, version: int) -> Deployment | None:
         """A deployment that is or was served since this process started."""

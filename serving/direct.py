@@ -17,7 +17,7 @@ import numpy as np
 from hybrid.deployment import Deployment
 from hybrid.errors import Unavailable
 from hybrid.messages import Predictions
-from serving.exchange import Limits, answers
+from serving.exchange import Limits, Room, answers
 from serving.merge import MAX_BATCH_ROWS, Batch, merge
 from serving.oip import Answers, Rows
 from serving.readers import Readers
@@ -45,14 +45,14 @@ class Direct:
         readers: the feature stores; used in that thread alone.
         models: the networks.
         now_ms: Unix time in milliseconds, UTC.
-        limits: `deadline_s` and `waiting_rows` are kept.
+        limits: of what may wait, and how long.
     """
 
     def __init__(self, readers: Readers, models: Models, now_ms: Callable[[], int], limits: Limits) -> None:
         self._readers, self._models, self._now_ms, self._limits = readers, models, now_ms, limits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="direct")
         self._waiting: deque[_Question] = deque()
-        self._rows = 0
+        self._room = Room(limits)
         self._merging: asyncio.Task[None] | None = None
         self._prepared = False
 
@@ -71,27 +71,14 @@ class Direct:
         """Ends after the batch that is being merged."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def ask(self, deployment: Deployment, rows: Rows) -> Answers:
-        """Waits for the predictions of all rows.
-
-        Raises:
-            ServingError: a row cannot be predicted, no answer came in time, or too much waits already.
-        """
-        if self._rows + len(rows) > self._limits.waiting_rows:
-            raise Unavailable("too many rows wait for an answer; try again in a second")
-        done: asyncio.Future[Predictions] = asyncio.get_running_loop().create_future()
-        question = _Question(deployment, rows, self._now_ms(), done)
-        self._rows += len(rows)
-        try:
-            self._waiting.append(question)
+    async def ask(self, deployment: Deployment, rows: Rows, timeout_s: float | None = None) -> Answers:
+        """Waits for the predictions of all rows: see `Exchange.ask`."""
+        with self._room.taken(rows):
+            done: asyncio.Future[Predictions] = asyncio.get_running_loop().create_future()
+            self._waiting.append(_Question(deployment, rows, self._now_ms(), done))
             if self._merging is None or self._merging.done():
                 self._merging = asyncio.create_task(self._merge_all())
-            async with asyncio.timeout(self._limits.deadline_s):
-                found = await done
-        except TimeoutError:
-            raise Unavailable(f"no answer in time ({self._limits.deadline_s:g} s)") from None
-        finally:
-            self._rows -= len(rows)
+            found = await self._limits.within(done, timeout_s)
         return answers(found.prediction, found.feature_age_ms, found.status.tolist(), found.fallback.tolist())
 
     async def _merge_all(self) -> None:

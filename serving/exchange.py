@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.deployment import Deployment
-from hybrid.errors import ServingError, Unavailable
+from hybrid.errors import Overloaded, ServingError, Unavailable
 from hybrid.messages import DeviceEmbeddings, Predictions
 from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
 
@@ -29,6 +31,7 @@ EXPLAIN = {
 }
 FALLBACKS = {"none", "device-only", "server-only", "constant"}
 ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
+T = TypeVar("T")
 Send = Callable[[DeviceEmbeddings, Callable[[], None]], None]
 
 
@@ -41,12 +44,50 @@ class Limits:
         linger_s: how long rows wait for company before they leave as one record.
         record_rows: rows that leave at once without waiting.
         waiting_rows: rows in flight; more are refused.
+        waiting_bytes: of those rows' numbers; more are refused.
     """
 
     deadline_s: float = DEADLINE_S
     linger_s: float = 0.002
     record_rows: int = 512
     waiting_rows: int = 20_000
+    waiting_bytes: int = 64 << 20
+
+    async def within(self, answer: asyncio.Future[T], timeout_s: float | None) -> T:
+        """Waits for an answer as long as these limits and its caller do.
+
+        Raises:
+            Unavailable: it did not come in time.
+        """
+        deadline_s = self.deadline_s if timeout_s is None else min(self.deadline_s, timeout_s)
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await answer
+        except TimeoutError:
+            raise Unavailable(f"no answer in time ({deadline_s:g} s)") from None
+
+
+class Room:
+    """For the rows that may wait at once."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._rows, self._bytes = limits, 0, 0
+
+    @contextmanager
+    def taken(self, rows: Rows) -> Iterator[None]:
+        """As long as these rows wait.
+
+        Raises:
+            Overloaded: there is no room for them.
+        """
+        n, size = len(rows), rows.request.nbytes + rows.embedding.nbytes
+        if self._rows + n > self._limits.waiting_rows or self._bytes + size > self._limits.waiting_bytes:
+            raise Overloaded("too many rows wait for an answer; try again in a second")
+        self._rows, self._bytes = self._rows + n, self._bytes + size
+        try:
+            yield
+        finally:
+            self._rows, self._bytes = self._rows - n, self._bytes - size
 
 
 @dataclass
@@ -89,29 +130,32 @@ class Exchange:
         self._send, self._reply_partition, self._now_ms, self._limits = send, reply_partition, now_ms, limits
         self._queues: dict[tuple[str, int], _Queue] = {}
         self._asked: dict[bytes, tuple[_Question, int]] = {}
+        self._room = Room(limits)
 
     def start(self) -> None:
         """Binds it to the running event loop; to be called first."""
         self._loop = asyncio.get_running_loop()
 
-    async def ask(self, deployment: Deployment, rows: Rows) -> Answers:
+    async def ask(self, deployment: Deployment, rows: Rows, timeout_s: float | None = None) -> Answers:
         """Waits for the predictions of all rows.
 
+        Args:
+            deployment: the model that is asked.
+            rows: what about.
+            timeout_s: how long the caller waits; the limits' deadline where that is sooner, or with None.
+
         Raises:
-            ServingError: a row cannot be predicted, no answer came in time, or too much waits already.
+            Overloaded: too much waits already; nothing was sent.
+            ServingError: a row cannot be predicted, or no answer came in time.
         """
-        if len(self._asked) + len(rows) > self._limits.waiting_rows:
-            raise Unavailable("too many rows wait for an answer; try again in a second")
-        question = self._question(deployment, rows)
-        try:
-            self._enqueue(deployment, question)
-            async with asyncio.timeout(self._limits.deadline_s):
-                await question.done
-        except TimeoutError:
-            raise Unavailable(f"no answer in time ({self._limits.deadline_s:g} s)") from None
-        finally:
-            for key in question.ids:
-                self._asked.pop(key, None)
+        with self._room.taken(rows):
+            question = self._question(deployment, rows)
+            try:
+                self._enqueue(deployment, question)
+                await self._limits.within(question.done, timeout_s)
+            finally:
+                for key in question.ids:
+                    self._asked.pop(key, None)
         return answers(question.prediction, question.age_ms, question.status, question.fallback)
 
     def deliver(self, message: Predictions) -> None:

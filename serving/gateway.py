@@ -1,7 +1,7 @@
 """The gateway: Open Inference Protocol v2 over HTTP in front of Kafka.
 
 It decodes, batches, waits and encodes; Kafka's I/O runs in threads of its own.
-Plaintext and without authentication: for loopback, or behind something that adds both.
+gRPC, where it is wanted, runs beside it on the same event loop (`serving.grpc_gateway`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,18 @@ import orjson
 import pyarrow as pa
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.deployment import Deployment
-from hybrid.errors import BadRequest, BodyTooLarge, ServingError, Unavailable
+from hybrid.errors import BadRequest, BodyTooLarge, Overloaded, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
-from serving import oip
+from serving import oip, openapi
+from serving.access import Access, error_headers
 from serving.deployments import Deployments
 from serving.direct import Direct
 from serving.exchange import Exchange, Limits
@@ -39,10 +42,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
+HELD_BYTES = 128 << 20  # of all bodies whose requests are not answered yet; more are refused
 DRAIN_BYTES = 16 << 20  # of a refused body, read and dropped so that the client sees the answer
+CLIENT = "hybrid.client"  # in a request's scope
 REFRESH_S = 1.0
 BODY_S = 30.0  # for a body to arrive
-Ask = Callable[[Any, oip.Rows], Awaitable[oip.Answers]]
+OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})  # to everyone, for probes
+SERVER = {"name": "hybrid-gateway", "version": installed("hybrid-towers"), "extensions": ["binary_tensor_data"]}
+Ask = Callable[[Any, oip.Rows, float | None], Awaitable[oip.Answers]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -52,20 +59,23 @@ class Gateway:
 
     Attributes:
         deployments: what is served.
-        ask: (deployment, rows) -> their predictions.
+        ask: (deployment, rows, seconds that the caller waits or None) -> their predictions.
         ready: whether the broker's two ends are there.
+        access: who may ask.
         max_body_bytes: larger bodies are refused while they are read.
     """
 
     deployments: Deployments
     ask: Ask
     ready: Callable[[], bool]
+    access: Access = field(default_factory=Access)
     max_body_bytes: int = MAX_BODY_BYTES
 
     def routes(self) -> list[Route]:
         """The protocol's paths."""
         model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         return [
+            Route("/openapi.json", _guarded(self.description)),
             Route("/v2", _guarded(self.server_metadata)),
             Route("/v2/health/live", _guarded(self.live)),
             Route("/v2/health/ready", _guarded(self.health)),
@@ -76,8 +86,11 @@ class Gateway:
 
     async def server_metadata(self, _: Request) -> Response:
         """What this server is."""
-        release = installed("hybrid-towers")
-        return JSONResponse({"name": "hybrid-gateway", "version": release, "extensions": ["binary_tensor_data"]})
+        return JSONResponse(SERVER)
+
+    async def description(self, _: Request) -> Response:
+        """What can be asked now, as OpenAPI."""
+        return JSONResponse(openapi.document(self.deployments.current, self.access.credentials is not None))
 
     async def live(self, _: Request) -> Response:
         """The event loop turns."""
@@ -91,8 +104,7 @@ class Gateway:
     async def model_metadata(self, request: Request) -> Response:
         """Names, datatypes and shapes of a model's tensors."""
         served = self.deployments.served(**request.path_params)
-        versions = [d.version for d in self.deployments.windows[served.model].versions]
-        return JSONResponse(oip.model_metadata(served, versions))
+        return JSONResponse(oip.model_metadata(served, self.deployments.versions(served.model)))
 
     async def model_ready(self, request: Request) -> Response:
         """The model is served, and the broker is there."""
@@ -108,20 +120,68 @@ class Gateway:
             raise BadRequest("the body must not be compressed (no Content-Encoding)")
         body = await _body(request, self.max_body_bytes)
         asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
-        if not self.ready():
-            raise Unavailable("Kafka is not connected")
-        answers = await self.ask(deployment, asked.rows)
+        answers = await self.predict(deployment, asked, request.scope[CLIENT])
         content, json_length = oip.encode(asked, answers, deployment)
         if json_length is None:
             return Response(content, media_type="application/json")
         headers = {HEADER_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
+    async def predict(self, deployment: Deployment, asked: oip.Infer, client: str) -> oip.Answers:
+        """What both fronts do with a request that is read.
 
-def application(gateway: Gateway, lifespan: Any = None) -> Starlette:
+        Raises:
+            RateLimited: these are too many rows for the client.
+            ServingError: see `Exchange.ask`.
+        """
+        self.access.take_rows(client, len(asked.rows))
+        if not self.ready():
+            raise Unavailable("Kafka is not connected")
+        return await self.ask(deployment, asked.rows, asked.timeout_s)
+
+
+def application(gateway: Gateway, lifespan: Any = None, held_bytes: int = HELD_BYTES) -> Starlette:
     """The ASGI application; every error is the protocol's error object."""
     handlers: dict[Any, Any] = {ServingError: _refused, HTTPException: _no_route}
-    return Starlette(routes=gateway.routes(), exception_handlers=handlers, lifespan=lifespan)
+    door = Middleware(_Door, gateway.access, gateway.max_body_bytes, held_bytes)
+    return Starlette(routes=gateway.routes(), middleware=[door], exception_handlers=handlers, lifespan=lifespan)
+
+
+class _Door:
+    """Lets in who may ask, as long as there is room for the bodies.
+
+    Every path but `OPEN` is behind it, also one that comes later, or is not there.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, max_body_bytes: int, held_bytes: int) -> None:
+        self._app, self._access, self._max_body, self._room = app, access, max_body_bytes, held_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            return await self._app(scope, receive, send)
+        shown = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+        try:
+            scope[CLIENT] = await self._access.admit(shown)
+        except ServingError as error:
+            return await _refused(None, error)(scope, receive, send)
+        except Exception as error:
+            return await _refused(None, internal(error))(scope, receive, send)
+        held = 0
+
+        async def read() -> Message:
+            nonlocal held
+            message = await receive()
+            # What is past the largest body is read and dropped.
+            size = min(len(message.get("body", b"")), self._max_body - held)
+            if size > self._room:
+                raise Overloaded("too many bodies wait for an answer; try again in a second")
+            held, self._room = held + size, self._room - size
+            return message
+
+        try:
+            return await self._app(scope, read, send)
+        finally:
+            self._room += held
 
 
 def over_kafka(
@@ -134,6 +194,8 @@ def over_kafka(
     on_loss: Callable[[], None],
     direct: Direct | None = None,
     key: SealingKey | None = None,
+    access: Access | None = None,
+    beside: Callable[[Gateway], AbstractAsyncContextManager[object]] = lambda _: nullcontext(),
 ) -> Starlette:
     """A gateway whose questions and answers cross Kafka, or go its own way where a model is declared to.
 
@@ -148,18 +210,25 @@ def over_kafka(
         on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
         direct: the transport of models that are declared so; None: they are unavailable here.
         key: seals the bytes of records that cannot be read; without one they are not kept.
+        access: who may ask; everyone where it is None.
+        beside: another front of the same gateway, open as long as this one.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
     exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
     tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange, key))
 
-    async def ask(deployment: Deployment, rows: oip.Rows) -> oip.Answers:
+    async def ask(deployment: Deployment, rows: oip.Rows, timeout_s: float | None) -> oip.Answers:
         if deployment.serving.transport == "kafka":
-            return await exchange.ask(deployment, rows)
+            return await exchange.ask(deployment, rows, timeout_s)
         if direct is None:
             raise Unavailable("the model is declared transport='direct', which this gateway was not started for")
-        return await direct.ask(deployment, rows)
+        return await direct.ask(deployment, rows, timeout_s)
+
+    def ready() -> bool:
+        return outbox.ready and tail.ready and (direct is None or direct.ready)
+
+    gateway = Gateway(deployments, ask, ready, access or Access())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -168,16 +237,15 @@ def over_kafka(
             tasks = [asyncio.create_task(_watch((outbox, tail), on_loss))]
             tasks.append(asyncio.create_task(_refresh(deployments, direct)))
             try:
-                yield
+                async with beside(gateway):
+                    yield
             finally:
                 for task in tasks:
                     task.cancel()
                 if direct is not None:
                     direct.close()
 
-    return application(
-        Gateway(deployments, ask, lambda: outbox.ready and tail.ready and (direct is None or direct.ready)), lifespan
-    )
+    return application(gateway, lifespan)
 
 
 def _send(outbox: ThreadedOutbox, message: DeviceEmbeddings, on_failure: Callable[[], None]) -> None:
@@ -235,9 +303,8 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _refused(_: Request, error: ServingError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == Unavailable.status else {}
-    return Response(oip.encode_error(error), error.status, headers, media_type="application/json")
+def _refused(_: Request | None, error: ServingError) -> Response:
+    return Response(oip.encode_error(error), error.status, error_headers(error), media_type="application/json")
 
 
 def _no_route(_: Request, error: HTTPException) -> Response:
@@ -257,8 +324,13 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
         except (ServingError, HTTPException):
             raise
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            log.error("internal error: %s in %s, line %s", type(error).__name__, at.name, at.lineno)
-            raise ServingError("internal error") from None
+            raise internal(error) from None
 
     return answer
+
+
+def internal(error: Exception) -> ServingError:
+    """What the caller is told of an error that nobody foresaw, and a log line that tells us more."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("internal error: %s in %s, line %s", type(error).__name__, at.name, at.lineno)
+    return ServingError("internal error")

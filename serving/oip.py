@@ -2,7 +2,8 @@
 
 JSON and the binary tensor extension, both ways, so that any client of the
 protocol (`tritonclient.http`, curl) can ask. Everything a caller can get wrong
-is found here, once; what comes out needs no further check.
+is found here, once; what comes out needs no further check. `read` checks the
+tensors of gRPC too.
 
 Source: https://github.com/kserve/open-inference-protocol (inference_rest.md) and
 Triton's extension_binary_data.md.
@@ -11,7 +12,7 @@ Triton's extension_binary_data.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +68,13 @@ class Infer:
         id: the caller's, echoed; None if there was none.
         rows: what it asks about.
         outputs: wanted output -> whether as binary.
+        timeout_s: how long the caller waits; None if it did not say.
     """
 
     id: str | None
     rows: Rows
     outputs: Mapping[str, bool]
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,13 @@ class Answers:
     fallback: Sequence[str]
 
 
+def inputs_of(deployment: Deployment) -> list[dict[str, Any]]:
+    """Names, datatypes and shapes of what a request holds."""
+    inputs = {name: (datatype, [-1]) for name, datatype in _scalars(deployment).items()}
+    inputs[DEVICE_EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
+    return [{"name": n, "datatype": d, "shape": s} for n, (d, s) in inputs.items()]
+
+
 def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str, Any]:
     """What `GET /v2/models/{name}` answers.
 
@@ -98,13 +108,11 @@ def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str,
         deployment: whose tensors.
         versions: that are served.
     """
-    inputs = {name: (datatype, [-1]) for name, datatype in _scalars(deployment).items()}
-    inputs[DEVICE_EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
     return {
         "name": deployment.model,
         "versions": [str(version) for version in versions],
         "platform": "hybrid",
-        "inputs": [{"name": n, "datatype": d, "shape": s} for n, (d, s) in inputs.items()],
+        "inputs": inputs_of(deployment),
         "outputs": [{"name": n, "datatype": d, "shape": [-1]} for n, d in OUTPUTS.items()],
     }
 
@@ -123,6 +131,23 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
     """
     document, raw = _split(body, header_length)
     inputs = _by_name(document.get("inputs"), "inputs")
+    rows = read(inputs, _chunks(inputs, raw), deployment)
+    return Infer(_id(document), rows, _wanted(document), timeout_s(_parameters(document).get("timeout")))
+
+
+def read(
+    inputs: Mapping[str, Mapping[str, Any]], chunks: Mapping[str, memoryview | None], deployment: Deployment
+) -> Rows:
+    """Checks the tensors of a request, whichever way they came.
+
+    Args:
+        inputs: name -> the protocol's tensor object: name, datatype, shape, and data where that is not raw.
+        chunks: name -> its raw bytes; None where its values are in the object.
+        deployment: the model that is asked.
+
+    Raises:
+        BadRequest: see `decode`.
+    """
     scalars = _scalars(deployment)
     expected = [*scalars, DEVICE_EMBEDDING]
     needed = scalars if deployment.serving.missing_device != "error" else expected
@@ -131,26 +156,33 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
         raise BadRequest(f"unknown input {_short(unknown[0])}; {deployment.model} takes {expected}")
     if missing:
         raise BadRequest(f"inputs {missing} are missing; {deployment.model} takes {expected}")
-    chunks = _chunks(inputs, raw)
     rows = _rows_of(inputs[ENTITY])
-    columns = {n: _tensor(inputs[n], d, (rows,), chunks[n], n in deployment.request.names) for n, d in scalars.items()}
+    values = {n: _tensor(inputs[n], d, (rows,), chunks[n], n in deployment.request.names) for n, d in scalars.items()}
     for name, datatype in scalars.items():
         if datatype == "BYTES":
-            _check_lengths(name, columns[name])
+            _check_lengths(name, values[name])
     embedding = np.full((rows, deployment.device_embedding), np.nan, np.float32)
     if DEVICE_EMBEDDING in inputs:
         embedding = _tensor(inputs[DEVICE_EMBEDDING], "FP32", embedding.shape, chunks[DEVICE_EMBEDDING])
         if not np.isfinite(embedding).all():
             raise BadRequest(f"input {DEVICE_EMBEDDING!r} must be finite, got NaN or infinity")
-    request = deployment.request.slots(deployment.request.inputs(columns)).reshape(rows, len(deployment.request))
-    entity = _entities(columns[ENTITY], deployment.join_key_type)
-    return Infer(_id(document), Rows(entity, request, embedding), _wanted(document))
+    request = deployment.request.slots(deployment.request.inputs(values)).reshape(rows, len(deployment.request))
+    entity = _entities(values[ENTITY], deployment.join_key_type)
+    return Rows(entity, request, embedding)
 
 
-def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[bytes, int | None]:
-    """The body of an answer, and the length of its JSON part if raw tensors follow it."""
-    n = len(infer.rows)
-    columns: dict[str, Any] = {
+def timeout_s(given: object) -> float | None:
+    """The request parameter `timeout`, microseconds as Triton has it, in seconds; None where it is absent or 0.
+
+    Raises:
+        BadRequest: it is not a whole number >= 0.
+    """
+    return _count(0 if given is None else given, "parameter timeout") / 1e6 or None
+
+
+def columns(n: int, answers: Answers, deployment: Deployment) -> dict[str, Any]:
+    """Every output of `n` rows, by name."""
+    return {
         PREDICTION: answers.prediction,
         VERSION: np.full(n, deployment.version),
         FEATURE_AGE_MS: answers.feature_age_ms,
@@ -159,20 +191,40 @@ def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[byte
         STATUS: answers.status,
         FALLBACK: answers.fallback,
     }
+
+
+def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[bytes, int | None]:
+    """The body of an answer, and the length of its JSON part if raw tensors follow it."""
+    n = len(infer.rows)
+    values = columns(n, answers, deployment)
     outputs, raw = [], []
     for name, binary in infer.outputs.items():
         output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [n]}
         if binary:
-            raw.append(_to_binary(columns[name], OUTPUTS[name]))
+            raw.append(to_binary(values[name], OUTPUTS[name]))
             output["parameters"] = {"binary_data_size": len(raw[-1])}
         else:
-            output["data"] = columns[name]
+            output["data"] = values[name]
         outputs.append(output)
     document = {"model_name": deployment.model, "model_version": str(deployment.version), "outputs": outputs}
     if infer.id is not None:
         document["id"] = infer.id
     header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     return header + b"".join(raw), len(header) if raw else None
+
+
+def check_outputs(names: Iterable[str]) -> None:
+    """Raises BadRequest if there is no output of one of these names."""
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown:
+        raise BadRequest(f"unknown output {_short(unknown[0])}; there are {list(OUTPUTS)}")
+
+
+def to_binary(values: Any, datatype: str) -> bytes:
+    """A column as the protocol's raw bytes: little endian; each text behind its length in 4 bytes."""
+    if datatype == "BYTES":
+        return b"".join(len(text).to_bytes(4, "little") + text for text in map(str.encode, values))
+    return np.ascontiguousarray(values, dtype=_NUMPY[datatype]).tobytes()
 
 
 def encode_error(error: ServingError) -> bytes:
@@ -306,14 +358,15 @@ def _texts(name: str, chunk: memoryview, size: int) -> NDArray[np.object_]:
         end = place + 4 + int.from_bytes(chunk[place : place + 4], "little")
         if place + 4 > len(chunk) or end > len(chunk):
             raise BadRequest(f"input {name!r} must hold {size} strings, each behind its length, and ends before")
-        texts.append(_text(name, bytes(chunk[place + 4 : end])))
+        texts.append(text(name, bytes(chunk[place + 4 : end])))
         place = end
     if place != len(chunk):
         raise BadRequest(f"input {name!r} must hold {size} strings, but {len(chunk) - place} bytes follow them")
     return np.array(texts, dtype=object)
 
 
-def _text(name: str, data: bytes) -> str:
+def text(name: str, data: bytes) -> str:
+    """One value of a BYTES input; raises BadRequest if it is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -354,16 +407,8 @@ def _wanted(document: Mapping[str, Any]) -> dict[str, bool]:
     if not document.get("outputs"):
         return dict.fromkeys(OUTPUTS, by_default)
     asked = _by_name(document["outputs"], "outputs")
-    unknown = [name for name in asked if name not in OUTPUTS]
-    if unknown:
-        raise BadRequest(f"unknown output {_short(unknown[0])}; there are {list(OUTPUTS)}")
+    check_outputs(asked)
     return {name: _parameters(output).get("binary_data", by_default) is True for name, output in asked.items()}
-
-
-def _to_binary(values: Any, datatype: str) -> bytes:
-    if datatype == "BYTES":
-        return b"".join(len(text).to_bytes(4, "little") + text for text in map(str.encode, values))
-    return np.ascontiguousarray(values, dtype=_NUMPY[datatype]).tobytes()
 
 
 def _short(value: object) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -139,3 +142,30 @@ class SumModels:
         total = np.concatenate(list(inputs.values()), axis=1).sum(axis=1)
         self.calls.append((model, version, len(total)))
         return np.repeat(total[:, None], EMBEDDING if output == "embedding" else 1, axis=1)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """PEM files of a certificate of 127.0.0.1, good for an hour, that signs itself: it is its own CA."""
+
+    chain: Path
+    key: Path
+
+    @classmethod
+    def write(cls, folder: Path, name: str = "gateway") -> Certificate:
+        """A new one, as `<name>.crt` and `<name>.key`."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(minutes=1)).not_valid_after(now + timedelta(hours=1))
+        here = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        signed = builder.add_extension(here, False).add_extension(x509.BasicConstraints(True, None), True)
+        written = cls(folder / f"{name}.crt", folder / f"{name}.key")
+        written.chain.write_bytes(signed.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        written.key.write_bytes(key.private_bytes(*form))
+        return written

@@ -164,7 +164,15 @@ def test_a_retry_sends_the_same_release_again(manifest: Manifest, program: Embed
 
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(404, "unknown_entity"), (503, "stale_features"), (503, "schema_drift"), (400, "bad_request"), (500, "internal")],
+    [
+        (404, "unknown_entity"),
+        (503, "stale_features"),
+        (503, "schema_drift"),
+        (400, "bad_request"),
+        (500, "internal"),
+        (429, "rate_limited"),
+        (401, "unauthenticated"),
+    ],
 )
 def test_an_explained_error_is_an_answer(manifest: Manifest, program: EmbedProgram, rows: Rows, status: int, code: str):
     """Its code and sentence are kept, and it is not asked again: it would be the same."""
@@ -194,11 +202,14 @@ def test_an_answer_that_cannot_be_used_is_said_to_be_bad(manifest: Manifest, sta
     assert read_answer(status, content, manifest)["status"] == "bad_answer"
 
 
-def test_an_unavailable_gateway_is_asked_three_times(manifest: Manifest, program: EmbedProgram, rows: Rows):
-    """503 "unavailable" may pass; the third one is the answer."""
-    gateway = Gateway(lambda _: error(503, "unavailable"))
+@pytest.mark.parametrize(("status", "code"), [(503, "unavailable"), (429, "overloaded")])
+def test_a_gateway_that_fails_or_is_too_busy_is_asked_three_times(
+    manifest: Manifest, program: EmbedProgram, rows: Rows, status: int, code: str
+):
+    """Both may pass; the third one is the answer."""
+    gateway = Gateway(lambda _: error(status, code))
     (got,) = asyncio.run(ask(gateway, manifest, program, head(rows, 1)))
-    assert (got.status, got.attempts, len(gateway.requests)) == ("unavailable", 3, 3)
+    assert (got.status, got.attempts, len(gateway.requests)) == (code, 3, 3)
 
 
 def test_a_refused_connection_is_an_answer_too(manifest: Manifest, program: EmbedProgram, rows: Rows):

@@ -22,6 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the state as JSON, for
 def up(
     *,
     gateway_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 8080.")] = None,
+    gateway_grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 8081.")] = None,
     kafka_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 19092.")] = None,
     kafka_controller_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 19093.")] = None,
     triton_http_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18000.")] = None,
@@ -45,6 +46,7 @@ def up(
     ports = stack.Ports.choose(
         {
             "gateway": gateway_port,
+            "gateway_grpc": gateway_grpc_port,
             "kafka": kafka_port,
             "kafka_controller": kafka_controller_port,
             "triton_http": triton_http_port,

@@ -35,6 +35,7 @@ class Ports(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gateway: int = Field(8080, ge=1, le=65535)
+    gateway_grpc: int = Field(8081, ge=1, le=65535)
     kafka: int = Field(19092, ge=1, le=65535)
     kafka_controller: int = Field(19093, ge=1, le=65535)
     triton_http: int = Field(18000, ge=1, le=65535)
@@ -115,9 +116,12 @@ class Settings(BaseModel):
                 _serving(
                     "gateway",
                     workspace,
-                    [*reached, "--host", "127.0.0.1", "--port", str(ports.gateway)],
+                    [
+                        *reached,
+                        *("--host", "127.0.0.1", "--port", str(ports.gateway), "--grpc-port", str(ports.gateway_grpc)),
+                    ],
                     http_ok(f"http://127.0.0.1:{ports.gateway}/v2/health/ready"),
-                    {"gateway": ports.gateway},
+                    {"gateway": ports.gateway, "gateway-grpc": ports.gateway_grpc},
                 ),
             ),
         )

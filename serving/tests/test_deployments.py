@@ -24,7 +24,7 @@ def test_a_version_older_than_the_window_is_told_to_update(tmp_path):
     for version in (2, 3):
         deployment(version).write(tmp_path)
     deployments.refresh()
-    assert [d.version for d in deployments.windows["shop"].versions] == [3, 2]
+    assert deployments.versions("shop") == [3, 2]
     with pytest.raises(UpdateRequired, match=r"served in versions \[3, 2\]; fetch the bundle of 3"):
         deployments.served("shop", "1")
     assert deployments.find("shop", 1) == deployment(1)
@@ -42,7 +42,7 @@ def test_going_back_makes_the_old_version_the_default_and_keeps_the_new_one(tmp_
     """Devices that hold version 2 are answered by it until they fetch version 1 again."""
     for version in (1, 2, 1):
         deployment(version).write(tmp_path)
-    assert [d.version for d in Deployments(tmp_path).windows["shop"].versions] == [1, 2]
+    assert Deployments(tmp_path).versions("shop") == [1, 2]
 
 
 def test_a_file_that_cannot_be_read_leaves_all_as_it_was(tmp_path, caplog):

@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from hybrid.errors import ConfigError, Unavailable, UnknownEntity
+from hybrid.errors import ConfigError, Overloaded, Unavailable, UnknownEntity
 from hybrid.spec import Serving
 from serving.direct import Direct
 from serving.exchange import Limits
@@ -147,7 +147,7 @@ def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
     async def scenario(made):
         first = asyncio.create_task(made.ask(deployment(), rows("bakery", "kiosk")))
         await asyncio.to_thread(models.reached.wait, 30)
-        with pytest.raises(Unavailable, match="too many rows"):
+        with pytest.raises(Overloaded, match="too many rows"):
             await made.ask(deployment(), rows("kiosk"))
         models.go.set()
         await first

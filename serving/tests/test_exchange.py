@@ -3,7 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from hybrid.errors import StaleFeatures, Unavailable, UnknownEntity
+from hybrid.errors import Overloaded, StaleFeatures, Unavailable, UnknownEntity
 from hybrid.messages import Predictions
 from serving.exchange import Exchange, Limits
 from serving.oip import Rows
@@ -206,12 +206,43 @@ def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
         broker = Broker(Limits(deadline_s=30, linger_s=0.001, waiting_rows=2))
         asked = broker.ask("a", "b")
         message, _ = await broker.sent.get()
-        with pytest.raises(Unavailable, match="too many rows"):
+        with pytest.raises(Overloaded, match="too many rows"):
             await broker.ask("c")
         broker.answer(message)
         await asked
         last = broker.ask("c")
         broker.answer((await broker.sent.get())[0])
         assert (await last).prediction.tolist() == [1 / 8]
+
+    asyncio.run(scenario())
+
+
+def test_no_more_bytes_wait_than_may(tmp_path):
+    """A row is 2 + 2 floats, 16 bytes: of 40, two rows fit and a third does not, until one of them is answered."""
+
+    async def scenario():
+        broker = Broker(Limits(deadline_s=30, linger_s=0, waiting_bytes=40))
+        asked = [broker.ask("a"), broker.ask("b")]
+        first, _ = await broker.sent.get()
+        with pytest.raises(Overloaded):
+            await broker.ask("c")
+        broker.answer(first)
+        await asked[0]
+        again = broker.ask("c")
+        while not all(task.done() for task in (*asked, again)):
+            broker.answer((await broker.sent.get())[0])
+            await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
+def test_the_caller_may_wait_less_than_the_limit_but_not_longer():
+    """A caller of 10 ms is told so at a limit of a minute; one of a minute at a limit of 10 ms."""
+
+    async def scenario():
+        for limit_s, timeout_s in ((60, 0.01), (0.01, 60)):
+            broker = Broker(Limits(deadline_s=limit_s, linger_s=0))
+            with pytest.raises(Unavailable, match=r"no answer in time \(0.01 s\)"):
+                await broker.exchange.ask(deployment(), rows("a"), timeout_s)
 
     asyncio.run(scenario())

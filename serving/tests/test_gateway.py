@@ -1,12 +1,14 @@
 import asyncio
 import json
 
+import httpx
 import numpy as np
 import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
-from hybrid.errors import BodyTooLarge, Unavailable
+from hybrid.errors import BodyTooLarge, Overloaded, Unavailable
+from serving.access import Access, ApiKey, ApiKeys, Buckets
 from serving.deployments import Deployments
 from serving.gateway import Gateway, _body, application
 from serving.oip import Answers
@@ -24,13 +26,14 @@ BODY = json.dumps({"inputs": INPUTS}).encode()
 class Setup:
     """The HTTP side over an `ask` that adds up the request's slots and the embedding."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, access=Access()):  # noqa: B008  nothing changes it
         deployment().write(folder)
         self.is_ready, self.error = True, None
-        gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, max_body_bytes=2_000)
+        gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, access, max_body_bytes=2_000)
         self.client = TestClient(application(gateway), raise_server_exceptions=False)
 
-    async def ask(self, _, rows):
+    async def ask(self, _, rows, timeout_s):
+        self.timeout_s = timeout_s
         if self.error:
             raise self.error
         total = rows.request.sum(axis=1) + rows.embedding.sum(axis=1)
@@ -136,3 +139,100 @@ def test_an_error_of_ours_is_said_in_the_protocols_error_object_without_its_text
     assert (answer.status_code, answer.json()) == (500, {"error": "internal error", "code": "internal"})
     assert "internal error: KeyError in ask" in caplog.text
     assert "bakery" not in caplog.text
+
+
+def test_only_health_is_open(tmp_path):
+    """401 with a challenge, on paths that are not there too; with the key, answers; its rows are counted."""
+    key, text = ApiKey.issue("shop-app")
+    (tmp_path / "keys").write_text(f"{key}\n")
+    setup = Setup(tmp_path / "deployments", Access(ApiKeys(tmp_path / "keys"), rows=Buckets(1, 1)))
+    shown = {"Authorization": f"Bearer {text}"}
+    assert setup.client.get("/v2/health/live").status_code == 200
+    assert setup.client.get("/v2/health/ready").status_code == 200
+    for path in ("/v2", "/v2/models/shop", "/openapi.json", "/nowhere", "/v2/health/live/", "//v2/health/live"):
+        refused = setup.client.get(path, follow_redirects=False)
+        assert (refused.status_code, refused.json()["code"]) == (401, "unauthenticated")
+        assert refused.headers["WWW-Authenticate"] == 'Bearer realm="hybrid"'
+    assert setup.client.get("/v2", headers=shown).status_code == 200
+    assert setup.infer().status_code == 401
+    twice = [("Authorization", shown["Authorization"])] * 2
+    assert setup.infer(headers=twice).status_code == 401
+    assert setup.infer(headers=shown).status_code == 200
+    limited = setup.infer(headers=shown)
+    assert (limited.status_code, limited.json()["code"], limited.headers["Retry-After"]) == (429, "rate_limited", "1")
+
+
+def test_too_many_requests_are_refused_before_their_bodies_are_read(tmp_path):
+    """2 at once; the third body is not even looked at."""
+    setup = Setup(tmp_path, Access(requests=Buckets(0.5, 2)))
+    assert [setup.infer().status_code for _ in range(2)] == [200, 200]
+    refused = setup.infer(b"{")
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+
+
+def test_overload_is_not_a_failure(setup):
+    """429 with Retry-After, and a word of its own."""
+    setup.error = Overloaded("too many rows wait")
+    answer = setup.infer()
+    assert (answer.status_code, answer.json()["code"], answer.headers["Retry-After"]) == (429, "overloaded", "1")
+
+
+def test_the_callers_timeout_reaches_the_exchange(setup):
+    """In microseconds, as Triton has it; 0 is none; what is no such number is refused."""
+    for given, found in ((2_500_000, 2.5), (0, None), ("1000000", 1.0)):
+        body = json.dumps({"inputs": INPUTS, "parameters": {"timeout": given}}).encode()
+        assert setup.infer(body).status_code == 200
+        assert setup.timeout_s == found
+    for wrong in (-1, 1.5, True, "soon", [1]):
+        body = json.dumps({"inputs": INPUTS, "parameters": {"timeout": wrong}}).encode()
+        assert setup.infer(body).json()["code"] == "bad_request"
+
+
+def test_an_error_of_ours_at_the_door_is_said_like_any_other(tmp_path, caplog):
+    """500 without its text, not a connection that ends."""
+
+    class Broken:
+        async def client(self, token):
+            raise KeyError(token)
+
+    setup = Setup(tmp_path, Access(Broken()))
+    answer = setup.client.get("/v2", headers={"Authorization": "Bearer secret"})
+    assert (answer.status_code, answer.json()) == (500, {"error": "internal error", "code": "internal"})
+    assert "secret" not in caplog.text
+
+
+def test_bodies_have_so_much_room_and_no_more(tmp_path):
+    """Of 900 bytes, a body of 600 leaves 300: a second one is told to come back, while health answers."""
+
+    async def scenario():
+        entered, go = asyncio.Event(), asyncio.Event()
+
+        async def ask(_, rows, __):
+            entered.set()
+            await go.wait()
+            return Answers(np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64), ["ok"], ["none"])
+
+        deployment().write(tmp_path)
+        app = application(Gateway(Deployments(tmp_path), ask, lambda: True), held_bytes=900)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            body = BODY.ljust(600)
+            first = asyncio.create_task(client.post("/v2/models/shop/infer", content=body))
+            await entered.wait()
+            second = await client.post("/v2/models/shop/infer", content=body)
+            assert (second.status_code, second.json()["code"], second.headers["Retry-After"]) == (
+                429,
+                "overloaded",
+                "1",
+            )
+            assert (await client.get("/v2/health/live")).status_code == 200
+            go.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/v2/models/shop/infer", content=body)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_is_too_large_takes_no_more_room_than_the_largest(setup):
+    """A hundred of 1.6 MB are refused one by one, and the room is whole again."""
+    assert {setup.infer(bytes(1_600_000)).status_code for _ in range(100)} == {413}
+    assert setup.infer().status_code == 200

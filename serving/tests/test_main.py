@@ -1,0 +1,116 @@
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from hybrid.errors import ConfigError
+from serving import __main__ as command_line
+from serving.access import ApiKeys, Tokens
+
+KAFKA = "127.0.0.1:1"  # nobody listens; what is tested here is found before
+
+
+def parse(*arguments):
+    return command_line._parser().parse_args(
+        ["gateway", "--deployments", "d", "--kafka", KAFKA, "--port", "1", *arguments]
+    )
+
+
+@pytest.fixture
+def keys(tmp_path):
+    (tmp_path / "keys").write_text("")
+    return str(tmp_path / "keys")
+
+
+@pytest.fixture
+def jwk_set(tmp_path):
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": []}))
+    return str(tmp_path / "jwks.json")
+
+
+def test_others_than_this_machine_must_be_asked_who_they_are(keys):
+    """0.0.0.0 needs API keys, JWT or clients' certificates; loopback none."""
+    for host in ("0.0.0.0", "::", "gateway.example"):
+        with pytest.raises(
+            ConfigError, match="clients must be known: give --api-keys, --jwt-issuer or --tls-client-ca"
+        ):
+            command_line._check_exposed(parse("--host", host))
+        command_line._check_exposed(parse("--host", host, "--api-keys", keys))
+    for host in ("127.0.0.1", "::1", "localhost"):
+        command_line._check_exposed(parse("--host", host))
+
+
+def test_an_open_network_without_tls_is_warned_of(keys, caplog):
+    """A proxy may add it, so it is no error."""
+    command_line._check_exposed(parse("--host", "0.0.0.0", "--api-keys", keys))
+    assert "not encrypted: give --tls-cert" in caplog.text
+
+
+def test_the_flags_say_who_may_ask(keys, jwk_set):
+    """API keys, or JWT with its three parts, never both; rates with a burst of a second, at least one full request."""
+    assert command_line._access(parse()).credentials is None
+    assert isinstance(command_line._access(parse("--api-keys", keys)).credentials, ApiKeys)
+    full = ("--jwt-issuer", "https://i", "--jwt-audience", "hybrid", "--jwt-keys", jwk_set)
+    found = command_line._access(parse(*full, "--jwt-scope", "infer", "--jwt-algorithms", "ES256,ES384")).credentials
+    assert isinstance(found, Tokens)
+    assert (found.settings.scope, found.settings.algorithms) == ("infer", ("ES256", "ES384"))
+    access = command_line._access(parse("--requests-per-s", "0.5", "--rows-per-s", "2"))
+    assert access.requests.take("a", 1, 0) == 0
+    assert access.rows.take("a", 1024, 0) == 0
+    for wrong in (full[:2], full[:4], (*full, "--api-keys", keys), (*full, "--jwt-algorithms", "HS256"),
+                  ("--requests-per-s", "0"), ("--api-keys", "/nowhere")):  # fmt: skip
+        with pytest.raises(ConfigError):
+            command_line._access(parse(*wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--tls-cert", "c"], ["--tls-key", "k"], ["--tls-client-ca", "a"], ["--tls-cert", "c", "--tls-key", "k"]]
+)
+def test_a_certificate_needs_its_key_and_both_must_be_there(wrong):
+    """Said at the start, by the names of the flags."""
+    with pytest.raises(ConfigError, match=r"--tls-cert.*--tls-key"):
+        command_line._certificate(parse(*wrong))
+    assert command_line._certificate(parse()) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "9"], "must lie in 0 to 7, one partition each, got 0 to 8"),
+        (["--processes", "2", "--reply-partition", "7"], "got 7 to 8"),
+        (["--processes", "0"], "must lie in"),
+        (["--reply-partition", "-1"], "must lie in"),
+        (["--host", "0.0.0.0"], "clients must be known"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(arguments, message):
+    """Partitions that are not there, and an open door."""
+    with pytest.raises(ConfigError, match=message):
+        command_line.gateway(parse(*arguments))
+
+
+def test_a_taken_port_is_said_also_where_processes_share_it():
+    """SO_REUSEPORT would let in whoever has it too."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--grpc-port {port} of 127.0.0.1 cannot be listened on"):
+            command_line._check_free("127.0.0.1", port, "--grpc-port")
+
+
+def test_a_key_is_made_once_and_only_its_hash_is_kept(tmp_path):
+    """The file is its owner's alone; the key on the screen is the client's."""
+    file = tmp_path / "keys"
+    command = [sys.executable, "-m", "serving", "api-key", "shop-app", "--file", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert text != again
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert text.split("_", 2)[2] not in file.read_text()
+    keys = ApiKeys(file)
+    assert [asyncio.run(keys.client(each)) for each in (text, again)] == ["shop-app", "shop-app"]

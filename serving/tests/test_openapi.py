@@ -1,0 +1,65 @@
+import json
+import re
+
+import jsonschema_rs
+import pytest
+
+from serving import oip, openapi
+from serving.deployments import Deployments
+from serving.gateway import Gateway
+from serving.testing import deployment
+
+SHOP = deployment()
+
+
+def resolved(schema):
+    """With what it refers to beside it, for a validator."""
+    return schema | {"components": {"schemas": openapi.SCHEMAS}}
+
+
+def test_every_path_of_the_gateway_is_described_and_no_other(tmp_path):
+    """The routes with the served model and version filled in, and their methods."""
+    SHOP.write(tmp_path)
+    routes = Gateway(Deployments(tmp_path), None, lambda: True).routes()
+    filled = {
+        route.path.format(model="shop", version=1): {m.lower() for m in route.methods - {"HEAD"}} for route in routes
+    }
+    described = {path: set(item) for path, item in openapi.document([SHOP], guarded=False)["paths"].items()}
+    assert described == filled
+
+
+def test_a_credential_is_described_where_one_is_asked_for():
+    """Everywhere but on the probes."""
+    guarded = openapi.document([SHOP], guarded=True)
+    assert guarded["security"] == [{"bearer": []}]
+    opened = [path for path, item in guarded["paths"].items() if item.get("get", {}).get("security") == []]
+    assert opened == ["/v2/health/live", "/v2/health/ready"]
+    assert "security" not in openapi.document([SHOP], guarded=False)
+
+
+@pytest.mark.parametrize("join_key_type", ["text", "integer"])
+def test_the_example_is_valid_and_is_read(join_key_type):
+    """By its own schema, and by the gateway."""
+    served = deployment(join_key_type=join_key_type)
+    example = openapi.example(served)
+    jsonschema_rs.validate(openapi.request_schema(served), example)
+    assert len(oip.decode(json.dumps(example).encode(), None, served).rows) == 1
+
+
+def test_a_request_that_is_not_of_the_schema_is_no_request():
+    """Another input, a text for a number, an embedding of another width: refused by both."""
+    wrong = [openapi.example(SHOP) for _ in range(3)]
+    wrong[0]["inputs"][1]["name"] = "mood"
+    wrong[1]["inputs"][2]["data"] = ["x"]
+    wrong[2]["inputs"][3]["shape"] = [1, 3]
+    for request in wrong:
+        assert not jsonschema_rs.is_valid(openapi.request_schema(SHOP), request)
+        with pytest.raises(oip.BadRequest):
+            oip.decode(json.dumps(request).encode(), None, SHOP)
+
+
+def test_the_metadata_and_the_references_hold():
+    """The model's metadata is of its schema, and each $ref is there."""
+    jsonschema_rs.validate(resolved(openapi.SCHEMAS["Model"]), oip.model_metadata(SHOP, [1]))
+    text = json.dumps(openapi.document([SHOP], guarded=True))
+    assert set(re.findall(r"#/components/schemas/(\w+)", text)) <= set(openapi.SCHEMAS)
