@@ -362,11 +362,11 @@ def test_the_deadline_of_the_call_reaches_the_exchange(tmp_path):
         async with opened(tmp_path) as front:
             await front.stub.ModelInfer(question())
             assert front.timeout_s is None
-            await front.stub.ModelInfer(question(), timeout=20)
-            assert 10 < front.timeout_s <= 20
+            await front.stub.ModelInfer(question(), timeout=1_000)
+            assert 900 < front.timeout_s < 1_020  # on the wire it is rounded up, by a hundredth at most
             request = question()
             request.parameters["timeout"].int64_param = 2_500_000
-            await front.stub.ModelInfer(request, timeout=20)
+            await front.stub.ModelInfer(request, timeout=1_000)
             assert front.timeout_s == 2.5
 
     asyncio.run(scenario())
