@@ -1,7 +1,7 @@
 # make demo    the whole product on real data with real servers, in a few minutes
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
-# make benchmarks   how fast training is, and how good: about 20 minutes
+# make benchmarks   how fast training and serving are, and how good: about 40 minutes
 # make clean   removes everything these made
 #
 # Set UV_TORCH_BACKEND=cpu to install torch's CPU build from its own index instead of the CUDA one.
@@ -38,10 +38,11 @@ unit: .venv/installed
 integration: servers
 	$(RUN)pytest integration_tests
 
-benchmarks: .venv/installed
+benchmarks: servers
 	@mkdir -p build
 	$(RUN)python -m benchmarks.training --json build/training.json
 	$(RUN)python -m benchmarks.accuracy --json build/accuracy.json
+	$(RUN)python -m benchmarks.serving --json build/serving.json
 
 # Kafka's JARs, and Triton in an environment of its own (its Python backend needs NumPy 1).
 servers: .venv/installed

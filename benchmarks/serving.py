@@ -45,7 +45,7 @@ from serving.triton import Triton
 RATES = (50, 200, 500)
 BATCH = 512  # rows of a record that a busy gateway writes, and of a bare Triton call
 NO_DEADLINE = ("--deadline-s", "100000")  # a filled topic's rows were asked long ago
-CLIENTS = 32
+CLIENTS = 128
 console = Console(stderr=True, highlight=False)
 
 
@@ -125,6 +125,7 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
 def contestant(served: world.World, kind: str, seconds: float, turn: int) -> float:
     """Rows/s of the row-at-a-time pipeline, over a topic like the worker's."""
     topic = f"at-a-time-{turn}"
+    make_topics(served, topic, "at-a-time")
     fill(served, topic, world.records(50 * BATCH, BATCH, turn, now_ms()))
     arguments = [kind, "--folder", served.folder, "--kafka", served.kafka, "--triton", served.triton]
     return float(child([*arguments, "--topic", topic, "--seconds", seconds], seconds + 90)["rows_per_s"])
@@ -237,6 +238,15 @@ def fill(served: world.World, topic: str, records: Sequence[bytes]) -> None:
         producer.flush()
 
 
+def make_topics(served: world.World, *names: str) -> None:
+    """Topics of one partition each, unless they are there."""
+    admin = kafka.KafkaAdminClient(bootstrap_servers=served.kafka)
+    with contextlib.closing(admin):
+        absent = set(names) - set(admin.list_topics())
+        if absent:
+            admin.create_topics({name: {"num_partitions": 1} for name in absent}, wait_for_metadata=True)
+
+
 def ends(served: world.World, topic: str) -> dict[Any, int]:
     """Where each partition of a topic ends."""
     consumer = kafka.KafkaConsumer(bootstrap_servers=served.kafka, enable_auto_commit=False)
@@ -326,6 +336,7 @@ def latency(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], f
     """Open loop, over each front, and the floors."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     seconds = lengths.latency_s
+    make_topics(served, "bare", "bare-reply")
     with contextlib.ExitStack() as stack:
         stack.enter_context(served.running(served.worker()))
         stack.enter_context(served.running(served.contestant("echo", "--kafka", served.kafka, "--topic", "bare")))

@@ -290,6 +290,15 @@ async def _load(arguments: argparse.Namespace) -> dict[str, Any]:
         return await run(ask, arguments)
 
 
+async def _well(ask: Ask, number: int) -> bool:
+    """Whether it was answered, and well; a broken connection or ten seconds of silence are not."""
+    try:
+        async with asyncio.timeout(10):
+            return await ask(number)
+    except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        return False
+
+
 async def _open_loop(ask: Ask, arguments: argparse.Namespace) -> dict[str, Any]:
     """Latency from when a request was due, however late the one before it was: no coordinated omission."""
     count = max(1, int(arguments.rate * arguments.seconds))
@@ -298,11 +307,7 @@ async def _open_loop(ask: Ask, arguments: argparse.Namespace) -> dict[str, Any]:
 
     async def one(number: int, due: float) -> None:
         nonlocal errors
-        try:
-            async with asyncio.timeout(10):
-                errors += not await ask(number)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            errors += 1
+        errors += not await _well(ask, number)
         taken[number] = time.perf_counter() - due
 
     tasks = []
@@ -323,7 +328,7 @@ async def _closed_loop(ask: Ask, arguments: argparse.Namespace) -> dict[str, Any
     async def client(number: int) -> None:
         nonlocal answered, errors
         while time.perf_counter() < end:
-            good = await ask(number + arguments.clients * answered)
+            good = await _well(ask, number + arguments.clients * answered)
             answered, errors = answered + good, errors + (not good)
 
     begun = time.perf_counter()

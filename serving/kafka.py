@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,7 @@ TOPIC_CONFIG = {"retention.ms": "3600000", "segment.ms": "600000", "message.time
 # Letters wait for somebody to mend what was wrong, for a week; a flood of poison must not fill the disk meanwhile.
 DEAD_CONFIG = TOPIC_CONFIG | {"retention.ms": "604800000", "segment.ms": "86400000", "retention.bytes": str(1 << 30)}
 SEND_TIMEOUT_MS = 5_000
+COMMIT_S = 0.1  # between two commits; a killed worker's rows of that time are answered twice
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class GroupInbox:
 
     def __init__(self, bootstrap: str, topic: str) -> None:
         self._topic = topic
-        self._done: dict[Any, Any] = {}
+        self._done: dict[Any, Any] = {}  # not committed yet
+        self._committed_s = 0.0
         self._consumer = kafka.KafkaConsumer(
             bootstrap_servers=bootstrap,
             group_id=GROUP,
@@ -136,11 +139,7 @@ class GroupInbox:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            if done := self._ours(self._done):  # those sent before may not have arrived
-                self._consumer.commit(done, timeout_ms=SEND_TIMEOUT_MS)
-        except KafkaError as error:
-            log.warning("offsets were not committed: %s", type(error).__name__)
+        self._commit_all()
         self._consumer.close(autocommit=False)
 
     @property
@@ -150,22 +149,34 @@ class GroupInbox:
 
     def poll(self, timeout_s: float, most: int) -> list[Record]:
         """See `Inbox`."""
+        self._commit_some()
         return _records(self._consumer, timeout_s, most)
 
     def commit(self, upto: Upto) -> None:
         """See `Inbox`. After a rebalance the records are another worker's: answered twice, which is allowed."""
-        offsets = {
-            kafka.TopicPartition(self._topic, partition): kafka.OffsetAndMetadata(offset, "", -1)
-            for partition, offset in upto.items()
-        }
-        self._done |= offsets
-        if ours := self._ours(offsets):
-            self._consumer.commit_async(ours, callback=_noted)
+        for partition, offset in upto.items():
+            self._done[kafka.TopicPartition(self._topic, partition)] = kafka.OffsetAndMetadata(offset, "", -1)
+        self._commit_some()
 
-    def _ours(self, offsets: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Those of partitions that the group did not give to another."""
+    def _commit_some(self) -> None:
+        """A commit costs the broker as much as a record; those of a short time go together."""
+        if self._done and time.monotonic() - self._committed_s >= COMMIT_S:
+            self._committed_s = time.monotonic()
+            if ours := self._take_done():
+                self._consumer.commit_async(ours, callback=_noted)
+
+    def _take_done(self) -> dict[Any, Any]:
+        """What was not committed yet, of partitions that the group did not give to another."""
+        done, self._done = self._done, {}
         share = self._consumer.assignment()
-        return {place: offset for place, offset in offsets.items() if place in share}
+        return {place: offset for place, offset in done.items() if place in share}
+
+    def _commit_all(self) -> None:
+        try:
+            if ours := self._take_done():
+                self._consumer.commit(ours, timeout_ms=SEND_TIMEOUT_MS)
+        except KafkaError as error:
+            log.warning("offsets were not committed: %s", type(error).__name__)
 
     def pause(self) -> None:
         """See `Inbox`."""
@@ -177,6 +188,7 @@ class GroupInbox:
 
     def rewind(self) -> None:
         """See `Inbox`."""
+        self._commit_all()
         try:
             for partition in self._consumer.assignment():
                 committed = self._consumer.committed(partition)

@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: their workload, their loops, their clocks."""
 
+import argparse
+import asyncio
 import math
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks import accuracy, measure
+from benchmarks import accuracy, measure, serving, serving_process, world
 from benchmarks.workload import BATCH, CLIP, EXAMPLES, LR, Contest
 from hybrid.federation import simulation
 from hybrid.federation.local_training import Schedule
@@ -100,8 +102,55 @@ def test_the_time_to_a_target_is_that_of_the_first_point_which_reaches_it():
     assert accuracy._seconds_to(trained, 0.8) == math.inf
 
 
-@pytest.mark.parametrize("name", ["training", "accuracy", "process"])
+@pytest.mark.parametrize("name", ["training", "accuracy", "process", "serving", "serving_process"])
 def test_each_command_explains_itself(name):
     """`--help` ends well and says what is measured."""
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], check=True, capture_output=True)
     assert len(done.stdout) > 300
+
+
+def test_an_open_loop_counts_from_when_a_request_was_due():
+    """20 requests/s of which the third stops everything for 0.4 s: those due meanwhile waited, and are told so."""
+    import time
+
+    async def ask(number):
+        if number == 2:
+            time.sleep(0.4)
+        return number != 5
+
+    arguments = argparse.Namespace(rate=20.0, seconds=0.5)
+    found = asyncio.run(serving_process._open_loop(ask, arguments))
+    assert (found["requests"], found["errors"]) == (10, 1)
+    assert found["p99_ms"] > 350
+    assert found["p50_ms"] > 50  # due at 150, 200, ..., 450 ms, asked at 500 ms: seven of ten are late
+
+
+def test_a_closed_loop_counts_what_was_answered_well():
+    """Four clients, of whose requests every other one fails."""
+    asked = []
+
+    async def ask(number):
+        asked.append(number)
+        good = len(asked) % 2 == 0
+        await asyncio.sleep(0.001)
+        return good
+
+    found = asyncio.run(serving_process._closed_loop(ask, argparse.Namespace(seconds=0.1, clients=4)))
+    assert found["requests"] + found["errors"] == len(asked)
+    assert abs(found["requests"] - found["errors"]) <= 1
+
+
+def test_the_rows_of_a_filled_topic_are_all_there_and_all_different():
+    """1,100 rows in records of 512 are 512, 512 and 76, of offers that exist."""
+    from hybrid.messages import DeviceEmbeddings
+
+    found = [DeviceEmbeddings.from_bytes(value) for value in world.records(1100, 512, seed=0, event_ms=5)]
+    assert [len(message) for message in found] == [512, 512, 76]
+    assert len({each for message in found for each in message.request_id.tolist()}) == 1100
+    assert {entity for message in found for entity in message.entity} <= {world.offer(n) for n in range(world.OFFERS)}
+
+
+def test_every_part_of_the_serving_benchmark_can_be_quick():
+    """Each length is shorter."""
+    assert set(serving.PARTS) == {"drain", "clients", "latency", "soak"}
+    assert all(vars(serving.QUICK)[name] < value for name, value in vars(serving.Lengths()).items())

@@ -215,9 +215,13 @@ def test_the_answer_comes_the_way_the_question_came():
         ("version", "INT64", [2]),
         ("feature_age_ms", "INT64", [2]),
         ("merged", "BYTES", [2]),
+        ("transport", "BYTES", [2]),
+        ("status", "BYTES", [2]),
+        ("fallback", "BYTES", [2]),
     ]
     assert list(response.raw_output_contents) == [
-        struct.pack("<2f", 0.25, 0.5), struct.pack("<2q", 1, 1), struct.pack("<2q", 7, 8), texts(["server"] * 2)
+        struct.pack("<2f", 0.25, 0.5), struct.pack("<2q", 1, 1), struct.pack("<2q", 7, 8),
+        *(texts([word] * 2) for word in ("server", "kafka", "ok", "none")),
     ]  # fmt: skip
     request = question(raw=False)
     request.outputs.add(name="merged")

@@ -5,15 +5,16 @@ import pytest
 
 from hybrid.errors import ConfigError, Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
+from serving import worker as worker_module
 from serving.deployments import Deployments
 from serving.testing import MemoryReader, MemoryTopic, SumModels, deployment
-from serving.worker import REFRESH_MS, Worker
+from serving.worker import REFRESH_MS, Pace, Worker
 
 
 class Setup:
     """A worker between two topics in memory; `now_ms` is set by the test."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, in_flight=1):
         self.folder, self.now_ms, self.opened = folder, 0, []
         deployment().write(folder)
         self.inbox, self.outbox, self.models = MemoryTopic(), MemoryTopic(), SumModels()
@@ -24,6 +25,7 @@ class Setup:
             open_reader=self.open,
             models=self.models,
             now_ms=lambda: self.now_ms,
+            in_flight=in_flight,
         )
 
     def open(self, asked):
@@ -231,3 +233,156 @@ def test_a_view_that_is_missing_is_logged_once_until_something_changes(setup, ca
     assert said == [
         f"model shop version 1 cannot be predicted yet: {reason}" for reason in ("no view", "no folder", "no view")
     ]
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """Two batches may be on their way, of one record each; Triton answers row n's batch once gate n is open."""
+    setup = Setup(tmp_path, in_flight=2)
+    setup.worker._pace = Pace(least_bytes=1, most_bytes=1)
+    setup.gates = [threading.Event() for _ in range(4)]
+    infer = setup.models.infer
+
+    def gate(model, version, inputs, output):
+        if output == "prediction":
+            assert setup.gates[int(inputs["device"][0, 0])].wait(10)
+        return infer(model, version, inputs, output)
+
+    setup.models.infer = gate
+    yield setup
+    for each in setup.gates:
+        each.set()
+    setup.worker._threads.shutdown()
+
+
+def ask_gate(setup, number):
+    message = DeviceEmbeddings(
+        "shop",
+        1,
+        reply_partition=2,
+        request_id=np.frombuffer(number.to_bytes(16, "big"), dtype="V16"),
+        entity=np.array(["bakery"], dtype=object),
+        request=np.zeros((1, 2), np.float32),
+        embedding=np.full((1, 2), number, np.float32),
+        event_ms=np.array([0]),
+    )
+    setup.put(message.to_bytes())
+
+
+def answered(setup, *numbers):
+    """Waits until those have been answered, in any order."""
+    deadline = threading.Event()
+    for _ in range(1000):
+        if {number for number, _ in setup.answered} >= set(numbers):
+            return
+        deadline.wait(0.01)
+    raise AssertionError(setup.answered)
+
+
+def test_a_later_batch_may_be_answered_first_but_offsets_wait_for_the_earlier(gated):
+    """Batch 1 is answered while batch 0 waits for Triton: nothing is committed; then both are at once."""
+    for number in (0, 1):
+        ask_gate(gated, number)
+    gated.gates[1].set()
+    gated.worker.step()
+    gated.worker._take(0)
+    answered(gated, 1)
+    gated.worker._land(most=2)
+    assert (gated.answered, gated.inbox.committed) == ([(1, "ok")], 0)
+    gated.gates[0].set()
+    gated.worker._land(most=0)
+    assert (sorted(gated.answered), gated.inbox.committed) == ([(0, "ok"), (1, "ok")], 2)
+
+
+def test_no_more_batches_are_taken_than_may_be_on_their_way(gated, monkeypatch):
+    """With two waiting for Triton the share is paused and polled, record 2 stays in Kafka; then it is taken."""
+    monkeypatch.setattr(worker_module, "STALLED_S", 0.01)
+    paused = threading.Event()
+    pause = gated.inbox.pause
+    gated.inbox.pause = lambda: (pause(), paused.set())
+    for number in range(3):
+        ask_gate(gated, number)
+    gated.worker.step()
+    stepping = threading.Thread(target=gated.worker.step)
+    stepping.start()
+    assert paused.wait(10)
+    assert (gated.inbox.position, gated.inbox.paused) == (2, True)
+    gated.gates[0].set()
+    stepping.join(10)
+    assert (gated.inbox.paused, gated.inbox.committed) == (False, 1)
+    for gate in gated.gates:
+        gate.set()
+    gated.worker.step()
+    gated.worker._land(most=0)
+    assert (sorted(gated.answered), gated.inbox.committed) == ([(n, "ok") for n in range(3)], 3)
+
+
+def test_batches_after_one_that_kafka_did_not_take_are_answered_again(gated):
+    """Batch 0's answers are lost: although batch 1's arrived, both come again, and nothing was committed."""
+    for number in (0, 1):
+        ask_gate(gated, number)
+    gated.gates[1].set()
+    gated.worker.step()
+    gated.worker._take(0)
+    answered(gated, 1)
+    gated.outbox.failures = 1
+    gated.gates[0].set()
+    with pytest.raises(Unavailable):
+        gated.worker._land(most=0)
+    assert gated.inbox.committed == 0
+    gated.worker.step()
+    gated.worker.step()
+    gated.worker._land(most=0)
+    assert (sorted(gated.answered), gated.inbox.committed) == ([(0, "ok"), (1, "ok"), (1, "ok")], 2)
+
+
+def test_a_worker_that_is_told_to_stop_finishes_what_it_has_taken(gated):
+    """Its two batches are answered and committed; the third record is the next worker's."""
+    for number in range(3):
+        ask_gate(gated, number)
+    gated.gates[0].set()
+    stopping = threading.Event()
+    step, taken = gated.worker.step, []
+
+    def two_steps():
+        step()
+        taken.append(gated.inbox.position)
+        if len(taken) == 2:
+            stopping.set()
+            gated.gates[1].set()
+
+    gated.worker.step = two_steps
+    gated.worker.run(stopping, lambda: False, lambda: None)
+    assert taken == [1, 2]
+    assert (sorted(gated.answered), gated.inbox.committed) == ([(0, "ok"), (1, "ok")], 2)
+
+
+def test_a_batch_grows_while_it_is_quick_and_full_and_shrinks_when_it_is_slow():
+    """Records of 100 bytes, steps of 1,000: 10, 20, 30 fit 0.1 s; one of 0.2 s takes a tenth off."""
+    pace = Pace(0.1, least_bytes=1_000, most_bytes=3_000)
+    pace._record_bytes = 100.0
+    sizes = [pace.records]
+    for seconds in (0.05, 0.05, 0.05, 0.2, 0.2):
+        pace.took(pace.records, 100 * pace.records, seconds)
+        sizes.append(pace.records)
+    assert sizes == [10, 20, 30, 30, 27, 24]
+
+
+def test_a_batch_that_was_not_full_says_nothing_of_larger_ones():
+    """Three records came, quickly: the next batch may still take ten."""
+    pace = Pace(0.1, least_bytes=1_000, most_bytes=3_000)
+    pace._record_bytes = 100.0
+    pace.took(3, 300, 0.01)
+    assert pace.records == 10
+
+
+def test_slow_batches_do_not_shrink_to_nothing():
+    """However slow, 1,000 bytes of 100-byte records are ten, and one of 5 kB is one."""
+    pace = Pace(0.1, least_bytes=1_000, most_bytes=3_000)
+    pace._record_bytes = 100.0
+    for _ in range(50):
+        pace.took(10, 1_000, 1.0)
+    assert pace.records == 10
+    for _ in range(50):
+        pace.took(1, 5_000, 1.0)
+    assert pace.records == 1
