@@ -199,9 +199,8 @@ class Plant:
         for name in ("kafka", "triton", "worker", "gateway"):
             if name not in self.processes or self.processes[name].exit_status() is not None:
                 self.restart(name)
-        for name in ("worker-2", "gateway-2"):
-            if name in self.processes:
-                self.stop(name)
+        for name in ("worker-2", "gateway-2", "worker-once", "gateway-once"):
+            self.stop(name)
 
     def url(self, name):
         return f"http://127.0.0.1:{self.services[name].ports['gateway']}"
@@ -304,17 +303,19 @@ def services(cache, folder):
         common = ["--deployments", str(folder / "deployments"), "--kafka", address, "--deadline-s", str(DEADLINE_S)]
         return Service(name, [sys.executable, "-m", "serving", process, *common, *arguments], **options)
 
-    def worker(name):
-        store = ["--feast", str(folder / "feast"), "--triton", f"127.0.0.1:{grpc}"]
+    def worker(name, *options):
+        store = ["--feast", str(folder / "feast"), "--triton", f"127.0.0.1:{grpc}", *options]
         return serving("worker", name, *store, ready=log_has("ready"))
 
-    def gateway(name, partition, port):
+    def gateway(name, partition, port, *options):
         ready = http_ok(f"http://127.0.0.1:{port}/v2/health/ready")
-        place = ["--port", str(port), "--reply-partition", str(partition)]
+        place = ["--port", str(port), "--reply-partition", str(partition), *options]
         return serving("gateway", name, *place, ready=ready, ports={"gateway": port})
 
-    all_of_them = [broker, triton, worker("worker"), worker("worker-2")]
+    once = ["--exactly-once", "--instance", "once"]
+    all_of_them = [broker, triton, worker("worker"), worker("worker-2"), worker("worker-once", *once)]
     all_of_them += [gateway("gateway", 0, gateways[0]), gateway("gateway-2", 1, gateways[1])]
+    all_of_them.append(gateway("gateway-once", 2, gateways[2], "--exactly-once"))
     return address, {service.name: service for service in all_of_them}
 
 
@@ -400,6 +401,96 @@ def test_a_locked_feature_store_is_explained_and_read_again_once_it_is_free(plan
         plant.account(load)
 
 
+def test_workers_that_join_and_leave_cost_no_answer_and_each_reaches_the_gateway_that_asked(plant):
+    """Two gateways, one worker, two, and one again: every prediction is its own question's, and none is missing.
+
+    Partitions move twice under load; while there are two workers all four have requests, so both are at work.
+    """
+    with plant.load("gateway", clients=3) as load:
+        load.until(10, status=200)
+        plant.start("worker-2", "gateway-2")
+        before = plant.offsets()
+        with plant.load("gateway-2", clients=3) as second:
+            for each in (load, second):
+                each.until(60, status=200)
+            during = plant.offsets()
+            plant.stop("worker-2")
+            for each in (load, second):
+                each.until(30, status=200)
+    plant.stop("gateway-2")
+    assert set(load.counts) == set(second.counts) == {(200, "")}
+    assert all(during[p][1] > before[p][1] for p in before)
+    plant.account(load)
+    plant.account(second)
+
+
+def test_exactly_once_no_request_is_answered_twice_even_by_a_worker_killed_in_a_batch(plant):
+    """What readers of committed records see holds one answer for each request; by default it could be two.
+
+    The worker is killed first while its batch is at Triton, then at any moment.
+    """
+    plant.stop("worker")
+    plant.start("worker-once", "gateway-once")
+    start = {place: end for place, (_, end) in plant.offsets().items()}
+    triton = plant.processes["triton"].pid
+    with plant.load("gateway-once") as load:
+        load.until(20, status=200)
+        os.kill(triton, signal.SIGSTOP)
+        try:
+            wait_for(lambda: any(done < end for done, end in plant.offsets().values()), "a batch under way")
+            plant.kill("worker-once")
+        finally:
+            os.kill(triton, signal.SIGCONT)
+        plant.restart("worker-once")
+        load.until(50, status=200)
+        plant.kill("worker-once")
+        plant.restart("worker-once")
+        load.until(20, status=200)
+    plant.account(load)
+    requests = [r for r in plant.records(DeviceEmbeddings.TOPIC) if r.offset >= start[r.partition]]
+    asked = {key.tobytes() for r in requests for key in DeviceEmbeddings.from_bytes(r.value).request_id}
+    answered = Counter(
+        key.tobytes()
+        for record in plant.records(Predictions.TOPIC)
+        if record.partition == 2
+        for key in Predictions.from_bytes(record.value).request_id
+    )
+    assert {key: answered[key] for key in asked} == dict.fromkeys(asked, 1)
+    plant.stop("worker-once")
+    plant.stop("gateway-once")
+
+
+def test_a_devices_clock_that_is_a_day_off_changes_nothing(plant):
+    """Time is the gateway's: a device that lives in yesterday or tomorrow is answered as any other."""
+    code = (
+        "import sys, time, json, httpx; real = time.time; time.time = lambda: real() + float(sys.argv[1]);"
+        "from datetime import datetime, timedelta, UTC; from email.utils import formatdate;"
+        "body = json.loads(sys.stdin.read());"
+        "r = httpx.post(sys.argv[2], json=body, headers={'Date': formatdate(time.time(), usegmt=True)}, timeout=20);"
+        "print(r.text); sys.exit(r.status_code != 200)"
+    )
+    question = Question("shop-3", 0.125)
+    for off_s in (-86_400, 86_400):
+        command = [sys.executable, "-c", code, str(off_s), plant.url("gateway") + "/v2/models/shop/infer"]
+        said = subprocess.run(command, input=question.body(), capture_output=True, text=True, check=True, timeout=60)
+        outputs = {o["name"]: o["data"] for o in json.loads(said.stdout)["outputs"]}
+        assert plant.right(Outcome(question, "", 200, "", 2, outputs["prediction"][0]))
+        assert 3_600_000 <= outputs["feature_age_ms"][0] < 3_600_000 + 3_600_000
+
+
+def test_a_version_promoted_under_load_answers_with_its_own_pair(plant):
+    """Each answer is the prediction of the version that it names, before, during and after the change."""
+    promoted = Network.build(plant.networks[2].model, seed=9)
+    plant.networks[3] = promoted
+    with plant.load() as load:
+        load.until(20, status=200, version=2)
+        names = export(promoted, 3, plant.folder / "triton")
+        deployment_of(promoted, 3, "0" * 64, names).write(plant.folder / "deployments")
+        load.until(40, status=200, version=3)
+    plant.account(load)
+    assert Deployment.read_all(plant.folder / "deployments")["shop"].version == 3
+
+
 def test_ten_thousand_poison_records_are_answered_or_dead_letters_and_serving_goes_on(plant):
     """Random mutations of valid records, 8,000 of requests and 2,000 of answers, between requests that are answered."""
     rng = np.random.default_rng(11)
@@ -450,65 +541,3 @@ def mutated(data, rng):
             case _:
                 data[place:place] = data[place : place + int(rng.integers(64))]
     return bytes(data)
-
-
-def test_a_second_worker_that_joins_and_leaves_under_load_costs_no_answer(plant):
-    """Partitions move twice; every request is answered, and each partition is read by one of them at a time."""
-    with plant.load() as load:
-        load.until(20, status=200)
-        plant.start("worker-2")
-        load.until(60, status=200)
-        plant.stop("worker-2")
-        load.until(60, status=200)
-    plant.account(load)
-    assert load.counts[(503, "unavailable")] == 0
-
-
-def test_with_two_gateways_and_two_workers_each_answer_reaches_the_gateway_that_asked(plant):
-    """Every prediction is its own question's, on both gateways, with both workers at work; none is missing."""
-    plant.start("worker-2", "gateway-2")
-    try:
-        before = plant.offsets()
-        with plant.load("gateway", "gateway-2", clients=6) as load:
-            load.until(100, status=200, gateway=plant.url("gateway"))
-            load.until(100, status=200, gateway=plant.url("gateway-2"))
-        after = plant.offsets()
-    finally:
-        plant.stop("worker-2")
-        plant.stop("gateway-2")
-    plant.account(load)
-    assert set(load.counts) == {(200, "")}
-    assert all(after[p][1] > before[p][1] for p in before), "all partitions, so both workers, had requests"
-    for partition in (0, 1):
-        assert any(r.partition == partition for r in plant.records(Predictions.TOPIC))
-
-
-def test_a_devices_clock_that_is_a_day_off_changes_nothing(plant):
-    """Time is the gateway's: a device that lives in yesterday or tomorrow is answered as any other."""
-    code = (
-        "import sys, time, json, httpx; real = time.time; time.time = lambda: real() + float(sys.argv[1]);"
-        "from datetime import datetime, timedelta, UTC; from email.utils import formatdate;"
-        "body = json.loads(sys.stdin.read());"
-        "r = httpx.post(sys.argv[2], json=body, headers={'Date': formatdate(time.time(), usegmt=True)}, timeout=20);"
-        "print(r.text); sys.exit(r.status_code != 200)"
-    )
-    question = Question("shop-3", 0.125)
-    for off_s in (-86_400, 86_400):
-        command = [sys.executable, "-c", code, str(off_s), plant.url("gateway") + "/v2/models/shop/infer"]
-        said = subprocess.run(command, input=question.body(), capture_output=True, text=True, check=True, timeout=60)
-        outputs = {o["name"]: o["data"] for o in json.loads(said.stdout)["outputs"]}
-        assert plant.right(Outcome(question, "", 200, "", 2, outputs["prediction"][0]))
-        assert 3_600_000 <= outputs["feature_age_ms"][0] < 3_600_000 + 3_600_000
-
-
-def test_a_version_promoted_under_load_answers_with_its_own_pair(plant):
-    """Each answer is the prediction of the version that it names, before, during and after the change."""
-    promoted = Network.build(plant.networks[2].model, seed=9)
-    plant.networks[3] = promoted
-    with plant.load() as load:
-        load.until(20, status=200, version=2)
-        names = export(promoted, 3, plant.folder / "triton")
-        deployment_of(promoted, 3, "0" * 64, names).write(plant.folder / "deployments")
-        load.until(40, status=200, version=3)
-    plant.account(load)
-    assert Deployment.read_all(plant.folder / "deployments")["shop"].version == 3

@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 from hybrid.deployment import Deployment
@@ -75,7 +77,8 @@ def gateway(arguments: argparse.Namespace) -> None:
 def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
     from feature_store.online import PackedReader
-    from serving.kafka import GroupInbox, ProducerOutbox, create_topics
+    from serving.exactly_once import ExactlyOnce
+    from serving.kafka import GroupInbox, Outbox, ProducerOutbox, create_topics
     from serving.triton import Triton
     from serving.worker import Worker
 
@@ -94,11 +97,18 @@ def worker(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     create_topics(arguments.kafka)
-    with (
-        Triton(arguments.triton) as triton,
-        ProducerOutbox(arguments.kafka) as outbox,
-        GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC) as inbox,
-    ):
+    with ExitStack() as stack:
+        triton = stack.enter_context(Triton(arguments.triton))
+        inbox: GroupInbox | ExactlyOnce
+        outbox: Outbox
+        if arguments.exactly_once:
+            instance = arguments.instance or uuid.uuid4().hex
+            inbox = outbox = stack.enter_context(ExactlyOnce(arguments.kafka, DeviceEmbeddings.TOPIC, instance))
+        else:
+            outbox = stack.enter_context(ProducerOutbox(arguments.kafka))
+            inbox = stack.enter_context(
+                GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC, instance=arguments.instance)
+            )
         merging = Worker(
             inbox=inbox,
             outbox=outbox,
@@ -125,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         help="from a request to its answer; gateway's and worker's agree",
     )
     common.add_argument(
+        "--exactly-once",
+        action="store_true",
+        help="answers and offsets become visible together, in Kafka transactions; for gateways and workers alike. "
+        "By default at least once: a repeated answer has the same request id and is dropped",
+    )
+    common.add_argument(
         "--dead-letter-key",
         type=Path,
         default=os.environ.get("HYBRID_DEAD_LETTER_KEY"),
@@ -140,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
+    merging.add_argument(
+        "--instance",
+        metavar="NAME",
+        help="of this worker, no other's and the same after a restart, such as a StatefulSet's pod: restarted within "
+        "6 s it keeps its partitions, and with --exactly-once it ends at once what a killed one left",
+    )
     merging.set_defaults(run=worker)
     return parser
 

@@ -129,6 +129,7 @@ def over_kafka(
     *,
     on_loss: Callable[[], None],
     key: SealingKey | None = None,
+    exactly_once: bool = False,
 ) -> Starlette:
     """A gateway whose questions and answers cross Kafka; connects while the application starts.
 
@@ -140,11 +141,16 @@ def over_kafka(
         limits: of what may wait.
         on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
         key: seals the bytes of records that cannot be read; without one they are not kept.
+        exactly_once: whether answers are read once they are committed; as the workers'.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
     exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
-    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange, key))
+
+    def receive(record: Record) -> None:
+        _receive(record, outbox, exchange, key)
+
+    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, receive, committed=exactly_once)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
