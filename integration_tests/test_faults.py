@@ -41,6 +41,7 @@ from hybrid.local import triton as local_triton
 from hybrid.local.process import Process, Service, free_ports, http_ok, log_has
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.network import Network
+from hybrid.sealing import generate
 from serving.kafka import GROUP, PARTITIONS
 
 SIZE = 4
@@ -274,6 +275,7 @@ def plant(cache, tmp_path_factory):
     materialize(model, folder / "feast", now)
     _shared_store.cache_clear()  # with a connection of Feast's left in this process, no test could lock the store
     gc.collect()
+    generate(folder / "replay.pem", folder / "letters.pub")
     plant = Plant(folder, *services(cache, folder), {2: network})
     try:
         plant.mend()
@@ -301,6 +303,7 @@ def services(cache, folder):
 
     def serving(process, name, *arguments, **options):
         common = ["--deployments", str(folder / "deployments"), "--kafka", address, "--deadline-s", str(DEADLINE_S)]
+        common += ["--dead-letter-key", str(folder / "letters.pub")]
         return Service(name, [sys.executable, "-m", "serving", process, *common, *arguments], **options)
 
     def worker(name, *options):
@@ -489,6 +492,38 @@ def test_a_version_promoted_under_load_answers_with_its_own_pair(plant):
         load.until(40, status=200, version=3)
     plant.account(load)
     assert Deployment.read_all(plant.folder / "deployments")["shop"].version == 3
+
+
+def test_dead_letters_are_listed_opened_and_replayed_once(plant):
+    """`hybrid dead-letters`: the bytes come back from the sealed letter and go where they came from; again is refused.
+
+    The record still cannot be read, so its replay becomes a second letter, which is known to be a replay too.
+    """
+    poison = b"neither Arrow nor anything else, secret"
+    with contextlib.closing(kafka_python.KafkaProducer(bootstrap_servers=plant.broker)) as producer:
+        sent = producer.send(DeviceEmbeddings.TOPIC, poison, partition=1).get(10)
+    dead = DeadLetter.topic_for(DeviceEmbeddings.TOPIC)
+    wait_for(lambda: len(plant.records(dead)) == 1, "its letter")
+    assert b"secret" not in plant.records(dead)[0].value
+
+    def hybrid(*words):
+        command = [sys.executable, "-m", "hybrid", "dead-letters", *words, "--kafka", plant.broker, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert "secret" not in done.stdout + done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    (letter,) = hybrid("list", "--reason", "unreadable")
+    assert (letter["partition"], letter["offset"], letter["length"]) == (1, sent.offset, len(poison))
+    assert (letter["withheld"], letter["replayed_at"]) == (None, None)
+    assert hybrid("list", "--topic", Predictions.TOPIC) == hybrid("list", "--until", "2020-01-01") == []
+    key = ["--key", str(plant.folder / "replay.pem")]
+    assert [done["outcome"] for done in hybrid("replay", *key, "--dry-run")] == ["would_replay"]
+    assert [done["outcome"] for done in hybrid("replay", *key)] == ["replayed"]
+    wait_for(lambda: len(plant.records(dead)) == 2, "the letter of its replay")
+    again = [r for r in plant.records(DeviceEmbeddings.TOPIC) if r.value == poison]
+    assert [(r.partition, r.offset == sent.offset) for r in again] == [(1, True), (1, False)]
+    assert [done["outcome"] for done in hybrid("replay", *key)] == ["already_replayed"] * 2
+    assert all(letter["replayed_at"] for letter in hybrid("list"))
 
 
 def test_ten_thousand_poison_records_are_answered_or_dead_letters_and_serving_goes_on(plant):
