@@ -275,6 +275,8 @@ def plant(cache, tmp_path_factory):
     materialize(model, folder / "feast", now)
     _shared_store.cache_clear()  # with a connection of Feast's left in this process, no test could lock the store
     gc.collect()
+    with contextlib.closing(sqlite3.connect(folder / "feast/online.db")) as database:
+        database.execute("PRAGMA journal_mode=DELETE")  # no write-ahead log, as Feast alone leaves it
     generate(folder / "replay.pem", folder / "letters.pub")
     plant = Plant(folder, *services(cache, folder), {2: network})
     try:
@@ -390,18 +392,16 @@ def test_a_broker_whose_disk_is_full_stops_and_nothing_it_acknowledged_is_lost(p
 
 
 def test_a_locked_feature_store_is_explained_and_read_again_once_it_is_free(plant):
-    """An exclusive lock on a database without a write-ahead log, as Feast alone leaves it, keeps all readers out."""
-    plant.stop("worker")
+    """An exclusive lock on a database without a write-ahead log keeps all readers out."""
     with contextlib.closing(sqlite3.connect(plant.folder / "feast/online.db", isolation_level=None)) as database:
-        assert database.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
-        plant.start("worker")
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         with plant.load() as load:
             load.until(20, status=200)
             database.execute("BEGIN EXCLUSIVE")
             load.until(5, status=503)
             database.execute("ROLLBACK")
             load.until(20, status=200)
-        plant.account(load)
+    plant.account(load)
 
 
 def test_workers_that_join_and_leave_cost_no_answer_and_each_reaches_the_gateway_that_asked(plant):
@@ -428,10 +428,7 @@ def test_workers_that_join_and_leave_cost_no_answer_and_each_reaches_the_gateway
 
 
 def test_exactly_once_no_request_is_answered_twice_even_by_a_worker_killed_in_a_batch(plant):
-    """What readers of committed records see holds one answer for each request; by default it could be two.
-
-    The worker is killed first while its batch is at Triton, then at any moment.
-    """
+    """What readers of committed records see holds one answer for each request; by default it could be two."""
     plant.stop("worker")
     plant.start("worker-once", "gateway-once")
     start = {place: end for place, (_, end) in plant.offsets().items()}
@@ -446,9 +443,6 @@ def test_exactly_once_no_request_is_answered_twice_even_by_a_worker_killed_in_a_
             os.kill(triton, signal.SIGCONT)
         plant.restart("worker-once")
         load.until(50, status=200)
-        plant.kill("worker-once")
-        plant.restart("worker-once")
-        load.until(20, status=200)
     plant.account(load)
     requests = [r for r in plant.records(DeviceEmbeddings.TOPIC) if r.offset >= start[r.partition]]
     asked = {key.tobytes() for r in requests for key in DeviceEmbeddings.from_bytes(r.value).request_id}
@@ -534,7 +528,7 @@ def test_ten_thousand_poison_records_are_answered_or_dead_letters_and_serving_go
     producer = kafka_python.KafkaProducer(bootstrap_servers=plant.broker, linger_ms=5)
     with plant.load() as load:
         load.until(50, status=200)
-        valid = {topic: [kinds[topic].from_bytes(r.value) for r in plant.records(topic)[-50:]] for topic in kinds}
+        valid = {topic: [m for r in plant.records(topic) if (m := readable(kind, r))] for topic, kind in kinds.items()}
         for topic, count in ((DeviceEmbeddings.TOPIC, 8_000), (Predictions.TOPIC, 2_000)):
             for number in range(count):
                 partition = number % (4 if topic == DeviceEmbeddings.TOPIC else 2)
@@ -546,17 +540,21 @@ def test_ten_thousand_poison_records_are_answered_or_dead_letters_and_serving_go
         producer.close()
         load.until(20, status=200)
     plant.account(load)
-    for topic in sent:
-        unreadable = set()
-        for record in plant.records(topic):
-            try:
-                kinds[topic].from_bytes(record.value)
-            except BadMessage:
-                if topic == DeviceEmbeddings.TOPIC or record.partition == 0:  # the others have no gateway now
-                    unreadable.add((record.partition, record.offset))
+    for topic, kind in kinds.items():
+        # Answers to the second gateway have no reader now.
+        records = [r for r in plant.records(topic) if topic == DeviceEmbeddings.TOPIC or r.partition == 0]
+        unreadable = {(record.partition, record.offset) for record in records if readable(kind, record) is None}
         letters = [DeadLetter.model_validate_json(r.value) for r in plant.records(DeadLetter.topic_for(topic))]
         assert unreadable <= {(letter.partition, letter.offset) for letter in letters}
         assert len(unreadable) > sent[topic] // 5
+
+
+def readable(kind, record):
+    """Its message, or None."""
+    try:
+        return kind.from_bytes(record.value)
+    except BadMessage:
+        return None
 
 
 def mutated(data, rng):
