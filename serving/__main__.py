@@ -13,8 +13,9 @@ import ssl
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,6 +114,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
         on_loss=end,
         direct=_direct(arguments, limits),
         key=_key(arguments),
+        exactly_once=arguments.exactly_once,
         access=_access(arguments),
         beside=beside,
     )
@@ -171,7 +173,8 @@ def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
 def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
     from serving.cache import CachedModels
-    from serving.kafka import GroupInbox, ProducerOutbox, create_topics
+    from serving.exactly_once import ExactlyOnce
+    from serving.kafka import GroupInbox, Outbox, ProducerOutbox, create_topics
     from serving.triton import Triton
     from serving.worker import IN_FLIGHT, Pace, Worker
 
@@ -179,11 +182,18 @@ def worker(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     create_topics(arguments.kafka)
-    with (
-        Triton(arguments.triton) as triton,
-        ProducerOutbox(arguments.kafka) as outbox,
-        GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC) as inbox,
-    ):
+    with ExitStack() as stack:
+        triton = stack.enter_context(Triton(arguments.triton))
+        inbox: GroupInbox | ExactlyOnce
+        outbox: Outbox
+        if arguments.exactly_once:
+            instance = arguments.instance or uuid.uuid4().hex
+            inbox = outbox = stack.enter_context(ExactlyOnce(arguments.kafka, DeviceEmbeddings.TOPIC, instance))
+        else:
+            outbox = stack.enter_context(ProducerOutbox(arguments.kafka))
+            inbox = stack.enter_context(
+                GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC, instance=arguments.instance)
+            )
         merging = Worker(
             inbox=inbox,
             outbox=outbox,
@@ -192,7 +202,7 @@ def worker(arguments: argparse.Namespace) -> None:
             models=CachedModels(triton, arguments.cache_mb << 20),
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
-            in_flight=IN_FLIGHT,
+            in_flight=1 if arguments.exactly_once else IN_FLIGHT,  # one transaction at a time
             pace=Pace(arguments.batch_ms / 1000),
             key=_key(arguments),
         )
@@ -346,6 +356,12 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-mb", type=int, default=CACHE_BYTES >> 20, help="of features and of embeddings, each, per version"
     )
     common.add_argument(
+        "--exactly-once",
+        action="store_true",
+        help="answers and offsets become visible together, in Kafka transactions; for gateways and workers alike. "
+        "By default at least once: a repeated answer has the same request id and is dropped",
+    )
+    common.add_argument(
         "--dead-letter-key",
         type=Path,
         default=os.environ.get("HYBRID_DEAD_LETTER_KEY"),
@@ -368,6 +384,12 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
     merging.add_argument("--batch-ms", type=float, default=20.0, help="that a batch may take; under load it fills that")
+    merging.add_argument(
+        "--instance",
+        metavar="NAME",
+        help="of this worker, no other's and the same after a restart, such as a StatefulSet's pod: restarted within "
+        "6 s it keeps its partitions, and with --exactly-once it ends at once what a killed one left",
+    )
     key = commands.add_parser("api-key", help=api_key.__doc__)
     key.add_argument("client", help="whose it is: letters, digits and any of . _ @ -")
     key.add_argument("--file", type=Path, required=True, help="that the gateway has as --api-keys")

@@ -80,7 +80,7 @@ class Found:
 
 
 def find(bootstrap: str, wanted: Filter) -> Iterator[Found]:
-    """The letters that lie in Kafka now, oldest first within a topic.
+    """The letters that lie in Kafka when their topic is begun, oldest first within a topic; later ones are left out.
 
     What is in a dead topic and is no letter is passed over with a warning: anybody who may write there can put it.
 
@@ -89,16 +89,16 @@ def find(bootstrap: str, wanted: Filter) -> Iterator[Found]:
     """
     replays = _replays(bootstrap)
     for topic in SOURCES:
-        if wanted.topic in (None, topic):
-            for value, at_ms in _values(bootstrap, DeadLetter.topic_for(topic)):
-                try:
-                    letter = DeadLetter.model_validate_json(value)
-                except ValueError:
-                    log.warning("a record of %s is not a dead letter", DeadLetter.topic_for(topic))
-                    continue
-                # One that names another topic was not written by us, and must not choose where bytes go.
-                if letter.topic == topic and wanted.takes(letter, at_ms):
-                    yield Found(letter, at_ms, replays.get((topic, letter.sha256)))
+        if wanted.topic not in (None, topic):
+            continue
+        dead, partitions = DeadLetter.topic_for(topic), _partitions(bootstrap, topic)
+        for value, at_ms in _values(bootstrap, dead):
+            letter = _letter(value)
+            # One that names another place was not written by us, and must not choose where bytes go.
+            if letter is None or letter.topic != topic or letter.partition not in partitions:
+                log.warning("a record of %s is not a dead letter", dead)
+            elif wanted.takes(letter, at_ms):
+                yield Found(letter, at_ms, replays.get((topic, letter.sha256)))
 
 
 def replay(
@@ -165,6 +165,21 @@ def _replays(bootstrap: str) -> dict[tuple[str, str], int]:
             continue
         found[note.topic, note.sha256] = note.replayed_ms
     return found
+
+
+def _letter(value: bytes) -> DeadLetter | None:
+    try:
+        return DeadLetter.model_validate_json(value)
+    except ValueError:
+        return None
+
+
+def _partitions(bootstrap: str, topic: str) -> set[int]:
+    try:
+        with closing(kafka.KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)) as consumer:
+            return set(consumer.partitions_for_topic(topic) or ())
+    except KafkaError as error:
+        raise Unavailable(f"Kafka does not answer: {type(error).__name__}") from None
 
 
 def _values(bootstrap: str, topic: str) -> Iterator[tuple[bytes, int]]:

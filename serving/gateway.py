@@ -196,6 +196,7 @@ def over_kafka(
     key: SealingKey | None = None,
     access: Access | None = None,
     beside: Callable[[Gateway], AbstractAsyncContextManager[object]] = lambda _: nullcontext(),
+    exactly_once: bool = False,
 ) -> Starlette:
     """A gateway whose questions and answers cross Kafka, or go its own way where a model is declared to.
 
@@ -212,11 +213,16 @@ def over_kafka(
         key: seals the bytes of records that cannot be read; without one they are not kept.
         access: who may ask; everyone where it is None.
         beside: another front of the same gateway, open as long as this one.
+        exactly_once: whether answers are read once they are committed; as the workers'.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
     exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
-    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange, key))
+
+    def receive(record: Record) -> None:
+        _receive(record, outbox, exchange, key)
+
+    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, receive, committed=exactly_once)
 
     async def ask(deployment: Deployment, rows: oip.Rows, timeout_s: float | None) -> oip.Answers:
         if deployment.serving.transport == "kafka":

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import kafka
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from hybrid.errors import Unavailable
@@ -42,6 +43,7 @@ TOPIC_CONFIG = {"retention.ms": "3600000", "segment.ms": "600000", "message.time
 DEAD_CONFIG = TOPIC_CONFIG | {"retention.ms": "604800000", "segment.ms": "86400000", "retention.bytes": str(1 << 30)}
 SEND_TIMEOUT_MS = 5_000
 COMMIT_S = 0.1  # between two commits; a killed worker's rows of that time are answered twice
+RECONNECT_MS = 1_000  # the longest pause between two tries; with the default, 30 s, an outage lasts as much longer
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,14 @@ class GroupInbox:
     """The worker's share of a topic, by consumer group; at least once, as offsets are committed by hand.
 
     One thread uses it; kafka-python fetches ahead and keeps up the membership in another.
+
+    Args:
+        bootstrap: the broker, HOST:PORT.
+        topic: what to read.
+        instance: names this worker and no other: one that restarts within 6 s under its name keeps its share.
     """
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
+    def __init__(self, bootstrap: str, topic: str, instance: str | None = None) -> None:
         self._topic = topic
         self._done: dict[Any, Any] = {}  # not committed yet
         self._committed_s = 0.0
@@ -132,6 +139,10 @@ class GroupInbox:
             # A killed worker's partitions wait this long for the next one: the shortest a broker takes by default.
             session_timeout_ms=6_000,
             heartbeat_interval_ms=1_500,
+            group_instance_id=instance,
+            # A worker that joins or leaves takes no partition from those whose share stays as it was (KIP-429).
+            partition_assignment_strategy=[CooperativeStickyAssignor],
+            reconnect_backoff_max_ms=RECONNECT_MS,
         )
 
     def __enter__(self) -> Self:
@@ -146,6 +157,10 @@ class GroupInbox:
     def assigned(self) -> bool:
         """Whether the group gave this consumer a share."""
         return bool(self._consumer.assignment())
+
+    def membership(self) -> Any:
+        """What a transaction needs to know of this member of the group."""
+        return self._consumer.group_metadata()
 
     def poll(self, timeout_s: float, most: int) -> list[Record]:
         """See `Inbox`."""
@@ -305,10 +320,20 @@ class Tail:
         bootstrap: the broker, HOST:PORT.
         topic, partition: what to read.
         on_record: called in that thread for each record.
+        committed: leaves out what belongs to transactions that are not, or not yet, committed.
     """
 
-    def __init__(self, bootstrap: str, topic: str, partition: int, on_record: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        partition: int,
+        on_record: Callable[[Record], None],
+        *,
+        committed: bool = False,
+    ) -> None:
         self._bootstrap = bootstrap
+        self._isolation = "read_committed" if committed else "read_uncommitted"
         self._partition = kafka.TopicPartition(topic, partition)
         self._on_record = on_record
         self._assigned, self._stopping = threading.Event(), threading.Event()
@@ -340,7 +365,12 @@ class Tail:
             log.critical("partition %s is read no more: %s", self._partition, type(error).__name__)
 
     def _read_all(self) -> None:
-        consumer = kafka.KafkaConsumer(bootstrap_servers=self._bootstrap, enable_auto_commit=False)
+        consumer = kafka.KafkaConsumer(
+            bootstrap_servers=self._bootstrap,
+            enable_auto_commit=False,
+            isolation_level=self._isolation,
+            reconnect_backoff_max_ms=RECONNECT_MS,
+        )
         try:
             consumer.assign([self._partition])
             consumer.seek_to_end(self._partition)
@@ -361,6 +391,7 @@ def _producer(bootstrap: str, topic: str) -> Any:
         # Repeats are told by their request ids. kafka-python's own idempotence (3.0.12) sends nothing ever again
         # once a batch that was tried has expired, as it does in any outage longer than the time limit below.
         enable_idempotence=False,
+        reconnect_backoff_max_ms=RECONNECT_MS,
         retry_backoff_ms=20,
         max_block_ms=SEND_TIMEOUT_MS,
         request_timeout_ms=SEND_TIMEOUT_MS - 1_000,

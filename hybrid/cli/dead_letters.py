@@ -126,8 +126,7 @@ def replay(
     )
     done: list[dict[str, Any]] = []
     create_topics(broker)
-    # Found before anything is sent: what comes back as a new letter is not for this replay.
-    letters = list(dead_letters.find(broker, wanted))
+    letters = dead_letters.find(broker, wanted)  # not those that a replay brings back
     with ProducerOutbox(broker) as outbox:
         for found, outcome in dead_letters.replay(letters, outbox, opening, _now_ms, dry_run=dry_run, again=again):
             done.append(_shown(found) | {"outcome": outcome})

@@ -5,7 +5,8 @@ import pytest
 from hybrid.errors import Unavailable
 from hybrid.messages import BadMessage, DeadLetter
 from hybrid.sealing import OpeningKey, SealingKey, generate
-from serving.dead_letters import Filter, Found, replay
+from serving import dead_letters
+from serving.dead_letters import Filter, Found, Replay, find, replay
 from serving.kafka import REPLAYS
 from serving.testing import MemoryTopic
 
@@ -93,3 +94,20 @@ def test_bytes_that_kafka_did_not_take_are_not_noted_as_replayed(keys):
 def test_a_filter_takes_what_has_all_that_it_names(wanted, takes):
     """The letter is of 1000 ms: from `since` on, and before `until`."""
     assert wanted.takes(found(b"a", None).letter, 1000) is takes
+
+
+def test_what_anybody_put_among_the_letters_is_passed_over(monkeypatch, caplog):
+    """No JSON, another topic's letter, one of a partition that is not there: they choose no place to send bytes to."""
+    good = found(b"a", None).letter
+    other = good.model_copy(update={"topic": "hybrid.predictions.v1"})
+    beyond = good.model_copy(update={"partition": 99})
+    note = Replay(topic=TOPIC, partition=3, sha256=good.sha256, replayed_ms=9).model_dump_json().encode()
+    topics = {
+        f"{TOPIC}.dead": [(letter.model_dump_json().encode(), 5) for letter in (other, beyond, good)] + [(b"{", 6)],
+        REPLAYS: [(b"junk", 1), (note, 2)],
+    }
+    monkeypatch.setattr(dead_letters, "_values", lambda _, topic: topics.get(topic, []))
+    monkeypatch.setattr(dead_letters, "_partitions", lambda *_: {0, 1, 2, 3})
+    assert list(find("127.0.0.1:1", Filter())) == [Found(good, 5, 9)]
+    assert caplog.text.count("is not a dead letter") == 3
+    assert caplog.text.count("is not a replay") == 1
