@@ -44,6 +44,7 @@ from serving.triton import Triton
 
 RATES = (50, 200, 500)
 BATCH = 512  # rows of a record that a busy gateway writes, and of a bare Triton call
+NO_CACHE = ("--reread-s", "0", "--cache-mb", "0")
 NO_DEADLINE = ("--deadline-s", "100000")  # a filled topic's rows were asked long ago
 CLIENTS = 128
 console = Console(stderr=True, highlight=False)
@@ -102,15 +103,18 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
         at_a_time = contestant(served, "record-at-a-time", lengths.at_a_time_s, turn)
         one = drained(served, lengths.rows, workers=1, seed=3 * turn)
         two = drained(served, lengths.rows, workers=2, seed=3 * turn + 1)
+        uncached = drained(served, lengths.rows // 4, workers=1, seed=3 * turn + 1000, arguments=NO_CACHE)
         single = drained(served, lengths.rows // 20, workers=1, seed=3 * turn + 2, size=1)
         bare = bare_triton(served, lengths.triton_s)
         values = {
             "at a time": at_a_time,
             "one worker": one.rows_per_s,
             "two workers": two.rows_per_s,
+            "one worker, nothing cached": uncached.rows_per_s,
             "one worker, records of one row": single.rows_per_s,
             "bare Triton": bare,
             "speedup_over_record_at_a_time": one.rows_per_s / at_a_time,
+            "speedup_nothing_cached": uncached.rows_per_s / at_a_time,
             "speedup_records_of_one_row": single.rows_per_s / at_a_time,
             "fraction_of_bare_triton": one.rows_per_s / bare,
             "worker_cpu_per_row_2_over_1": two.cpu_s_per_row / one.cpu_s_per_row,
@@ -139,14 +143,16 @@ class Drained:
     cpu_s_per_row: float
 
 
-def drained(served: world.World, rows: int, *, workers: int, seed: int, size: int = BATCH) -> Drained:
+def drained(
+    served: world.World, rows: int, *, workers: int, seed: int, size: int = BATCH, arguments: Sequence[str] = ()
+) -> Drained:
     """Fills the topic while the workers, warm, are stopped; then lets them go and waits for the last commit.
 
     Raises:
         StackError: not every row was answered exactly once, and well.
     """
     with contextlib.ExitStack() as stack:
-        services = [served.worker(*NO_DEADLINE) for _ in range(workers)]
+        services = [served.worker(*NO_DEADLINE, *arguments) for _ in range(workers)]
         processes = [Process(service, served.folder / "logs") for service in services]
         for process in processes:
             stack.callback(process.stop)
