@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,13 @@ def machine() -> dict[str, Any]:
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]) -> None:
-    """Two tables on standard output."""
+    """On standard output, a table of each run of rows that have the same columns, and one of the figures."""
     console = Console(highlight=False, width=None if os.isatty(1) else 160)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(_text(row.get(name, "")) for name in columns))
-    console.print(table)
+    for columns, alike in groupby(rows, key=tuple):
+        table = Table(*columns, title=title, title_justify="left")
+        for row in alike:
+            table.add_row(*(_text(row[name]) for name in columns))
+        console.print(table)
     summary = Table("figure", "value", title="Figures", title_justify="left")
     for name, value in figures.items():
         summary.add_row(name, _text(value))
