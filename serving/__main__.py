@@ -8,13 +8,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
+from hybrid.tracing import from_environment
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
+
+if TYPE_CHECKING:
+    from serving.telemetry import Telemetry
 
 log = logging.getLogger("serving")
 DRAIN_S = 10
@@ -52,20 +59,23 @@ def gateway(arguments: argparse.Namespace) -> None:
         lost.set()
         signal.raise_signal(signal.SIGTERM)
 
-    app = over_kafka(arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits, on_loss=end)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        http="h11",  # bounds the headers that it keeps; httptools does not
-        ws="none",
-        limit_concurrency=CONNECTIONS,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=DRAIN_S,
-    )
+    with _telemetry(arguments, deployments) as telemetry:
+        app = over_kafka(
+            arguments.kafka, arguments.reply_partition, deployments, _now_ms, limits, on_loss=end, telemetry=telemetry
+        )
+        uvicorn.run(
+            app,
+            host=arguments.host,
+            port=arguments.port,
+            http="h11",  # bounds the headers that it keeps; httptools does not
+            ws="none",
+            limit_concurrency=CONNECTIONS,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -90,7 +100,9 @@ def worker(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     create_topics(arguments.kafka)
+    deployments = Deployments(arguments.deployments)
     with (
+        _telemetry(arguments, deployments) as telemetry,
         Triton(arguments.triton) as triton,
         ProducerOutbox(arguments.kafka) as outbox,
         GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC) as inbox,
@@ -98,12 +110,14 @@ def worker(arguments: argparse.Namespace) -> None:
         merging = Worker(
             inbox=inbox,
             outbox=outbox,
-            deployments=Deployments(arguments.deployments),
+            deployments=deployments,
             open_reader=open_reader,
             models=triton,
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
+            telemetry=telemetry,
         )
+        telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
 
@@ -119,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         default=DEADLINE_S,
         help="from a request to its answer; gateway's and worker's agree",
     )
+    common.add_argument(
+        "--metrics-port",
+        type=int,
+        help="answer GET /metrics there, for Prometheus; each process has its own. Spans are exported where "
+        "OTEL_EXPORTER_OTLP_ENDPOINT is set",
+    )
+    common.add_argument("--metrics-host", default="127.0.0.1", help="who may ask: plaintext, and no key")
     http = processes.add_parser("gateway", parents=[common], help=gateway.__doc__)
     http.add_argument("--host", default="127.0.0.1")
     http.add_argument("--port", type=int, required=True)
@@ -129,6 +150,20 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
     merging.set_defaults(run=worker)
     return parser
+
+
+@contextmanager
+def _telemetry(arguments: argparse.Namespace, deployments: Deployments) -> Iterator[Telemetry]:
+    """Metrics of this process, where somebody may look at them, and its spans, where the environment asks for them."""
+    from serving.telemetry import Telemetry
+
+    with ExitStack() as stack:
+        tracer = from_environment(f"hybrid-{arguments.process}")
+        if tracer is not None:
+            stack.enter_context(tracer)
+        telemetry = Telemetry(tracer, lambda: [(d.model, d.version) for d in deployments.current.values()])
+        stack.enter_context(telemetry.exposed(arguments.metrics_port, arguments.metrics_host))
+        yield telemetry
 
 
 def _now_ms() -> int:

@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version as installed
 from typing import Any
 
@@ -26,10 +26,13 @@ from starlette.routing import Route
 from hybrid.errors import BadRequest, BodyTooLarge, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
+from hybrid.tracing import TRACEPARENT
 from serving import oip
 from serving.deployments import Deployments
 from serving.exchange import Exchange, Limits
 from serving.kafka import Record, Tail, ThreadedOutbox
+from serving.telemetry import UNREADABLE, Telemetry
+from serving.telemetry import Request as Asking
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +53,14 @@ class Gateway:
         ask: (deployment, rows) -> their predictions.
         ready: whether the broker's two ends are there.
         max_body_bytes: larger bodies are refused while they are read.
+        telemetry: counts and times requests.
     """
 
     deployments: Deployments
     ask: Ask
     ready: Callable[[], bool]
     max_body_bytes: int = MAX_BODY_BYTES
+    telemetry: Telemetry = field(default_factory=Telemetry)
 
     def routes(self) -> list[Route]:
         """The protocol's paths."""
@@ -96,15 +101,24 @@ class Gateway:
 
     async def infer(self, request: Request) -> Response:
         """Predictions for the rows of one request, or the error of the first row that has none."""
+        with self.telemetry.request(request.headers.get(TRACEPARENT)) as asking:
+            return await self._infer(request, asking)
+
+    async def _infer(self, request: Request, asking: Asking) -> Response:
         deployment = self.deployments.served(**request.path_params)
+        asking.about(deployment)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise BadRequest("the body must not be compressed (no Content-Encoding)")
         body = await _body(request, self.max_body_bytes)
-        asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
+        with asking.stage("decode"):
+            asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
+        asking.rows = len(asked.rows)
         if not self.ready():
             raise Unavailable("Kafka is not connected")
-        answers = await self.ask(deployment, asked.rows)
-        content, json_length = oip.encode(asked, answers, deployment)
+        with asking.stage("wait"):
+            answers = await self.ask(deployment, asked.rows)
+        with asking.stage("encode"):
+            content, json_length = oip.encode(asked, answers, deployment)
         if json_length is None:
             return Response(content, media_type="application/json")
         headers = {HEADER_LENGTH: str(json_length)}
@@ -125,6 +139,7 @@ def over_kafka(
     limits: Limits,
     *,
     on_loss: Callable[[], None],
+    telemetry: Telemetry,
 ) -> Starlette:
     """A gateway whose questions and answers cross Kafka; connects while the application starts.
 
@@ -135,11 +150,23 @@ def over_kafka(
         now_ms: Unix time in milliseconds, UTC.
         limits: of what may wait.
         on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
+        telemetry: counts, times and traces.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
-    exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
-    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, lambda record: _receive(record, outbox, exchange))
+
+    def send(message: DeviceEmbeddings, traces: Sequence[str], on_failure: Callable[[], None]) -> None:
+        outbox.send(message.TOPIC, message.to_bytes(), message.request_id[0].tobytes(), on_failure, traces)
+        telemetry.sent(len(message))
+
+    def receive(record: Record) -> None:
+        _receive(record, outbox, exchange, telemetry)
+
+    exchange = Exchange(send, reply_partition, now_ms, limits)
+    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, receive)
+    telemetry.watch("hybrid_gateway_rows_in_flight", lambda: exchange.in_flight)
+    telemetry.watch("hybrid_gateway_queue_rows", lambda: exchange.queued)
+    telemetry.watch("hybrid_gateway_outbox_records", lambda: outbox.waiting)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -152,20 +179,18 @@ def over_kafka(
                 for task in tasks:
                     task.cancel()
 
-    return application(Gateway(deployments, exchange.ask, lambda: outbox.ready and tail.ready), lifespan)
+    gateway = Gateway(deployments, exchange.ask, lambda: outbox.ready and tail.ready, telemetry=telemetry)
+    return application(gateway, lifespan)
 
 
-def _send(outbox: ThreadedOutbox, message: DeviceEmbeddings, on_failure: Callable[[], None]) -> None:
-    outbox.send(message.TOPIC, message.to_bytes(), message.request_id[0].tobytes(), on_failure)
-
-
-def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange) -> None:
+def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange, telemetry: Telemetry) -> None:
     """Hands one record of the predictions topic to those who wait, or to the dead letters."""
     try:
         message = Predictions.from_bytes(record.value)
     except BadMessage as error:
         letter = record.dead_letter(str(error))
         log.warning("dead letter: partition %d, offset %d: %s", letter.partition, letter.offset, letter.reason)
+        telemetry.dead_letter(UNREADABLE)
         with suppress(Unavailable):
             outbox.send(DeadLetter.topic_for(record.topic), letter.model_dump_json().encode(), None, lambda: None)
     else:

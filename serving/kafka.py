@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -19,6 +19,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from hybrid.errors import Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.tracing import MAX_TRACES, TRACEPARENT
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,16 @@ SEND_TIMEOUT_MS = 5_000
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it lies in a topic; `value` is empty where Kafka holds none."""
+    """One record as it lies in a topic; `value` is empty where Kafka holds none.
+
+    `traces` are its `traceparent` headers, one for each traced request that shares it.
+    """
 
     topic: str
     partition: int
     offset: int
     value: bytes
+    traces: tuple[str, ...] = ()
 
     def dead_letter(self, reason: str) -> DeadLetter:
         """What is kept of a record that cannot be read."""
@@ -98,7 +103,7 @@ class GroupInbox:
     """The worker's share of a topic, by consumer group; at least once, as offsets are committed by hand."""
 
     def __init__(self, bootstrap: str, topic: str, max_records: int = 64) -> None:
-        self._topic = topic
+        self._topic, self._lag = topic, None
         self._consumer = kafka.KafkaConsumer(
             bootstrap_servers=bootstrap,
             group_id=GROUP,
@@ -122,9 +127,18 @@ class GroupInbox:
         """Whether the group gave this consumer a share."""
         return bool(self._consumer.assignment())
 
+    @property
+    def lag(self) -> int | None:
+        """Records in its share that were not polled yet; None before anything was."""
+        return self._lag
+
     def poll(self, timeout_s: float) -> list[Record]:
         """See `Inbox`."""
-        return _records(self._consumer, timeout_s)
+        found = _records(self._consumer, timeout_s)
+        # Where nothing was fetched yet there is no high water, and asking for the position would wait for it.
+        ends = {p: end for p in self._consumer.assignment() if (end := self._consumer.highwater(p)) is not None}
+        self._lag = sum(max(end - self._consumer.position(p), 0) for p, end in ends.items()) if ends else None
+        return found
 
     def commit(self) -> None:
         """See `Inbox`. After a rebalance the records are another worker's: answered twice, which is allowed."""
@@ -176,6 +190,17 @@ class ProducerOutbox:
             raise Unavailable(f"Kafka did not take a record: {type(error).__name__}") from None
 
 
+@dataclass(frozen=True)
+class _Sending:
+    """One record on its way out of the gateway."""
+
+    topic: str
+    value: bytes
+    key: bytes | None
+    on_failure: Callable[[], None]
+    traces: Sequence[str]
+
+
 class ThreadedOutbox:
     """Sends from a thread of its own, so that a slow broker never holds up the event loop.
 
@@ -186,7 +211,7 @@ class ThreadedOutbox:
 
     def __init__(self, bootstrap: str, capacity: int = 10_000) -> None:
         self._bootstrap = bootstrap
-        self._waiting: queue.Queue[tuple[str, bytes, bytes | None, Callable[[], None]] | None] = queue.Queue(capacity)
+        self._waiting: queue.Queue[_Sending | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="kafka-outbox", daemon=True)
         self._connected = threading.Event()
 
@@ -210,7 +235,19 @@ class ThreadedOutbox:
         """Whether the producer is there and its thread lives."""
         return self._connected.is_set() and self.alive
 
-    def send(self, topic: str, value: bytes, key: bytes | None, on_failure: Callable[[], None]) -> None:
+    @property
+    def waiting(self) -> int:
+        """Records that wait to be sent."""
+        return self._waiting.qsize()
+
+    def send(
+        self,
+        topic: str,
+        value: bytes,
+        key: bytes | None,
+        on_failure: Callable[[], None],
+        traces: Sequence[str] = (),
+    ) -> None:
         """Takes a record and returns at once; `on_failure` is called, in some thread, if it was not delivered.
 
         Raises:
@@ -219,7 +256,7 @@ class ThreadedOutbox:
         if not self.alive:
             raise Unavailable("nothing is sent to Kafka any more")
         try:
-            self._waiting.put_nowait((topic, value, key, on_failure))
+            self._waiting.put_nowait(_Sending(topic, value, key, on_failure, traces))
         except queue.Full:
             raise Unavailable("too many records wait for Kafka") from None
 
@@ -230,18 +267,19 @@ class ThreadedOutbox:
             log.critical("records are sent to Kafka no more: %s", type(error).__name__)
         while not self._waiting.empty():
             if item := self._waiting.get():
-                item[-1]()
+                item.on_failure()
 
     def _send_all(self) -> None:
         producer = _producer(self._bootstrap, DeviceEmbeddings.TOPIC)
         self._connected.set()
         while (item := self._waiting.get()) is not None:
-            topic, value, key, on_failure = item
+            headers = [(TRACEPARENT, trace.encode()) for trace in item.traces]
             try:
-                producer.send(topic, value, key=key).add_errback(lambda _, fail=on_failure: fail())
+                sent = producer.send(item.topic, item.value, key=item.key, headers=headers)
+                sent.add_errback(lambda _, fail=item.on_failure: fail())
             except KafkaError as error:
-                log.warning("a record for %s was not sent: %s", topic, type(error).__name__)
-                on_failure()
+                log.warning("a record for %s was not sent: %s", item.topic, type(error).__name__)
+                item.on_failure()
         producer.close(timeout=SEND_TIMEOUT_MS / 1000)
 
 
@@ -316,4 +354,12 @@ def _producer(bootstrap: str, topic: str) -> Any:
 
 def _records(consumer: Any, timeout_s: float) -> list[Record]:
     polled = consumer.poll(timeout_ms=int(1000 * timeout_s))
-    return [Record(r.topic, r.partition, r.offset, r.value or b"") for rs in polled.values() for r in rs]
+    return [
+        Record(r.topic, r.partition, r.offset, r.value or b"", _traces(r.headers)) for rs in polled.values() for r in rs
+    ]
+
+
+def _traces(headers: Sequence[tuple[str, bytes | None]]) -> tuple[str, ...]:
+    """The first of the record's trace contexts: whoever may write to a topic may write any number of anything."""
+    found = [(value or b"").decode("ascii", "replace") for key, value in headers if key == TRACEPARENT]
+    return tuple(found[:MAX_TRACES])

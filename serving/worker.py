@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError, Unavailable
@@ -13,6 +13,7 @@ from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox
 from serving.merge import Batch, Reader, decode, forward, merge, probe
+from serving.telemetry import UNREADABLE, Step, Telemetry
 from serving.triton import Models
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Worker:
         models: the networks.
         now_ms: Unix time in milliseconds, UTC.
         deadline_s: the gateways'; nobody waits longer for an answer.
+        telemetry: counts, times and traces.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Worker:
         models: Models,
         now_ms: Callable[[], int],
         deadline_s: float = DEADLINE_S,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
-        self._deadline_s = deadline_s
+        self._deadline_s, self._telemetry = deadline_s, telemetry or Telemetry()
         self._readers: dict[tuple[str, int], Reader] = {}
         self._said: dict[str, str | None] = {}
         self._behind = False
@@ -81,19 +84,31 @@ class Worker:
         if self._behind:
             self._inbox.rewind()
             self._behind = False
-        records = self._inbox.poll(POLL_S)
+        step = Step()
+        with step.stage("poll"):
+            records = self._inbox.poll(POLL_S)
         if not records:
             return
         self._behind = True
-        decoded = decode(records, self._find)
-        for message in [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch))]:
+        with step.stage("decode"):
+            decoded = decode(records, self._find)
+        answers = [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch, step))]
+        with step.stage("send"):
+            self._answer(answers, decoded.dead)
+        self._behind = False
+        self._telemetry.stepped(step, len(records))
+
+    def _answer(self, answers: Iterable[Predictions], dead: Iterable[DeadLetter]) -> None:
+        """Returns once all of it lies in Kafka, and the offsets too."""
+        for message in answers:
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
-        for letter in decoded.dead:
+            self._telemetry.answered(message)
+        for letter in dead:
             log.warning("dead letter: partition %d, offset %d: %s", letter.partition, letter.offset, letter.reason)
             self._outbox.send(DeadLetter.topic_for(letter.topic), letter.model_dump_json().encode())
+            self._telemetry.dead_letter(UNREADABLE)
         self._outbox.flush()
         self._inbox.commit()
-        self._behind = False
 
     def _find(self, model: str, version: int) -> Deployment | None:
         found = self._deployments.find(model, version)
@@ -102,8 +117,9 @@ class Worker:
             found = self._deployments.find(model, version)
         return found
 
-    def _merge(self, batch: Batch) -> list[Predictions]:
-        return merge(batch, self._reader, self._models, self._now_ms(), self._deadline_s)
+    def _merge(self, batch: Batch, step: Step) -> list[Predictions]:
+        part = step.part(batch.deployment, len(batch), batch.traces)
+        return merge(batch, self._reader, self._models, self._now_ms(), self._deadline_s, stage=part.stage)
 
     def _reader(self, deployment: Deployment) -> Reader:
         key = deployment.model, deployment.version

@@ -10,6 +10,7 @@ from hybrid.errors import BodyTooLarge, Unavailable
 from serving.deployments import Deployments
 from serving.gateway import Gateway, _body, application
 from serving.oip import Answers
+from serving.telemetry import Telemetry
 from serving.testing import deployment
 
 INPUTS = [
@@ -27,7 +28,8 @@ class Setup:
     def __init__(self, folder):
         deployment().write(folder)
         self.is_ready, self.error = True, None
-        gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, max_body_bytes=2_000)
+        self.telemetry = Telemetry()
+        gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, 2_000, self.telemetry)
         self.client = TestClient(application(gateway), raise_server_exceptions=False)
 
     async def ask(self, _, rows):
@@ -133,3 +135,18 @@ def test_an_error_of_ours_is_said_in_the_protocols_error_object_without_its_text
     assert (answer.status_code, answer.json()) == (500, {"error": "internal error", "code": "internal"})
     assert "internal error: KeyError in ask" in caplog.text
     assert "bakery" not in caplog.text
+
+
+def test_requests_are_counted_by_their_codes(setup):
+    """One is predicted, one malformed, one of no model, one unavailable; each stage begun is timed."""
+    setup.infer()
+    setup.infer(b"{")
+    setup.infer(path="/v2/models/other/infer")
+    setup.error = Unavailable("no")
+    setup.infer()
+    count = setup.telemetry.registry.get_sample_value
+    for model, code in (("shop", "ok"), ("shop", "bad_request"), ("", "unknown_model"), ("shop", "unavailable")):
+        labels = {"model": model, "version": "1" if model else "", "code": code}
+        assert count("hybrid_gateway_requests_total", labels) == 1
+    stages = {s: count("hybrid_gateway_stage_seconds_count", {"stage": s}) for s in ("decode", "wait", "encode")}
+    assert stages == {"decode": 3, "wait": 2, "encode": 1}

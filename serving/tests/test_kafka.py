@@ -57,3 +57,11 @@ def test_a_gateway_is_told_that_a_thread_of_kafka_died(outbox):
     with outbox:
         asyncio.run(scenario())
     assert lost == [False]
+
+
+def test_of_a_records_headers_the_first_trace_contexts_are_taken():
+    """Whoever may write to the topic may write any header: others, empty ones and all past the 64th are left."""
+    headers = [("other", b"x"), ("traceparent", None), *(("traceparent", b"\xff%d" % n) for n in range(100))]
+    found = kafka._traces(headers)
+    assert len(found) == 64
+    assert found[:2] == ("", "\ufffd0")
