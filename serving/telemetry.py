@@ -114,7 +114,7 @@ class Part(Watch):
         self.rows, self.traces = rows, traces
         self.attributes: dict[str, str | int] = {
             "hybrid.model": deployment.model,
-            "hybrid.version": deployment.version,
+            "hybrid.version": str(deployment.version),
             "hybrid.rows": rows,
         }
 

@@ -27,6 +27,8 @@ def up(
     triton_http_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18000.")] = None,
     triton_grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18001.")] = None,
     triton_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18002.")] = None,
+    gateway_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18003.")] = None,
+    worker_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18004.")] = None,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="Any free port for those not given.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +52,8 @@ def up(
             "triton_http": triton_http_port,
             "triton_grpc": triton_grpc_port,
             "triton_metrics": triton_metrics_port,
+            "gateway_metrics": gateway_metrics_port,
+            "worker_metrics": worker_metrics_port,
         },
         free=free_ports,
     )

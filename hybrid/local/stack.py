@@ -40,6 +40,8 @@ class Ports(BaseModel):
     triton_http: int = Field(18000, ge=1, le=65535)
     triton_grpc: int = Field(18001, ge=1, le=65535)
     triton_metrics: int = Field(18002, ge=1, le=65535)
+    gateway_metrics: int = Field(18003, ge=1, le=65535)
+    worker_metrics: int = Field(18004, ge=1, le=65535)
 
     @classmethod
     def choose(cls, wanted: dict[str, int | None], *, free: bool) -> Ports:
@@ -113,15 +115,22 @@ class Settings(BaseModel):
                 _serving(
                     "worker",
                     workspace,
-                    [*broker, "--feast", str(workspace.feast), "--triton", f"127.0.0.1:{ports.triton_grpc}"],
+                    [
+                        *(*broker, "--feast", str(workspace.feast), "--triton", f"127.0.0.1:{ports.triton_grpc}"),
+                        *("--metrics-port", str(ports.worker_metrics)),
+                    ],
                     log_has("ready"),
+                    {"metrics": ports.worker_metrics},
                 ),
                 _serving(
                     "gateway",
                     workspace,
-                    [*broker, "--host", "127.0.0.1", "--port", str(ports.gateway)],
+                    [
+                        *(*broker, "--host", "127.0.0.1", "--port", str(ports.gateway)),
+                        *("--metrics-port", str(ports.gateway_metrics)),
+                    ],
                     http_ok(f"http://127.0.0.1:{ports.gateway}/v2/health/ready"),
-                    {"gateway": ports.gateway},
+                    {"gateway": ports.gateway, "metrics": ports.gateway_metrics},
                 ),
             ),
         )
@@ -251,7 +260,7 @@ def _serving(
     workspace: Workspace,
     arguments: list[str],
     ready: Callable[[Path], bool],
-    ports: dict[str, int] | None = None,
+    ports: dict[str, int],
 ) -> Service:
     """A process of the `serving` package."""
     return Service(
@@ -263,7 +272,7 @@ def _serving(
             *arguments,
         ],
         ready=ready,
-        ports=ports or {},
+        ports=ports,
         environment={"PYTHONUNBUFFERED": "1"},
     )
 
