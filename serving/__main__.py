@@ -155,8 +155,11 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def _telemetry(arguments: argparse.Namespace, deployments: Deployments) -> Iterator[Telemetry]:
     """Metrics of this process, where somebody may look at them, and its spans, where the environment asks for them."""
+    from prometheus_client import disable_created_metrics
+
     from serving.telemetry import Telemetry
 
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter
     with ExitStack() as stack:
         tracer = from_environment(f"hybrid-{arguments.process}")
         if tracer is not None:

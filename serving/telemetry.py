@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,15 +34,12 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RECORDS = (1, 2, 4, 8, 16, 32, 64)
 AGE_S = (1, 10, 60, 600, 3_600, 6 * 3_600, 86_400, 7 * 86_400, 30 * 86_400)
-# Read when somebody looks, from what counts them anyway; those ending in _total only grow.
+# Read when somebody looks, from what counts them anyway.
 LIVE = {
     "hybrid_gateway_rows_in_flight": "Rows that wait for their answer.",
     "hybrid_gateway_queue_rows": "Rows that wait for company before they leave as one record.",
     "hybrid_gateway_outbox_records": "Records that wait for Kafka.",
     "hybrid_worker_lag_records": "Records of this worker's partitions that it has not polled yet.",
-    "hybrid_cache_hits_total": "Server embeddings found in the cache.",
-    "hybrid_cache_misses_total": "Server embeddings that were not in the cache.",
-    "hybrid_cache_bytes": "Size of the cache of server embeddings.",
 }
 _PROCESS = f"process {DeviceEmbeddings.TOPIC}"
 _KAFKA: dict[str, str | int] = {
@@ -65,6 +62,22 @@ class Lap:
     def seconds(self) -> float:
         """How long it took."""
         return (self.end_ns - self.start_ns) / 1e9
+
+
+class Cache(Protocol):
+    """What a cache tells of itself: rows found and not found since the process started, and its size now."""
+
+    @property
+    def hits(self) -> int:
+        """Rows that were in it."""
+
+    @property
+    def misses(self) -> int:
+        """Rows that were not."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
 
 
 class Watch:
@@ -176,9 +189,13 @@ class Telemetry:
         self._dead = counter("hybrid_dead_letters", "Records that could not be processed.", "code")
 
     def watch(self, name: str, read: Callable[[], float | None]) -> None:
-        """Shows a number of `LIVE`, read at each look; None shows nothing."""
+        """Shows a number of `LIVE`, read at each look, in another thread; None shows nothing."""
         assert name in LIVE
         self._live.sources[name] = read
+
+    def watch_cache(self, name: str, cache: Cache) -> None:
+        """Shows a cache, read at each look; `name` says of what."""
+        self._live.caches[name] = cache
 
     @contextmanager
     def request(self, traceparent: str | None) -> Iterator[Request]:
@@ -217,11 +234,11 @@ class Telemetry:
         if len(aged):
             self._age_s.observe(aged / 1000, pair)
 
-    def fell_back(self, deployment: Deployment, kinds: Iterable[str]) -> None:
-        """Counts the rows of an answer that a fallback gave, by its kind; "" is none."""
+    def fell_back(self, model: str, version: int, kinds: Iterable[str]) -> None:
+        """Counts the rows of an answer that a fallback gave, by its kind; "none" is none."""
         for kind, rows in Tally(kinds).items():
-            if kind:
-                self._fallbacks.labels(deployment.model, str(deployment.version), kind).inc(rows)
+            if kind != "none":
+                self._fallbacks.labels(model, str(version), kind).inc(rows)
 
     def dead_letter(self, code: str) -> None:
         """Counts a record that could not be processed."""
@@ -335,6 +352,7 @@ class _Live:
     def __init__(self, served: Callable[[], Iterable[tuple[str, int]]]) -> None:
         self._served = served
         self.sources: dict[str, Callable[[], float | None]] = {}
+        self.caches: dict[str, Cache] = {}
 
     def collect(self) -> Iterator[Metric]:
         versions = GaugeMetricFamily("hybrid_served_version", "1 for each version served.", labels=PAIR)
@@ -344,8 +362,18 @@ class _Live:
         for name, read in self.sources.items():
             value = read()
             if value is not None:
-                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                yield family(name, LIVE[name], value=value)
+                yield GaugeMetricFamily(name, LIVE[name], value=value)
+        yield from self._of_caches()
+
+    def _of_caches(self) -> Iterator[Metric]:
+        hits = CounterMetricFamily("hybrid_cache_hits", "Rows found in a cache.", labels=["cache"])
+        misses = CounterMetricFamily("hybrid_cache_misses", "Rows that were not in a cache.", labels=["cache"])
+        size = GaugeMetricFamily("hybrid_cache_bytes", "Size of a cache.", labels=["cache"])
+        for name, cache in self.caches.items():
+            hits.add_metric([name], cache.hits)
+            misses.add_metric([name], cache.misses)
+            size.add_metric([name], cache.bytes)
+        yield from (hits, misses, size)
 
 
 def _children(tracer: Tracer, parent: str, laps: Iterable[Lap]) -> None:

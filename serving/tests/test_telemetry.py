@@ -1,6 +1,7 @@
 import socket
 import urllib.request
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_a_model_that_a_record_makes_up_is_no_label():
 def test_fallbacks_and_dead_letters_are_counted_by_kind():
     """Of four rows, two were answered by the server side alone and one by a constant."""
     telemetry = Telemetry()
-    telemetry.fell_back(deployment(), ["server_only", "", "constant", "server_only"])
+    telemetry.fell_back("shop", 1, ["server_only", "none", "constant", "server_only"])
     telemetry.dead_letter("unreadable")
     value = telemetry.registry.get_sample_value
     assert value("hybrid_fallbacks_total", PAIR | {"kind": "server_only"}) == 2
@@ -128,6 +129,15 @@ def test_live_numbers_and_versions_are_read_when_somebody_looks():
     assert value("hybrid_worker_lag_records") == 7
     assert value("hybrid_served_version", {"model": "shop", "version": "2"}) == 1
     assert value("hybrid_served_version", PAIR) is None
+
+
+def test_a_cache_is_read_when_somebody_looks():
+    """Three found, one not, 64 bytes."""
+    telemetry = Telemetry()
+    telemetry.watch_cache("embeddings", SimpleNamespace(hits=3, misses=1, bytes=64))
+    names = ("hybrid_cache_hits_total", "hybrid_cache_misses_total", "hybrid_cache_bytes")
+    found = [telemetry.registry.get_sample_value(name, {"cache": "embeddings"}) for name in names]
+    assert found == [3, 1, 64]
 
 
 def test_metrics_are_answered_on_loopback_until_the_process_ends():
