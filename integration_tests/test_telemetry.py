@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+from feast.protos.feast.types.Value_pb2 import Value
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,10 +31,15 @@ from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local.process import Service, free_ports, http_ok, log_has, running
 from hybrid.network import Network
+from hybrid.registry import Registry
 from hybrid.spec import load_model
+from hybrid.version import TrainingRecord
+from hybrid.workspace import Workspace
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 OFFER = "Bar/1d"
+TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
+FEATURES = ["coupon", "expiration", "acceptance_rate"]
 STAGES = ["decode", "features", "forward", "encode", "send"]
 PROCESS = "process hybrid.device-embeddings.v1"
 
@@ -125,6 +132,18 @@ class Serving:
         headers = {"traceparent": traceparent} if traceparent else {}
         return httpx.post(f"{self.url}/v2/models/coupon/infer", json=body, headers=headers, timeout=20)
 
+    def skew(self, status: int) -> dict:
+        """What `hybrid skew` says of all that was asked."""
+        done = subprocess.run(
+            [sys.executable, "-m", "hybrid", "skew", "coupon", "--json"],
+            env={**os.environ, "HYBRID_HOME": str(self.folder)},
+            capture_output=True,
+            check=False,
+            text=True,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
     def scrape(self, process: str) -> dict[tuple, float]:
         """(name, labels without le) -> value, as Prometheus reads it."""
         page = httpx.get(self.metrics[process]).text
@@ -144,9 +163,12 @@ def serving(kafka, triton, collector, tmp_path_factory):
     pd.DataFrame([offer | {"event_timestamp": datetime.now(UTC) - timedelta(hours=1)}]).to_parquet(
         folder / "data" / "offers.parquet"
     )
-    model = load_model(folder / "model.py")
+    model, registry = load_model(folder / "model.py"), Registry(Workspace(folder))
     network = Network.build(model)
-    deployment = deployment_of(network, 1, "0" * 64, export(network, 1, folder / "triton"))
+    registry.register(model, network.description(), folder / "model.py")
+    digest = registry.definition_hash("coupon")
+    registry.create_version("coupon", weights=network.weights(), training=TRAINING, curves={}, expected_hash=digest)
+    deployment = deployment_of(network, 1, digest, export(network, 1, folder / "triton"))
     deployment.write(folder / "deployments")
     apply(model, folder / "feast")
     materialize(model, folder / "feast", datetime.now(UTC))
@@ -163,7 +185,13 @@ def serving(kafka, triton, collector, tmp_path_factory):
         return Service(name, command, ready, environment=collector.environment)
 
     services = [
-        service("worker", ports[1], "--feast", str(folder / "feast"), "--triton", models, ready=log_has("ready")),
+        service(
+            "worker",
+            ports[1],
+            *("--feast", str(folder / "feast"), "--triton", models),
+            *("--log-sample", "1", "--log", str(folder / "request-log")),
+            ready=log_has("ready"),
+        ),
         service("gateway", ports[0], "--port", str(port), ready=http_ok(f"http://127.0.0.1:{port}/v2/health/ready")),
     ]
     with contextlib.ExitStack() as stack:
@@ -294,3 +322,39 @@ def test_the_metrics_hold_no_value_of_a_caller(serving):
     assert 'code="unknown_entity"' in pages
     for value in (OFFER, "nowhere", "secret-offer", "6PM"):
         assert value not in pages
+
+
+def test_skew_finds_what_was_changed_behind_the_feature_stores_back(serving):
+    """The acceptance rate's slot is moved by 0.5 in the online store: only it differs, by that, from then on."""
+    as_before = serving.ask().json()["outputs"][0]
+    before = serving.skew(status=0)
+    assert set(before["rows"]) == {"same"}
+    assert [each["rows"] for each in before["differences"]] == [0] * 5
+    changed = datetime.now(UTC)
+    move_slot(serving.folder / "feast" / "online.db", place=2, by=0.5)
+    deadline = time.monotonic() + 30
+    while serving.ask().json()["outputs"][0] == as_before:  # a cache may hold the row for a while
+        assert time.monotonic() < deadline
+    after = serving.skew(status=1)
+    skewed = after["rows"]["skewed"]
+    assert skewed == 1
+    assert after["rows"]["same"] >= before["rows"]["same"]
+    differences = {each["of"]: each for each in after["differences"]}
+    assert list(differences) == [*FEATURES, "server embedding", "score, server side alone"]
+    assert [differences[name]["rows"] for name in FEATURES] == [0, 0, skewed]
+    assert differences["acceptance_rate"]["max_abs"] == pytest.approx(0.5, abs=1e-6)
+    assert differences["acceptance_rate"]["missing"] == 0
+    for computed in ("server embedding", "score, server side alone"):
+        assert differences[computed]["rows"] == skewed
+        assert differences[computed]["max_abs"] > 0
+    assert datetime.fromisoformat(differences["acceptance_rate"]["first"][0]) >= changed - timedelta(milliseconds=1)
+
+
+def move_slot(file, place, by):
+    """As no materialisation would."""
+    with contextlib.closing(sqlite3.connect(file)) as store, store:
+        ((table,),) = store.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '%packed%'")
+        ((value,),) = store.execute(f"SELECT value FROM {table} WHERE feature_name = 'slots'")
+        slots = Value.FromString(value)
+        slots.float_list_val.val[place] += by
+        store.execute(f"UPDATE {table} SET value = ? WHERE feature_name = 'slots'", [slots.SerializeToString()])

@@ -82,6 +82,7 @@ def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
     from feature_store.online import PackedReader
     from serving.kafka import GroupInbox, ProducerOutbox, create_topics
+    from serving.request_log import RequestLog
     from serving.triton import Triton
     from serving.worker import Worker
 
@@ -96,6 +97,9 @@ def worker(arguments: argparse.Namespace) -> None:
             width=len(deployment.server),
         )
 
+    if arguments.log_sample and arguments.log is None:
+        raise ConfigError("--log-sample needs --log FOLDER, where the rows are kept")
+    kept = RequestLog(arguments.log or Path(), arguments.log_sample)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -116,6 +120,7 @@ def worker(arguments: argparse.Namespace) -> None:
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
             telemetry=telemetry,
+            sample=kept.sample,
         )
         telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
@@ -148,6 +153,15 @@ def _parser() -> argparse.ArgumentParser:
     merging = processes.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
     merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
+    merging.add_argument(
+        "--log-sample",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the rows whose entity and server features are kept, for `hybrid skew`; "
+        "whose they are must have agreed (default 0)",
+    )
+    merging.add_argument("--log", type=Path, metavar="FOLDER", help="where they are kept, readable by this user alone")
     merging.set_defaults(run=worker)
     return parser
 

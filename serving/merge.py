@@ -103,6 +103,9 @@ class Joined:
     status: NDArray[np.object_]
 
 
+Sample = Callable[[Batch, Joined, NDArray[np.float32], int], None]  # batch, joined, predictions, when
+
+
 def decode(records: Sequence[Record], find: Find) -> Decoded:
     """Bytes -> rows, merged by deployment; nothing is checked again after this but single values."""
     parts: dict[tuple[str, int], list[_Traced]] = defaultdict(list)
@@ -184,6 +187,7 @@ def merge(
     deadline_s: float = DEADLINE_S,
     *,
     stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    sample: Sample = lambda *_: None,
 ) -> list[Predictions]:
     """The last three stages, each within its `stage`; where the store or Triton fails, every row says "unavailable"."""
     try:
@@ -191,6 +195,7 @@ def merge(
             joined = features(batch, reader_of(batch.deployment), now_ms, deadline_s)
         with stage("forward"):
             prediction = forward(batch, joined, models)
+        sample(batch, joined, prediction, now_ms)
         with stage("encode"):
             return encode(batch, joined, prediction)
     except Unavailable as error:

@@ -12,7 +12,7 @@ from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox
-from serving.merge import Batch, Reader, decode, forward, merge, probe
+from serving.merge import Batch, Reader, Sample, decode, forward, merge, probe
 from serving.telemetry import UNREADABLE, Step, Telemetry
 from serving.triton import Models
 
@@ -37,6 +37,7 @@ class Worker:
         now_ms: Unix time in milliseconds, UTC.
         deadline_s: the gateways'; nobody waits longer for an answer.
         telemetry: counts, times and traces.
+        sample: called with each batch that was predicted.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Worker:
         now_ms: Callable[[], int],
         deadline_s: float = DEADLINE_S,
         telemetry: Telemetry | None = None,
+        sample: Sample = lambda *_: None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._open_reader, self._models, self._now_ms = open_reader, models, now_ms
+        self._sample = sample
         self._deadline_s, self._telemetry = deadline_s, telemetry or Telemetry()
         self._readers: dict[tuple[str, int], Reader] = {}
         self._said: dict[str, str | None] = {}
@@ -119,7 +122,15 @@ class Worker:
 
     def _merge(self, batch: Batch, step: Step) -> list[Predictions]:
         part = step.part(batch.deployment, len(batch), batch.traces)
-        return merge(batch, self._reader, self._models, self._now_ms(), self._deadline_s, stage=part.stage)
+        return merge(
+            batch,
+            self._reader,
+            self._models,
+            self._now_ms(),
+            self._deadline_s,
+            stage=part.stage,
+            sample=self._sample,
+        )
 
     def _reader(self, deployment: Deployment) -> Reader:
         key = deployment.model, deployment.version

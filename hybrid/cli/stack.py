@@ -30,6 +30,9 @@ def up(
     gateway_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18003.")] = None,
     worker_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18004.")] = None,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="Any free port for those not given.")] = False,
+    log_sample: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the rows whose server side is kept, for `hybrid skew`.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Start Kafka, Triton, merge worker and gateway on this machine, for what is promoted.
@@ -61,7 +64,7 @@ def up(
     stack.check_promoted(workspace)
     for server in (kafka, triton):
         server.install(cache, _say)
-    settings = stack.Settings(root=workspace.root, cache=cache, ports=ports)
+    settings = stack.Settings(root=workspace.root, cache=cache, ports=ports, log_sample=log_sample)
     before = stack.status(workspace)
     try:
         state = stack.up(settings, _Progress())

@@ -75,6 +75,7 @@ class Settings(BaseModel):
         root: of the workspace.
         cache: where Kafka and Triton are installed.
         ports: to listen on.
+        log_sample: share of the rows whose server side the worker keeps, for `hybrid skew`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +83,7 @@ class Settings(BaseModel):
     root: Path
     cache: Path
     ports: Ports
+    log_sample: float = Field(0.0, ge=0, le=1)
 
     @property
     def folder(self) -> Path:
@@ -118,6 +120,7 @@ class Settings(BaseModel):
                     [
                         *(*broker, "--feast", str(workspace.feast), "--triton", f"127.0.0.1:{ports.triton_grpc}"),
                         *("--metrics-port", str(ports.worker_metrics)),
+                        *("--log-sample", str(self.log_sample), "--log", str(workspace.request_log)),
                     ],
                     log_has("ready"),
                     {"metrics": ports.worker_metrics},
