@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import kafka as kafka_python
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,6 +36,7 @@ from hybrid.registry import Registry
 from hybrid.spec import load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
+from serving import kafka as serving_kafka
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 OFFER = "Bar/1d"
@@ -221,6 +223,23 @@ def write_devices(folder, network):
     features = {name: [None] * n for name in model.device}
     rows = Rows(np.arange(n), np.zeros(n, int), [OFFER] * n, {"time": ["6PM"] * n}, features)
     write_rows(folder / "rows.sqlite", rows, manifest)
+
+
+def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):
+    """Five records, two at most at a time: 3 are left, then 1, then none; before the first poll nothing is known."""
+    monkeypatch.setattr(serving_kafka, "GROUP", "lag")
+    producer = kafka_python.KafkaProducer(bootstrap_servers=kafka)
+    for _ in range(5):
+        producer.send("lag", b"x").get(10)
+    producer.close()
+    with serving_kafka.GroupInbox(kafka, "lag", max_records=2) as inbox:
+        assert inbox.lag is None
+        seen, deadline = [], time.monotonic() + 30
+        while sum(taken for taken, _ in seen) < 5:
+            assert time.monotonic() < deadline
+            if records := inbox.poll(0.2):
+                seen.append((len(records), inbox.lag))
+    assert seen == [(2, 3), (2, 1), (1, 0)]
 
 
 def test_one_trace_leads_from_the_device_to_its_answer(serving):
