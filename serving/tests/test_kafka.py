@@ -74,6 +74,9 @@ class Consumer:
         self.calls.append("poll")
         return {}
 
+    def highwater(self, partition):
+        return None
+
     def commit_async(self, offsets, callback):
         self.sent.append({place.partition: each.offset for place, each in offsets.items()})
 
@@ -150,3 +153,11 @@ def test_checksums_are_computed_in_c():
     from kafka.record import util
 
     assert util.crc32c_c is not None
+
+
+def test_of_a_records_headers_the_first_trace_contexts_are_taken():
+    """Whoever may write to the topic may write any header: others, empty ones and all past the 64th are left."""
+    headers = [("other", b"x"), ("traceparent", None), *(("traceparent", b"\xff%d" % n) for n in range(100))]
+    found = kafka._traces(headers)
+    assert len(found) == 64
+    assert found[:2] == ("", "\ufffd0")
