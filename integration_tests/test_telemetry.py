@@ -226,7 +226,7 @@ def write_devices(folder, network):
 
 
 def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):
-    """Five records, two at most at a time: 3 are left, then 1, then none; before the first poll nothing is known."""
+    """Five records, two at a time: 3 are left, then 1, then none; the next inbox of the group finds none left."""
     monkeypatch.setattr(serving_kafka, "GROUP", "lag")
     producer = kafka_python.KafkaProducer(bootstrap_servers=kafka)
     for _ in range(5):
@@ -239,7 +239,13 @@ def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):
             assert time.monotonic() < deadline
             if records := inbox.poll(0.2, 2):
                 seen.append((len(records), inbox.lag))
+        inbox.commit({0: 5})
     assert seen == [(2, 3), (2, 1), (1, 0)]
+    with serving_kafka.GroupInbox(kafka, "lag") as inbox:
+        while inbox.lag is None:
+            assert time.monotonic() < deadline + 30
+            assert not inbox.poll(0.2, 2)
+        assert inbox.lag == 0
 
 
 def test_one_trace_leads_from_the_device_to_its_answer(serving):

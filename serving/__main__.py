@@ -121,7 +121,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             limits,
             on_loss=end,
             telemetry=telemetry,
-            direct=_direct(arguments, limits),
+            direct=_direct(arguments, limits, telemetry),
             key=_key(arguments),
             exactly_once=arguments.exactly_once,
             access=_access(arguments),
@@ -162,7 +162,7 @@ def api_key(arguments: argparse.Namespace) -> None:
     print(text)
 
 
-def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
+def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry) -> Direct | None:
     """The direct transport, where the gateway is told of a feature store and of Triton."""
     from serving.cache import CachedModels
     from serving.direct import Direct
@@ -174,7 +174,8 @@ def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
     if arguments.feast is None:
         return None
     models = CachedModels(Triton(arguments.triton), arguments.cache_mb << 20)
-    return Direct(Readers(_reader_in(arguments)), models, _now_ms, limits)
+    telemetry.watch_cache("embeddings", models)
+    return Direct(Readers(_reader_in(arguments, telemetry)), models, _now_ms, limits, telemetry)
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -207,12 +208,13 @@ def worker(arguments: argparse.Namespace) -> None:
             inbox = stack.enter_context(
                 GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC, instance=arguments.instance)
             )
+        models = CachedModels(triton, arguments.cache_mb << 20)
         merging = Worker(
             inbox=inbox,
             outbox=outbox,
             deployments=deployments,
-            open_reader=_reader_in(arguments),
-            models=CachedModels(triton, arguments.cache_mb << 20),
+            open_reader=_reader_in(arguments, telemetry),
+            models=models,
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
             in_flight=1 if arguments.exactly_once else IN_FLIGHT,  # one transaction at a time
@@ -222,11 +224,12 @@ def worker(arguments: argparse.Namespace) -> None:
             sample=kept.sample,
         )
         telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
+        telemetry.watch_cache("embeddings", models)
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
 
-def _reader_in(arguments: argparse.Namespace) -> Callable[[Deployment], Reader]:
-    """Opens the feature store for a deployment, behind its cache."""
+def _reader_in(arguments: argparse.Namespace, telemetry: Telemetry) -> Callable[[Deployment], Reader]:
+    """Opens the feature store for a deployment, behind its cache, which is watched."""
 
     def open_reader(deployment: Deployment) -> Reader:
         from feature_store.online import PackedReader
@@ -243,7 +246,9 @@ def _reader_in(arguments: argparse.Namespace) -> Callable[[Deployment], Reader]:
             width=width,
         )
         limits = {"reread_s": arguments.reread_s, "max_age_s": max_age_s}
-        return CachedReader(packed, width=width, max_bytes=arguments.cache_mb << 20, **limits)
+        cached = CachedReader(packed, width=width, max_bytes=arguments.cache_mb << 20, **limits)
+        telemetry.watch_cache("features", cached)
+        return cached
 
     return open_reader
 

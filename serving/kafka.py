@@ -135,7 +135,7 @@ class GroupInbox:
     def __init__(self, bootstrap: str, topic: str, instance: str | None = None) -> None:
         self._topic = topic
         self._lag: int | None = None
-        self._next: dict[Any, int] = {}  # of each partition of which something was polled
+        self._next: dict[Any, int] = {}  # offset that the next poll may bring, of each partition
         self._done: dict[Any, Any] = {}  # not committed yet
         self._committed_s = 0.0
         self._consumer = kafka.KafkaConsumer(
@@ -171,7 +171,7 @@ class GroupInbox:
 
     @property
     def lag(self) -> int | None:
-        """Records that were not polled yet, of partitions of which one was; None before that."""
+        """Records in its share that were not polled yet; None before Kafka said how many there are."""
         return self._lag
 
     def poll(self, timeout_s: float, most: int) -> list[Record]:
@@ -182,9 +182,14 @@ class GroupInbox:
         return found
 
     def _behind(self, found: Sequence[Record]) -> int | None:
-        """By what was polled: the consumer's own position can be one that it has to ask for, and to wait for."""
+        """By what was polled; where nothing was, by the consumer's position, which it may have to ask for."""
         known = self._next | {kafka.TopicPartition(self._topic, r.partition): r.offset + 1 for r in found}
-        self._next = {place: known[place] for place in self._consumer.assignment() if place in known}
+        share = self._consumer.assignment()
+        for place in share - known.keys():
+            with suppress(KafkaError):
+                if self._consumer.highwater(place) is not None:  # something was fetched, so there is a position
+                    known[place] = self._consumer.position(place, timeout_ms=0)
+        self._next = {place: known[place] for place in share if known.get(place) is not None}
         ends = {place: self._consumer.highwater(place) or 0 for place in self._next}
         return sum(max(ends[place] - offset, 0) for place, offset in self._next.items()) if ends else None
 

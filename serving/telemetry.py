@@ -193,8 +193,8 @@ class Telemetry:
         self._live.sources[name] = read
 
     def watch_cache(self, name: str, cache: Cache) -> None:
-        """Shows a cache, read at each look; `name` says of what."""
-        self._live.caches[name] = cache
+        """Shows a cache, read at each look; `name` says of what, and those of one name are shown as their sum."""
+        self._live.caches.append((name, cache))
 
     @contextmanager
     def request(self, traceparent: str | None) -> Iterator[Request]:
@@ -241,8 +241,12 @@ class Telemetry:
         self._dead.labels(code).inc()
 
     def stepped(self, step: Step, records: int) -> None:
-        """Counts and times one step of a worker; where it is traced, its spans go into each trace."""
+        """Counts and times one step of a worker: see `merged`."""
         self._poll_records.observe(records)
+        self.merged(step)
+
+    def merged(self, step: Step) -> None:
+        """Counts and times batches; where they are traced, their spans go into each trace."""
         for part in step.parts:
             self._batch_rows.observe(part.rows)
         for lap in (*step.laps, *(lap for part in step.parts for lap in part.laps)):
@@ -348,7 +352,7 @@ class _Live:
     def __init__(self, served: Callable[[], Iterable[tuple[str, int]]]) -> None:
         self._served = served
         self.sources: dict[str, Callable[[], float | None]] = {}
-        self.caches: dict[str, Cache] = {}
+        self.caches: list[tuple[str, Cache]] = []
 
     def collect(self) -> Iterator[Metric]:
         versions = GaugeMetricFamily("hybrid_served_version", "1 for each version served.", labels=PAIR)
@@ -365,10 +369,11 @@ class _Live:
         hits = CounterMetricFamily("hybrid_cache_hits", "Rows found in a cache.", labels=["cache"])
         misses = CounterMetricFamily("hybrid_cache_misses", "Rows that were not in a cache.", labels=["cache"])
         size = GaugeMetricFamily("hybrid_cache_bytes", "Size of a cache.", labels=["cache"])
-        for name, cache in self.caches.items():
-            hits.add_metric([name], cache.hits)
-            misses.add_metric([name], cache.misses)
-            size.add_metric([name], cache.bytes)
+        for name in dict.fromkeys(name for name, _ in self.caches):
+            caches = [cache for each, cache in self.caches if each == name]
+            hits.add_metric([name], sum(cache.hits for cache in caches))
+            misses.add_metric([name], sum(cache.misses for cache in caches))
+            size.add_metric([name], sum(cache.bytes for cache in caches))
         yield from (hits, misses, size)
 
 

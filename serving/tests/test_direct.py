@@ -10,6 +10,7 @@ from serving.direct import Direct
 from serving.exchange import Limits
 from serving.oip import Rows
 from serving.readers import Readers
+from serving.telemetry import Telemetry
 from serving.testing import MemoryReader, SumModels, deployment
 
 KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok")}
@@ -34,8 +35,9 @@ class Halting(SumModels):
         return super().infer(*arguments)
 
 
-def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN)):
-    return Direct(Readers(open_reader), models or SumModels(), lambda: 1_000, limits or Limits(deadline_s=30))
+def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN), telemetry=None):
+    limits = limits or Limits(deadline_s=30)
+    return Direct(Readers(open_reader), models or SumModels(), lambda: 1_000, limits, telemetry)
 
 
 def run(scenario, made):
@@ -54,6 +56,23 @@ def test_a_request_is_merged_without_kafka():
         assert (list(answers.status), list(answers.fallback)) == (["ok"], ["none"])
 
     run(scenario, direct())
+
+
+def test_a_batch_is_counted_and_its_stages_timed_but_there_is_no_poll():
+    """One row of two is known; no record was taken from Kafka."""
+    telemetry = Telemetry()
+
+    async def scenario(made):
+        with pytest.raises(UnknownEntity):
+            await made.ask(deployment(), rows("bakery", "nowhere"))
+
+    run(scenario, direct(telemetry=telemetry))
+    count = telemetry.registry.get_sample_value
+    for code in ("ok", "unknown_entity"):
+        assert count("hybrid_merge_rows_total", {"model": "shop", "version": "1", "code": code}) == 1
+    stages = ("features", "forward", "encode")
+    assert [count("hybrid_merge_stage_seconds_count", {"stage": stage}) for stage in stages] == [1, 1, 1]
+    assert (count("hybrid_merge_batch_rows_sum"), count("hybrid_merge_poll_records_count")) == (2, 0)
 
 
 def test_what_waits_while_a_batch_is_merged_leaves_together_as_the_next():

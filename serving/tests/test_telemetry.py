@@ -137,12 +137,14 @@ def test_live_numbers_and_versions_are_read_when_somebody_looks():
 
 
 def test_a_cache_is_read_when_somebody_looks():
-    """Three found, one not, 64 bytes."""
+    """Three found, one not, 64 bytes; the features of two versions are added up."""
     telemetry = Telemetry()
     telemetry.watch_cache("embeddings", SimpleNamespace(hits=3, misses=1, bytes=64))
+    for version in (1, 2):
+        telemetry.watch_cache("features", SimpleNamespace(hits=version, misses=10 * version, bytes=100 * version))
     names = ("hybrid_cache_hits_total", "hybrid_cache_misses_total", "hybrid_cache_bytes")
-    found = [telemetry.registry.get_sample_value(name, {"cache": "embeddings"}) for name in names]
-    assert found == [3, 1, 64]
+    for cache, expected in (("embeddings", [3, 1, 64]), ("features", [3, 30, 300])):
+        assert [telemetry.registry.get_sample_value(name, {"cache": cache}) for name in names] == expected
 
 
 def test_metrics_are_answered_on_loopback_until_the_process_ends():
