@@ -1,13 +1,15 @@
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hybrid.errors import ConfigError
 from hybrid.request_log import read_log
-from serving.merge import Batch, features
+from hybrid.spec import Serving
+from serving.merge import Batch, features, merge
 from serving.request_log import RequestLog
-from serving.testing import MemoryReader, deployment
+from serving.testing import MemoryReader, SumModels, deployment
 
 
 def predicted(*entities):
@@ -43,6 +45,26 @@ def test_only_rows_with_a_prediction_are_kept(tmp_path):
     prediction[3] = np.nan  # its head overflowed
     RequestLog(tmp_path, 1).sample(batch, joined, prediction, now_ms)
     assert [(row.entity, row.score) for row in read_log(tmp_path, "shop")] == [("bakery", 0.5)]
+
+
+def test_a_row_that_a_fallback_answered_is_not_kept(tmp_path):
+    """Of four rows one is merged from both sides; what the others have for a prediction, features did not give."""
+    served = deployment().model_copy(
+        update={
+            "serving": Serving(missing_entity="device-only", stale_features="constant", constant=0.5),
+            "missing_server": (1.0, 1.0),
+        }
+    )
+    batch, *_ = predicted("bakery", "ruin", "nowhere", "bakery")
+    batch = replace(batch, deployment=served, request=np.zeros((4, 2), np.float32))
+    batch.embedding[3] = np.inf  # refused
+    log, answered = RequestLog(tmp_path, 1), []
+    for models in (SumModels(), SumModels(broken=True)):  # without Triton nothing is merged
+        reader = MemoryReader({"bakery": (0.1, "ok"), "ruin": (3.0, "stale_features")})
+        (found,) = merge(batch, lambda _, r=reader: r, models, 1_000, sample=log.sample)
+        answered.append(found.fallback.tolist())
+    assert answered == [["none", "constant", "device-only", "none"], ["none", "constant", "constant", "none"]]
+    assert [row.request_id for row in read_log(tmp_path, "shop")] == ["00" * 16]
 
 
 def test_nothing_is_kept_unless_a_share_is_declared(tmp_path):

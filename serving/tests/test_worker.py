@@ -409,6 +409,18 @@ def test_a_step_is_counted(setup):
         assert setup.count("merge_stage_seconds_count", stage=stage) == 1
 
 
+def test_answers_are_counted_once_they_lie_in_kafka(setup):
+    """The first flush loses them: the rows come again, and count once."""
+    setup.ask(1)
+    setup.outbox.failures = 1
+    with pytest.raises(Unavailable):
+        setup.worker.step()
+    pair = {"model": "shop", "version": "1", "code": "ok"}
+    assert setup.count("merge_rows_total", **pair) is None
+    setup.worker.step()
+    assert setup.count("merge_rows_total", **pair) == 1
+
+
 def test_a_poll_that_brings_nothing_is_not_counted(setup):
     """Else an idle worker's waiting would be all that its durations say."""
     setup.worker.step()
