@@ -308,9 +308,9 @@ def clients(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], f
 @contextlib.contextmanager
 def product(served: world.World) -> Iterator[tuple[int, dict[str, Process]]]:
     """A gateway's port, and the processes: one gateway, one worker."""
-    service, port = served.gateway()
+    service = served.gateway()
     with served.running(service) as gateway, served.running(served.worker()) as worker:
-        yield port, {"gateway": gateway, "worker": worker}
+        yield service.ports["http"], {"gateway": gateway, "worker": worker}
 
 
 def closed(served: world.World, port: int, seconds: float) -> dict[str, Any]:
@@ -327,15 +327,20 @@ class Front:
     """A way in, measured in the open loop.
 
     Attributes:
-        transport: the load generator's, see `benchmarks.serving_process.TRANSPORTS`.
-        gateway: arguments of the gateway's command line.
+        transport: the load generator's, see `benchmarks.serving_process.TRANSPORTS`; of a port of the gateway's.
+        model: declared to be served over Kafka, or directly.
     """
 
     transport: str
-    gateway: tuple[str, ...] = ()
+    model: str
 
 
-FRONTS = {"kafka": Front("http")}  # how the answer is merged behind HTTP; others are added by name
+FRONTS = {
+    "HTTP and Kafka": Front("http", world.MODEL),
+    "gRPC and Kafka": Front("grpc", world.MODEL),
+    "HTTP, direct": Front("http", world.DIRECT),
+    "gRPC, direct": Front("grpc", world.DIRECT),
+}
 
 
 def latency(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], figures: dict[str, float]) -> None:
@@ -346,11 +351,12 @@ def latency(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], f
     with contextlib.ExitStack() as stack:
         stack.enter_context(served.running(served.worker()))
         stack.enter_context(served.running(served.contestant("echo", "--kafka", served.kafka, "--topic", "bare")))
-        targets = {}
-        for partition, (name, front) in enumerate(FRONTS.items()):
-            service, port = served.gateway("--reply-partition", str(partition), *front.gateway)
-            stack.enter_context(served.running(service))
-            targets[name] = [front.transport, "--target", f"127.0.0.1:{port}"]
+        gateway = served.gateway()
+        stack.enter_context(served.running(gateway))
+        targets = {
+            name: [front.transport, "--model", front.model, "--target", f"127.0.0.1:{gateway.ports[front.transport]}"]
+            for name, front in FRONTS.items()
+        }
         targets["bare Kafka"] = ["kafka", "--kafka", served.kafka, "--topic", "bare"]
         targets["bare Triton"] = ["triton", "--target", served.triton, "--folder", str(served.folder)]
         for rate in RATES:
@@ -358,10 +364,10 @@ def latency(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], f
                 words = ["load", "--transport", *target, "--rate", rate, "--seconds", seconds]
                 found[name, rate] = child(words, seconds + 90)
                 rows.append({"part": f"{name} at {rate}/s, ms"} | found[name, rate])
-    figures["kafka_p50_ratio_50"] = found["kafka", 50]["p50_ms"] / found["bare Kafka", 50]["p50_ms"]
-    figures["kafka_p99_ratio_500"] = found["kafka", 500]["p99_ms"] / found["bare Kafka", 500]["p99_ms"]
-    if "direct" in FRONTS:
-        figures["direct_p50_ratio"] = found["direct", 50]["p50_ms"] / found["bare Triton", 50]["p50_ms"]
+    figures["kafka_p50_ratio_50"] = found["HTTP and Kafka", 50]["p50_ms"] / found["bare Kafka", 50]["p50_ms"]
+    figures["kafka_p99_ratio_500"] = found["HTTP and Kafka", 500]["p99_ms"] / found["bare Kafka", 500]["p99_ms"]
+    figures["direct_p50_ratio"] = found["gRPC, direct", 50]["p50_ms"] / found["bare Triton", 50]["p50_ms"]
+    figures["direct_p50_ratio_http"] = found["HTTP, direct", 50]["p50_ms"] / found["bare Triton", 50]["p50_ms"]
     figures["errors_at_500"] = sum(found[name, 500]["errors"] for name in FRONTS)
 
 

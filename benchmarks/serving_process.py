@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--transport", choices=TRANSPORTS, help="of load")
     parser.add_argument("--target", help="of load: HOST:PORT")
+    parser.add_argument("--model", default="benchmark", help="of load")
     parser.add_argument("--rate", type=float, default=0.0, help="requests/s, open loop; 0: closed loop")
     parser.add_argument("--clients", type=int, default=32, help="of the closed loop")
     arguments = parser.parse_args()
@@ -177,11 +178,11 @@ Ask = Callable[[int], Awaitable[bool]]  # the number of the request -> whether i
 @contextlib.asynccontextmanager
 async def over_http(arguments: argparse.Namespace) -> Any:
     """Kept-alive connections on raw sockets: a client library would cost more than the gateway."""
-    from benchmarks.world import MODEL, body
+    from benchmarks.world import body
 
     rng = np.random.default_rng(1)
     host, port = arguments.target.split(":")
-    start = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    start = f"POST /v2/models/{arguments.model}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     requests = [f"{start}Content-Length: {len(b)}\r\n\r\n".encode() + b for b in (body(rng) for _ in range(1000))]
     free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -196,6 +197,41 @@ async def over_http(arguments: argparse.Namespace) -> Any:
     yield ask
     for _, writer in free:
         writer.close()
+
+
+@contextlib.asynccontextmanager
+async def over_grpc(arguments: argparse.Namespace) -> Any:
+    """One channel, as Triton's own client has it, and requests that are built beforehand."""
+    import grpc.aio
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    from benchmarks.world import EMBEDDING, body
+
+    def request(document: Any) -> Any:
+        built = pb.ModelInferRequest(model_name=arguments.model)
+        for tensor in json.loads(document)["inputs"]:
+            given = built.inputs.add(name=tensor["name"], datatype=tensor["datatype"], shape=tensor["shape"])
+            if tensor["datatype"] == "BYTES":
+                given.contents.bytes_contents.extend(text.encode() for text in tensor["data"])
+            else:
+                given.contents.fp32_contents.extend(tensor["data"])
+        assert built.inputs[-1].shape == [1, EMBEDDING]
+        return built
+
+    rng = np.random.default_rng(1)
+    requests = [request(body(rng)) for _ in range(1000)]
+    async with grpc.aio.insecure_channel(arguments.target) as channel:
+        gateway = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        async def ask(number: int) -> bool:
+            try:
+                answer = await gateway.ModelInfer(requests[number % len(requests)])
+            except grpc.aio.AioRpcError:
+                return False
+            return len(answer.outputs) > 0
+
+        yield ask
 
 
 @contextlib.asynccontextmanager
@@ -269,6 +305,7 @@ async def over_kafka(arguments: argparse.Namespace) -> Any:
 # A gateway's other fronts are added here, and to `benchmarks.serving.FRONTS`.
 TRANSPORTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "http": over_http,
+    "grpc": over_grpc,
     "triton": over_triton,
     "kafka": over_kafka,
 }

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, View
-from hybrid.deployment import Deployment
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, Serving, View
+from hybrid.deployment import Deployment, Window
 from hybrid.local.process import Process, Service, default_cache, free_ports, http_ok, log_has, running
 from hybrid.messages import DeviceEmbeddings
 
 MODEL, VERSION, JOIN_KEY, SERVICE = "benchmark", 1, "offer_id", "benchmark_offers"
+DIRECT = "benchmark-direct"  # the same, served without Kafka
 OFFERS, EMBEDDING, HIDDEN = 10_000, 16, 32
 COUPONS = ("Coffee House", "Restaurant(<20)", "Carry out & Take away", "Bar", "Restaurant(20-50)")
 TIMES = ("7AM", "10AM", "2PM", "6PM", "10PM")
@@ -92,7 +93,10 @@ def prepare(folder: Path) -> None:
     declared = model(folder / "offers.parquet")
     network = Network.build(declared, seed=0)
     names = export(network, VERSION, folder / "triton")
-    deployment_of(network, VERSION, "0" * 64, names).write(folder / "deployments")
+    served = deployment_of(network, VERSION, "0" * 64, names)
+    served.write(folder / "deployments")
+    direct = {"model": DIRECT, "serving": Serving(transport="direct")}
+    served.model_copy(update=direct).write(folder / "deployments")
     apply(declared, folder / "feast")
     materialize(declared, folder / "feast", now)
 
@@ -152,22 +156,24 @@ class World:
     @property
     def deployment(self) -> Deployment:
         """What is served."""
-        return Deployment.read_all(self.folder / "deployments")[MODEL]
+        return Window.read_all(self.folder / "deployments")[MODEL].default
 
     @property
     def _common(self) -> list[str]:
-        return ["--deployments", str(self.folder / "deployments"), "--kafka", self.kafka]
+        where = ["--deployments", str(self.folder / "deployments"), "--kafka", self.kafka]
+        return [*where, "--feast", str(self.folder / "feast"), "--triton", self.triton]
 
     def worker(self, *arguments: str) -> Service:
         """A merge worker; `arguments` are added to its command line."""
-        command = [*self._common, "--feast", str(self.folder / "feast"), "--triton", self.triton, *arguments]
-        return self._python("worker", ["-m", "serving", "worker", *command], log_has("ready"))
+        return self._python("worker", ["-m", "serving", "worker", *self._common, *arguments], log_has("ready"))
 
-    def gateway(self, *arguments: str) -> tuple[Service, int]:
-        """A gateway and its port."""
-        (port,) = free_ports(1)
-        command = ["-m", "serving", "gateway", *self._common, "--port", str(port), *arguments]
-        return self._python("gateway", command, http_ok(f"http://127.0.0.1:{port}/v2/health/ready")), port
+    def gateway(self, *arguments: str) -> Service:
+        """A gateway; its ports are "http" and "grpc"."""
+        http, grpc = free_ports(2)
+        ports = ["--port", str(http), "--grpc-port", str(grpc)]
+        ready = http_ok(f"http://127.0.0.1:{http}/v2/health/ready")
+        service = self._python("gateway", ["-m", "serving", "gateway", *self._common, *ports, *arguments], ready)
+        return replace(service, ports={"http": http, "grpc": grpc})
 
     def contestant(self, kind: str, *arguments: str) -> Service:
         """A process of `benchmarks.serving_process` that says "ready"."""

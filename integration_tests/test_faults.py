@@ -35,7 +35,7 @@ from feature_store.definitions import OnlineStore
 from feature_store.materialize import apply, materialize
 from feature_store.online import _shared_store
 from hybrid import Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, View
-from hybrid.deployment import Deployment
+from hybrid.deployment import Window
 from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local import kafka as local_kafka
@@ -509,7 +509,7 @@ def test_a_version_promoted_under_load_answers_with_its_own_pair(plant):
         deployment_of(promoted, 3, "0" * 64, names).write(plant.folder / "deployments")
         load.until(40, status=200, version=3)
     plant.account(load)
-    assert Deployment.read_all(plant.folder / "deployments")["shop"].version == 3
+    assert Window.read(plant.folder / "deployments" / "shop.json").default.version == 3
 
 
 def test_dead_letters_are_listed_opened_and_replayed_once(plant):

@@ -344,21 +344,6 @@ def test_a_version_promoted_later_is_served_without_a_restart(serving):
     np.testing.assert_allclose(answer.json()["outputs"][0]["data"], expected, atol=1e-4)
 
 
-def test_sigterm_ends_the_worker_in_order(serving):
-    """It commits, leaves the group and exits with 0; nothing it answered comes again to the next."""
-    assert serving.infer().status_code == 200
-    serving.worker.stop()
-    assert serving.worker.exit_status() == 0
-    admin = kafka_python.KafkaAdminClient(bootstrap_servers=serving.broker)
-    offsets = admin.list_group_offsets([GROUP])
-    admin.close()
-    ends = kafka_python.KafkaConsumer(bootstrap_servers=serving.broker)
-    with contextlib.closing(ends):
-        partitions = [kafka_python.TopicPartition(DeviceEmbeddings.TOPIC, p) for p in range(4)]
-        written = {p: end for p, end in ends.end_offsets(partitions).items() if end}
-    assert {p: o.offset for p, o in offsets[GROUP].items()} == written
-
-
 LEARNED = {"missing_server": (0.5, 0.25, -1.0, 2.0), "missing_device": (1.0, -0.5, 0.0, 0.25)}
 
 
@@ -431,6 +416,21 @@ def test_a_missing_side_is_answered_as_declared_and_named(serving, declared, tra
         merged(serving, device=LEARNED["missing_device"]), abs=1e-5
     )
     assert (found["no entity"]["feature_age_ms"], found["old"]["feature_age_ms"] > 3e10) == (-1, True)
+
+
+def test_sigterm_ends_the_worker_in_order(serving):
+    """It commits, leaves the group and exits with 0; nothing it answered comes again to the next."""
+    assert serving.infer().status_code == 200
+    serving.worker.stop()
+    assert serving.worker.exit_status() == 0
+    admin = kafka_python.KafkaAdminClient(bootstrap_servers=serving.broker)
+    offsets = admin.list_group_offsets([GROUP])
+    admin.close()
+    ends = kafka_python.KafkaConsumer(bootstrap_servers=serving.broker)
+    with contextlib.closing(ends):
+        partitions = [kafka_python.TopicPartition(DeviceEmbeddings.TOPIC, p) for p in range(4)]
+        written = {p: end for p, end in ends.end_offsets(partitions).items() if end}
+    assert {p: o.offset for p, o in offsets[GROUP].items()} == written
 
 
 def test_the_logs_hold_no_values(serving):

@@ -25,7 +25,7 @@ class Deployments:
         self._folder = folder
         self._seen: dict[tuple[str, int], Deployment] = {}
         self._stamp = self._stamps()
-        self._take(Window.read_all(folder))
+        self.take(Window.read_all(folder))
 
     @property
     def current(self) -> list[Deployment]:
@@ -61,17 +61,24 @@ class Deployments:
         return self._seen.get((model, version))
 
     def refresh(self) -> None:
-        """Reads the folder again if a file changed; one that cannot be read leaves all as it was."""
+        """Takes into service what changed in the folder."""
+        if (windows := self.changed()) is not None:
+            self.take(windows)
+
+    def changed(self) -> dict[str, Window] | None:
+        """The folder's windows, where a file changed since they were last read; None where none did, or one is bad."""
         try:
             stamp = self._stamps()
             if stamp == self._stamp:
-                return
+                return None
             self._stamp = stamp
-            self._take(Window.read_all(self._folder))
+            return Window.read_all(self._folder)
         except (ConfigError, OSError) as error:
             log.error("deployments stay as they were: %s", error)
+            return None
 
-    def _take(self, windows: dict[str, Window]) -> None:
+    def take(self, windows: dict[str, Window]) -> None:
+        """Serves these from now on."""
         self._windows = windows
         self._seen |= {(d.model, d.version): d for d in self.current}
         log.info("serving %s", {name: [d.version for d in window.versions] for name, window in windows.items()})

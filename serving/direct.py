@@ -72,9 +72,10 @@ class Direct:
         return self._prepared
 
     async def prepare(self, deployments: Sequence[Deployment]) -> None:
-        """See `Readers.warm_up`."""
+        """Of those that are declared for this transport: see `Readers.warm_up`."""
         loop, now_ms = asyncio.get_running_loop(), self._now_ms()
-        await loop.run_in_executor(self._thread, self._readers.warm_up, deployments, self._models, now_ms)
+        direct = [deployment for deployment in deployments if deployment.serving.transport == "direct"]
+        await loop.run_in_executor(self._thread, self._readers.warm_up, direct, self._models, now_ms)
         self._prepared = True
 
     def close(self) -> None:

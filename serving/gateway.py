@@ -295,14 +295,15 @@ def _receive(
 
 
 async def _refresh(deployments: Deployments, direct: Direct | None) -> None:
-    prepared: list[Deployment] | None = None
+    """Takes promotions into service, once what the direct transport needs for them is there."""
+    if direct is not None:
+        await direct.prepare(deployments.current)
     while True:
-        wanted = [deployment for deployment in deployments.current if deployment.serving.transport == "direct"]
-        if direct is not None and wanted != prepared:
-            await direct.prepare(wanted)
-            prepared = wanted
         await asyncio.sleep(REFRESH_S)
-        deployments.refresh()
+        if (windows := deployments.changed()) is not None:
+            if direct is not None:
+                await direct.prepare([version for window in windows.values() for version in window.versions])
+            deployments.take(windows)
 
 
 async def _watch(ends: Sequence[ThreadedOutbox | Tail], on_loss: Callable[[], None]) -> None:

@@ -45,8 +45,8 @@ class Readers:
             said = None
             try:
                 self.of(deployment)
-            except ConfigError as error:
-                said = f"cannot be predicted yet: {error}"
+            except Exception as error:
+                said = f"cannot be predicted yet: {error if isinstance(error, ConfigError) else type(error).__name__}"
             key = deployment.model, deployment.version
             if said and said != self._said.get(key):
                 log.error("model %s version %d %s", *key, said)
@@ -60,5 +60,7 @@ class Readers:
             try:
                 self.of(deployment).read([""], now_ms)
                 forward(*probe(deployment), models)
-            except HybridError as error:
-                log.warning("model %s version %d could not be tried: %s", deployment.model, deployment.version, error)
+            except Exception as error:
+                # Of ours the text too: a store's can quote an entity.
+                why = error if isinstance(error, HybridError) else type(error).__name__
+                log.warning("model %s version %d could not be tried: %s", deployment.model, deployment.version, why)

@@ -13,6 +13,7 @@ from serving.readers import Readers
 from serving.telemetry import Telemetry
 from serving.testing import MemoryReader, SumModels, deployment
 
+DIRECT = deployment().model_copy(update={"serving": Serving(transport="direct")})
 KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok")}
 
 
@@ -175,6 +176,23 @@ def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
     run(scenario, direct(models, Limits(deadline_s=30, waiting_rows=2)))
 
 
+def test_what_is_declared_for_it_is_opened_and_tried_before_it_is_asked():
+    """Not what goes over Kafka: that is the worker's."""
+    opened, models = [], SumModels()
+
+    def open_reader(served):
+        opened.append((served.model, served.version))
+        return MemoryReader(KNOWN)
+
+    async def scenario(made):
+        assert not made.ready
+        await made.prepare([DIRECT, deployment(2)])
+        assert (made.ready, opened) == (True, [("shop", 1)])
+        assert [name for name, *_ in models.calls] == ["shop_server_tower", "shop_head"]
+
+    run(scenario, direct(models, open_reader=open_reader))
+
+
 def test_a_store_that_cannot_be_opened_makes_its_rows_unavailable():
     """It is opened again with the next request."""
 
@@ -182,7 +200,7 @@ def test_a_store_that_cannot_be_opened_makes_its_rows_unavailable():
         raise ConfigError("no such view")
 
     async def scenario(made):
-        await made.prepare([deployment()])
+        await made.prepare([DIRECT, deployment()])
         assert made.ready
         with pytest.raises(Unavailable, match="feature store"):
             await made.ask(deployment(), rows("bakery"))

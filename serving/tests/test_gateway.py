@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from hybrid.errors import BodyTooLarge, Overloaded, Unavailable
+from serving import gateway as gateway_module
 from serving.access import Access, ApiKey, ApiKeys, Buckets
 from serving.deployments import Deployments
 from serving.gateway import Gateway, _body, application
@@ -255,3 +256,31 @@ def test_requests_are_counted_by_their_codes(setup):
         assert count("hybrid_gateway_requests_total", labels) == 1
     stages = {s: count("hybrid_gateway_stage_seconds_count", {"stage": s}) for s in ("decode", "wait", "encode")}
     assert stages == {"decode": 3, "wait": 2, "encode": 1}
+
+
+def test_a_promotion_is_served_once_the_direct_transport_is_prepared_for_it(tmp_path, monkeypatch):
+    """Version 2 is asked for only after its feature store is open; version 1 is served meanwhile."""
+    monkeypatch.setattr(gateway_module, "REFRESH_S", 0.001)
+
+    async def scenario():
+        opening, opened = asyncio.Event(), asyncio.Event()
+
+        class Preparing:
+            async def prepare(self, deployments):
+                if any(served.version == 2 for served in deployments):
+                    opening.set()
+                    await opened.wait()
+
+        deployment(1).write(tmp_path)
+        deployments = Deployments(tmp_path)
+        refreshing = asyncio.create_task(gateway_module._refresh(deployments, Preparing()))
+        await asyncio.sleep(0)
+        deployment(2).write(tmp_path)
+        await opening.wait()
+        assert deployments.served("shop").version == 1
+        opened.set()
+        while deployments.served("shop").version != 2:
+            await asyncio.sleep(0)
+        refreshing.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
