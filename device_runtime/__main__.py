@@ -7,10 +7,12 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hybrid.errors import HybridError
+from hybrid.tracing import from_environment
 
 
 def main() -> None:
@@ -32,6 +34,14 @@ def main() -> None:
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
+    infer.add_argument(
+        "--trace",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the requests that carry a trace context, random and new for each (default 0); "
+        "their spans are exported where OTEL_EXPORTER_OTLP_ENDPOINT is set",
+    )
     infer.set_defaults(run=_infer)
     arguments = vars(parser.parse_args())
     os.umask(0o077)  # results are the person's
@@ -56,6 +66,7 @@ async def _infer(
     devices: range | None,
     concurrency: int,
     timeout: float,
+    trace: float,
 ) -> dict[str, Any]:
     from device_runtime.client import InferenceClient, Results
     from device_runtime.program import EmbedProgram, open_bundle
@@ -63,10 +74,13 @@ async def _infer(
 
     verified = open_bundle(bundle, trust)
     rows = read_rows(store, verified.manifest, devices=devices)
-    client = InferenceClient(verified.manifest, EmbedProgram(verified), gateway, timeout_s=timeout)
-    async with client:
-        with Results(out) as results:
-            await client.run(rows, results.add, concurrency=concurrency)
+    program = EmbedProgram(verified)
+    with from_environment("hybrid-device") or nullcontext() as tracer:
+        async with InferenceClient(
+            verified.manifest, program, gateway, timeout_s=timeout, trace_share=trace, tracer=tracer
+        ) as client:
+            with Results(out) as results:
+                await client.run(rows, results.add, concurrency=concurrency)
     return results.summary()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -37,12 +38,14 @@ from hybrid.protocol import (
     VERSION,
 )
 from hybrid.spec import Noised
+from hybrid.tracing import TRACEPARENT, Tracer, new_traceparent
 
 ATTEMPTS = 3
 TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
 # What a retry may find gone. Stale features and drift, 503 as well, stay so; a rate limit does for longer than we wait.
 PASSING = frozenset({(Unavailable.status, Unavailable.code), (Overloaded.status, Overloaded.code)})
+_RANDOM = secrets.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,13 @@ class InferenceClient:
         gateway: base URL.
         timeout_s: for one attempt, > 0.
         noise: for release=Noised; the operating system's unless a test says otherwise.
+        trace_share: share of the requests, in [0, 1], that carry a new random trace context,
+            which joins what gateway and worker record of that one request, its retries included.
+        tracer: exports a span for each traced request; None: none.
 
     Raises:
         ConfigError: the bundle merges on the device, which this client does not, or
-            `gateway` or `timeout_s` is wrong.
+            `gateway`, `timeout_s` or `trace_share` is wrong.
     """
 
     def __init__(
@@ -174,6 +180,8 @@ class InferenceClient:
         *,
         timeout_s: float = TIMEOUT_S,
         noise: NoiseSource | None = None,
+        trace_share: float = 0.0,
+        tracer: Tracer | None = None,
     ) -> None:
         if manifest.merge != "server" or manifest.release is None:
             raise ConfigError(f"merge must be 'server' to infer at a gateway, got {manifest.merge!r}")
@@ -181,7 +189,10 @@ class InferenceClient:
             raise ConfigError(f"gateway must be an http:// or https:// URL, got {gateway!r}")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s must be > 0, got {timeout_s}")
+        if not 0 <= trace_share <= 1:
+            raise ConfigError(f"trace_share must be in [0, 1], got {trace_share}")
         self._manifest, self._program = manifest, program
+        self._trace_share, self._tracer = trace_share, tracer
         self._noise = noise or SystemNoise()
         self._budget = RetryBudget()
         self._path = f"/v2/models/{manifest.model}/versions/{manifest.version}/infer"
@@ -240,24 +251,32 @@ class InferenceClient:
 
     async def _answer(self, ask: _Ask) -> Answer:
         started = time.perf_counter()
-        answer = await self._ask(ask)
+        traced = _RANDOM.random() < self._trace_share
+        span = self._tracer.begin("ask", "CLIENT") if traced and self._tracer else None
+        traceparent = span.traceparent if span else new_traceparent() if traced else None
+        answer = await self._ask(ask, traceparent)
+        if span:
+            about = {"hybrid.model": self._manifest.model, "hybrid.version": str(self._manifest.version)}
+            span.end(about | {"hybrid.code": answer.status}, None if answer.status == "ok" else answer.status)
         return replace(answer, latency_ms=(time.perf_counter() - started) * 1e3)
 
-    async def _ask(self, ask: _Ask) -> Answer:
+    async def _ask(self, ask: _Ask, traceparent: str | None) -> Answer:
         # Released once: fresh noise on a retry would be a second release of the same row.
         released = self.release(self._program.embed(ask.inputs))
         body, header_length = request_body(ask.entity, ask.request, self._manifest.request, released)
+        headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(header_length)}
+        if traceparent is not None:
+            headers[TRACEPARENT] = traceparent
         self._budget.sent()
         for attempt in range(1, ATTEMPTS + 1):
-            answer, again = await self._attempt(ask, body, header_length)
+            answer, again = await self._attempt(ask, body, headers)
             if not again or attempt == ATTEMPTS or not self._budget.spend():
                 break
             await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
         return replace(answer, attempts=attempt)
 
-    async def _attempt(self, ask: _Ask, body: bytes, header_length: int) -> tuple[Answer, bool]:
+    async def _attempt(self, ask: _Ask, body: bytes, headers: Mapping[str, str]) -> tuple[Answer, bool]:
         """One request: what became of it, and whether another may be sent."""
-        headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(header_length)}
         try:
             response = await self._http.post(self._path, content=body, headers=headers)
         except httpx.ConnectError:

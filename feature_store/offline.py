@@ -49,21 +49,42 @@ def join(
         NotFound: some rows have no features at their time; says how many.
         ConfigError: the model was not applied, or a key or time cannot be read.
     """
+    slots, known = as_of(model, entities, timestamps, folder, now=now)
+    if not known.all():
+        absent = keys_of(model.server, entities)[~known]
+        raise NotFound(
+            f"{len(absent)} of {len(known)} rows have no features of their {model.server.entity.name} at their time "
+            f"(in every view, at most {model.server.max_feature_age} old); {len(set(absent.tolist()))} distinct keys"
+        )
+    return slots
+
+
+def as_of(
+    model: HybridModel,
+    entities: NDArray[Any],
+    timestamps: NDArray[Any] | None,
+    folder: Path,
+    *,
+    now: datetime | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """What the server knew about each entity at each time, and where it knew anything; arguments as for `join`.
+
+    Returns:
+        (n, s) float32 slots, and (n,) whether every view has a row within `max_feature_age` before that time.
+        Slots where there is none mean nothing.
+
+    Raises:
+        ConfigError: the model was not applied, or a key or time cannot be read.
+    """
     import pandas as pd
 
-    rows = pd.DataFrame({KEY: _keys(model.server, entities), TIME: _times(timestamps, len(entities), now)})
+    rows = pd.DataFrame({KEY: keys_of(model.server, entities), TIME: _times(timestamps, len(entities), now)})
     # Feast's dask store keeps one row of those with equal (entity, time), and drops
     # an entity whose rows are all out of the window: so each distinct pair is asked for once.
     distinct = rows.drop_duplicates(ignore_index=True)
     joined = _historical(model, distinct, folder)
-    absent = rows.merge(distinct[~_known(model.server, distinct)], on=[KEY, TIME])
-    if len(absent):
-        raise NotFound(
-            f"{len(absent)} of {len(rows)} rows have no features of their {model.server.entity.name} at their time "
-            f"(in every view, at most {model.server.max_feature_age} old); {absent[KEY].nunique()} distinct keys"
-        )
     place: NDArray[np.intp] = rows.merge(distinct.reset_index(names=ROW), on=[KEY, TIME], how="left")[ROW].to_numpy()
-    return slots_of(model.server, joined)[place]
+    return slots_of(model.server, joined)[place], _known(model.server, distinct)[place]
 
 
 def slots_of(server: Server, raw: pd.DataFrame) -> NDArray[np.float32]:
@@ -72,6 +93,21 @@ def slots_of(server: Server, raw: pd.DataFrame) -> NDArray[np.float32]:
         name: raw[name].astype(object).where(raw[name].notna(), None).to_numpy() for name in server.features.names
     }
     return server.features.slots(server.features.inputs(columns))
+
+
+def keys_of(server: Server, entities: NDArray[Any]) -> NDArray[Any]:
+    """(n,) join keys as the store has them.
+
+    Raises:
+        ConfigError: they should be integers, and are not.
+    """
+    values = np.asarray(entities)
+    if server.entity.dtype == "text":
+        return values.astype(str).astype(object)
+    try:
+        return values.astype(np.int64)
+    except ValueError:
+        raise ConfigError(f"{server.entity.join_key} must be integers, got {values.dtype}") from None
 
 
 def read_source(server: Server, view: View, columns: list[str]) -> pd.DataFrame:
@@ -121,16 +157,6 @@ def _known(server: Server, distinct: pd.DataFrame) -> NDArray[np.bool_]:
         merged = pd.merge_asof(asked, source, on=TIME, by=KEY, tolerance=pd.Timedelta(server.max_feature_age))
         known[merged[ROW]] &= merged["there"].notna().to_numpy()
     return known
-
-
-def _keys(server: Server, entities: NDArray[Any]) -> NDArray[Any]:
-    values = np.asarray(entities)
-    if server.entity.dtype == "text":
-        return values.astype(str).astype(object)
-    try:
-        return values.astype(np.int64)
-    except ValueError:
-        raise ConfigError(f"{server.entity.join_key} must be integers, got {values.dtype}") from None
 
 
 def _times(timestamps: NDArray[Any] | None, n: int, now: datetime | None) -> Any:

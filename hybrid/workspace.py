@@ -73,6 +73,11 @@ class Workspace:
         return self.root / "keys"
 
     @property
+    def request_log(self) -> Path:
+        """Sampled requests of the local stack."""
+        return self.root / "request-log"
+
+    @property
     def stack(self) -> Path:
         """State and logs of the local stack."""
         return self.root / "stack"

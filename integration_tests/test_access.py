@@ -250,17 +250,30 @@ def wait_for(holds: Callable[[], Any], timeout_s: float = 60) -> Any:
 def test_behind_tls_and_keys_two_processes_serve_both_fronts(
     stack: Stack, certificate: Certificate, key: tuple[Path, str]
 ) -> None:
-    """With a key, answers from either process; without, 401. One is killed: it comes again, and all is answered."""
+    """With a key, answers from either process; without, 401. One is killed: it comes again, and all is answered.
+
+    Each has metrics on a port of its own, the second on the next.
+    """
     file, text = key
     trust, shown = ssl.create_default_context(cafile=certificate.chain), {"authorization": f"Bearer {text}"}
     arguments = ["--api-keys", str(file), "--processes", "2", "--tls-cert", str(certificate.chain)]
-    arguments += ["--tls-key", str(certificate.key)]
+
+    def is_free(port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    metrics = next(port for port in free_ports(20) if is_free(port + 1))
+    arguments += ["--tls-key", str(certificate.key), "--metrics-port", str(metrics)]
     with stack.gateway(*arguments, partition=2, secure=True) as front:
         parent = psutil.Process(front.process._popen.pid)
 
         def children() -> list[psutil.Process]:
-            """Those of them that listen: multiprocessing has a helper of its own."""
-            return [c for c in parent.children() if any(s.status == "LISTEN" for s in c.net_connections("tcp"))]
+            """Those of them that serve HTTP, the last that they begin with: multiprocessing has a helper of its own."""
+            port = int(front.http.rpartition(":")[2])
+            served = [
+                (c, [s.laddr.port for s in c.net_connections("tcp") if s.status == "LISTEN"]) for c in parent.children()
+            ]
+            return [child for child, ports in served if port in ports]
 
         def both_ready() -> bool:
             return len(children()) == 2 and all(ready(front, trust) for _ in range(10))
@@ -269,6 +282,9 @@ def test_behind_tls_and_keys_two_processes_serve_both_fronts(
         for _ in range(20):  # each a connection of its own, which either process may get
             assert infer_http(stack, front, trust, shown).status_code == 200
             assert infer_grpc(stack, front, certificate, shown) == [1]
+        pages = [httpx.get(f"http://127.0.0.1:{metrics + number}/metrics").text for number in range(2)]
+        counted = r'^hybrid_gateway_requests_total{code="ok",.*} (\S+)$'
+        assert sum(float(count) for page in pages for count in re.findall(counted, page, re.M)) == 40
         refused = infer_http(stack, front, trust, {})
         assert (refused.status_code, refused.json()["code"]) == (401, "unauthenticated")
         with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):

@@ -13,6 +13,7 @@ from hybrid.local.process import free_ports
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
+OPERATING = ROOT / "docs" / "operating.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 
 
@@ -22,10 +23,10 @@ def commands(document: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if d not in (WALKTHROUGH, STUDY_COACH)], ids=lambda d: d.name
+    "document", [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, STUDY_COACH)], ids=lambda d: d.name
 )
 def test_documents_name_only_make_targets_that_exist(document):
-    """Outside the two walkthroughs a document's commands are `make TARGET`, and make knows each target."""
+    """Outside the walkthroughs a document's commands are `make TARGET`, and make knows each target."""
     for block in commands(document):
         for line in block.splitlines():
             assert line.startswith("make "), f"{document.name}: {line!r} is run by no test"
@@ -65,17 +66,28 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
     assert re.search(r"epsilon (1\.99\d|2\.000) at delta 2\.3e-05 per user", printed), printed
 
 
-def test_the_walkthrough_does_what_it_says(type_commands):
-    """Its commands, typed in order in one shell, all succeed, and every request is predicted.
+def test_the_walkthrough_and_operating_do_what_they_say(type_commands):
+    """Their commands, typed in order in one shell, all succeed; every request is predicted, counted, and without skew.
 
     One thing differs from what a reader types: the gateway and the servers take
     free ports, since the default ones may be taken where tests run.
     """
-    (gateway,) = free_ports(1)
-    script = "\n".join(commands(WALKTHROUGH)).replace("hybrid up", f"hybrid up --free-ports --gateway-port {gateway}")
-    printed = type_commands(script.replace("127.0.0.1:8080", f"127.0.0.1:{gateway}"))
+    ports = dict(zip(("8080", "18003", "18004"), map(str, free_ports(3)), strict=True))
+    options = ("--gateway-port", "--gateway-metrics-port", "--worker-metrics-port")
+    chosen = " ".join(f"{option} {port}" for option, port in zip(options, ports.values(), strict=True))
+    script = "\n".join(commands(WALKTHROUGH) + commands(OPERATING)).replace(
+        "hybrid up", f"hybrid up --free-ports {chosen}"
+    )
+    for written, port in ports.items():
+        script = script.replace(f"127.0.0.1:{written}", f"127.0.0.1:{port}")
+    printed = type_commands(script)
     assert "unknown_entity" in printed, "the walkthrough says that an unknown offer says so"
-    counts = re.search(r"(\d+) requests from \d+ devices, (\d+) answered, (\d+) predicted", printed)
-    requests, answered, predicted = map(int, counts.groups())
-    assert requests == answered == predicted > 2000
+    counts = re.findall(r"(\d+) requests from \d+ devices, (\d+) answered, (\d+) predicted", printed)
+    assert len(counts) == 2
+    for requests, answered, predicted in counts:
+        assert int(requests) == int(answered) == int(predicted) > 2000
     assert "'name': 'coupon'" in printed, "a plain client reads the model's metadata"
+    counted = {name: float(value) for name, value in re.findall(r'^(hybrid_\w+){.*code="ok".*} (\S+)$', printed, re.M)}
+    assert counted == dict.fromkeys(("hybrid_gateway_requests_total", "hybrid_merge_rows_total"), float(requests))
+    assert f"coupon: {requests} rows: {requests} same" in printed
+    assert f'"rows": {{"same": {requests}}}' in printed

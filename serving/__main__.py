@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager, nullcontext
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, HybridError
 from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.sealing import SealingKey
+from hybrid.tracing import from_environment
 from serving import processes
 from serving.cache import CACHE_BYTES, REREAD_S
 from serving.deployments import Deployments
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from serving.direct import Direct
     from serving.exchange import Limits
     from serving.merge import Reader
+    from serving.telemetry import Telemetry
 
 log = logging.getLogger("serving")
 DRAIN_S = 10
@@ -73,6 +75,9 @@ def gateway(arguments: argparse.Namespace) -> None:
     _check_free(arguments.host, arguments.port, "--port")
     if arguments.grpc_port is not None:
         _check_free(arguments.host, arguments.grpc_port, "--grpc-port")
+    if arguments.metrics_port is not None:
+        for number in range(arguments.processes):
+            _check_free(arguments.metrics_host, arguments.metrics_port + number, "--metrics-port")
     create_topics(arguments.kafka)
     if arguments.processes == 1:
         serve(arguments, first)
@@ -105,40 +110,42 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
         several = arguments.processes > 1
         return listening(served, Listen(f"{host}:{arguments.grpc_port}", calls, DRAIN_S, *certificate, several))
 
-    app = over_kafka(
-        arguments.kafka,
-        reply_partition,
-        deployments,
-        _now_ms,
-        limits,
-        on_loss=end,
-        direct=_direct(arguments, limits),
-        key=_key(arguments),
-        exactly_once=arguments.exactly_once,
-        access=_access(arguments),
-        beside=beside,
-    )
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn repeats the signal once it has shut down
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
-    config = uvicorn.Config(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        http="h11",  # bounds the headers that it keeps; httptools does not
-        ws="none",
-        limit_concurrency=CONNECTIONS,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=DRAIN_S,
-        ssl_certfile=arguments.tls_cert,
-        ssl_keyfile=arguments.tls_key,
-        ssl_ca_certs=arguments.tls_client_ca,
-        ssl_cert_reqs=ssl.CERT_NONE if arguments.tls_client_ca is None else ssl.CERT_REQUIRED,
-    )
-    server = uvicorn.Server(config)
-    server.run([_listening(arguments.host, arguments.port, shared=arguments.processes > 1)])
-    if not server.started:
-        sys.exit("gateway: it did not start; the lines above say why")
+    with _telemetry(arguments, deployments, reply_partition - arguments.reply_partition) as telemetry:
+        app = over_kafka(
+            arguments.kafka,
+            reply_partition,
+            deployments,
+            _now_ms,
+            limits,
+            on_loss=end,
+            telemetry=telemetry,
+            direct=_direct(arguments, limits, telemetry),
+            key=_key(arguments),
+            exactly_once=arguments.exactly_once,
+            access=_access(arguments),
+            beside=beside,
+        )
+        config = uvicorn.Config(
+            app,
+            host=arguments.host,
+            port=arguments.port,
+            http="h11",  # bounds the headers that it keeps; httptools does not
+            ws="none",
+            limit_concurrency=CONNECTIONS,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=DRAIN_S,
+            ssl_certfile=arguments.tls_cert,
+            ssl_keyfile=arguments.tls_key,
+            ssl_ca_certs=arguments.tls_client_ca,
+            ssl_cert_reqs=ssl.CERT_NONE if arguments.tls_client_ca is None else ssl.CERT_REQUIRED,
+        )
+        server = uvicorn.Server(config)
+        server.run([_listening(arguments.host, arguments.port, shared=arguments.processes > 1)])
+        if not server.started:
+            sys.exit("gateway: it did not start; the lines above say why")
 
 
 def api_key(arguments: argparse.Namespace) -> None:
@@ -155,7 +162,7 @@ def api_key(arguments: argparse.Namespace) -> None:
     print(text)
 
 
-def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
+def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry) -> Direct | None:
     """The direct transport, where the gateway is told of a feature store and of Triton."""
     from serving.cache import CachedModels
     from serving.direct import Direct
@@ -167,7 +174,8 @@ def _direct(arguments: argparse.Namespace, limits: Limits) -> Direct | None:
     if arguments.feast is None:
         return None
     models = CachedModels(Triton(arguments.triton), arguments.cache_mb << 20)
-    return Direct(Readers(_reader_in(arguments)), models, _now_ms, limits)
+    telemetry.watch_cache("embeddings", models)
+    return Direct(Readers(_reader_in(arguments, telemetry)), models, _now_ms, limits, telemetry)
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -175,14 +183,20 @@ def worker(arguments: argparse.Namespace) -> None:
     from serving.cache import CachedModels
     from serving.exactly_once import ExactlyOnce
     from serving.kafka import GroupInbox, Outbox, ProducerOutbox, create_topics
+    from serving.request_log import RequestLog
     from serving.triton import Triton
     from serving.worker import IN_FLIGHT, Pace, Worker
 
+    if arguments.log_sample and arguments.log is None:
+        raise ConfigError("--log-sample needs --log FOLDER, where the rows are kept")
+    kept = RequestLog(arguments.log or Path(), arguments.log_sample)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     create_topics(arguments.kafka)
+    deployments = Deployments(arguments.deployments)
     with ExitStack() as stack:
+        telemetry = stack.enter_context(_telemetry(arguments, deployments))
         triton = stack.enter_context(Triton(arguments.triton))
         inbox: GroupInbox | ExactlyOnce
         outbox: Outbox
@@ -194,23 +208,28 @@ def worker(arguments: argparse.Namespace) -> None:
             inbox = stack.enter_context(
                 GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC, instance=arguments.instance)
             )
+        models = CachedModels(triton, arguments.cache_mb << 20)
         merging = Worker(
             inbox=inbox,
             outbox=outbox,
-            deployments=Deployments(arguments.deployments),
-            open_reader=_reader_in(arguments),
-            models=CachedModels(triton, arguments.cache_mb << 20),
+            deployments=deployments,
+            open_reader=_reader_in(arguments, telemetry),
+            models=models,
             now_ms=_now_ms,
             deadline_s=arguments.deadline_s,
             in_flight=1 if arguments.exactly_once else IN_FLIGHT,  # one transaction at a time
             pace=Pace(arguments.batch_ms / 1000),
             key=_key(arguments),
+            telemetry=telemetry,
+            sample=kept.sample,
         )
+        telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
+        telemetry.watch_cache("embeddings", models)
         merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
 
 
-def _reader_in(arguments: argparse.Namespace) -> Callable[[Deployment], Reader]:
-    """Opens the feature store for a deployment, behind its cache."""
+def _reader_in(arguments: argparse.Namespace, telemetry: Telemetry) -> Callable[[Deployment], Reader]:
+    """Opens the feature store for a deployment, behind its cache, which is watched."""
 
     def open_reader(deployment: Deployment) -> Reader:
         from feature_store.online import PackedReader
@@ -227,7 +246,9 @@ def _reader_in(arguments: argparse.Namespace) -> Callable[[Deployment], Reader]:
             width=width,
         )
         limits = {"reread_s": arguments.reread_s, "max_age_s": max_age_s}
-        return CachedReader(packed, width=width, max_bytes=arguments.cache_mb << 20, **limits)
+        cached = CachedReader(packed, width=width, max_bytes=arguments.cache_mb << 20, **limits)
+        telemetry.watch_cache("features", cached)
+        return cached
 
     return open_reader
 
@@ -330,8 +351,9 @@ def _check_free(host: str, port: int, option: str) -> None:
     """Raises ConfigError where the port cannot be had alone: a shared one would be had with strangers too."""
     try:
         _listening(host, port, shared=False).close()
-    except OSError as error:
-        raise ConfigError(f"{option} {port} of {host} cannot be listened on: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "ports end at 65535"
+        raise ConfigError(f"{option} {port} of {host} cannot be listened on: {why}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -369,6 +391,13 @@ def _parser() -> argparse.ArgumentParser:
         help="public key (`hybrid dead-letters keygen`) that seals records which cannot be read; without it their "
         "bytes are not kept; by default $HYBRID_DEAD_LETTER_KEY",
     )
+    common.add_argument(
+        "--metrics-port",
+        type=int,
+        help="answer GET /metrics there, for Prometheus; of several processes each has the next port. Spans are "
+        "exported where OTEL_EXPORTER_OTLP_ENDPOINT is set",
+    )
+    common.add_argument("--metrics-host", default="127.0.0.1", help="who may ask: plaintext, and no key")
     fronts = commands.add_parser("gateway", parents=[common], help=gateway.__doc__)
     fronts.add_argument("--host", default="127.0.0.1")
     fronts.add_argument("--port", type=int, required=True, help="of HTTP")
@@ -390,6 +419,15 @@ def _parser() -> argparse.ArgumentParser:
         help="of this worker, no other's and the same after a restart, such as a StatefulSet's pod: restarted within "
         "6 s it keeps its partitions, and with --exactly-once it ends at once what a killed one left",
     )
+    merging.add_argument(
+        "--log-sample",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the rows whose entity and server features are kept, for `hybrid skew`; "
+        "whose they are must have agreed (default 0)",
+    )
+    merging.add_argument("--log", type=Path, metavar="FOLDER", help="where they are kept, readable by this user alone")
     key = commands.add_parser("api-key", help=api_key.__doc__)
     key.add_argument("client", help="whose it is: letters, digits and any of . _ @ -")
     key.add_argument("--file", type=Path, required=True, help="that the gateway has as --api-keys")
@@ -415,6 +453,28 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     tls.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
     tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
     tls.add_argument("--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate of these CAs")
+
+
+@contextmanager
+def _telemetry(arguments: argparse.Namespace, deployments: Deployments, number: int = 0) -> Iterator[Telemetry]:
+    """Metrics of this process, the `number`th, where somebody may look at them; its spans, where the environment asks.
+
+    Raises:
+        ConfigError: see `Telemetry.exposed`.
+    """
+    from prometheus_client import disable_created_metrics
+
+    from serving.telemetry import Telemetry
+
+    port = None if arguments.metrics_port is None else arguments.metrics_port + number
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter
+    with ExitStack() as stack:
+        tracer = from_environment(f"hybrid-{arguments.process}")
+        if tracer is not None:
+            stack.enter_context(tracer)
+        telemetry = Telemetry(tracer, lambda: [(d.model, d.version) for d in deployments.current])
+        stack.enter_context(telemetry.exposed(port, arguments.metrics_host))
+        yield telemetry
 
 
 def _now_ms() -> int:

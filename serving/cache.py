@@ -51,20 +51,30 @@ class CachedReader:
         reread_s: see above; 0 keeps nothing.
         max_age_s: of the features, as the model allows.
         max_bytes: of all that is kept.
+
+    Attributes:
+        hits, misses: rows that were looked for and could be used, and that could not.
     """
 
     def __init__(
         self, reader: Reader, *, width: int, reread_s: float, max_age_s: float, max_bytes: int = CACHE_BYTES
     ) -> None:
         self._reader, self._reread_ms, self._max_age_ms = reader, 1000 * reread_s, 1000 * max_age_s
-        capacity = max_bytes // (ENTRY_BYTES + 4 * width + 16)
+        self._entry_bytes = ENTRY_BYTES + 4 * width + 16
+        capacity = max_bytes // self._entry_bytes
         self._places = _Places(capacity)
+        self.hits = self.misses = 0
         self._slots = np.empty((capacity, width), np.float32)
         self._oldest_ms, self._read_ms = np.zeros((2, capacity), np.int64)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept."""
+        return len(self) * self._entry_bytes
 
     def read(self, entities: Sequence[str], now_ms: int) -> Rows:
         """See `Reader`. An entry of a time that has not come, as when the clock was set back, is read again."""
@@ -76,7 +86,9 @@ class CachedReader:
             place = self._places.find(entities)
             slots, age_ms = self._slots[place], now_ms - self._oldest_ms[place]
             since_ms = now_ms - self._read_ms[place]
-        fresh = (place >= 0) & (since_ms >= 0) & (since_ms < self._reread_ms) & (age_ms <= self._max_age_ms)
+            fresh = (place >= 0) & (since_ms >= 0) & (since_ms < self._reread_ms) & (age_ms <= self._max_age_ms)
+            hits = int(fresh.sum())
+            self.hits, self.misses = self.hits + hits, self.misses + n - hits
         status = np.full(n, OK, dtype=object)
         if not fresh.all():
             missed = np.flatnonzero(~fresh)
@@ -107,12 +119,22 @@ class CachedModels:
     Args:
         models: the networks themselves.
         max_bytes: of the embeddings of one version; 0 keeps nothing.
+
+    Attributes:
+        hits, misses: rows whose embedding was looked for and found, and that were not.
     """
 
     def __init__(self, models: Models, max_bytes: int = CACHE_BYTES) -> None:
         self._models, self._max_bytes = models, max_bytes
         self._towers: dict[tuple[str, int], _Embeddings] = {}
         self._lock = threading.Lock()
+        self.hits = self.misses = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of what is kept."""
+        with self._lock:
+            return sum(tower.kept_bytes for tower in self._towers.values())
 
     def infer(self, model: str, version: int, inputs: Mapping[str, Float32], output: str) -> Float32:
         """See `Models`."""
@@ -124,7 +146,9 @@ class CachedModels:
         with self._lock:
             tower = self._towers.get((model, version))
             known = None if tower is None else tower.get(keys)
-        hit = np.zeros(len(keys), bool) if known is None else known.hit
+            hit = np.zeros(len(keys), bool) if known is None else known.hit
+            hits = int(hit.sum())
+            self.hits, self.misses = self.hits + hits, self.misses + len(keys) - hits
         if known is not None and hit.all():
             return known.embedding
         missed = {keys[row]: row for row in np.flatnonzero(~hit).tolist()}
@@ -142,7 +166,7 @@ class CachedModels:
         if key not in self._towers:
             while len(self._towers) >= TOWERS:
                 del self._towers[next(iter(self._towers))]
-            self._towers[key] = _Embeddings(width, self._max_bytes // (ENTRY_BYTES + key_bytes + 4 * width))
+            self._towers[key] = _Embeddings(width, self._max_bytes, ENTRY_BYTES + key_bytes + 4 * width)
         return self._towers[key]
 
 
@@ -155,9 +179,14 @@ class _Known:
 class _Embeddings:
     """One tower's, by its input."""
 
-    def __init__(self, width: int, capacity: int) -> None:
+    def __init__(self, width: int, max_bytes: int, entry_bytes: int) -> None:
+        capacity, self._entry_bytes = max_bytes // entry_bytes, entry_bytes
         self._places = _Places(capacity)
         self._embedding = np.empty((max(capacity, 1), width), np.float32)
+
+    @property
+    def kept_bytes(self) -> int:
+        return len(self._places) * self._entry_bytes
 
     def get(self, keys: Sequence[bytes]) -> _Known:
         place = self._places.find(keys)

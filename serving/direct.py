@@ -21,6 +21,7 @@ from serving.exchange import Limits, Room, answers
 from serving.merge import MAX_BATCH_ROWS, Batch, merge
 from serving.oip import Answers, Rows
 from serving.readers import Readers
+from serving.telemetry import Step, Telemetry
 from serving.triton import Models
 
 
@@ -46,10 +47,19 @@ class Direct:
         models: the networks.
         now_ms: Unix time in milliseconds, UTC.
         limits: of what may wait, and how long.
+        telemetry: counts and times; a batch has no span of its own, as each request waits for it within its own.
     """
 
-    def __init__(self, readers: Readers, models: Models, now_ms: Callable[[], int], limits: Limits) -> None:
+    def __init__(
+        self,
+        readers: Readers,
+        models: Models,
+        now_ms: Callable[[], int],
+        limits: Limits,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._readers, self._models, self._now_ms, self._limits = readers, models, now_ms, limits
+        self._telemetry = telemetry or Telemetry()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="direct")
         self._waiting: deque[_Question] = deque()
         self._room = Room(limits)
@@ -133,5 +143,9 @@ class Direct:
             embedding=np.concatenate([question.rows.embedding for question in together]),
             event_ms=np.repeat([question.asked_ms for question in together], sizes),
         )
-        (found,) = merge(batch, self._readers.of, self._models, self._now_ms(), self._limits.deadline_s)
+        step = Step()
+        stage = step.part(batch.deployment, n, ()).stage
+        (found,) = merge(batch, self._readers.of, self._models, self._now_ms(), self._limits.deadline_s, stage=stage)
+        self._telemetry.answered(found)
+        self._telemetry.merged(step)
         return found

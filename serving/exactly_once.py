@@ -67,6 +67,11 @@ class ExactlyOnce:
         """Whether the group gave this worker a share."""
         return self._inbox.assigned
 
+    @property
+    def lag(self) -> int | None:
+        """See `GroupInbox`."""
+        return self._inbox.lag
+
     def poll(self, timeout_s: float, most: int) -> list[Record]:
         """See `Inbox`. None while it is paused, whatever the group gives it: a transaction is of one batch."""
         if self._paused:

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from hybrid.deployment import Deployment
 from hybrid.errors import Overloaded, ServingError, Unavailable
 from hybrid.messages import DeviceEmbeddings, Predictions
+from hybrid.tracing import MAX_TRACES
 from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
+from serving.telemetry import current_traceparent
 
 ID_BYTES = 16
 DEADLINE_S = 5.0
@@ -32,7 +34,7 @@ EXPLAIN = {
 FALLBACKS = {"none", "device-only", "server-only", "constant"}
 ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 T = TypeVar("T")
-Send = Callable[[DeviceEmbeddings, Callable[[], None]], None]
+Send = Callable[[DeviceEmbeddings, Sequence[str], Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class _Question:
     age_ms: NDArray[np.int64]
     status: list[str]
     fallback: list[str]
+    trace: str | None
 
 
 @dataclass
@@ -119,8 +122,8 @@ class Exchange:
     """Matches answers to questions by request id. Lives on one event loop.
 
     Args:
-        send: hands a record to Kafka without blocking, and calls its second
-            argument, in any thread, if the record was not delivered.
+        send: hands a record to Kafka without blocking, with the traceparents of the traced
+            requests in it, and calls its last argument, in any thread, if it was not delivered.
         reply_partition: of the predictions topic that this gateway reads.
         now_ms: Unix time in milliseconds, UTC.
         limits: see there.
@@ -135,6 +138,16 @@ class Exchange:
     def start(self) -> None:
         """Binds it to the running event loop; to be called first."""
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def in_flight(self) -> int:
+        """Rows that wait for their answer."""
+        return len(self._asked)
+
+    @property
+    def queued(self) -> int:
+        """Rows that wait for company."""
+        return sum(waiting.rows for waiting in list(self._queues.values()))  # asked for in another thread
 
     async def ask(self, deployment: Deployment, rows: Rows, timeout_s: float | None = None) -> Answers:
         """Waits for the predictions of all rows.
@@ -185,7 +198,8 @@ class Exchange:
         ids = [raw[start : start + ID_BYTES] for start in range(0, len(raw), ID_BYTES)]
         done = self._loop.create_future()
         asked, prediction = (deployment.model, deployment.version), np.full(n, np.nan, np.float32)
-        question = _Question(asked, rows, ids, done, n, prediction, np.full(n, -1, np.int64), [""] * n, [""] * n)
+        age_ms, trace = np.full(n, -1, np.int64), current_traceparent()
+        question = _Question(asked, rows, ids, done, n, prediction, age_ms, [""] * n, [""] * n, trace)
         self._asked |= {key: (question, place) for place, key in enumerate(ids)}
         return question
 
@@ -203,17 +217,19 @@ class Exchange:
         waiting = self._queues.pop(key)
         if waiting.timer is not None:
             waiting.timer.cancel()
-        for record in self._records(waiting.deployment, waiting.questions):
+        for record, traces in self._records(waiting.deployment, waiting.questions):
             try:
-                self._send(record, lambda: self._fail_later(waiting.questions))
+                self._send(record, traces, lambda: self._fail_later(waiting.questions))
             except Unavailable:
                 _fail(waiting.questions)
 
     def _fail_later(self, questions: list[_Question]) -> None:
         self._loop.call_soon_threadsafe(_fail, questions)
 
-    def _records(self, deployment: Deployment, questions: list[_Question]) -> Iterable[DeviceEmbeddings]:
-        """The rows of all questions, in as few records as Kafka's size limit allows."""
+    def _records(
+        self, deployment: Deployment, questions: list[_Question]
+    ) -> Iterator[tuple[DeviceEmbeddings, list[str]]]:
+        """The rows of all questions, in as few records as Kafka's size limit allows, and the traces in each."""
         floats = deployment.device_embedding + len(deployment.request)
         size = max(1, min(self._limits.record_rows, MAX_RECORD_BYTES // (32 + MAX_ENTITY_BYTES + 4 * floats)))
         ids = np.frombuffer(b"".join(key for q in questions for key in q.ids), dtype=f"V{ID_BYTES}")
@@ -222,7 +238,7 @@ class Exchange:
         embedding = np.concatenate([q.rows.embedding for q in questions])
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
-            yield DeviceEmbeddings(
+            message = DeviceEmbeddings(
                 deployment.model,
                 deployment.version,
                 self._reply_partition,
@@ -232,6 +248,17 @@ class Exchange:
                 embedding=embedding[part],
                 event_ms=np.full(len(ids[part]), self._now_ms()),
             )
+            yield message, _traces(questions, start, start + size)
+
+
+def _traces(questions: Iterable[_Question], start: int, end: int) -> list[str]:
+    """The contexts of the traced questions with rows from `start` to `end`, at most `MAX_TRACES`."""
+    found, row = [], 0
+    for question in questions:
+        before, row = row, row + len(question.rows)
+        if question.trace and before < end and row > start:
+            found.append(question.trace)
+    return found[:MAX_TRACES]
 
 
 def _credible(message: Predictions, row: int, question: _Question) -> bool:

@@ -29,12 +29,15 @@ from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, BodyTooLarge, Overloaded, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
+from hybrid.tracing import TRACEPARENT
 from serving import oip, openapi
 from serving.access import Access, error_headers
 from serving.deployments import Deployments
 from serving.direct import Direct
 from serving.exchange import Exchange, Limits
 from serving.kafka import Record, Tail, ThreadedOutbox
+from serving.telemetry import Request as Asking
+from serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from hybrid.sealing import SealingKey
@@ -63,6 +66,7 @@ class Gateway:
         ready: whether the broker's two ends are there.
         access: who may ask.
         max_body_bytes: larger bodies are refused while they are read.
+        telemetry: counts and times requests.
     """
 
     deployments: Deployments
@@ -70,6 +74,7 @@ class Gateway:
     ready: Callable[[], bool]
     access: Access = field(default_factory=Access)
     max_body_bytes: int = MAX_BODY_BYTES
+    telemetry: Telemetry = field(default_factory=Telemetry)
 
     def routes(self) -> list[Route]:
         """The protocol's paths."""
@@ -115,29 +120,38 @@ class Gateway:
 
     async def infer(self, request: Request) -> Response:
         """Predictions for the rows of one request, or the error of the first row that has none."""
+        with self.telemetry.request(request.headers.get(TRACEPARENT)) as asking:
+            return await self._infer(request, asking)
+
+    async def _infer(self, request: Request, asking: Asking) -> Response:
         deployment = self.deployments.served(**request.path_params)
+        asking.about(deployment)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise BadRequest("the body must not be compressed (no Content-Encoding)")
         body = await _body(request, self.max_body_bytes)
-        asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
-        answers = await self.predict(deployment, asked, request.scope[CLIENT])
-        content, json_length = oip.encode(asked, answers, deployment)
+        with asking.stage("decode"):
+            asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
+        answers = await self.predict(deployment, asked, request.scope[CLIENT], asking)
+        with asking.stage("encode"):
+            content, json_length = oip.encode(asked, answers, deployment)
         if json_length is None:
             return Response(content, media_type="application/json")
         headers = {HEADER_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    async def predict(self, deployment: Deployment, asked: oip.Infer, client: str) -> oip.Answers:
-        """What both fronts do with a request that is read.
+    async def predict(self, deployment: Deployment, asked: oip.Infer, client: str, asking: Asking) -> oip.Answers:
+        """What both fronts do with a request that is read; `asking` is told.
 
         Raises:
             RateLimited: these are too many rows for the client.
             ServingError: see `Exchange.ask`.
         """
+        asking.rows = len(asked.rows)
         self.access.take_rows(client, len(asked.rows))
         if not self.ready():
             raise Unavailable("Kafka is not connected")
-        return await self.ask(deployment, asked.rows, asked.timeout_s)
+        with asking.stage("wait"):
+            return await self.ask(deployment, asked.rows, asked.timeout_s)
 
 
 def application(gateway: Gateway, lifespan: Any = None, held_bytes: int = HELD_BYTES) -> Starlette:
@@ -192,6 +206,7 @@ def over_kafka(
     limits: Limits,
     *,
     on_loss: Callable[[], None],
+    telemetry: Telemetry,
     direct: Direct | None = None,
     key: SealingKey | None = None,
     access: Access | None = None,
@@ -209,6 +224,7 @@ def over_kafka(
         now_ms: Unix time in milliseconds, UTC.
         limits: of what may wait.
         on_loss: called, at most once, when a thread that talks to Kafka has ended: nothing is answered any more.
+        telemetry: counts, times and traces.
         direct: the transport of models that are declared so; None: they are unavailable here.
         key: seals the bytes of records that cannot be read; without one they are not kept.
         access: who may ask; everyone where it is None.
@@ -217,12 +233,19 @@ def over_kafka(
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
     outbox = ThreadedOutbox(bootstrap)
-    exchange = Exchange(lambda m, fail: _send(outbox, m, fail), reply_partition, now_ms, limits)
+
+    def send(message: DeviceEmbeddings, traces: Sequence[str], on_failure: Callable[[], None]) -> None:
+        outbox.send(message.TOPIC, message.to_bytes(), message.request_id[0].tobytes(), on_failure, traces)
+        telemetry.sent(len(message))
 
     def receive(record: Record) -> None:
-        _receive(record, outbox, exchange, key)
+        _receive(record, outbox, exchange, key, telemetry)
 
+    exchange = Exchange(send, reply_partition, now_ms, limits)
     tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, receive, committed=exactly_once)
+    telemetry.watch("hybrid_gateway_rows_in_flight", lambda: exchange.in_flight)
+    telemetry.watch("hybrid_gateway_queue_rows", lambda: exchange.queued)
+    telemetry.watch("hybrid_gateway_outbox_records", lambda: outbox.waiting)
 
     async def ask(deployment: Deployment, rows: oip.Rows, timeout_s: float | None) -> oip.Answers:
         if deployment.serving.transport == "kafka":
@@ -234,7 +257,7 @@ def over_kafka(
     def ready() -> bool:
         return outbox.ready and tail.ready and (direct is None or direct.ready)
 
-    gateway = Gateway(deployments, ask, ready, access or Access())
+    gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -254,11 +277,9 @@ def over_kafka(
     return application(gateway, lifespan)
 
 
-def _send(outbox: ThreadedOutbox, message: DeviceEmbeddings, on_failure: Callable[[], None]) -> None:
-    outbox.send(message.TOPIC, message.to_bytes(), message.request_id[0].tobytes(), on_failure)
-
-
-def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange, key: SealingKey | None) -> None:
+def _receive(
+    record: Record, outbox: ThreadedOutbox, exchange: Exchange, key: SealingKey | None, telemetry: Telemetry
+) -> None:
     """Hands one record of the predictions topic to those who wait, or to the dead letters."""
     try:
         message = Predictions.from_bytes(record.value)
@@ -266,6 +287,7 @@ def _receive(record: Record, outbox: ThreadedOutbox, exchange: Exchange, key: Se
         letter = record.dead_letter(error, key)
         place = letter.partition, letter.offset
         log.warning("dead letter: partition %d, offset %d: %s: %s", *place, letter.code, letter.reason)
+        telemetry.dead_letter(letter.code)
         with suppress(Unavailable):
             outbox.send(DeadLetter.topic_for(record.topic), letter.model_dump_json().encode(), None, lambda: None)
     else:

@@ -10,7 +10,7 @@ messages are those that tritonclient ships. Its field `timeout` is Triton's.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, ConfigError, ServingError
 from hybrid.protocol import OUTPUTS
+from hybrid.tracing import TRACEPARENT
 from serving import oip
 from serving.access import error_headers
 from serving.gateway import MAX_BODY_BYTES, SERVER, Gateway, internal
@@ -190,12 +191,18 @@ class _Answers:
         return pb.ModelMetadataResponse(**oip.model_metadata(served, self.gateway.deployments.versions(served.model)))
 
     async def model_infer(self, request: Any, context: Context, client: str) -> Any:
-        deployment = self._served(request.model_name, request.model_version)
-        asked = decode(request, deployment)
-        # The client's deadline, and the parameter: the sooner one.
-        given = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
-        asked = replace(asked, timeout_s=min(given, default=None))
-        return encode(asked, await self.gateway.predict(deployment, asked, client), deployment)
+        (traceparent,) = _metadata(context, TRACEPARENT)[:1] or (None,)
+        with self.gateway.telemetry.request(traceparent) as asking:
+            deployment = self._served(request.model_name, request.model_version)
+            asking.about(deployment)
+            with asking.stage("decode"):
+                asked = decode(request, deployment)
+            # The client's deadline, and the parameter: the sooner one.
+            given = [limit for limit in (asked.timeout_s, context.time_remaining()) if limit is not None]
+            asked = replace(asked, timeout_s=min(given, default=None))
+            answers = await self.gateway.predict(deployment, asked, client, asking)
+            with asking.stage("encode"):
+                return encode(asked, answers, deployment)
 
     def _served(self, model: str, version: str) -> Deployment:
         return self.gateway.deployments.served(model, version or None)
@@ -212,7 +219,7 @@ def _method(
 
     async def call(body: bytes, context: Context) -> Any:
         try:
-            client = "" if is_open else await gateway.access.admit(_authorization(context))
+            client = "" if is_open else await gateway.access.admit(_metadata(context, "authorization"))
             return await answer(message.FromString(body), context, client)
         except ServingError as error:
             refused = error
@@ -228,8 +235,9 @@ def _method(
     return grpc.unary_unary_rpc_method_handler(call, response_serializer=lambda response: response.SerializeToString())
 
 
-def _authorization(context: Context) -> Sequence[str]:
-    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+def _metadata(context: Context, name: str) -> list[str]:
+    """All that the call says under a name."""
+    return [str(value) for key, value in context.invocation_metadata() or () if key == name]
 
 
 def _tensor(tensor: Any, *, with_data: bool) -> Mapping[str, Any]:

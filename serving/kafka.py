@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -22,6 +22,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from hybrid.errors import Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.tracing import MAX_TRACES, TRACEPARENT
 
 if TYPE_CHECKING:
     from hybrid.sealing import SealingKey
@@ -48,12 +49,16 @@ RECONNECT_MS = 1_000  # the longest pause between two tries; with the default, 3
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it lies in a topic; `value` is empty where Kafka holds none."""
+    """One record as it lies in a topic; `value` is empty where Kafka holds none.
+
+    `traces` are its `traceparent` headers, one for each traced request that shares it.
+    """
 
     topic: str
     partition: int
     offset: int
     value: bytes
+    traces: tuple[str, ...] = ()
 
     def dead_letter(self, error: BadMessage, key: SealingKey | None) -> DeadLetter:
         """What is kept of a record that cannot be read; its bytes where there is a key to seal them with."""
@@ -129,6 +134,8 @@ class GroupInbox:
 
     def __init__(self, bootstrap: str, topic: str, instance: str | None = None) -> None:
         self._topic = topic
+        self._lag: int | None = None
+        self._next: dict[Any, int] = {}  # offset that the next poll may bring, of each partition
         self._done: dict[Any, Any] = {}  # not committed yet
         self._committed_s = 0.0
         self._consumer = kafka.KafkaConsumer(
@@ -162,10 +169,29 @@ class GroupInbox:
         """What a transaction needs to know of this member of the group."""
         return self._consumer.group_metadata()
 
+    @property
+    def lag(self) -> int | None:
+        """Records in its share that were not polled yet; None before Kafka said how many there are."""
+        return self._lag
+
     def poll(self, timeout_s: float, most: int) -> list[Record]:
         """See `Inbox`."""
         self._commit_some()
-        return _records(self._consumer, timeout_s, most)
+        found = _records(self._consumer, timeout_s, most)
+        self._lag = self._behind(found)
+        return found
+
+    def _behind(self, found: Sequence[Record]) -> int | None:
+        """By what was polled; where nothing was, by the consumer's position, which it may have to ask for."""
+        known = self._next | {kafka.TopicPartition(self._topic, r.partition): r.offset + 1 for r in found}
+        share = self._consumer.assignment()
+        for place in share - known.keys():
+            with suppress(KafkaError):
+                if self._consumer.highwater(place) is not None:  # something was fetched, so there is a position
+                    known[place] = self._consumer.position(place, timeout_ms=0)
+        self._next = {place: known[place] for place in share if known.get(place) is not None}
+        ends = {place: self._consumer.highwater(place) or 0 for place in self._next}
+        return sum(max(ends[place] - offset, 0) for place, offset in self._next.items()) if ends else None
 
     def commit(self, upto: Upto) -> None:
         """See `Inbox`. After a rebalance the records are another worker's: answered twice, which is allowed."""
@@ -204,6 +230,7 @@ class GroupInbox:
     def rewind(self) -> None:
         """See `Inbox`."""
         self._commit_all()
+        self._next.clear()
         try:
             for partition in self._consumer.assignment():
                 committed = self._consumer.committed(partition)
@@ -244,6 +271,17 @@ class ProducerOutbox:
             raise Unavailable(f"Kafka did not take a record: {type(error).__name__}") from None
 
 
+@dataclass(frozen=True)
+class _Sending:
+    """One record on its way out of the gateway."""
+
+    topic: str
+    value: bytes
+    key: bytes | None
+    on_failure: Callable[[], None]
+    traces: Sequence[str]
+
+
 class ThreadedOutbox:
     """Sends from a thread of its own, so that a slow broker never holds up the event loop.
 
@@ -254,7 +292,7 @@ class ThreadedOutbox:
 
     def __init__(self, bootstrap: str, capacity: int = 10_000) -> None:
         self._bootstrap = bootstrap
-        self._waiting: queue.Queue[tuple[str, bytes, bytes | None, Callable[[], None]] | None] = queue.Queue(capacity)
+        self._waiting: queue.Queue[_Sending | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="kafka-outbox", daemon=True)
         self._connected = threading.Event()
 
@@ -278,7 +316,19 @@ class ThreadedOutbox:
         """Whether the producer is there and its thread lives."""
         return self._connected.is_set() and self.alive
 
-    def send(self, topic: str, value: bytes, key: bytes | None, on_failure: Callable[[], None]) -> None:
+    @property
+    def waiting(self) -> int:
+        """Records that wait to be sent."""
+        return self._waiting.qsize()
+
+    def send(
+        self,
+        topic: str,
+        value: bytes,
+        key: bytes | None,
+        on_failure: Callable[[], None],
+        traces: Sequence[str] = (),
+    ) -> None:
         """Takes a record and returns at once; `on_failure` is called, in some thread, if it was not delivered.
 
         Raises:
@@ -287,7 +337,7 @@ class ThreadedOutbox:
         if not self.alive:
             raise Unavailable("nothing is sent to Kafka any more")
         try:
-            self._waiting.put_nowait((topic, value, key, on_failure))
+            self._waiting.put_nowait(_Sending(topic, value, key, on_failure, traces))
         except queue.Full:
             raise Unavailable("too many records wait for Kafka") from None
 
@@ -298,18 +348,19 @@ class ThreadedOutbox:
             log.critical("records are sent to Kafka no more: %s", type(error).__name__)
         while not self._waiting.empty():
             if item := self._waiting.get():
-                item[-1]()
+                item.on_failure()
 
     def _send_all(self) -> None:
         producer = _producer(self._bootstrap, DeviceEmbeddings.TOPIC)
         self._connected.set()
         while (item := self._waiting.get()) is not None:
-            topic, value, key, on_failure = item
+            headers = [(TRACEPARENT, trace.encode()) for trace in item.traces]
             try:
-                producer.send(topic, value, key=key).add_errback(lambda _, fail=on_failure: fail())
+                sent = producer.send(item.topic, item.value, key=item.key, headers=headers)
+                sent.add_errback(lambda _, fail=item.on_failure: fail())
             except KafkaError as error:
-                log.warning("a record for %s was not sent: %s", topic, type(error).__name__)
-                on_failure()
+                log.warning("a record for %s was not sent: %s", item.topic, type(error).__name__)
+                item.on_failure()
         producer.close(timeout=SEND_TIMEOUT_MS / 1000)
 
 
@@ -408,4 +459,12 @@ def _noted(_offsets: object, answer: object) -> None:
 
 def _records(consumer: Any, timeout_s: float, most: int | None = None) -> list[Record]:
     polled = consumer.poll(timeout_ms=int(1000 * timeout_s), max_records=most)
-    return [Record(r.topic, r.partition, r.offset, r.value or b"") for rs in polled.values() for r in rs]
+    return [
+        Record(r.topic, r.partition, r.offset, r.value or b"", _traces(r.headers)) for rs in polled.values() for r in rs
+    ]
+
+
+def _traces(headers: Sequence[tuple[str, bytes | None]]) -> tuple[str, ...]:
+    """The first of the record's trace contexts: whoever may write to a topic may write any number of anything."""
+    found = [(value or b"").decode("ascii", "replace") for key, value in headers if key == TRACEPARENT]
+    return tuple(found[:MAX_TRACES])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,6 +44,7 @@ ERROR = "error"  # declared in place of a fallback
 MAX_BATCH_ROWS = 2048  # of one forward pass and of one answer; a Triton model takes 4096
 MAX_NAME_BYTES = 256  # of a model; every answer repeats it
 Find = Callable[[str, int], Deployment | None]
+_Traced = tuple[DeviceEmbeddings, tuple[str, ...]]  # a message, and the traces of its record
 
 
 class PackedRows(Protocol):
@@ -76,6 +78,7 @@ class Batch:
         deployment: the version that answers.
         reply_partition: (n,) where each row's gateway waits.
         request_id, entity, request, embedding, event_ms: as in `DeviceEmbeddings`, of the deployment's widths.
+        traces: of the records with rows in it.
     """
 
     deployment: Deployment
@@ -85,6 +88,7 @@ class Batch:
     request: NDArray[np.float32]
     embedding: NDArray[np.float32]
     event_ms: NDArray[np.int64]
+    traces: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -126,6 +130,9 @@ class Joined:
         return np.asarray((self.status == OK) & (self.fallback == NONE) | (self.fallback == SERVER_ONLY), dtype=bool)
 
 
+Sample = Callable[[Batch, Joined, NDArray[np.float32], int], None]  # batch, joined, predictions, when
+
+
 def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None) -> Decoded:
     """Bytes -> rows, merged by deployment; nothing is checked again after this but single values.
 
@@ -134,7 +141,7 @@ def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None)
         find: (model, version) -> the deployment that answers, if there is one.
         key: seals the bytes of records that cannot be read.
     """
-    parts: dict[tuple[str, int], list[DeviceEmbeddings]] = defaultdict(list)
+    parts: dict[tuple[str, int], list[_Traced]] = defaultdict(list)
     refused: list[Predictions] = []
     dead: list[DeadLetter] = []
     for record in records:
@@ -145,7 +152,7 @@ def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None)
             continue
         reason = _misfit(message, find(message.model, message.version))
         if reason is None:
-            parts[message.model, message.version].append(message)
+            parts[message.model, message.version].append((message, record.traces))
         else:
             refused += refusals(message, reason)
     batches = [batch for key, messages in parts.items() for batch in _batches(find(*key), messages)]
@@ -267,20 +274,28 @@ def merge(
     models: Models,
     now_ms: int,
     deadline_s: float = DEADLINE_S,
+    *,
+    stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    sample: Sample = lambda *_: None,
 ) -> list[Predictions]:
-    """The last three stages; where the store or Triton fails, every row has what the model declares for that."""
+    """The last three stages, each within its `stage`; what the store or Triton fails at is as the model declares."""
     try:
-        joined = features(batch, reader_of(batch.deployment), now_ms, deadline_s)
+        with stage("features"):
+            joined = features(batch, reader_of(batch.deployment), now_ms, deadline_s)
     except Exception as error:
         log.error("%d rows unavailable: %s", len(batch), type(error).__name__)
         joined = features(batch, _NoReader(), now_ms, deadline_s)
     try:
-        return encode(batch, joined, forward(batch, joined, models))
+        with stage("forward"):
+            prediction = forward(batch, joined, models)
     except Exception as error:
         # The text of ours alone, which holds no values.
         log.error("%d rows without Triton: %s", len(batch), error if isinstance(error, Unavailable) else type(error))
-    joined = _without_models(batch, joined)
-    return encode(batch, joined, forward(batch, joined, models))
+        joined = _without_models(batch, joined)
+        prediction = forward(batch, joined, models)
+    sample(batch, joined, prediction, now_ms)
+    with stage("encode"):
+        return encode(batch, joined, prediction)
 
 
 class _NoReader:
@@ -344,13 +359,23 @@ def _misfit(message: DeviceEmbeddings, deployment: Deployment | None) -> str | N
     return None if widths == (deployment.device_embedding, len(deployment.request)) else BadRequest.code
 
 
-def _batches(deployment: Deployment | None, messages: Sequence[DeviceEmbeddings]) -> list[Batch]:
+def _batches(deployment: Deployment | None, traced: Sequence[_Traced]) -> list[Batch]:
     assert deployment is not None
+    messages = [message for message, _ in traced]
     names = ("request_id", "entity", "request", "embedding", "event_ms")
     columns = {name: np.concatenate([getattr(message, name) for message in messages]) for name in names}
     columns["reply_partition"] = np.concatenate([np.full(len(m), m.reply_partition) for m in messages])
-    starts = range(0, len(columns["entity"]), MAX_BATCH_ROWS)
-    return [Batch(deployment, **_rows(columns, slice(start, start + MAX_BATCH_ROWS))) for start in starts]
+    return [
+        Batch(deployment, **_rows(columns, slice(start, start + MAX_BATCH_ROWS)), traces=_traces(traced, start))
+        for start in range(0, len(columns["entity"]), MAX_BATCH_ROWS)
+    ]
+
+
+def _traces(traced: Sequence[_Traced], start: int) -> tuple[str, ...]:
+    """Those of the records with rows in the batch that begins at row `start`."""
+    ends = np.cumsum([len(message) for message, _ in traced])
+    first, last = np.searchsorted(ends, [start, start + MAX_BATCH_ROWS - 1], side="right")
+    return tuple(trace for _, traces in traced[first : last + 1] for trace in traces)
 
 
 def _rows(columns: dict[str, NDArray[Any]], chosen: Any) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox, Record
-from serving.merge import Batch, Reader, decode, merge
+from serving.merge import Batch, Reader, Sample, decode, merge
 from serving.readers import Readers
+from serving.telemetry import Step, Telemetry
 from serving.triton import Models
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class Worker:
         in_flight: batches at once; with more, none is taken.
         pace: how large they are.
         key: seals the bytes of records that cannot be read; without one they are not kept.
+        telemetry: counts, times and traces.
+        sample: called with each batch that was predicted.
     """
 
     def __init__(
@@ -117,10 +120,13 @@ class Worker:
         in_flight: int = 1,
         pace: Pace | None = None,
         key: SealingKey | None = None,
+        telemetry: Telemetry | None = None,
+        sample: Sample = lambda *_: None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._readers, self._models, self._now_ms = Readers(open_reader), models, now_ms
         self._deadline_s, self._key = deadline_s, key
+        self._telemetry, self._sample = telemetry or Telemetry(), sample
         self._in_flight, self._pace = in_flight, pace or Pace()
         self._flights: deque[_Flight] = deque()
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="merge")
@@ -162,10 +168,13 @@ class Worker:
 
     def _take(self, timeout_s: float) -> None:
         """The next records, if any, as a batch."""
-        if records := self._inbox.poll(timeout_s, self._pace.records):
+        step = Step()
+        with step.stage("poll"):
+            records = self._inbox.poll(timeout_s, self._pace.records)
+        if records:
             upto = {record.partition: record.offset + 1 for record in records}  # in order, so the last counts
             size = sum(len(record.value) for record in records)
-            self._flights.append(_Flight(upto, len(records), size, self._threads.submit(self._answer, records)))
+            self._flights.append(_Flight(upto, len(records), size, self._threads.submit(self._answer, records, step)))
 
     def _land(self, most: int) -> None:
         """Commits the batches that have arrived, in their order; waits until at most so many are on their way.
@@ -203,22 +212,34 @@ class Worker:
         """All but the `most` youngest batches."""
         return [flight.seconds for flight in self._flights][: max(0, len(self._flights) - most)]
 
-    def _answer(self, records: Sequence[Record]) -> float:
+    def _answer(self, records: Sequence[Record], step: Step) -> float:
         """Carries a batch through its stages until its answers lie in Kafka; returns the seconds that took.
 
         Raises:
             Unavailable: Kafka did not take them.
         """
         begun = time.perf_counter()
-        decoded = decode(records, self._find, self._key)
-        for message in [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch))]:
+        with step.stage("decode"):
+            decoded = decode(records, self._find, self._key)
+        answers = [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch, step))]
+        with step.stage("send"):
+            self._send(answers, decoded.dead)
+        self._telemetry.stepped(step, len(records))
+        return time.perf_counter() - begun
+
+    def _send(self, answers: Sequence[Predictions], dead: Sequence[DeadLetter]) -> None:
+        """Returns once all of it lies in Kafka."""
+        for message in answers:
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
-        for letter in decoded.dead:
+        for letter in dead:
             place = letter.partition, letter.offset
             log.warning("dead letter: partition %d, offset %d: %s: %s", *place, letter.code, letter.reason)
             self._outbox.send(DeadLetter.topic_for(letter.topic), letter.model_dump_json().encode())
         self._outbox.flush()
-        return time.perf_counter() - begun
+        for message in answers:
+            self._telemetry.answered(message)
+        for letter in dead:
+            self._telemetry.dead_letter(letter.code)
 
     def _find(self, model: str, version: int) -> Deployment | None:
         found = self._deployments.find(model, version)
@@ -228,8 +249,17 @@ class Worker:
             found = self._deployments.find(model, version)
         return found
 
-    def _merge(self, batch: Batch) -> list[Predictions]:
-        return merge(batch, self._readers.of, self._models, self._now_ms(), self._deadline_s)
+    def _merge(self, batch: Batch, step: Step) -> list[Predictions]:
+        part = step.part(batch.deployment, len(batch), batch.traces)
+        return merge(
+            batch,
+            self._readers.of,
+            self._models,
+            self._now_ms(),
+            self._deadline_s,
+            stage=part.stage,
+            sample=self._sample,
+        )
 
     def _refresh(self) -> None:
         if self._now_ms() - self._refreshed_ms >= REFRESH_MS:

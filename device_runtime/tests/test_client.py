@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from device_runtime.client import Answer, InferenceClient, Results, RetryBudget, read_answer
 from device_runtime.program import EmbedProgram
@@ -18,6 +21,7 @@ from device_runtime.store import Rows
 from hybrid import Noised
 from hybrid.bundle import Bundle, Manifest
 from hybrid.errors import BadRequest, ConfigError
+from hybrid.tracing import Tracer
 
 OK = {"prediction": 0.25, "version": 7, "feature_age_ms": 1200, "merged": "server"}
 
@@ -39,6 +43,7 @@ class Gateway:
     delay: asyncio.Event | asyncio.Barrier | None = None
     received: bytearray = field(default_factory=bytearray)
     requests: list[tuple[str, bytes, bytes]] = field(default_factory=list)  # path, JSON, raw bytes
+    traces: list[bytes] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
 
@@ -56,6 +61,7 @@ class Gateway:
                 head = await reader.readuntil(b"\r\n\r\n")
                 body = await reader.readexactly(int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head)[1]))
                 self.received += head + body
+                self.traces += re.findall(rb"(?i)\r\ntraceparent: ([^\r]*)", head)
                 split = int(re.search(rb"(?i)inference-header-content-length: (\d+)", head)[1])
                 self.requests.append((head.split()[1].decode(), body[:split], body[split:]))
                 await self._answer(len(self.requests) - 1, writer)
@@ -328,3 +334,43 @@ def head(rows: Rows, n: int) -> Rows:
         request={name: values[:n] for name, values in rows.request.items()},
         features={name: values[:n] for name, values in rows.features.items()},
     )
+
+
+def test_a_request_carries_no_trace_context_unless_told(manifest: Manifest, program: EmbedProgram, rows: Rows):
+    """Three requests, no header: what would join them is not sent."""
+    gateway = Gateway(lambda _: answer())
+    asyncio.run(ask(gateway, manifest, program, rows))
+    assert gateway.traces == []
+
+
+def test_each_traced_request_has_a_context_of_its_own_and_its_retries_share_it(
+    manifest: Manifest, program: EmbedProgram, rows: Rows
+):
+    """Three requests, of which the first is sent twice: four headers, three traces, which nothing joins."""
+    gateway = Gateway(lambda number: error(503, "unavailable") if number == 0 else answer())
+    asyncio.run(ask(gateway, manifest, program, rows, trace_share=1.0))
+    assert all(re.fullmatch(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-01", trace) for trace in gateway.traces)
+    assert gateway.traces[0] == gateway.traces[1]
+    assert len(set(gateway.traces)) == 3
+    assert len({part for trace in set(gateway.traces) for part in trace.split(b"-")[1:3]}) == 6
+
+
+def test_a_traced_requests_span_is_the_parent_of_what_the_gateway_does(
+    manifest: Manifest, program: EmbedProgram, rows: Rows
+):
+    """Its attributes are model, version and what came of it: no device, entity or feature."""
+    gateway, exporter, provider = Gateway(lambda _: answer()), InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    asyncio.run(ask(gateway, manifest, program, rows, trace_share=1.0, tracer=Tracer(provider)))
+    spans = exporter.get_finished_spans()
+    sent = [tuple(trace.decode().split("-")[1:3]) for trace in gateway.traces]
+    assert sent == [(f"{s.context.trace_id:032x}", f"{s.context.span_id:016x}") for s in spans]
+    assert {(span.name, tuple(span.attributes.items())) for span in spans} == {
+        ("ask", (("hybrid.model", "meals"), ("hybrid.version", "7"), ("hybrid.code", "ok")))
+    }
+
+
+def test_a_share_of_traces_that_is_none_is_refused(manifest: Manifest, program: EmbedProgram):
+    """1.5 of the requests cannot be traced."""
+    with pytest.raises(ConfigError, match=r"trace_share must be in \[0, 1\], got 1.5"):
+        InferenceClient(manifest, program, "http://127.0.0.1:1", trace_share=1.5)

@@ -28,7 +28,12 @@ def up(
     triton_http_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18000.")] = None,
     triton_grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18001.")] = None,
     triton_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18002.")] = None,
+    gateway_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18003.")] = None,
+    worker_metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default 18004.")] = None,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="Any free port for those not given.")] = False,
+    log_sample: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the rows whose server side is kept, for `hybrid skew`.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Start Kafka, Triton, merge worker and gateway on this machine, for what is promoted.
@@ -52,6 +57,8 @@ def up(
             "triton_http": triton_http_port,
             "triton_grpc": triton_grpc_port,
             "triton_metrics": triton_metrics_port,
+            "gateway_metrics": gateway_metrics_port,
+            "worker_metrics": worker_metrics_port,
         },
         free=free_ports,
     )
@@ -59,7 +66,7 @@ def up(
     stack.check_promoted(workspace)
     for server in (kafka, triton):
         server.install(cache, _say)
-    settings = stack.Settings(root=workspace.root, cache=cache, ports=ports)
+    settings = stack.Settings(root=workspace.root, cache=cache, ports=ports, log_sample=log_sample)
     before = stack.status(workspace)
     try:
         state = stack.up(settings, _Progress())

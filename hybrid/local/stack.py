@@ -41,6 +41,8 @@ class Ports(BaseModel):
     triton_http: int = Field(18000, ge=1, le=65535)
     triton_grpc: int = Field(18001, ge=1, le=65535)
     triton_metrics: int = Field(18002, ge=1, le=65535)
+    gateway_metrics: int = Field(18003, ge=1, le=65535)
+    worker_metrics: int = Field(18004, ge=1, le=65535)
 
     @classmethod
     def choose(cls, wanted: dict[str, int | None], *, free: bool) -> Ports:
@@ -74,6 +76,7 @@ class Settings(BaseModel):
         root: of the workspace.
         cache: where Kafka and Triton are installed.
         ports: to listen on.
+        log_sample: share of the rows whose server side the worker keeps, for `hybrid skew`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +84,7 @@ class Settings(BaseModel):
     root: Path
     cache: Path
     ports: Ports
+    log_sample: float = Field(0.0, ge=0, le=1)
 
     @property
     def folder(self) -> Path:
@@ -112,16 +116,25 @@ class Settings(BaseModel):
                 ),
             ),
             (
-                _serving("worker", workspace, reached, log_has("ready")),
+                _serving(
+                    "worker",
+                    workspace,
+                    [
+                        *(*reached, "--metrics-port", str(ports.worker_metrics)),
+                        *("--log-sample", str(self.log_sample), "--log", str(workspace.request_log)),
+                    ],
+                    log_has("ready"),
+                    {"metrics": ports.worker_metrics},
+                ),
                 _serving(
                     "gateway",
                     workspace,
                     [
-                        *reached,
+                        *(*reached, "--metrics-port", str(ports.gateway_metrics)),
                         *("--host", "127.0.0.1", "--port", str(ports.gateway), "--grpc-port", str(ports.gateway_grpc)),
                     ],
                     http_ok(f"http://127.0.0.1:{ports.gateway}/v2/health/ready"),
-                    {"gateway": ports.gateway, "gateway-grpc": ports.gateway_grpc},
+                    {"gateway": ports.gateway, "gateway-grpc": ports.gateway_grpc, "metrics": ports.gateway_metrics},
                 ),
             ),
         )
@@ -251,7 +264,7 @@ def _serving(
     workspace: Workspace,
     arguments: list[str],
     ready: Callable[[Path], bool],
-    ports: dict[str, int] | None = None,
+    ports: dict[str, int],
 ) -> Service:
     """A process of the `serving` package."""
     key = workspace.keys / "dead-letters.pub"  # of `hybrid dead-letters keygen`
@@ -265,7 +278,7 @@ def _serving(
             *arguments,
         ],
         ready=ready,
-        ports=ports or {},
+        ports=ports,
         environment={"PYTHONUNBUFFERED": "1"},
     )
 

@@ -176,6 +176,26 @@ def embed(models, *rows, version=1):
     return models.infer("tower", version, {"slots": np.array(rows, np.float32)}, "embedding")[:, 0].tolist()
 
 
+def test_a_cache_of_features_counts_what_it_was_asked_for():
+    """Two are new, then one of two is; after 10 ms all are read again; the unknown one is never kept."""
+    reader = cached(Store(bakery=(7.0, 100), kiosk=(8.0, 100)))
+    seen = []
+    for entities, at in ((("bakery", "zz"), 100), (("bakery", "kiosk"), 101), (("bakery",), 110)):
+        read(reader, *entities, at=at)
+        seen.append((reader.hits, reader.misses, reader.bytes))
+    assert seen == [(0, 2, ROW), (1, 3, 2 * ROW), (1, 4, 2 * ROW)]
+
+
+def test_a_cache_of_embeddings_counts_what_it_was_asked_for():
+    """Inputs 1 and 2 are new, then 1 is known and 3 is not; an entry is a key of 4 bytes and an embedding of 8."""
+    models, seen = CachedModels(SumModels()), []
+    for inputs in ([1, 2], [1, 3]):
+        models.infer("shop", 1, {"slots": np.array(inputs, np.float32)[:, None]}, "embedding")
+        seen.append((models.hits, models.misses, models.bytes))
+    entry = ENTRY_BYTES + 4 + 8
+    assert seen == [(0, 2, 2 * entry), (1, 3, 3 * entry)]
+
+
 def test_a_tower_runs_once_for_each_input_that_differs():
     """Three rows of which two are alike, then two of which one is new: two rows run, then one."""
     models = SumModels()

@@ -10,6 +10,7 @@ from serving.direct import Direct
 from serving.exchange import Limits
 from serving.oip import Rows
 from serving.readers import Readers
+from serving.telemetry import Telemetry
 from serving.testing import MemoryReader, SumModels, deployment
 
 DIRECT = deployment().model_copy(update={"serving": Serving(transport="direct")})
@@ -35,8 +36,9 @@ class Halting(SumModels):
         return super().infer(*arguments)
 
 
-def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN)):
-    return Direct(Readers(open_reader), models or SumModels(), lambda: 1_000, limits or Limits(deadline_s=30))
+def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN), telemetry=None):
+    limits = limits or Limits(deadline_s=30)
+    return Direct(Readers(open_reader), models or SumModels(), lambda: 1_000, limits, telemetry)
 
 
 def run(scenario, made):
@@ -55,6 +57,23 @@ def test_a_request_is_merged_without_kafka():
         assert (list(answers.status), list(answers.fallback)) == (["ok"], ["none"])
 
     run(scenario, direct())
+
+
+def test_a_batch_is_counted_and_its_stages_timed_but_there_is_no_poll():
+    """One row of two is known; no record was taken from Kafka."""
+    telemetry = Telemetry()
+
+    async def scenario(made):
+        with pytest.raises(UnknownEntity):
+            await made.ask(deployment(), rows("bakery", "nowhere"))
+
+    run(scenario, direct(telemetry=telemetry))
+    count = telemetry.registry.get_sample_value
+    for code in ("ok", "unknown_entity"):
+        assert count("hybrid_merge_rows_total", {"model": "shop", "version": "1", "code": code}) == 1
+    stages = ("features", "forward", "encode")
+    assert [count("hybrid_merge_stage_seconds_count", {"stage": stage}) for stage in stages] == [1, 1, 1]
+    assert (count("hybrid_merge_batch_rows_sum"), count("hybrid_merge_poll_records_count")) == (2, 0)
 
 
 def test_what_waits_while_a_batch_is_merged_leaves_together_as_the_next():
@@ -198,9 +217,8 @@ def test_an_end_while_requests_wait_tells_them():
         await asyncio.to_thread(models.reached.wait, 30)
         second = asyncio.create_task(made.ask(deployment(), rows("kiosk")))
         await asyncio.sleep(0)
-        closing = asyncio.create_task(asyncio.to_thread(made.close))
+        made._thread.shutdown(wait=False)  # as `close` begins, which then waits for the first
         models.go.set()
-        await closing
         assert (await first).prediction.tolist() == [2.0]
         with pytest.raises(Unavailable, match="stopping"):
             await second

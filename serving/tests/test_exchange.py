@@ -1,12 +1,16 @@
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 from hybrid.errors import Overloaded, StaleFeatures, Unavailable, UnknownEntity
 from hybrid.messages import Predictions
+from hybrid.tracing import Tracer
 from serving.exchange import Exchange, Limits
 from serving.oip import Rows
+from serving.telemetry import Telemetry, current_traceparent
 from serving.testing import deployment
 
 PATIENT = Limits(deadline_s=30, linger_s=0.001, record_rows=100)
@@ -21,11 +25,12 @@ class Broker:
     """Keeps what is sent; answers when told to."""
 
     def __init__(self, limits=PATIENT):
-        self.sent, self.arrived = asyncio.Queue(), 0
+        self.sent, self.arrived, self.traces = asyncio.Queue(), 0, []
         self.exchange = Exchange(self.send, 3, lambda: 1_000, limits)
         self.exchange.start()
 
-    def send(self, message, on_failure):
+    def send(self, message, traces, on_failure):
+        self.traces.append(traces)
         self.sent.put_nowait((message, on_failure))
 
     def answer(self, message, status="ok", picked=slice(None), fallback="none"):
@@ -244,5 +249,46 @@ def test_the_caller_may_wait_less_than_the_limit_but_not_longer():
             broker = Broker(Limits(deadline_s=limit_s, linger_s=0))
             with pytest.raises(Unavailable, match=r"no answer in time \(0.01 s\)"):
                 await broker.exchange.ask(deployment(), rows("a"), timeout_s)
+
+    asyncio.run(scenario())
+
+
+def test_a_record_carries_the_contexts_of_the_traced_requests_in_it():
+    """Of three requests two are traced; at 3 rows a record, the second of them lies in both records."""
+
+    async def scenario():
+        broker, telemetry = Broker(replace(PATIENT, record_rows=3)), Telemetry(Tracer(TracerProvider()))
+        contexts = []
+
+        async def ask(*entities):
+            with telemetry.request(None):
+                contexts.append(current_traceparent())
+                await broker.exchange.ask(deployment(), rows(*entities))
+
+        broker.exchange._enqueue(deployment(), broker.exchange._question(deployment(), rows("untraced")))
+        asked = [asyncio.create_task(ask("a")), asyncio.create_task(ask("b", "c", "d"))]
+        messages = [(await broker.sent.get())[0] for _ in range(2)]
+        assert [message.entity.tolist() for message in messages] == [["untraced", "a", "b"], ["c", "d"]]
+        assert broker.traces == [contexts, contexts[1:]]
+        for message in messages:
+            broker.answer(message)
+        await asyncio.gather(*asked)
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_is_counted():
+    """Three rows wait for company, then for an answer, then for nothing."""
+
+    async def scenario():
+        broker = Broker()
+        asked = broker.ask("a", "b", "c")
+        await asyncio.sleep(0)
+        assert (broker.exchange.queued, broker.exchange.in_flight) == (3, 3)
+        message, _ = await broker.sent.get()
+        assert (broker.exchange.queued, broker.exchange.in_flight) == (0, 3)
+        broker.answer(message)
+        await asked
+        assert broker.exchange.in_flight == 0
 
     asyncio.run(scenario())

@@ -13,6 +13,7 @@ from serving.access import Access, ApiKey, ApiKeys, Buckets
 from serving.deployments import Deployments
 from serving.gateway import Gateway, _body, application
 from serving.oip import Answers
+from serving.telemetry import Telemetry
 from serving.testing import deployment
 
 INPUTS = [
@@ -30,7 +31,10 @@ class Setup:
     def __init__(self, folder, access=Access()):  # noqa: B008  nothing changes it
         deployment().write(folder)
         self.is_ready, self.error = True, None
-        gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, access, max_body_bytes=2_000)
+        self.telemetry = Telemetry()
+        gateway = Gateway(
+            Deployments(folder), self.ask, lambda: self.is_ready, access, max_body_bytes=2_000, telemetry=self.telemetry
+        )
         self.client = TestClient(application(gateway), raise_server_exceptions=False)
 
     async def ask(self, _, rows, timeout_s):
@@ -237,6 +241,21 @@ def test_a_body_that_is_too_large_takes_no_more_room_than_the_largest(setup):
     """A hundred of 1.6 MB are refused one by one, and the room is whole again."""
     assert {setup.infer(bytes(1_600_000)).status_code for _ in range(100)} == {413}
     assert setup.infer().status_code == 200
+
+
+def test_requests_are_counted_by_their_codes(setup):
+    """One is predicted, one malformed, one of no model, one unavailable; each stage begun is timed."""
+    setup.infer()
+    setup.infer(b"{")
+    setup.infer(path="/v2/models/other/infer")
+    setup.error = Unavailable("no")
+    setup.infer()
+    count = setup.telemetry.registry.get_sample_value
+    for model, code in (("shop", "ok"), ("shop", "bad_request"), ("", "unknown_model"), ("shop", "unavailable")):
+        labels = {"model": model, "version": "1" if model else "", "code": code}
+        assert count("hybrid_gateway_requests_total", labels) == 1
+    stages = {s: count("hybrid_gateway_stage_seconds_count", {"stage": s}) for s in ("decode", "wait", "encode")}
+    assert stages == {"decode": 3, "wait": 2, "encode": 1}
 
 
 def test_a_promotion_is_served_once_the_direct_transport_is_prepared_for_it(tmp_path, monkeypatch):

@@ -9,16 +9,21 @@ import pytest
 from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from hybrid.errors import BadRequest, Overloaded, ServingError, StaleFeatures, Unavailable
 from hybrid.protocol import OUTPUTS
+from hybrid.tracing import Tracer, new_traceparent
 from serving import oip
 from serving.access import Access, ApiKey, ApiKeys, Buckets
 from serving.deployments import Deployments
 from serving.gateway import MAX_BODY_BYTES, Gateway
 from serving.grpc_gateway import SERVICE, STATUS, Listen, decode, encode, listening
+from serving.telemetry import Telemetry
 from serving.testing import deployment
 
 SHOP = deployment()
@@ -239,7 +244,10 @@ class Front:
     def __init__(self, folder, access):
         deployment().write(folder)
         self.is_ready, self.error, self.timeout_s = True, None, None
-        self.gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, access)
+        self.spans, provider = InMemorySpanExporter(), TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.spans))
+        self.telemetry = Telemetry(Tracer(provider))
+        self.gateway = Gateway(Deployments(folder), self.ask, lambda: self.is_ready, access, telemetry=self.telemetry)
 
     async def ask(self, _, rows, timeout_s):
         self.timeout_s = timeout_s
@@ -319,6 +327,31 @@ def test_an_error_has_the_status_of_its_fault_and_the_word_that_http_has(tmp_pat
     asyncio.run(scenario())
     assert "internal error: KeyError in predict" in caplog.text or "internal error: KeyError in ask" in caplog.text
     assert "bakery" not in caplog.text
+
+
+def test_calls_are_counted_and_traced_as_http_requests_are(tmp_path):
+    """One is predicted, in the trace that its metadata name; one is malformed, one of no model, one unavailable."""
+
+    async def scenario():
+        async with opened(tmp_path) as front:
+            parent = new_traceparent()
+            await front.stub.ModelInfer(question(), metadata=[("traceparent", parent)])
+            await refusal(front.stub.ModelInfer(question(mood=[1.0, 2.0])))
+            await refusal(front.stub.ModelInfer(pb.ModelInferRequest(model_name="other")))
+            front.error = StaleFeatures("old")
+            await refusal(front.stub.ModelInfer(question()))
+            return front, parent
+
+    front, parent = asyncio.run(scenario())
+    count = front.telemetry.registry.get_sample_value
+    for model, code in (("shop", "ok"), ("shop", "bad_request"), ("", "unknown_model"), ("shop", "stale_features")):
+        labels = {"model": model, "version": "1" if model else "", "code": code}
+        assert count("hybrid_gateway_requests_total", labels) == 1
+    stages = {s: count("hybrid_gateway_stage_seconds_count", {"stage": s}) for s in ("decode", "wait", "encode")}
+    assert stages == {"decode": 3, "wait": 2, "encode": 1}
+    assert count("hybrid_gateway_request_rows_sum") == 4
+    first = next(span for span in front.spans.get_finished_spans() if span.name == "infer")
+    assert f"{first.context.trace_id:032x}" == parent.split("-")[1]
 
 
 def test_every_error_of_serving_has_a_status():

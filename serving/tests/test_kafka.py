@@ -1,5 +1,6 @@
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import kafka as kafka_python
 import pytest
@@ -65,14 +66,21 @@ class Consumer:
 
     def __init__(self, *partitions):
         self.share = {kafka_python.TopicPartition("t", partition) for partition in partitions}
-        self.sent, self.calls = [], []
+        self.sent, self.calls, self.polled, self.ends, self.positions = [], [], {}, {}, {}
 
     def assignment(self):
         return self.share
 
     def poll(self, **_):
         self.calls.append("poll")
-        return {}
+        polled, self.polled = self.polled, {}
+        return polled
+
+    def highwater(self, partition):
+        return self.ends.get(partition.partition)
+
+    def position(self, partition, timeout_ms):
+        return self.positions[partition.partition]
 
     def commit_async(self, offsets, callback):
         self.sent.append({place.partition: each.offset for place, each in offsets.items()})
@@ -126,6 +134,26 @@ def test_offsets_of_a_tenth_of_a_second_are_committed_together(inbox, clock):
     assert inbox.consumer.sent == [{0: 1}, {0: 3, 1: 5}]
 
 
+def test_the_lag_is_what_the_share_holds_and_was_not_polled(inbox):
+    """Unknown; partition 0 waits at its end, 7; then 1 holds 5 to 9, of which 5 is polled; then 1 goes away."""
+    consumer, lags = inbox.consumer, [inbox.lag]
+
+    def poll():
+        inbox.poll(0, 1)
+        lags.append(inbox.lag)
+
+    poll()
+    consumer.ends, consumer.positions = {0: 7}, {0: 7}
+    poll()
+    consumer.ends = {0: 7, 1: 10}
+    place = kafka_python.TopicPartition("t", 1)
+    consumer.polled = {place: [SimpleNamespace(topic="t", partition=1, offset=5, value=b"x", headers=[])]}
+    poll()
+    consumer.share = {kafka_python.TopicPartition("t", 0)}
+    poll()
+    assert lags == [None, None, 0, 4, 0]
+
+
 def test_offsets_of_partitions_that_went_to_another_worker_are_not_committed(inbox):
     """Partition 2 is another's by now."""
     inbox.commit({0: 1, 2: 9})
@@ -150,3 +178,11 @@ def test_checksums_are_computed_in_c():
     from kafka.record import util
 
     assert util.crc32c_c is not None
+
+
+def test_of_a_records_headers_the_first_trace_contexts_are_taken():
+    """Whoever may write to the topic may write any header: others, empty ones and all past the 64th are left."""
+    headers = [("other", b"x"), ("traceparent", None), *(("traceparent", b"\xff%d" % n) for n in range(100))]
+    found = kafka._traces(headers)
+    assert len(found) == 64
+    assert found[:2] == ("", "\ufffd0")

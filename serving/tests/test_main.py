@@ -84,10 +84,11 @@ def test_a_certificate_needs_its_key_and_both_must_be_there(wrong):
         (["--processes", "0"], "must lie in"),
         (["--reply-partition", "-1"], "must lie in"),
         (["--host", "0.0.0.0"], "clients must be known"),
+        (["--metrics-port", "65535", "--processes", "2"], "--metrics-port 65536 .* ports end at 65535"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(arguments, message):
-    """Partitions that are not there, and an open door."""
+    """Partitions that are not there, an open door, and a second process whose metrics have no port."""
     with pytest.raises(ConfigError, match=message):
         command_line.gateway(parse(*arguments))
 

@@ -1,3 +1,6 @@
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -235,3 +238,27 @@ def test_an_overflow_is_no_answer_of_a_fallback_either():
     with np.errstate(over="ignore"):
         (row,) = answered(["nowhere"], {"missing_entity": "device-only"}, [[3e38, 3e38]])
     assert row[:2] == ("unavailable", "none")
+
+
+def test_a_batch_names_the_traces_of_the_records_with_rows_in_it():
+    """Records of 2,047, 2 and 1 rows: the first batch of 2,048 ends within the second record, which is in both."""
+    sizes = {"a": 2_047, "b": 2, "c": 1}
+    traced = [
+        replace(record, traces=(name,))
+        for name, record in zip(sizes, records(*(message(["x"] * n) for n in sizes.values())), strict=True)
+    ]
+    batches = decode(traced, find).batches
+    assert [(len(batch), batch.traces) for batch in batches] == [(2_048, ("a", "b")), (2, ("b", "c"))]
+
+
+def test_the_last_three_stages_are_timed_in_order():
+    """One each."""
+    seen = []
+
+    @contextmanager
+    def stage(name):
+        seen.append(name)
+        yield
+
+    merge(only_batch(message()), lambda _: MemoryReader(KNOWN), SumModels(), 0, stage=stage)
+    assert seen == ["features", "forward", "encode"]

@@ -7,6 +7,7 @@ from hybrid.errors import ConfigError, Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from serving import worker as worker_module
 from serving.deployments import Deployments
+from serving.telemetry import Telemetry
 from serving.testing import MemoryReader, MemoryTopic, SumModels, deployment
 from serving.worker import REFRESH_MS, Pace, Worker
 
@@ -17,6 +18,7 @@ class Setup:
     def __init__(self, folder, in_flight=1):
         self.folder, self.now_ms, self.opened = folder, 0, []
         deployment().write(folder)
+        self.telemetry = Telemetry()
         self.inbox, self.outbox, self.models = MemoryTopic(), MemoryTopic(), SumModels()
         self.worker = Worker(
             inbox=self.inbox,
@@ -26,7 +28,11 @@ class Setup:
             models=self.models,
             now_ms=lambda: self.now_ms,
             in_flight=in_flight,
+            telemetry=self.telemetry,
         )
+
+    def count(self, name, **labels):
+        return self.telemetry.registry.get_sample_value(f"hybrid_{name}", labels)
 
     def open(self, asked):
         self.opened.append(asked.version)
@@ -386,3 +392,36 @@ def test_slow_batches_do_not_shrink_to_nothing():
     for _ in range(50):
         pace.took(1, 5_000, 1.0)
     assert pace.records == 1
+
+
+def test_a_step_is_counted(setup):
+    """Of three records two are read, as one batch of two rows; the third is a dead letter."""
+    setup.ask(1)
+    setup.put(b"garbage")
+    setup.ask(2)
+    setup.worker.step()
+    pair = {"model": "shop", "version": "1"}
+    assert setup.count("merge_rows_total", **pair, code="ok") == 2
+    assert setup.count("dead_letters_total", code="unreadable") == 1
+    assert (setup.count("merge_poll_records_sum"), setup.count("merge_batch_rows_sum")) == (3, 2)
+    assert setup.count("merge_feature_age_seconds_sum", **pair) == 0.010
+    for stage in ("poll", "decode", "features", "forward", "encode", "send"):
+        assert setup.count("merge_stage_seconds_count", stage=stage) == 1
+
+
+def test_answers_are_counted_once_they_lie_in_kafka(setup):
+    """The first flush loses them: the rows come again, and count once."""
+    setup.ask(1)
+    setup.outbox.failures = 1
+    with pytest.raises(Unavailable):
+        setup.worker.step()
+    pair = {"model": "shop", "version": "1", "code": "ok"}
+    assert setup.count("merge_rows_total", **pair) is None
+    setup.worker.step()
+    assert setup.count("merge_rows_total", **pair) == 1
+
+
+def test_a_poll_that_brings_nothing_is_not_counted(setup):
+    """Else an idle worker's waiting would be all that its durations say."""
+    setup.worker.step()
+    assert setup.count("merge_poll_records_count") == 0

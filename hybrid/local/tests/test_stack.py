@@ -53,8 +53,8 @@ def test_a_state_that_cannot_be_read_is_none(tmp_path: Path):
 def test_serving_is_given_the_key_of_dead_letters_if_there_is_one(tmp_path: Path):
     """Made by `hybrid dead-letters keygen`; the public half only."""
     workspace = Workspace(tmp_path)
-    assert "--dead-letter-key" not in stack._serving("worker", workspace, [], lambda _: True).command
+    assert "--dead-letter-key" not in stack._serving("worker", workspace, [], lambda _: True, {}).command
     workspace.keys.mkdir()
     (workspace.keys / "dead-letters.pub").touch()
-    command = stack._serving("worker", workspace, [], lambda _: True).command
+    command = stack._serving("worker", workspace, [], lambda _: True, {}).command
     assert command[command.index("--dead-letter-key") + 1] == str(workspace.keys / "dead-letters.pub")
