@@ -19,13 +19,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, start_http_server, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, ServingError, UnknownModel
 from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.tracing import Span, Tracer
+
+# Where Feast was imported first, it has asked for values that processes share in files; ours are one process's.
+values.ValueClass = values.MutexValue
 
 OK = "ok"
 PAIR = ("model", "version")

@@ -1,4 +1,6 @@
 import socket
+import subprocess
+import sys
 import urllib.request
 from contextlib import suppress
 from types import SimpleNamespace
@@ -240,3 +242,14 @@ def test_without_traced_requests_a_step_makes_no_span():
     telemetry = Traced()
     stepped(telemetry, ())
     assert telemetry.exporter.get_finished_spans() == ()
+
+
+def test_a_registry_counts_alone_though_feast_was_imported_first():
+    """Feast 0.67 sets PROMETHEUS_MULTIPROC_DIR, by which every counter of a name would be one file's."""
+    code = (
+        "import feast.metrics; from serving.telemetry import Telemetry; Telemetry().dead_letter('unreadable'); "
+        "other = Telemetry(); other.dead_letter('unreadable'); "
+        "print(other.registry.get_sample_value('hybrid_dead_letters_total', {'code': 'unreadable'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "1.0"
