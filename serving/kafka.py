@@ -458,7 +458,12 @@ def _noted(_offsets: object, answer: object) -> None:
 
 
 def _records(consumer: Any, timeout_s: float, most: int | None = None) -> list[Record]:
-    polled = consumer.poll(timeout_ms=int(1000 * timeout_s), max_records=most)
+    try:
+        polled = consumer.poll(timeout_ms=int(1000 * timeout_s), max_records=most)
+    except KafkaError as error:  # as a rule polls give nothing while the broker is away; a group's may raise
+        log.warning("nothing can be polled: %s", type(error).__name__)
+        time.sleep(timeout_s)
+        return []
     return [
         Record(r.topic, r.partition, r.offset, r.value or b"", _traces(r.headers)) for rs in polled.values() for r in rs
     ]

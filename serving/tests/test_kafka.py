@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import kafka as kafka_python
 import pytest
+from kafka.errors import KafkaConnectionError
 
 from hybrid.errors import Unavailable
 from serving import kafka
@@ -186,3 +187,14 @@ def test_of_a_records_headers_the_first_trace_contexts_are_taken():
     found = kafka._traces(headers)
     assert len(found) == 64
     assert found[:2] == ("", "\ufffd0")
+
+
+def test_a_poll_that_fails_while_the_broker_is_away_gives_nothing_and_the_process_goes_on(caplog):
+    """kafka-python's consumer group raised ECONNREFUSED from a poll, which ended the worker."""
+
+    class Away:
+        def poll(self, timeout_ms, max_records):
+            raise KafkaConnectionError("111 ECONNREFUSED")
+
+    assert kafka._records(Away(), 0.0, 1) == []
+    assert "nothing can be polled: KafkaConnectionError" in caplog.text
