@@ -461,6 +461,8 @@ def _records(consumer: Any, timeout_s: float, most: int | None = None) -> list[R
     try:
         polled = consumer.poll(timeout_ms=int(1000 * timeout_s), max_records=most)
     except KafkaError as error:  # as a rule polls give nothing while the broker is away; a group's may raise
+        if not error.retriable:  # such as a topic that may not be read: it would be so for ever
+            raise
         log.warning("nothing can be polled: %s", type(error).__name__)
         time.sleep(timeout_s)
         return []

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import kafka as kafka_python
 import pytest
-from kafka.errors import KafkaConnectionError
+from kafka.errors import KafkaConnectionError, TopicAuthorizationFailedError
 
 from hybrid.errors import Unavailable
 from serving import kafka
@@ -198,3 +198,14 @@ def test_a_poll_that_fails_while_the_broker_is_away_gives_nothing_and_the_proces
 
     assert kafka._records(Away(), 0.0, 1) == []
     assert "nothing can be polled: KafkaConnectionError" in caplog.text
+
+
+def test_a_poll_that_will_fail_for_ever_ends_the_process():
+    """A topic that may not be read is no outage to be waited for."""
+
+    class Forbidden:
+        def poll(self, timeout_ms, max_records):
+            raise TopicAuthorizationFailedError
+
+    with pytest.raises(TopicAuthorizationFailedError):
+        kafka._records(Forbidden(), 0.0, 1)
