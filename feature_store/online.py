@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from feature_store.definitions import OLDEST_MS, SCHEMA_HASH, SLOTS, open_store
 from hybrid.errors import ConfigError, SchemaDrift, StaleFeatures, UnknownEntity
+from hybrid.protocol import OK
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
-OK = "ok"
 LENGTH, INT64 = struct.Struct("<I"), struct.Struct("<q")
 CHUNK = 10_000  # keys in one statement; SQLite takes 32,766 variables
 

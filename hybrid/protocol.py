@@ -6,6 +6,8 @@ Triton's extension_binary_data.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON, where raw tensors follow it
 
 # Inputs; each request feature is one more, by its own name.
@@ -17,8 +19,8 @@ VERSION = "version"  # that predicted
 FEATURE_AGE_MS = "feature_age_ms"  # of the server's features when merged
 MERGED = "merged"  # where the embeddings met
 TRANSPORT = "transport"  # how the request reached the models: "kafka" or "direct"
-STATUS = "status"  # "ok", or why one side is missing where a fallback answers
-FALLBACK = "fallback"  # what answers in place of both sides: "none", "device-only", "server-only" or "constant"
+STATUS = "status"  # OK, or why one side is missing where a fallback answers
+FALLBACK = "fallback"  # what answers in place of both sides: one of FALLBACKS
 OUTPUTS = {  # (n,) each
     PREDICTION: "FP32",
     VERSION: "INT64",
@@ -28,3 +30,12 @@ OUTPUTS = {  # (n,) each
     STATUS: "BYTES",
     FALLBACK: "BYTES",
 }
+
+OK = "ok"
+NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT = "none", "device-only", "server-only", "constant"
+FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT})
+
+
+def answered(status: Any, fallback: Any) -> Any:
+    """Whether a row has a prediction: of one row, or of (n,) arrays of them."""
+    return (status == OK) | (fallback != NONE)

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.protocol import OK
+
 if TYPE_CHECKING:
     from serving.merge import Reader
     from serving.triton import Float32, Models
 
-OK = "ok"
 ENTRY_BYTES = 512  # of an entry in Python: its key, and its places in a dictionary and a list
 CACHE_BYTES = 32 << 20  # of one model's features, and of its embeddings
 REREAD_S = 5.0

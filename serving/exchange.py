@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hybrid.deployment import Deployment
 from hybrid.errors import Overloaded, ServingError, Unavailable
 from hybrid.messages import DeviceEmbeddings, Predictions
+from hybrid.protocol import FALLBACKS, answered
 from hybrid.tracing import MAX_TRACES
 from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
 from serving.telemetry import current_traceparent
@@ -31,7 +32,6 @@ EXPLAIN = {
     "schema_drift": "the entity's features were packed by another schema than the model's",
     "unavailable": "the feature store or Triton did not answer, or gave no finite prediction for it",
 }
-FALLBACKS = {"none", "device-only", "server-only", "constant"}
 ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 T = TypeVar("T")
 Send = Callable[[DeviceEmbeddings, Sequence[str], Callable[[], None]], None]
@@ -265,8 +265,7 @@ def _credible(message: Predictions, row: int, question: _Question) -> bool:
     """Whether a worker of ours can have said it: whoever may write to the topic may write anything."""
     if (message.model, message.version) != question.asked or message.fallback[row] not in FALLBACKS:
         return False
-    answered = message.status[row] == "ok" or message.fallback[row] != "none"
-    return not answered or bool(0 <= message.prediction[row] <= 1)
+    return not answered(message.status[row], message.fallback[row]) or bool(0 <= message.prediction[row] <= 1)
 
 
 def _fail(questions: Iterable[_Question]) -> None:
@@ -284,7 +283,7 @@ def answers(
         ServingError: of the first row that nothing answers.
     """
     for row, (code, instead) in enumerate(zip(status, fallback, strict=True)):
-        if code != "ok" and instead == "none":
+        if not answered(code, instead):
             why = EXPLAIN.get(code, "the worker gave no known reason")
             raise (ERRORS[code] if code in EXPLAIN else Unavailable)(f"row {row + 1} of {len(status)}: {why}")
     return Answers(prediction, age_ms, status, fallback)

@@ -29,6 +29,7 @@ from hybrid.errors import (
     UnknownModel,
 )
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.protocol import CONSTANT, DEVICE_ONLY, NONE, OK, SERVER_ONLY, answered
 from serving.exchange import DEADLINE_S
 from serving.kafka import PARTITIONS, Record
 from serving.triton import Models
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OK = "ok"
-NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT = "none", "device-only", "server-only", "constant"
 ERROR = "error"  # declared in place of a fallback
 MAX_BATCH_ROWS = 2048  # of one forward pass and of one answer; a Triton model takes 4096
 MAX_NAME_BYTES = 256  # of a model; every answer repeats it
@@ -253,8 +252,7 @@ def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]
 def encode(batch: Batch, joined: Joined, prediction: NDArray[np.float32]) -> list[Predictions]:
     """One message for each gateway that waits."""
     served = batch.deployment
-    answered = (joined.status == OK) | (joined.fallback != NONE)
-    overflowed = answered & ~np.isfinite(prediction)
+    overflowed = answered(joined.status, joined.fallback) & ~np.isfinite(prediction)
     columns = {
         "request_id": batch.request_id,
         "status": np.where(overflowed, Unavailable.code, joined.status),

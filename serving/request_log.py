@@ -13,8 +13,9 @@ import orjson
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
+from hybrid.protocol import NONE, OK
 from hybrid.request_log import SUFFIX
-from serving.merge import NONE, OK, Batch, Joined
+from serving.merge import Batch, Joined
 
 log = logging.getLogger(__name__)
 

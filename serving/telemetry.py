@@ -25,12 +25,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, ServingError, UnknownModel
 from hybrid.messages import DeviceEmbeddings, Predictions
+from hybrid.protocol import NONE, OK
 from hybrid.tracing import Span, Tracer
 
 # Where Feast was imported first, it has asked for values that processes share in files; ours are one process's.
 values.ValueClass = values.MutexValue
 
-OK = "ok"
 PAIR = ("model", "version")
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -233,7 +233,7 @@ class Telemetry:
             known = pair if code != UnknownModel.code else ("", "")  # else whoever writes to the topic makes labels
             self._rows.labels(*known, code).inc(rows)
         for kind, rows in Tally(message.fallback.tolist()).items():
-            if kind != "none":  # nothing falls back for a model that is not known
+            if kind != NONE:  # nothing falls back for a model that is not known
                 self._fallbacks.labels(*pair, kind).inc(rows)
         aged = message.feature_age_ms[message.feature_age_ms >= 0]
         if len(aged):
