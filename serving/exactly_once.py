@@ -21,7 +21,7 @@ import kafka
 from kafka.errors import KafkaError
 
 from hybrid.errors import Unavailable
-from serving.kafka import GROUP, RECONNECT_MS, SEND_TIMEOUT_MS, GroupInbox, Record, Upto
+from serving.kafka import GROUP, PRODUCER, SEND_TIMEOUT_MS, GroupInbox, Record, Upto
 
 log = logging.getLogger(__name__)
 
@@ -153,14 +153,10 @@ class ExactlyOnce:
         self._close()
         producer = kafka.KafkaProducer(
             bootstrap_servers=self._bootstrap,
-            acks="all",
             transactional_id=self._name,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             retry_backoff_ms=RETRY_BACKOFF_MS,
-            reconnect_backoff_max_ms=RECONNECT_MS,
-            max_block_ms=SEND_TIMEOUT_MS,
-            request_timeout_ms=SEND_TIMEOUT_MS - 1_000,
-            delivery_timeout_ms=SEND_TIMEOUT_MS,
+            **PRODUCER,
         )
         try:
             producer.init_transactions()

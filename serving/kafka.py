@@ -45,6 +45,13 @@ DEAD_CONFIG = TOPIC_CONFIG | {"retention.ms": "604800000", "segment.ms": "864000
 SEND_TIMEOUT_MS = 5_000
 COMMIT_S = 0.1  # between two commits; a killed worker's rows of that time are answered twice
 RECONNECT_MS = 1_000  # the longest pause between two tries; with the default, 30 s, an outage lasts as much longer
+PRODUCER: dict[str, Any] = {  # settings of every producer: what was sent is in Kafka, or is known not to be, in time
+    "acks": "all",
+    "reconnect_backoff_max_ms": RECONNECT_MS,
+    "max_block_ms": SEND_TIMEOUT_MS,
+    "request_timeout_ms": SEND_TIMEOUT_MS - 1_000,
+    "delivery_timeout_ms": SEND_TIMEOUT_MS,
+}
 
 
 @dataclass(frozen=True)
@@ -438,15 +445,11 @@ def _producer(bootstrap: str, topic: str) -> Any:
     """A producer that knows where `topic` lies, so that its first record does not wait for that."""
     producer = kafka.KafkaProducer(
         bootstrap_servers=bootstrap,
-        acks="all",
         # Repeats are told by their request ids. kafka-python's own idempotence (3.0.12) sends nothing ever again
         # once a batch that was tried has expired, as it does in any outage longer than the time limit below.
         enable_idempotence=False,
-        reconnect_backoff_max_ms=RECONNECT_MS,
         retry_backoff_ms=20,
-        max_block_ms=SEND_TIMEOUT_MS,
-        request_timeout_ms=SEND_TIMEOUT_MS - 1_000,
-        delivery_timeout_ms=SEND_TIMEOUT_MS,
+        **PRODUCER,
     )
     producer.partitions_for(topic)
     return producer
