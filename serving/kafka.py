@@ -144,6 +144,7 @@ class GroupInbox:
         self._lag: int | None = None
         self._next: dict[Any, int] = {}  # offset that the next poll may bring, of each partition
         self._done: dict[Any, Any] = {}  # not committed yet
+        self._sent: dict[Any, Any] = {}  # the last commit of each partition, on its way or noted
         self._committed_s = 0.0
         self._consumer = kafka.KafkaConsumer(
             bootstrap_servers=bootstrap,
@@ -211,7 +212,16 @@ class GroupInbox:
         if self._done and time.monotonic() - self._committed_s >= COMMIT_S:
             self._committed_s = time.monotonic()
             if ours := self._take_done():
-                self._consumer.commit_async(ours, callback=_noted)
+                self._sent |= ours
+                self._consumer.commit_async(ours, callback=self._noted)
+
+    def _noted(self, offsets: Mapping[Any, Any], answer: object) -> None:
+        """A commit that failed is tried again, which kafka-python does not: maybe no later record follows to cover it."""
+        if isinstance(answer, Exception):
+            log.warning("offsets were not committed, and will be: %s", type(answer).__name__)
+            last = {place: offset for place, offset in offsets.items() if self._sent[place] is offset}
+            self._done = last | self._done
+            self._committed_s = time.monotonic() + RECONNECT_MS / 1000
 
     def _take_done(self) -> dict[Any, Any]:
         """What was not committed yet, of partitions that the group did not give to another."""
@@ -453,11 +463,6 @@ def _producer(bootstrap: str, topic: str) -> Any:
     )
     producer.partitions_for(topic)
     return producer
-
-
-def _noted(_offsets: object, answer: object) -> None:
-    if isinstance(answer, Exception):
-        log.warning("offsets were not committed: %s", type(answer).__name__)
 
 
 def _records(consumer: Any, timeout_s: float, most: int | None = None) -> list[Record]:

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import threading
 from types import SimpleNamespace
 
@@ -84,6 +85,7 @@ class Consumer:
         return self.positions[partition.partition]
 
     def commit_async(self, offsets, callback):
+        self.noted = functools.partial(callback, offsets) if callback else None
         self.sent.append({place.partition: each.offset for place, each in offsets.items()})
 
     def commit(self, offsets, timeout_ms):
@@ -133,6 +135,23 @@ def test_offsets_of_a_tenth_of_a_second_are_committed_together(inbox, clock):
     inbox.poll(0, 1)
     inbox.poll(0, 1)
     assert inbox.consumer.sent == [{0: 1}, {0: 3, 1: 5}]
+
+
+def test_a_commit_that_failed_is_sent_again_unless_a_later_one_covers_it(inbox, clock, caplog):
+    """No record may follow for long: without this, all that was answered is answered again after the next rebalance."""
+    inbox.commit({0: 1, 1: 5})
+    first = inbox.consumer.noted
+    clock[0] += kafka.COMMIT_S
+    inbox.commit({0: 2})
+    inbox.consumer.noted(None)
+    first(KafkaConnectionError())
+    inbox.poll(0, 1)
+    assert inbox.consumer.sent == [{0: 1, 1: 5}, {0: 2}]
+    clock[0] += 1 + kafka.COMMIT_S
+    inbox.poll(0, 1)
+    inbox.poll(0, 1)
+    assert inbox.consumer.sent == [{0: 1, 1: 5}, {0: 2}, {1: 5}]
+    assert "were not committed, and will be: KafkaConnectionError" in caplog.text
 
 
 def test_the_lag_is_what_the_share_holds_and_was_not_polled(inbox):
