@@ -19,6 +19,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -198,13 +199,14 @@ class Categorical(Transform):
         """The vocabulary, unseen, missing."""
         return len(self.vocabulary) + 2
 
+    @cached_property
+    def _table(self) -> dict[str | None, int]:
+        words = (unicodedata.normalize("NFC", word) for word in self.vocabulary)
+        return {**{word: place for place, word in enumerate(words)}, None: len(self.vocabulary) + 1}
+
     def _indices(self, text: NDArray[np.object_]) -> Float32:
-        table: dict[str | None, int] = {
-            unicodedata.normalize("NFC", word): place for place, word in enumerate(self.vocabulary)
-        }
-        table[None] = len(self.vocabulary) + 1
-        unseen = len(self.vocabulary)
-        return np.fromiter((table.get(value, unseen) for value in text), dtype=np.float32, count=len(text))
+        get, unseen = self._table.get, len(self.vocabulary)
+        return np.fromiter((get(value, unseen) for value in text), dtype=np.float32, count=len(text))
 
 
 class Hash(Transform):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -91,6 +92,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
 
     from serving.exchange import Limits
     from serving.gateway import MAX_BODY_BYTES, Gateway, over_kafka
+    from serving.http import BoundedHttp
 
     limits = Limits(deadline_s=arguments.deadline_s)
     deployments = Deployments(arguments.deployments)
@@ -131,7 +133,8 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             app,
             host=arguments.host,
             port=arguments.port,
-            http="h11",  # bounds the headers that it keeps; httptools does not
+            http=BoundedHttp,
+            proxy_headers=False,  # nothing here asks for a caller's address
             ws="none",
             limit_concurrency=CONNECTIONS,
             access_log=False,
@@ -143,6 +146,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             ssl_cert_reqs=ssl.CERT_NONE if arguments.tls_client_ca is None else ssl.CERT_REQUIRED,
         )
         server = uvicorn.Server(config)
+        gc.freeze()  # what is there by now stays: no collection need look at it again
         server.run([_listening(arguments.host, arguments.port, shared=arguments.processes > 1)])
         if not server.started:
             sys.exit("gateway: it did not start; the lines above say why")

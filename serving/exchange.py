@@ -22,6 +22,8 @@ from serving.telemetry import current_traceparent
 
 ID_BYTES = 16
 DEADLINE_S = 5.0
+RECORDS = 2  # of one version that may be unanswered before the next waits for company
+LINGER_S = 0.02  # at most
 MAX_RECORD_BYTES = 768 << 10  # below Kafka's default limit of 1 MiB, with room for the framing
 EXPLAIN = {
     "missing_device": "it came without a device embedding, and the model declares no answer without one",
@@ -43,14 +45,12 @@ class Limits:
 
     Attributes:
         deadline_s: from the question to its answer.
-        linger_s: how long rows wait for company before they leave as one record.
-        record_rows: rows that leave at once without waiting.
+        record_rows: of one record, at most; so many leave at once, without waiting for the record before.
         waiting_rows: rows in flight; more are refused.
         waiting_bytes: of those rows' numbers; more are refused.
     """
 
     deadline_s: float = DEADLINE_S
-    linger_s: float = 0.002
     record_rows: int = 512
     waiting_rows: int = 20_000
     waiting_bytes: int = 64 << 20
@@ -94,7 +94,7 @@ class Room:
 
 @dataclass
 class _Question:
-    """One caller's rows, on their way or half answered."""
+    """One caller's rows, on their way or half answered; `done` ends with the last of them, or without."""
 
     asked: tuple[str, int]  # model, version
     rows: Rows
@@ -110,16 +110,21 @@ class _Question:
 
 @dataclass
 class _Queue:
-    """Questions to one deployment that leave together."""
+    """Questions to one deployment that leave together; of earlier ones, `asked` records are not answered yet."""
 
     deployment: Deployment
     questions: list[_Question] = field(default_factory=list)
     rows: int = 0
+    asked: int = 0
     timer: asyncio.TimerHandle | None = None
 
 
 class Exchange:
     """Matches answers to questions by request id. Lives on one event loop.
+
+    A lone request waits for nobody. While `RECORDS` are unanswered, what comes in
+    waits for the next answer, `LINGER_S` at most, and leaves together: so records
+    grow with the load, as each costs everyone on its way as much as many rows do.
 
     Args:
         send: hands a record to Kafka without blocking, with the traceparents of the traced
@@ -204,24 +209,34 @@ class Exchange:
         return question
 
     def _enqueue(self, deployment: Deployment, question: _Question) -> None:
-        key = deployment.model, deployment.version
-        waiting = self._queues.setdefault(key, _Queue(deployment))
-        waiting.questions.append(question)
-        waiting.rows += len(question.rows)
-        if waiting.rows >= self._limits.record_rows:
-            self._flush(key)
-        elif waiting.timer is None:
-            waiting.timer = self._loop.call_later(self._limits.linger_s, self._flush, key)
+        queue = self._queues.setdefault(question.asked, _Queue(deployment))
+        queue.questions.append(question)
+        queue.rows += len(question.rows)
+        if queue.rows >= self._limits.record_rows:
+            self._flush(queue)
+        elif queue.timer is None:  # at 0 s it goes with all that arrive in this turn of the loop
+            linger_s = 0 if queue.asked < RECORDS else LINGER_S
+            queue.timer = self._loop.call_later(linger_s, self._flush, queue)
 
-    def _flush(self, key: tuple[str, int]) -> None:
-        waiting = self._queues.pop(key)
-        if waiting.timer is not None:
-            waiting.timer.cancel()
-        for record, traces in self._records(waiting.deployment, waiting.questions):
+    def _flush(self, queue: _Queue) -> None:
+        """Sends what waits."""
+        if queue.timer is not None:
+            queue.timer.cancel()
+        questions, queue.questions, queue.rows, queue.timer = queue.questions, [], 0, None
+        queue.asked += 1
+        together = asyncio.gather(*(question.done for question in questions), return_exceptions=True)
+        together.add_done_callback(lambda _: self._answered(queue))
+        for record, traces in self._records(queue.deployment, questions):
             try:
-                self._send(record, traces, lambda: self._fail_later(waiting.questions))
+                self._send(record, traces, lambda: self._fail_later(questions))
             except Unavailable:
-                _fail(waiting.questions)
+                _fail(questions)
+
+    def _answered(self, queue: _Queue) -> None:
+        """All that left together is answered or given up."""
+        queue.asked -= 1
+        if queue.timer is not None and queue.asked < RECORDS:
+            self._flush(queue)
 
     def _fail_later(self, questions: list[_Question]) -> None:
         self._loop.call_soon_threadsafe(_fail, questions)

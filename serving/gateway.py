@@ -77,16 +77,16 @@ class Gateway:
     telemetry: Telemetry = field(default_factory=Telemetry)
 
     def routes(self) -> list[Route]:
-        """The protocol's paths."""
+        """The protocol's paths; they are tried in turn, so those that are asked most come first."""
         model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         return [
+            *(Route(f"{path}/infer", _guarded(self.infer), methods=["POST"]) for path in (model, versioned)),
             Route("/openapi.json", _guarded(self.description)),
             Route("/v2", _guarded(self.server_metadata)),
             Route("/v2/health/live", _guarded(self.live)),
             Route("/v2/health/ready", _guarded(self.health)),
             *(Route(path, _guarded(self.model_metadata)) for path in (model, versioned)),
             *(Route(f"{path}/ready", _guarded(self.model_ready)) for path in (model, versioned)),
-            *(Route(f"{path}/infer", _guarded(self.infer), methods=["POST"]) for path in (model, versioned)),
         ]
 
     async def server_metadata(self, _: Request) -> Response:

@@ -216,7 +216,7 @@ class GroupInbox:
                 self._consumer.commit_async(ours, callback=self._noted)
 
     def _noted(self, offsets: Mapping[Any, Any], answer: object) -> None:
-        """A commit that failed is tried again, which kafka-python does not: maybe no later record follows to cover it."""
+        """A commit that failed is tried again, which kafka-python does not: no later record may follow to cover it."""
         if isinstance(answer, Exception):
             log.warning("offsets were not committed, and will be: %s", type(answer).__name__)
             last = {place: offset for place, offset in offsets.items() if self._sent[place] is offset}

@@ -8,12 +8,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from hybrid.errors import Overloaded, StaleFeatures, Unavailable, UnknownEntity
 from hybrid.messages import Predictions
 from hybrid.tracing import Tracer
-from serving.exchange import Exchange, Limits
+from serving import exchange
+from serving.exchange import RECORDS, Exchange, Limits
 from serving.oip import Rows
 from serving.telemetry import Telemetry, current_traceparent
 from serving.testing import deployment
 
-PATIENT = Limits(deadline_s=30, linger_s=0.001, record_rows=100)
+PATIENT = Limits(deadline_s=30, record_rows=100)
 
 
 def rows(*entities, size=2):
@@ -59,11 +60,81 @@ def test_requests_that_wait_at_the_same_time_leave_as_one_record():
     asyncio.run(scenario())
 
 
-def test_a_full_record_leaves_at_once_and_a_large_question_as_several():
-    """At 2 rows a record, with a linger of a minute: 5 rows leave as 2 + 2 + 1 and are answered together."""
+async def busy(broker):
+    """As many records as may be unanswered: questions, and each one's (message, on_failure)."""
+    asked, sent = [], []
+    for _ in range(RECORDS):
+        asked.append(broker.ask("a"))
+        sent.append(await broker.sent.get())
+    return asked, sent
+
+
+def test_what_comes_while_enough_is_asked_leaves_as_one_record_with_the_next_answer(monkeypatch):
+    """Two callers wait for nobody; the two that come then go together, once one of the first is answered."""
+    monkeypatch.setattr(exchange, "LINGER_S", 60)
 
     async def scenario():
-        broker = Broker(Limits(deadline_s=30, linger_s=60, record_rows=2))
+        broker = Broker()
+        asked, ((first, _), (second, _)) = await busy(broker)
+        asked += [broker.ask("bb"), broker.ask("ccc")]
+        while broker.exchange.queued < 2:
+            await asyncio.sleep(0)
+        assert broker.sent.empty()
+        broker.answer(second)
+        together, _ = await broker.sent.get()
+        assert together.entity.tolist() == ["bb", "ccc"]
+        for message in (first, together):
+            broker.answer(message)
+        assert [a.prediction.tolist() for a in await asyncio.gather(*asked)] == [[1 / 8], [1 / 8], [2 / 8], [3 / 8]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", ["refused", "cancelled"])
+def test_a_record_that_nobody_waits_for_any_more_keeps_nobody_waiting(monkeypatch, end):
+    """Kafka did not take it, or its caller has gone: the next leaves."""
+    monkeypatch.setattr(exchange, "LINGER_S", 60)
+
+    async def scenario():
+        broker = Broker()
+        (given_up, *asked), ((_, on_failure), (second, _)) = await busy(broker)
+        asked.append(broker.ask("bb"))
+        while not broker.exchange.queued:
+            await asyncio.sleep(0)
+        if end == "cancelled":
+            given_up.cancel()
+        else:
+            await asyncio.to_thread(on_failure)
+        third, _ = await broker.sent.get()
+        for message in (second, third):
+            broker.answer(message)
+        assert [a.prediction.tolist() for a in await asyncio.gather(*asked)] == [[1 / 8], [2 / 8]]
+        with pytest.raises((Unavailable, asyncio.CancelledError)):
+            await given_up
+
+    asyncio.run(scenario())
+
+
+def test_where_no_answer_comes_a_request_leaves_all_the_same():
+    """A worker that died owes answers; a request that comes then must reach its successor in time."""
+
+    async def scenario():
+        broker = Broker()
+        lost, _ = await busy(broker)
+        asked = broker.ask("bb")
+        broker.answer((await asyncio.wait_for(broker.sent.get(), 5))[0])
+        assert (await asked).prediction.tolist() == [2 / 8]
+        for task in lost:
+            task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_full_record_leaves_at_once_and_a_large_question_as_several():
+    """At 2 rows a record, 5 rows leave as 2 + 2 + 1 and are answered together."""
+
+    async def scenario():
+        broker = Broker(Limits(deadline_s=30, record_rows=2))
         asked = broker.ask("a", "b", "c", "d", "e")
         messages = [(await broker.sent.get())[0] for _ in range(3)]
         assert [len(message) for message in messages] == [2, 2, 1]
@@ -143,7 +214,7 @@ def test_no_answer_in_time_is_unavailable_and_a_late_one_is_dropped():
     """The deadline passes; the answer that then comes finds nobody."""
 
     async def scenario():
-        broker = Broker(Limits(deadline_s=0.01, linger_s=0.001))
+        broker = Broker(Limits(deadline_s=0.01))
         with pytest.raises(Unavailable, match="no answer in time"):
             await broker.ask("a")
         message, _ = await broker.sent.get()
@@ -208,7 +279,7 @@ def test_rows_beyond_the_limit_are_refused_until_others_are_answered():
     """With room for two rows, a third waits for nothing: it is told at once."""
 
     async def scenario():
-        broker = Broker(Limits(deadline_s=30, linger_s=0.001, waiting_rows=2))
+        broker = Broker(Limits(deadline_s=30, waiting_rows=2))
         asked = broker.ask("a", "b")
         message, _ = await broker.sent.get()
         with pytest.raises(Overloaded, match="too many rows"):
@@ -226,7 +297,7 @@ def test_no_more_bytes_wait_than_may(tmp_path):
     """A row is 2 + 2 floats, 16 bytes: of 40, two rows fit and a third does not, until one of them is answered."""
 
     async def scenario():
-        broker = Broker(Limits(deadline_s=30, linger_s=0, waiting_bytes=40))
+        broker = Broker(Limits(deadline_s=30, waiting_bytes=40))
         asked = [broker.ask("a"), broker.ask("b")]
         first, _ = await broker.sent.get()
         with pytest.raises(Overloaded):
@@ -246,7 +317,7 @@ def test_the_caller_may_wait_less_than_the_limit_but_not_longer():
 
     async def scenario():
         for limit_s, timeout_s in ((60, 0.01), (0.01, 60)):
-            broker = Broker(Limits(deadline_s=limit_s, linger_s=0))
+            broker = Broker(Limits(deadline_s=limit_s))
             with pytest.raises(Unavailable, match=r"no answer in time \(0.01 s\)"):
                 await broker.exchange.ask(deployment(), rows("a"), timeout_s)
 
@@ -265,8 +336,7 @@ def test_a_record_carries_the_contexts_of_the_traced_requests_in_it():
                 contexts.append(current_traceparent())
                 await broker.exchange.ask(deployment(), rows(*entities))
 
-        broker.exchange._enqueue(deployment(), broker.exchange._question(deployment(), rows("untraced")))
-        asked = [asyncio.create_task(ask("a")), asyncio.create_task(ask("b", "c", "d"))]
+        asked = [broker.ask("untraced"), *(asyncio.create_task(ask(*entities)) for entities in ("a", "bcd"))]
         messages = [(await broker.sent.get())[0] for _ in range(2)]
         assert [message.entity.tolist() for message in messages] == [["untraced", "a", "b"], ["c", "d"]]
         assert broker.traces == [contexts, contexts[1:]]
