@@ -16,7 +16,6 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from hybrid.errors import BadRequest, Overloaded, ServingError, StaleFeatures, Unavailable
-from hybrid.protocol import OUTPUTS
 from hybrid.tracing import Tracer, new_traceparent
 from serving import oip
 from serving.access import Access, ApiKey, ApiKeys, Buckets
@@ -76,7 +75,7 @@ def test_tensors_become_rows(raw):
     assert asked.rows.entity.tolist() == ["bakery", "kiosk"]
     assert asked.rows.request.tolist() == [[1.0, 0.5], [2.0, 10.0]]
     assert asked.rows.embedding.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert asked.outputs == dict.fromkeys(OUTPUTS, raw)
+    assert asked.outputs == dict.fromkeys(oip.outputs_of(SHOP), raw)
 
 
 def changed(raw=True, **columns):

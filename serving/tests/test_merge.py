@@ -7,7 +7,7 @@ import pytest
 from hybrid.messages import DeviceEmbeddings
 from hybrid.spec import Serving
 from serving.kafka import Record
-from serving.merge import decode, encode, features, forward, merge
+from serving.merge import Merged, decode, encode, features, forward, merge
 from serving.testing import MemoryReader, SumModels, deployment
 
 KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok"), "ruin": (3.0, "stale_features"), "mall": (4.0, "schema_drift")}
@@ -85,15 +85,16 @@ def test_features_puts_request_slots_after_the_servers():
 def test_forward_runs_only_rows_that_can_be_predicted():
     """bakery: slots 1 + 1 + 10 = 12, tower (12, 12), head 24 + device 2 = 26; the unknown row costs nothing."""
     batch, models = only_batch(message(["nowhere", "bakery"])), SumModels()
-    prediction = forward(batch, features(batch, MemoryReader(KNOWN), now_ms=0), models)
-    np.testing.assert_array_equal(prediction, [np.nan, 26.0])
+    merged = forward(batch, features(batch, MemoryReader(KNOWN), now_ms=0), models)
+    np.testing.assert_array_equal(merged.prediction, [np.nan, 26.0])
     assert models.calls == [("shop_server_tower", 1, 1), ("shop_head", 1, 1)]
 
 
 def test_each_gateway_is_answered_in_a_message_of_its_own():
     """Rows 1 and 3 go to partition 0, row 2 to partition 5, each with its id."""
     batch = only_batch(message(), message(["kiosk"], first_id=2, reply_partition=5), message(first_id=3))
-    answers = encode(batch, features(batch, MemoryReader(KNOWN), now_ms=0), np.array([0.1, 0.2, 0.3], np.float32))
+    merged = Merged(np.array([0.1, 0.2, 0.3], np.float32), np.zeros((3, 2), np.float32))
+    answers = encode(batch, features(batch, MemoryReader(KNOWN), now_ms=0), merged)
     found = {m.reply_partition: [int.from_bytes(i.tobytes(), "big") for i in m.request_id] for m in answers}
     assert found == {0: [1, 3], 5: [2]}
 
