@@ -161,6 +161,8 @@ def read_answer(status: int, content: bytes, manifest: Manifest, *, contribution
         if manifest.merge == "server":
             found = {"prediction": _probability(outputs), "merged": _plain(outputs[MERGED][0])}
         else:
+            if outputs[MERGED][0] != "device":
+                raise ValueError("merged elsewhere")
             found = {"expires_ms": _expiry(outputs)}
         found |= _about(outputs, manifest)
         if contribution or manifest.merge == "device":

@@ -94,7 +94,7 @@ class PredictProgram(DeviceProgram):
         self._size = bundle.manifest.server_embedding
 
     def predict(self, inputs: NDArray[np.float32], server: NDArray[np.float32]) -> float:
-        """(1, features) inputs, (1, server_embedding) finite -> a probability; NaN where an embedding overflows the head.
+        """(1, features) inputs, (1, server_embedding) finite -> a probability; NaN where the head overflows.
 
         Raises:
             BundleError: the program gives no one number, or none in [0, 1].
