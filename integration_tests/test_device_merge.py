@@ -303,7 +303,7 @@ def test_what_lies_in_kafka_holds_nothing_of_the_device(world: World, tmp_path: 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, transport, tmp_path: Path):
-    """Beside each prediction the server tower's embedding, the learned one where that was used; torch agrees to 1e-5."""
+    """Beside each prediction the tower's embedding, the learned one where that was used; torch agrees to 1e-5."""
     status, summary, results = world.infer(f"giving-{transport}", tmp_path, "--contribution")
     assert (status, summary["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
     server = world.embeddings()

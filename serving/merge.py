@@ -297,11 +297,11 @@ def encode(batch: Batch, joined: Joined, merged: Merged) -> list[Predictions]:
     """One message for each gateway that waits."""
     served = batch.deployment
     given = batch.gives_server
-    lacking = given & (joined.fallback != CONSTANT) & ~np.isfinite(merged.server).all(axis=1)
+    server = merged.server if given.any() else merged.server[:, :0]  # what nobody wants costs nothing
+    lacking = given & (joined.fallback != CONSTANT) & ~np.isfinite(server).all(axis=1)
     if not batch.on_device:
         lacking |= ~np.isfinite(merged.prediction)
     overflowed = answered(joined.status, joined.fallback) & lacking
-    server = np.where((given & ~overflowed)[:, None], merged.server, np.float32(np.nan))
     lives_ms = int(1000 * served.max_feature_age_s) - joined.age_ms
     columns = {
         "request_id": batch.request_id,
@@ -310,7 +310,7 @@ def encode(batch: Batch, joined: Joined, merged: Merged) -> list[Predictions]:
         "prediction": merged.prediction,
         "feature_age_ms": joined.age_ms,
         "expires_ms": np.where(joined.with_server & ~overflowed, joined.read_ms + lives_ms, -1),
-        "server_embedding": server if given.any() else server[:, :0],
+        "server_embedding": np.where((given & ~overflowed)[:, None], server, np.float32(np.nan)),
     }
     return [
         Predictions(served.model, served.version, int(p), **_rows(columns, batch.reply_partition == p))
