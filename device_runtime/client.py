@@ -104,7 +104,7 @@ class InferenceClient:
     ) -> None:
         if isinstance(program, PredictProgram) != (manifest.merge == "device"):
             needed = "PredictProgram" if manifest.merge == "device" else "EmbedProgram"
-            raise ConfigError(f"program must be a {needed} for merge={manifest.merge!r}, got {type(program).__name__}")
+            raise ConfigError(f"program must be {needed} for merge={manifest.merge!r}, got {type(program).__name__}")
         if manifest.merge == "server" and manifest.release is None:
             raise ConfigError("the bundle's release must be 'clear' or 'noised' for merge='server', got none")
         if manifest.merge == "device" and contribution:

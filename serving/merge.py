@@ -108,8 +108,8 @@ class Batch:
 
     @property
     def gives_server(self) -> NDArray[np.bool_]:
-        """(n,) whether the answer is to hold the server's embedding."""
-        if self.on_device or self.wants_server is None:
+        """(n,) whether the answer is to hold the server's embedding; whoever writes to the topic may want anything."""
+        if self.on_device or self.wants_server is None or not self.deployment.serving.contribution:
             return np.full(len(self), self.on_device)
         return self.wants_server
 
@@ -141,7 +141,7 @@ class Joined:
     fallback: NDArray[np.object_]
     read_ms: int = 0
 
-    @property
+    @cached_property
     def with_server(self) -> NDArray[np.bool_]:
         """(n,) whether the server tower is asked."""
         return np.asarray((self.status == OK) & (self.fallback == NONE) | (self.fallback == SERVER_ONLY), dtype=bool)
@@ -296,11 +296,12 @@ def _predicted(batch: Batch, joined: Joined, server: NDArray[np.float32], models
 def encode(batch: Batch, joined: Joined, merged: Merged) -> list[Predictions]:
     """One message for each gateway that waits."""
     served = batch.deployment
-    given = batch.gives_server
-    server = merged.server if given.any() else merged.server[:, :0]  # what nobody wants costs nothing
-    lacking = given & (joined.fallback != CONSTANT) & ~np.isfinite(server).all(axis=1)
-    if not batch.on_device:
-        lacking |= ~np.isfinite(merged.prediction)
+    given, server = batch.gives_server, merged.server
+    lacking = np.zeros(len(batch), bool) if batch.on_device else ~np.isfinite(merged.prediction)
+    if given.any():
+        lacking |= given & (joined.fallback != CONSTANT) & ~np.isfinite(server).all(axis=1)
+    else:
+        server = server[:, :0]
     overflowed = answered(joined.status, joined.fallback) & lacking
     lives_ms = int(1000 * served.max_feature_age_s) - joined.age_ms
     columns = {

@@ -283,7 +283,7 @@ def test_a_stored_value_of_the_wrong_type_stops_the_run(manifest: Manifest, prog
 @pytest.mark.parametrize(
     ("update", "settings", "sentence"),
     [
-        ({"merge": "device", "release": None}, {}, "program must be a PredictProgram for merge='device', got Embed"),
+        ({"merge": "device", "release": None}, {}, "program must be PredictProgram for merge='device', got Embed"),
         ({"release": None}, {}, "the bundle's release must be 'clear' or 'noised' for merge='server', got none"),
         ({}, {"gateway": "127.0.0.1:80"}, "gateway must be an http:// or https:// URL, got '127.0.0.1:80'"),
         ({}, {"timeout_s": 0}, "timeout_s must be > 0, got 0"),

@@ -186,7 +186,7 @@ def test_an_error_that_the_gateway_explains_stays_one(on_device, program, rows, 
 
 
 def test_an_embedding_that_overflows_the_head_and_a_constant_that_is_not_declared_are_bad_answers(on_device, program):
-    """The sum of 3e38 twice is infinite, less infinity none; neither is passed on as a probability."""
+    """Neither a head that gives no number nor a constant without one is passed on as a probability."""
     merge = DeviceMerge(on_device.model_copy(update={"alone": None}), program, lambda: NOW_MS)
     constant = Answer(1, 0, "unavailable", 200, fallback="constant")
     got = merge(constant, np.zeros((1, 3), np.float32))
@@ -209,7 +209,7 @@ class Overflowing:
 def test_the_program_is_the_one_for_the_bundles_merge(bundle: Bundle, on_device: Manifest):
     """The other one would send what is to stay, or predict without what was sent."""
     assert isinstance(program_of(bundle), EmbedProgram)
-    with pytest.raises(ConfigError, match="program must be a EmbedProgram for merge='server', got PredictProgram"):
+    with pytest.raises(ConfigError, match="program must be EmbedProgram for merge='server', got PredictProgram"):
         InferenceClient(bundle.manifest, PredictProgram(bundle), "http://gateway")
     with pytest.raises(ConfigError, match="contribution must be left out for merge='device'"):
         InferenceClient(on_device, PredictProgram(bundle), "http://gateway", contribution=True)

@@ -149,8 +149,9 @@ def test_who_wants_the_contribution_is_given_it_and_who_shares_its_batch_is_not(
     async def scenario(made):
         first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
         await asyncio.to_thread(models.reached.wait, 30)
-        without = asyncio.create_task(made.ask(deployment(), rows("bakery")))
-        given = asyncio.create_task(made.ask(deployment(), replace(rows("kiosk"), contribution=2)))
+        served = deployment().model_copy(update={"serving": Serving(contribution=True)})
+        without = asyncio.create_task(made.ask(served, rows("bakery")))
+        given = asyncio.create_task(made.ask(served, replace(rows("kiosk"), contribution=2)))
         await asyncio.sleep(0)
         models.go.set()
         assert np.isnan((await without).server_embedding).all()

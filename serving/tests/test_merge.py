@@ -328,15 +328,19 @@ def test_an_embedding_of_a_device_that_merges_itself_is_refused():
 
 
 def test_the_contribution_is_given_to_the_rows_that_want_it_alone():
-    """Beside its prediction, 26, row 2 has the tower's (12, 12); row 3 the learned (10, 10) that its fallback used."""
+    """Beside its prediction, 26, row 2 has the tower's (12, 12); row 3 the learned (10, 10) that its fallback used.
+
+    No row is given it where it is not declared, whatever the record says.
+    """
     declared = {"missing_entity": "device-only", "stale_features": "constant", "constant": 0.5, "contribution": True}
     wants = np.array([False, True, True, True])
     found = server_side(["bakery", "bakery", "nowhere", "ruin"], declared, wants, merge_on="server")
     np.testing.assert_array_equal(found.server_embedding, [[np.nan] * 2, [12, 12], [10, 10], [np.nan] * 2])
     assert found.prediction.tolist() == [26.0, 26.0, 22.0, 0.5]
     assert found.status.tolist() == ["ok", "ok", "unknown_entity", "stale_features"]
-    nobody = server_side(["bakery"], declared, merge_on="server")
-    assert (nobody.server_embedding.shape, nobody.prediction.tolist()) == ((1, 0), [26.0])
+    for serving, wants in ((declared, None), (declared | {"contribution": False}, np.array([True]))):
+        nobody = server_side(["bakery"], serving, wants, merge_on="server")
+        assert (nobody.server_embedding.shape, nobody.prediction.tolist()) == ((1, 0), [26.0])
 
 
 def test_answers_with_wide_embeddings_leave_in_several_messages():
