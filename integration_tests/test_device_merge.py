@@ -56,7 +56,7 @@ class Head(nn.Module):
 
 
 model = HybridModel(
-    name="shop",
+    name="stall",
     server=Server(
         service="sizes_v1",
         entity=Entity(name="shop", join_key="shop_id"),
@@ -183,11 +183,11 @@ def promoted(folder, environment):
     network.load_weights(learned)
     registry = Registry(workspace)
     registry.register(model, network.description(), folder / "model.py")
-    digest = registry.definition_hash("shop")
-    registry.create_version("shop", weights=learned, training=TRAINING, curves={}, expected_hash=digest)
+    digest = registry.definition_hash("stall")
+    registry.create_version("stall", weights=learned, training=TRAINING, curves={}, expected_hash=digest)
     apply(model, workspace.feast)
     materialize(model, workspace.feast, now)
-    done = CliRunner().invoke(app, ["promote", "shop", "1", "production"], env=environment)
+    done = CliRunner().invoke(app, ["promote", "stall", "1", "production"], env=environment)
     assert done.exit_code == 0, done.output
     assert "Callers are given the server tower's embedding" in done.output
     return workspace, network
@@ -195,15 +195,15 @@ def promoted(folder, environment):
 
 def publish(workspace, name, merge, serving):
     """The promoted version again: its deployment and its bundle under another name, merged another way."""
-    served = Window.read(workspace.deployments / "shop.json").default
+    served = Window.read(workspace.deployments / "stall.json").default
     served.model_copy(update={"model": name, "merge": merge, "serving": serving}).write(workspace.deployments)
     trusted = trusted_key(workspace.keys / "bundle-signing.pub")
-    shop = read_bundle((workspace.bundles / "shop-1.bundle").read_bytes(), trusted)
+    stall = read_bundle((workspace.bundles / "stall-1.bundle").read_bytes(), trusted)
     how = {"model": name, "merge": merge}
     if merge == "server":
         how |= {"release": Clear(reason="random weights in a test"), "alone": None}
-    manifest = shop.manifest.model_copy(update=how)
-    write_bundle(workspace.bundles / f"{name}-1.bundle", manifest, shop.programs, signing_key(workspace.keys))
+    manifest = stall.manifest.model_copy(update=how)
+    write_bundle(workspace.bundles / f"{name}-1.bundle", manifest, stall.programs, signing_key(workspace.keys))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def world(kafka, triton, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("device-merge")
     workspace, network = promoted(folder, {"HYBRID_HOME": str(folder / ".hybrid"), "HYBRID_CACHE": str(cache)})
     declared = network.model.serving
-    publish(workspace, "shop-direct", "device", declared.model_copy(update={"transport": "direct"}))
+    publish(workspace, "stall-direct", "device", declared.model_copy(update={"transport": "direct"}))
     for transport in TRANSPORTS:
         giving = Serving(transport=transport, contribution=True, missing_entity="device-only")
         publish(workspace, f"giving-{transport}", "server", giving)
@@ -241,7 +241,7 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     What the devices sent has entity and budget, and neither the name, the text nor a number of a device feature, nor an
     embedding.
     """
-    name = {"kafka": "shop", "direct": "shop-direct"}[transport]
+    name = {"kafka": "stall", "direct": "stall-direct"}[transport]
     asked_ms = time.time_ns() // 1_000_000
     with Recorder(world.gateway) as recorder:
         status, summary, results = world.infer(name, tmp_path, gateway=recorder.url)
@@ -293,10 +293,10 @@ def of_model(message_type, broker, name):
 
 def test_what_lies_in_kafka_holds_nothing_of_the_device(world: World, tmp_path: Path):
     """Records of a model that merges on the device have embeddings of width 0; the answers have no prediction."""
-    assert world.infer("shop", tmp_path)[0] == 0
-    asked = list(of_model(DeviceEmbeddings, world.broker, "shop"))
+    assert world.infer("stall", tmp_path)[0] == 0
+    asked = list(of_model(DeviceEmbeddings, world.broker, "stall"))
     assert {message.embedding.shape[1] for message in asked} == {0}
-    answers = list(of_model(Predictions, world.broker, "shop"))
+    answers = list(of_model(Predictions, world.broker, "stall"))
     assert {message.server_embedding.shape[1] for message in answers} == {4}
     assert all(np.isnan(message.prediction).all() for message in answers)
 
@@ -326,7 +326,7 @@ def test_a_model_that_declares_no_contribution_gives_none(world: World, tmp_path
 
 def test_an_embedding_sent_by_mistake_is_refused_and_not_echoed(world: World):
     """By name, over HTTP; the metadata has no such input, and the embedding of the server as an output."""
-    model = f"http://127.0.0.1:{world.gateway}/v2/models/shop"
+    model = f"http://127.0.0.1:{world.gateway}/v2/models/stall"
     inputs = [
         {"name": "entity", "datatype": "BYTES", "shape": [1], "data": ["bakery"]},
         {"name": "budget", "datatype": "FP32", "shape": [1], "data": [0.5]},
@@ -334,14 +334,14 @@ def test_an_embedding_sent_by_mistake_is_refused_and_not_echoed(world: World):
     ]
     refused = httpx.post(f"{model}/infer", json={"inputs": inputs})
     assert (refused.status_code, refused.json()["code"]) == (400, "bad_request")
-    assert "'device_embedding' must not be sent: shop merges on the device" in refused.text
+    assert "'device_embedding' must not be sent: stall merges on the device" in refused.text
     assert "0.77" not in refused.text
     metadata = httpx.get(model).json()
     assert [tensor["name"] for tensor in metadata["inputs"]] == ["entity", "budget"]
     assert {"name": "server_embedding", "datatype": "FP32", "shape": [-1, 4]} in metadata["outputs"]
 
 
-@pytest.mark.parametrize("name", ["shop", "shop-direct"])
+@pytest.mark.parametrize("name", ["stall", "stall-direct"])
 def test_a_plain_client_of_the_protocol_gets_server_embeddings_over_grpc(world: World, name):
     """tritonclient.grpc: three rows of one request, as matrix; torch agrees to 1e-5."""
     with contextlib.closing(triton_grpc.InferenceServerClient(f"127.0.0.1:{world.grpc}")) as client:
@@ -359,7 +359,7 @@ def test_a_plain_client_of_the_protocol_gets_server_embeddings_over_grpc(world: 
 def test_a_device_that_reaches_nobody_predicts_as_its_bundle_declares(world: World, tmp_path: Path):
     """Nobody listens: each row is "unreachable" and predicted with the learned embedding; the exit status says so."""
     (port,) = free_ports(1)
-    status, summary, results = world.infer("shop", tmp_path, gateway=f"http://127.0.0.1:{port}")
+    status, summary, results = world.infer("stall", tmp_path, gateway=f"http://127.0.0.1:{port}")
     assert (status, summary["answered"], summary["predicted"]) == (1, 0, 6)
     assert summary["fallbacks"] == {"device-only": 6}
     alone = np.repeat(LEARNED[None], 6, axis=0)
