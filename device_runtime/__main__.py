@@ -22,9 +22,10 @@ def main() -> None:
     infer = commands.add_parser(
         "infer",
         help="ask the gateway for a prediction of every stored row",
-        description="Verifies the bundle, embeds each stored row with its program, sends what the model declares "
-        "that a device releases, writes one result per row and prints a summary as JSON. Exit status 1 if a request "
-        "was not answered.",
+        description="Verifies the bundle, asks the gateway about each stored row, writes one result per row and prints "
+        "a summary as JSON. Where the server merges, the row's embedding is sent as the model declares that a device "
+        "releases it; where the device merges, nothing of the device is sent, and the prediction is made here. "
+        "Exit status 1 if a request was not answered.",
     )
     infer.add_argument("--bundle", type=Path, required=True, help="the version's device bundle")
     infer.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
@@ -41,6 +42,12 @@ def main() -> None:
         metavar="SHARE",
         help="share of the requests that carry a trace context, random and new for each (default 0); "
         "their spans are exported where OTEL_EXPORTER_OTLP_ENDPOINT is set",
+    )
+    infer.add_argument(
+        "--contribution",
+        action="store_true",
+        help="keep with each result the server's embedding; the model must declare serving.contribution. Where the "
+        "device merges it is kept anyway",
     )
     infer.set_defaults(run=_infer)
     arguments = vars(parser.parse_args())
@@ -67,17 +74,25 @@ async def _infer(
     concurrency: int,
     timeout: float,
     trace: float,
+    contribution: bool,
 ) -> dict[str, Any]:
-    from device_runtime.client import InferenceClient, Results
-    from device_runtime.program import EmbedProgram, open_bundle
+    from device_runtime.answers import Results
+    from device_runtime.client import InferenceClient
+    from device_runtime.program import open_bundle, program_of
     from device_runtime.store import read_rows
 
     verified = open_bundle(bundle, trust)
     rows = read_rows(store, verified.manifest, devices=devices)
-    program = EmbedProgram(verified)
+    program = program_of(verified)
     with from_environment("hybrid-device") or nullcontext() as tracer:
         async with InferenceClient(
-            verified.manifest, program, gateway, timeout_s=timeout, trace_share=trace, tracer=tracer
+            verified.manifest,
+            program,
+            gateway,
+            timeout_s=timeout,
+            trace_share=trace,
+            tracer=tracer,
+            contribution=contribution,
         ) as client:
             with Results(out) as results:
                 await client.run(rows, results.add, concurrency=concurrency)

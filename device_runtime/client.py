@@ -1,40 +1,41 @@
-"""The inference client: embeds each row on the device, releases the embedding, asks the gateway.
+"""The inference client: asks the gateway about each row, as the bundle's model declares where the embeddings meet.
 
-What leaves the process is built in one place, `request_body`: the entity, the
-request features and the embedding as released. Nothing else of a row does.
+On the server: it embeds the row, releases the embedding and is told a prediction. On the device: it is told the
+server's embedding and predicts itself. What leaves the process is built in one place, `request_body`: the entity, the
+request features and, where the server merges, the embedding as released. Nothing else of a row does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from device_runtime.program import EmbedProgram
+from device_runtime.answers import TIMEOUT, UNREACHABLE, Answer, read_answer
+from device_runtime.merge import DeviceMerge
+from device_runtime.program import EmbedProgram, PredictProgram
 from device_runtime.store import Rows
 from hybrid.bundle import Manifest
-from hybrid.errors import ConfigError, HybridError, Overloaded, ServingError, Unavailable
+from hybrid.errors import ConfigError, HybridError, Overloaded, Unavailable
 from hybrid.privacy.mechanisms import NoiseSource, SystemNoise, clip_and_noise
 from hybrid.protocol import (
     DEVICE_EMBEDDING,
     ENTITY,
+    FALLBACK,
     FEATURE_AGE_MS,
     HEADER_LENGTH,
     MERGED,
     PREDICTION,
+    SERVER_EMBEDDING,
+    STATUS,
     VERSION,
 )
 from hybrid.spec import Noised
@@ -45,95 +46,8 @@ TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
 # What a retry may find gone. Stale features and drift, 503 as well, stay so; a rate limit does for longer than we wait.
 PASSING = frozenset({(Unavailable.status, Unavailable.code), (Overloaded.status, Overloaded.code)})
+WITH_CONTRIBUTION = (PREDICTION, VERSION, FEATURE_AGE_MS, MERGED, STATUS, FALLBACK, SERVER_EMBEDDING)
 _RANDOM = secrets.SystemRandom()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What became of one row's request: a prediction, or why there is none.
-
-    Attributes:
-        device, row: whose.
-        status: "ok", a `ServingError` code from the gateway, or, where it gave no
-            answer that can be used, "unreachable", "timeout" or "bad_answer".
-        http_status: of the last answer; 0 without one.
-        prediction: probability; NaN unless ok.
-        version: that predicted; -1 unless ok.
-        feature_age_ms: of the server's features when merged; -1 unless ok.
-        merged: where the embeddings met; "" unless ok.
-        latency_ms: from the row's inputs to the answer, retries included.
-        attempts: requests sent; 1 to 3.
-        error: one sentence; "" where ok.
-    """
-
-    device: int
-    row: int
-    status: str
-    http_status: int = 0
-    prediction: float = math.nan
-    version: int = -1
-    feature_age_ms: int = -1
-    merged: str = ""
-    latency_ms: float = 0.0
-    attempts: int = 0
-    error: str = ""
-
-
-class Results(AbstractContextManager["Results"]):
-    """Answers on their way to a Parquet file, one column per field of `Answer`, and their summary.
-
-    The file is complete once the context ends, however it ends.
-
-    Args:
-        file: replaced.
-        batch: rows per row group.
-    """
-
-    def __init__(self, file: Path, *, batch: int = 4096) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
-        self._schema = pa.schema([(name, kinds[str(kind)]) for name, kind in Answer.__annotations__.items()])
-        self._writer = pq.ParquetWriter(file, self._schema)
-        self._batch = batch
-        self._waiting: list[Answer] = []
-        self._statuses: Counter[str] = Counter()
-        self._latencies: list[float] = []
-
-    def add(self, answer: Answer) -> None:
-        """Takes one answer."""
-        self._waiting.append(answer)
-        self._statuses[answer.status] += 1
-        self._latencies.append(answer.latency_ms)
-        if len(self._waiting) >= self._batch:
-            self._flush()
-
-    def summary(self) -> dict[str, Any]:
-        """Counts by status and the latency's quantiles in milliseconds."""
-        p50, p99 = np.quantile(self._latencies, [0.5, 0.99]).tolist() if self._latencies else (None, None)
-        unanswered = sum(self._statuses[status] for status in ("unreachable", "timeout", "bad_answer"))
-        return {
-            "requests": self._statuses.total(),
-            "answered": self._statuses.total() - unanswered,
-            "predicted": self._statuses["ok"],
-            "statuses": dict(self._statuses),
-            "latency_ms": {"p50": p50, "p99": p99},
-        }
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._waiting:
-            batch = pa.RecordBatch.from_pylist([vars(answer) for answer in self._waiting], schema=self._schema)
-            self._writer.write_batch(batch)
-            self._waiting.clear()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self._flush()
-        finally:
-            self._writer.close()
 
 
 @dataclass
@@ -159,32 +73,44 @@ class InferenceClient:
 
     Args:
         manifest: of the verified bundle; a request names its version.
-        program: of the same bundle.
+        program: of the same bundle: see `program_of`.
         gateway: base URL.
         timeout_s: for one attempt, > 0.
         noise: for release=Noised; the operating system's unless a test says otherwise.
         trace_share: share of the requests, in [0, 1], that carry a new random trace context,
             which joins what gateway and worker record of that one request, its retries included.
         tracer: exports a span for each traced request; None: none.
+        contribution: where the server merges, whether to ask for the server's embedding beside each prediction;
+            the model must declare `serving.contribution`.
+        now_ms: Unix time in milliseconds, UTC: what a server's embedding expires by.
 
     Raises:
-        ConfigError: the bundle merges on the device, which this client does not, or
-            `gateway`, `timeout_s` or `trace_share` is wrong.
+        ConfigError: the program is not the one for the bundle's merge, or
+            `gateway`, `timeout_s`, `trace_share` or `contribution` is wrong.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        program: EmbedProgram,
+        program: EmbedProgram | PredictProgram,
         gateway: str,
         *,
         timeout_s: float = TIMEOUT_S,
         noise: NoiseSource | None = None,
         trace_share: float = 0.0,
         tracer: Tracer | None = None,
+        contribution: bool = False,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        if manifest.merge != "server" or manifest.release is None:
-            raise ConfigError(f"merge must be 'server' to infer at a gateway, got {manifest.merge!r}")
+        if isinstance(program, PredictProgram) != (manifest.merge == "device"):
+            needed = "PredictProgram" if manifest.merge == "device" else "EmbedProgram"
+            raise ConfigError(f"program must be {needed} for merge={manifest.merge!r}, got {type(program).__name__}")
+        if manifest.merge == "server" and manifest.release is None:
+            raise ConfigError("the bundle's release must be 'clear' or 'noised' for merge='server', got none")
+        if manifest.merge == "device" and contribution:
+            raise ConfigError(
+                "contribution must be left out for merge='device': every answer is the server's embedding"
+            )
         if not gateway.startswith(("http://", "https://")):
             raise ConfigError(f"gateway must be an http:// or https:// URL, got {gateway!r}")
         if not timeout_s > 0:
@@ -192,6 +118,8 @@ class InferenceClient:
         if not 0 <= trace_share <= 1:
             raise ConfigError(f"trace_share must be in [0, 1], got {trace_share}")
         self._manifest, self._program = manifest, program
+        self._contribution = contribution
+        self._merge = DeviceMerge(manifest, program, now_ms) if isinstance(program, PredictProgram) else None
         self._trace_share, self._tracer = trace_share, tracer
         self._noise = noise or SystemNoise()
         self._budget = RetryBudget()
@@ -261,9 +189,12 @@ class InferenceClient:
         return replace(answer, latency_ms=(time.perf_counter() - started) * 1e3)
 
     async def _ask(self, ask: _Ask, traceparent: str | None) -> Answer:
-        # Released once: fresh noise on a retry would be a second release of the same row.
-        released = self.release(self._program.embed(ask.inputs))
-        body, header_length = request_body(ask.entity, ask.request, self._manifest.request, released)
+        released = None
+        if isinstance(self._program, EmbedProgram):
+            # Released once: fresh noise on a retry would be a second release of the same row.
+            released = self.release(self._program.embed(ask.inputs))
+        outputs = WITH_CONTRIBUTION if self._contribution else ()
+        body, header_length = request_body(ask.entity, ask.request, self._manifest.request, released, outputs)
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(header_length)}
         if traceparent is not None:
             headers[TRACEPARENT] = traceparent
@@ -273,20 +204,21 @@ class InferenceClient:
             if not again or attempt == ATTEMPTS or not self._budget.spend():
                 break
             await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
-        return replace(answer, attempts=attempt)
+        answer = replace(answer, attempts=attempt)
+        return answer if self._merge is None else self._merge(answer, ask.inputs)
 
     async def _attempt(self, ask: _Ask, body: bytes, headers: Mapping[str, str]) -> tuple[Answer, bool]:
         """One request: what became of it, and whether another may be sent."""
         try:
             response = await self._http.post(self._path, content=body, headers=headers)
         except httpx.ConnectError:
-            return Answer(ask.device, ask.row, "unreachable", error="the gateway cannot be reached"), True
+            return Answer(ask.device, ask.row, UNREACHABLE, error="the gateway cannot be reached"), True
         except httpx.TimeoutException:
-            return Answer(ask.device, ask.row, "timeout", error="the gateway did not answer in time"), False
+            return Answer(ask.device, ask.row, TIMEOUT, error="the gateway did not answer in time"), False
         except httpx.HTTPError as error:
             text = f"the connection to the gateway broke ({type(error).__name__})"
-            return Answer(ask.device, ask.row, "unreachable", error=text), False
-        fields = read_answer(response.status_code, response.content, self._manifest)
+            return Answer(ask.device, ask.row, UNREACHABLE, error=text), False
+        fields = read_answer(response.status_code, response.content, self._manifest, contribution=self._contribution)
         again = (response.status_code, fields["status"]) in PASSING
         return Answer(ask.device, ask.row, http_status=response.status_code, **fields), again
 
@@ -301,7 +233,11 @@ class _Ask:
 
 
 def request_body(
-    entity: str, request: Mapping[str, Any], kinds: Mapping[str, str], released: NDArray[np.float32]
+    entity: str,
+    request: Mapping[str, Any],
+    kinds: Mapping[str, str],
+    released: NDArray[np.float32] | None,
+    outputs: Iterable[str] = (),
 ) -> tuple[bytes, int]:
     """An OIP v2 inference request of one row: all that leaves the device.
 
@@ -309,54 +245,25 @@ def request_body(
         entity: the join key.
         request: request features; None where missing.
         kinds: request feature -> "text" or "number".
-        released: (1, d).
+        released: (1, d); None where the device merges.
+        outputs: asked for by name; none: what the model gives to everybody.
 
     Returns:
         JSON followed by the embedding's bytes, and the length of the JSON.
     """
-    raw = np.ascontiguousarray(released, dtype="<f4").tobytes()
     datatypes = {name: "BYTES" if kind == "text" else "FP32" for name, kind in kinds.items()}
     inputs: list[dict[str, Any]] = [{"name": ENTITY, "datatype": "BYTES", "shape": [1], "data": [entity]}]
     inputs += [
         {"name": name, "datatype": datatype, "shape": [1], "data": [request[name]]}
         for name, datatype in datatypes.items()
     ]
-    embedding = {"name": DEVICE_EMBEDDING, "datatype": "FP32", "shape": list(released.shape)}
-    inputs.append({**embedding, "parameters": {"binary_data_size": len(raw)}})
-    header = json.dumps({"inputs": inputs}, allow_nan=False).encode()
+    raw = b""
+    if released is not None:
+        raw = np.ascontiguousarray(released, dtype="<f4").tobytes()
+        embedding = {"name": DEVICE_EMBEDDING, "datatype": "FP32", "shape": list(released.shape)}
+        inputs.append({**embedding, "parameters": {"binary_data_size": len(raw)}})
+    document: dict[str, Any] = {"inputs": inputs}
+    if names := list(outputs):
+        document["outputs"] = [{"name": name} for name in names]
+    header = json.dumps(document, allow_nan=False).encode()
     return header + raw, len(header)
-
-
-def read_answer(status: int, content: bytes, manifest: Manifest) -> dict[str, Any]:
-    """The fields of `Answer` that a gateway's answer holds; one that cannot be used is "bad_answer"."""
-    try:
-        document = json.loads(content)
-        if status != 200:
-            return {"status": _plain(document.get("code", ServingError.code)), "error": _plain(document["error"])}
-        outputs = {output["name"]: output["data"][0] for output in document["outputs"]}
-        return _prediction(outputs, manifest)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        # The class alone: the text of the error could quote what was answered.
-        return {"status": "bad_answer", "error": f"the gateway's answer cannot be read ({type(error).__name__})"}
-
-
-def _prediction(outputs: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    prediction, version, age_ms = float(outputs[PREDICTION]), int(outputs[VERSION]), int(outputs[FEATURE_AGE_MS])
-    if not 0 <= prediction <= 1:
-        raise ValueError("not a probability")
-    if version != manifest.version:
-        raise ValueError("another version than was asked")
-    if not -1 <= age_ms < 1 << 63:
-        raise ValueError("no age")
-    return {
-        "status": "ok",
-        "prediction": prediction,
-        "version": version,
-        "feature_age_ms": age_ms,
-        "merged": _plain(outputs[MERGED]),
-    }
-
-
-def _plain(text: object) -> str:
-    """What a gateway wrote, short and storable, whatever it wrote."""
-    return str(text)[:500].encode(errors="replace").decode()

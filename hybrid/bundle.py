@@ -15,12 +15,22 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
+from hybrid.protocol import CONSTANT, DEVICE_ONLY
 from hybrid.spec import Clear, Noised
 
 if TYPE_CHECKING:
@@ -39,6 +49,32 @@ class Program(BaseModel):
     bytes: int
 
 
+class Alone(BaseModel):
+    """What a device that merges answers by itself where it has no server's embedding, as the model declares.
+
+    Attributes:
+        unavailable: where no answer came that can be used: "error", "device-only" or "constant".
+        stale_features: where an answer had expired: the same.
+        missing_server: the embedding learned for a missing server side; empty where none was.
+        constant: the probability of "constant", also where the gateway says "constant"; None: not declared.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    unavailable: Literal["error", "device-only", "constant"] = "error"
+    stale_features: Literal["error", "device-only", "constant"] = "error"
+    missing_server: tuple[FiniteFloat, ...] = ()
+    constant: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        declared = {self.unavailable, self.stale_features}
+        if DEVICE_ONLY in declared and not self.missing_server:
+            raise ValueError("missing_server must be an embedding where 'device-only' is declared")
+        if CONSTANT in declared and self.constant is None:
+            raise ValueError("constant must be a probability where 'constant' is declared")
+        return self
+
+
 class Manifest(BaseModel):
     """What a bundle is and promises.
 
@@ -51,6 +87,11 @@ class Manifest(BaseModel):
         merge, release: where the embeddings meet, and how the device's leaves.
         programs: "embed": (1, features) -> (1, device_embedding);
             "predict": (1, features), (1, server_embedding) -> (1,) probability.
+        alone: for merge="device", what the device answers by itself. Not in the bundles of other models, which
+            devices read that do not know it.
+
+    Raises:
+        ValueError: `alone` is of a model that merges on the server, or its embedding is of another size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +107,20 @@ class Manifest(BaseModel):
     merge: Literal["server", "device"]
     release: Annotated[Clear | Noised, Field(discriminator="kind")] | None
     programs: dict[str, Program]
+    alone: Alone | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.alone is not None and self.merge == "server":
+            raise ValueError("alone must be left out where merge='server'")
+        if self.alone is not None and len(self.alone.missing_server) not in (0, self.server_embedding):
+            raise ValueError(f"alone.missing_server must have {self.server_embedding} numbers or none")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = dump(self)
+        return {name: value for name, value in written.items() if (name, value) != ("alone", None)}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class Deployment(BaseModel):
                 raise ValueError(f"missing_{side} must have {size} numbers or none")
         return self
 
+    @property
+    def sent_embedding(self) -> int:
+        """Size of what a request holds of the device: nothing where the device merges."""
+        return self.device_embedding if self.merge == "server" else 0
+
     def write(self, folder: Path) -> Path:
         """Makes it the default of its model: the first in the window of `<folder>/<model>.json`, in one step.
 

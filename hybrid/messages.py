@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -42,15 +43,22 @@ class BadMessage(HybridError):
 class BatchMessage:
     """Rows of one (model, version), columnar: Arrow IPC, schema-versioned by the topic's name.
 
-    Subclasses list their columns in `COLUMNS`; scalars travel as schema metadata.
+    Subclasses list their columns in `COLUMNS`; scalars travel as schema metadata. A column that came later stands
+    in `LATER` too, with what a record without it means.
     """
 
     TOPIC: ClassVar[str]
-    COLUMNS: ClassVar[dict[str, str]]  # field -> "uuid" | "text" | "float32" | "int64" | "vector"
+    COLUMNS: ClassVar[dict[str, str]]  # field -> "uuid" | "text" | "float32" | "int64" | "bool" | "vector"
+    LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {}  # field -> (n) -> its values
 
     model: str
     version: int
     reply_partition: int
+
+    def __post_init__(self) -> None:
+        for name, values in self.LATER.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values(len(self)))
 
     def __len__(self) -> int:
         return len(getattr(self, next(iter(self.COLUMNS))))
@@ -87,7 +95,9 @@ class BatchMessage:
             batch = _only_batch(data)
             metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
             columns: dict[str, Any] = {
-                name: _from_arrow(kind, batch.column(name)) for name, kind in cls.COLUMNS.items()
+                name: _from_arrow(kind, batch.column(name))
+                for name, kind in cls.COLUMNS.items()
+                if name not in cls.LATER or name in batch.schema.names
             }
             scalars: dict[str, Any] = {
                 f.name: int(metadata[f.name]) if f.type == "int" else metadata[f.name]
@@ -114,8 +124,10 @@ class DeviceEmbeddings(BatchMessage):
         request_id: (n,) 16 bytes each, drawn by the gateway, one per row.
         entity: (n,) Feast join keys as text.
         request: (n, r) request features as slots; r may be 0.
-        embedding: (n, d) as released (clear or noised); a row of NaN where the request came without.
+        embedding: (n, d) as released (clear or noised); a row of NaN where the request came without. (n, 0) for
+            models that merge on the device.
         event_ms: (n,) Unix time in UTC, the gateway's clock.
+        wants_server: (n,) whether the answer is to hold the server's embedding.
     """
 
     TOPIC: ClassVar[str] = "hybrid.device-embeddings.v1"
@@ -125,13 +137,16 @@ class DeviceEmbeddings(BatchMessage):
         "request": "vector",
         "embedding": "vector",
         "event_ms": "int64",
+        "wants_server": "bool",
     }
+    LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {"wants_server": lambda n: np.zeros(n, bool)}
 
     request_id: NDArray[np.void]
     entity: NDArray[np.object_]
     request: NDArray[np.float32]
     embedding: NDArray[np.float32]
     event_ms: NDArray[np.int64]
+    wants_server: NDArray[np.bool_] = None  # type: ignore[assignment]  # see LATER
 
 
 @dataclass(frozen=True)
@@ -145,8 +160,11 @@ class Predictions(BatchMessage):
         request_id: (n,) 16 bytes each, as asked.
         status: (n,) "ok", or the code of the `ServingError` that says what is missing.
         fallback: (n,) what answers all the same, as the model declares; "none": nothing does unless status is "ok".
-        prediction: (n,) probability of the label; NaN where there is no answer.
+        prediction: (n,) probability of the label; NaN where there is no answer, and where the device predicts.
         feature_age_ms: (n,) age of the server features when merged; -1 where there are none.
+        expires_ms: (n,) Unix time in UTC at which they are as old as the model allows; -1 where the answer is of none.
+        server_embedding: (n, a) the server's side of the merge, NaN where there is none or it was not asked for;
+            (n, 0) where no row asked.
     """
 
     TOPIC: ClassVar[str] = "hybrid.predictions.v1"
@@ -156,6 +174,12 @@ class Predictions(BatchMessage):
         "fallback": "text",
         "prediction": "float32",
         "feature_age_ms": "int64",
+        "expires_ms": "int64",
+        "server_embedding": "vector",
+    }
+    LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {
+        "expires_ms": lambda n: np.full(n, -1),
+        "server_embedding": lambda n: np.empty((n, 0), np.float32),
     }
 
     request_id: NDArray[np.void]
@@ -163,6 +187,8 @@ class Predictions(BatchMessage):
     fallback: NDArray[np.object_]
     prediction: NDArray[np.float32]
     feature_age_ms: NDArray[np.int64]
+    expires_ms: NDArray[np.int64] = None  # type: ignore[assignment]  # see LATER
+    server_embedding: NDArray[np.float32] = None  # type: ignore[assignment]
 
 
 class DeadLetter(BaseModel):
@@ -326,4 +352,4 @@ def _from_arrow(kind: str, array: pa.Array) -> NDArray[Any]:
 def _scalar_type(kind: str) -> pa.DataType:
     import pyarrow as pa
 
-    return {"text": pa.string(), "float32": pa.float32(), "int64": pa.int64()}[kind]
+    return {"text": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}[kind]

@@ -14,17 +14,23 @@ HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON, where raw tens
 ENTITY = "entity"  # BYTES (n,), join keys as text
 DEVICE_EMBEDDING = "device_embedding"  # FP32 (n, d), as released
 
-PREDICTION = "prediction"  # a probability
+PREDICTION = "prediction"  # a probability; of models that merge on the server
+SERVER_EMBEDDING = "server_embedding"  # (n, a), of the server tower: what the server contributed
 VERSION = "version"  # that predicted
 FEATURE_AGE_MS = "feature_age_ms"  # of the server's features when merged
+EXPIRES_MS = (
+    "expires_ms"  # Unix time in UTC, after which a device must not use the server's embedding; -1: nothing ages
+)
 MERGED = "merged"  # where the embeddings met
 TRANSPORT = "transport"  # how the request reached the models: "kafka" or "direct"
 STATUS = "status"  # OK, or why one side is missing where a fallback answers
 FALLBACK = "fallback"  # what answers in place of both sides: one of FALLBACKS
-OUTPUTS = {  # (n,) each
+OUTPUTS = {  # (n,) each but SERVER_EMBEDDING; which of them a model gives, `serving.oip.outputs_of` says
     PREDICTION: "FP32",
+    SERVER_EMBEDDING: "FP32",
     VERSION: "INT64",
     FEATURE_AGE_MS: "INT64",
+    EXPIRES_MS: "INT64",
     MERGED: "BYTES",
     TRANSPORT: "BYTES",
     STATUS: "BYTES",
@@ -37,5 +43,5 @@ FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT})
 
 
 def answered(status: Any, fallback: Any) -> Any:
-    """Whether a row has a prediction: of one row, or of (n,) arrays of them."""
+    """Whether a row has a prediction, or what a device predicts from: of one row, or of (n,) arrays of them."""
     return (status == OK) | (fallback != NONE)

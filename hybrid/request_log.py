@@ -18,7 +18,7 @@ SUFFIX = ".requests.jsonl"
 
 
 class LoggedRow(BaseModel):
-    """One row of a request that was predicted with both sides.
+    """One row of a request that was predicted with both sides, or whose server side went to the device.
 
     Attributes:
         request_id: of the row, in hex; a repeat is a redelivery.
@@ -28,7 +28,7 @@ class LoggedRow(BaseModel):
         merged_ms: when it was merged, Unix time.
         feature_ms: when the oldest of its server features was true, Unix time.
         server, request: slots as served; None where missing.
-        score: the prediction.
+        score: the prediction; None where the device predicts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +42,7 @@ class LoggedRow(BaseModel):
     feature_ms: int
     server: tuple[float | None, ...]
     request: tuple[float | None, ...]
-    score: float
+    score: float | None
 
 
 def read_log(folder: Path, model: str) -> list[LoggedRow]:

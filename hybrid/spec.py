@@ -263,6 +263,10 @@ class Serving(Declared):
             the embedding that was learned for a missing device side; or "constant".
         constant: the probability of "constant", and of rows whose fallback cannot be computed either; None: those
             are errors.
+        contribution: for merge="server", whether a caller that asks for the output `server_embedding` is given it, so
+            that a device can keep it as the server's part of an example. It gives the server tower's output away,
+            for any entity that a caller may name: whoever collects enough of them can learn what the tower tells
+            of the server's features, or imitate it.
     """
 
     transport: Literal["kafka", "direct"] = "kafka"
@@ -272,6 +276,7 @@ class Serving(Declared):
     unavailable: ServerMissing = "error"
     missing_device: Literal["error", "server-only", "constant"] = "error"
     constant: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    contribution: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -305,7 +310,9 @@ class HybridModel(Declared):
         head: () -> module, ((n, a), (n, b)) -> (n,) logits.
         label: what is predicted, and who learns it.
         privacy: the budget of one training.
-        merge: where the two embeddings meet.
+        merge: where the two embeddings meet. "server": the device's is sent, a prediction comes back. "device": the
+            request holds nothing of the device, the server's embedding comes back, and the device predicts; so every
+            caller learns what the server tower says of the entities it names.
         release: for merge="server", how the device embedding leaves the device.
         training: defaults of `hybrid train`.
         serving: how requests are answered.
@@ -354,6 +361,10 @@ class HybridModel(Declared):
             raise ValueError("release must be left out where merge='device': the embedding stays on the device")
         if self.merge == "device" and self.serving.missing_device != "error":
             raise ValueError("serving.missing_device must be left out where merge='device': the device predicts")
+        if self.merge == "device" and self.serving.contribution:
+            raise ValueError(
+                "serving.contribution must be left out where merge='device': every answer is the server's embedding"
+            )
         return self
 
     @property

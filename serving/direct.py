@@ -90,7 +90,16 @@ class Direct:
             if self._merging is None or self._merging.done():
                 self._merging = asyncio.create_task(self._merge_all())
             found = await self._limits.within(done, timeout_s)
-        return answers(found.prediction, found.feature_age_ms, found.status.tolist(), found.fallback.tolist())
+        return answers(
+            Answers(
+                found.prediction,
+                found.feature_age_ms,
+                found.status.tolist(),
+                found.fallback.tolist(),
+                found.expires_ms,
+                found.server_embedding,
+            )
+        )
 
     async def _merge_all(self) -> None:
         """Until nobody waits."""
@@ -142,6 +151,7 @@ class Direct:
             request=np.concatenate([question.rows.request for question in together]),
             embedding=np.concatenate([question.rows.embedding for question in together]),
             event_ms=np.repeat([question.asked_ms for question in together], sizes),
+            wants_server=np.repeat([question.rows.contribution > 0 for question in together], sizes),
         )
         step = Step()
         stage = step.part(batch.deployment, n, ()).stage

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hybrid.deployment import Deployment
 from hybrid.errors import Overloaded, ServingError, Unavailable
 from hybrid.messages import DeviceEmbeddings, Predictions
-from hybrid.protocol import FALLBACKS, answered
+from hybrid.protocol import CONSTANT, FALLBACKS, answered
 from hybrid.tracing import MAX_TRACES
 from serving.oip import MAX_ENTITY_BYTES, Answers, Rows
 from serving.telemetry import current_traceparent
@@ -32,7 +32,7 @@ EXPLAIN = {
     "unknown_entity": "the feature store has no row for the entity",
     "stale_features": "the entity's features are older than the model allows",
     "schema_drift": "the entity's features were packed by another schema than the model's",
-    "unavailable": "the feature store or Triton did not answer, or gave no finite prediction for it",
+    "unavailable": "the feature store or Triton did not answer, or gave no finite number for it",
 }
 ERRORS: dict[str, type[ServingError]] = {error.code: error for error in ServingError.__subclasses__()}
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Room:
         Raises:
             Overloaded: there is no room for them.
         """
-        n, size = len(rows), rows.request.nbytes + rows.embedding.nbytes
+        n, size = len(rows), rows.nbytes
         if self._rows + n > self._limits.waiting_rows or self._bytes + size > self._limits.waiting_bytes:
             raise Overloaded("too many rows wait for an answer; try again in a second")
         self._rows, self._bytes = self._rows + n, self._bytes + size
@@ -105,6 +105,9 @@ class _Question:
     age_ms: NDArray[np.int64]
     status: list[str]
     fallback: list[str]
+    expires_ms: NDArray[np.int64]
+    server_embedding: NDArray[np.float32]  # (n, 0) where it is not asked for
+    on_device: bool  # whether the device merges
     trace: str | None
 
 
@@ -174,7 +177,16 @@ class Exchange:
             finally:
                 for key in question.ids:
                     self._asked.pop(key, None)
-        return answers(question.prediction, question.age_ms, question.status, question.fallback)
+        return answers(
+            Answers(
+                question.prediction,
+                question.age_ms,
+                question.status,
+                question.fallback,
+                question.expires_ms,
+                question.server_embedding,
+            )
+        )
 
     def deliver(self, message: Predictions) -> None:
         """`answer` for other threads."""
@@ -193,6 +205,9 @@ class Exchange:
             question.age_ms[place] = message.feature_age_ms[row]
             question.status[place] = message.status[row]
             question.fallback[place] = message.fallback[row]
+            question.expires_ms[place] = message.expires_ms[row]
+            if message.server_embedding.shape[1] == question.rows.contribution:
+                question.server_embedding[place] = message.server_embedding[row]
             question.left -= 1
             if question.left == 0 and not question.done.done():
                 question.done.set_result(None)
@@ -202,9 +217,21 @@ class Exchange:
         raw = os.urandom(ID_BYTES * n)
         ids = [raw[start : start + ID_BYTES] for start in range(0, len(raw), ID_BYTES)]
         done = self._loop.create_future()
-        asked, prediction = (deployment.model, deployment.version), np.full(n, np.nan, np.float32)
-        age_ms, trace = np.full(n, -1, np.int64), current_traceparent()
-        question = _Question(asked, rows, ids, done, n, prediction, age_ms, [""] * n, [""] * n, trace)
+        question = _Question(
+            (deployment.model, deployment.version),
+            rows,
+            ids,
+            done,
+            n,
+            prediction=np.full(n, np.nan, np.float32),
+            age_ms=np.full(n, -1),
+            status=[""] * n,
+            fallback=[""] * n,
+            expires_ms=np.full(n, -1),
+            server_embedding=np.full((n, rows.contribution), np.nan, np.float32),
+            on_device=deployment.merge == "device",
+            trace=current_traceparent(),
+        )
         self._asked |= {key: (question, place) for place, key in enumerate(ids)}
         return question
 
@@ -245,12 +272,13 @@ class Exchange:
         self, deployment: Deployment, questions: list[_Question]
     ) -> Iterator[tuple[DeviceEmbeddings, list[str]]]:
         """The rows of all questions, in as few records as Kafka's size limit allows, and the traces in each."""
-        floats = deployment.device_embedding + len(deployment.request)
+        floats = deployment.sent_embedding + len(deployment.request)
         size = max(1, min(self._limits.record_rows, MAX_RECORD_BYTES // (32 + MAX_ENTITY_BYTES + 4 * floats)))
         ids = np.frombuffer(b"".join(key for q in questions for key in q.ids), dtype=f"V{ID_BYTES}")
         entity = np.concatenate([q.rows.entity for q in questions])
         request = np.concatenate([q.rows.request for q in questions])
         embedding = np.concatenate([q.rows.embedding for q in questions])
+        wants_server = np.repeat([q.rows.contribution > 0 for q in questions], [len(q.rows) for q in questions])
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
             message = DeviceEmbeddings(
@@ -262,6 +290,7 @@ class Exchange:
                 request=request[part],
                 embedding=embedding[part],
                 event_ms=np.full(len(ids[part]), self._now_ms()),
+                wants_server=wants_server[part],
             )
             yield message, _traces(questions, start, start + size)
 
@@ -280,7 +309,15 @@ def _credible(message: Predictions, row: int, question: _Question) -> bool:
     """Whether a worker of ours can have said it: whoever may write to the topic may write anything."""
     if (message.model, message.version) != question.asked or message.fallback[row] not in FALLBACKS:
         return False
-    return not answered(message.status[row], message.fallback[row]) or bool(0 <= message.prediction[row] <= 1)
+    if not answered(message.status[row], message.fallback[row]):
+        return True
+    if not question.on_device and not 0 <= message.prediction[row] <= 1:
+        return False
+    if not question.rows.contribution:
+        return True
+    server = message.server_embedding[row]
+    is_whole = bool(np.isfinite(server).all()) or message.fallback[row] == CONSTANT
+    return is_whole and len(server) == question.rows.contribution
 
 
 def _fail(questions: Iterable[_Question]) -> None:
@@ -289,16 +326,14 @@ def _fail(questions: Iterable[_Question]) -> None:
             question.done.set_exception(Unavailable("Kafka did not take the request"))
 
 
-def answers(
-    prediction: NDArray[np.float32], age_ms: NDArray[np.int64], status: Sequence[str], fallback: Sequence[str]
-) -> Answers:
-    """What a caller is told of its rows, each as in `Predictions`.
+def answers(found: Answers) -> Answers:
+    """What a caller is told of its rows.
 
     Raises:
         ServingError: of the first row that nothing answers.
     """
-    for row, (code, instead) in enumerate(zip(status, fallback, strict=True)):
+    for row, (code, instead) in enumerate(zip(found.status, found.fallback, strict=True)):
         if not answered(code, instead):
             why = EXPLAIN.get(code, "the worker gave no known reason")
-            raise (ERRORS[code] if code in EXPLAIN else Unavailable)(f"row {row + 1} of {len(status)}: {why}")
-    return Answers(prediction, age_ms, status, fallback)
+            raise (ERRORS[code] if code in EXPLAIN else Unavailable)(f"row {row + 1} of {len(found.status)}: {why}")
+    return found

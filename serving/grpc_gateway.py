@@ -139,11 +139,10 @@ def decode(request: Any, deployment: Deployment) -> oip.Infer:
         raise BadRequest(f"raw_input_contents must have one entry for each of {len(names)} inputs, got {len(raw)}")
     inputs = {tensor.name: _tensor(tensor, with_data=not raw) for tensor in request.inputs}
     chunks = dict(zip(names, raw, strict=True)) if raw else dict.fromkeys(names)
-    rows = oip.read(inputs, chunks, deployment)
-    wanted = [output.name for output in request.outputs] or list(OUTPUTS)
+    wanted = oip.wanted((output.name for output in request.outputs), deployment)
     if len(set(wanted)) < len(wanted):
         raise BadRequest("outputs must have distinct names")
-    oip.check_outputs(wanted)
+    rows = oip.read(inputs, chunks, wanted, deployment)
     return oip.Infer(request.id or None, rows, dict.fromkeys(wanted, bool(raw)), _timeout_s(request.parameters))
 
 
@@ -155,7 +154,7 @@ def encode(infer: oip.Infer, answers: oip.Answers, deployment: Deployment) -> An
     values = oip.columns(len(infer.rows), answers, deployment)
     for name, binary in infer.outputs.items():
         datatype = OUTPUTS[name]
-        output = response.outputs.add(name=name, datatype=datatype, shape=[len(infer.rows)])
+        output = response.outputs.add(name=name, datatype=datatype, shape=oip.shape(name, len(infer.rows), deployment))
         if binary:
             response.raw_output_contents.append(oip.to_binary(values[name], datatype))
         else:

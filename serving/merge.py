@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +30,7 @@ from hybrid.errors import (
 )
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import CONSTANT, DEVICE_ONLY, NONE, OK, SERVER_ONLY, answered
-from serving.exchange import DEADLINE_S
+from serving.exchange import DEADLINE_S, MAX_RECORD_BYTES
 from serving.kafka import PARTITIONS, Record
 from serving.triton import Models
 
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 ERROR = "error"  # declared in place of a fallback
 MAX_BATCH_ROWS = 2048  # of one forward pass and of one answer; a Triton model takes 4096
 MAX_NAME_BYTES = 256  # of a model; every answer repeats it
+ROW_BYTES = 128  # of an answer's row beside its embedding, at most
 Find = Callable[[str, int], Deployment | None]
 _Traced = tuple[DeviceEmbeddings, tuple[str, ...]]  # a message, and the traces of its record
 
@@ -78,6 +79,7 @@ class Batch:
         reply_partition: (n,) where each row's gateway waits.
         request_id, entity, request, embedding, event_ms: as in `DeviceEmbeddings`, of the deployment's widths.
         traces: of the records with rows in it.
+        wants_server: as in `DeviceEmbeddings`; None: no row does.
     """
 
     deployment: Deployment
@@ -88,14 +90,28 @@ class Batch:
     embedding: NDArray[np.float32]
     event_ms: NDArray[np.int64]
     traces: tuple[str, ...] = ()
+    wants_server: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.request_id)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the device merges: then the server's embedding is all that is computed."""
+        return self.deployment.merge == "device"
+
     @cached_property
     def without_device(self) -> NDArray[np.bool_]:
-        """(n,) whether the request came without an embedding."""
-        return np.asarray(np.isnan(self.embedding).all(axis=1), dtype=bool)
+        """(n,) whether the request came without an embedding that the merge needs."""
+        absent = np.isnan(self.embedding).all(axis=1)  # also where it has no numbers at all
+        return np.asarray(absent & (not self.on_device), dtype=bool)
+
+    @property
+    def gives_server(self) -> NDArray[np.bool_]:
+        """(n,) whether the answer is to hold the server's embedding; whoever writes to the topic may want anything."""
+        if self.on_device or self.wants_server is None or not self.deployment.serving.contribution:
+            return np.full(len(self), self.on_device)
+        return self.wants_server
 
 
 @dataclass(frozen=True)
@@ -116,17 +132,32 @@ class Joined:
         age_ms: (n,) of the server features; -1 where there are none.
         status: (n,) "ok", or the code that says which side is missing, and why.
         fallback: (n,) what answers in its place; "none": nothing, the row is an error unless its status is "ok".
+        read_ms: when the features were as old as `age_ms` says, Unix time in UTC.
     """
 
     slots: NDArray[np.float32]
     age_ms: NDArray[np.int64]
     status: NDArray[np.object_]
     fallback: NDArray[np.object_]
+    read_ms: int = 0
 
-    @property
+    @cached_property
     def with_server(self) -> NDArray[np.bool_]:
         """(n,) whether the server tower is asked."""
         return np.asarray((self.status == OK) & (self.fallback == NONE) | (self.fallback == SERVER_ONLY), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the networks say of a batch.
+
+    Attributes:
+        prediction: (n,) probabilities; NaN where nothing answers, and everywhere if the device merges.
+        server: (n, a) the server's side of the merge; NaN where there is none.
+    """
+
+    prediction: NDArray[np.float32]
+    server: NDArray[np.float32]
 
 
 Sample = Callable[[Batch, Joined, NDArray[np.float32], int], None]  # batch, joined, predictions, when
@@ -178,7 +209,7 @@ def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEAD
         slots[asked], age_ms[asked], server[asked] = _read(reader, batch.entity[asked].tolist(), now_ms, width)
     status[server != OK] = server[server != OK]
     fallback = np.where(late, NONE, _fallback(batch, status))
-    return Joined(np.concatenate([slots, batch.request], axis=1), age_ms, status, fallback)
+    return Joined(np.concatenate([slots, batch.request], axis=1), age_ms, status, fallback, now_ms)
 
 
 def _read(reader: Reader, entities: list[str], now_ms: int, width: int) -> tuple[Any, Any, Any]:
@@ -213,30 +244,43 @@ def _fallback(batch: Batch, status: NDArray[np.object_]) -> NDArray[np.object_]:
     return declared
 
 
-def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]:
-    """(n,) probabilities: the server tower, then the head; NaN where nothing answers.
+def forward(batch: Batch, joined: Joined, models: Models) -> Merged:
+    """The server tower, then the head unless the device merges.
 
-    In the place of a missing side the head is given the embedding that was learned for it.
+    In the place of a missing side stands the embedding that was learned for it.
     An extreme embedding can overflow the head: that row too gets no finite number, and no other row is touched.
 
     Raises:
         Unavailable: Triton failed, or did not give one number a row.
     """
+    server = _server_side(batch, joined, models)
+    if batch.on_device:
+        return Merged(np.full(len(batch), np.nan, np.float32), server)
+    return Merged(_predicted(batch, joined, server, models), server)
+
+
+def _server_side(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]:
+    """(n, a): of the tower, or learned for a missing side; NaN where neither is merged."""
+    served = batch.deployment
+    server = np.full((len(batch), served.server_embedding), np.nan, np.float32)
+    if served.missing_server:
+        server[joined.fallback == DEVICE_ONLY] = served.missing_server
+    with_server = joined.with_server
+    if with_server.any():
+        slots = {"slots": joined.slots[with_server]}
+        server[with_server] = models.infer(served.server_tower, served.version, slots, "embedding")
+    return server
+
+
+def _predicted(batch: Batch, joined: Joined, server: NDArray[np.float32], models: Models) -> NDArray[np.float32]:
+    """(n,) probabilities of the head; NaN where nothing answers."""
     served = batch.deployment
     prediction = np.full(len(batch), np.nan, np.float32)
     if served.serving.constant is not None:
         prediction[joined.fallback == CONSTANT] = served.serving.constant
-    with_server = joined.with_server
-    asked = with_server | (joined.fallback == DEVICE_ONLY)
+    asked = joined.with_server | (joined.fallback == DEVICE_ONLY)
     if not asked.any():
         return prediction
-    server = np.broadcast_to(
-        np.array(served.missing_server or np.nan, np.float32), (len(batch), served.server_embedding)
-    )
-    if with_server.any():
-        server = server.copy()
-        slots = {"slots": joined.slots[with_server]}
-        server[with_server] = models.infer(served.server_tower, served.version, slots, "embedding")
     device = batch.embedding
     if batch.without_device.any():
         learned = np.array(served.missing_device or np.nan, np.float32)
@@ -249,16 +293,25 @@ def forward(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]
     return prediction
 
 
-def encode(batch: Batch, joined: Joined, prediction: NDArray[np.float32]) -> list[Predictions]:
+def encode(batch: Batch, joined: Joined, merged: Merged) -> list[Predictions]:
     """One message for each gateway that waits."""
     served = batch.deployment
-    overflowed = answered(joined.status, joined.fallback) & ~np.isfinite(prediction)
+    given, server = batch.gives_server, merged.server
+    lacking = np.zeros(len(batch), bool) if batch.on_device else ~np.isfinite(merged.prediction)
+    if given.any():
+        lacking |= given & (joined.fallback != CONSTANT) & ~np.isfinite(server).all(axis=1)
+    else:
+        server = server[:, :0]
+    overflowed = answered(joined.status, joined.fallback) & lacking
+    lives_ms = int(1000 * served.max_feature_age_s) - joined.age_ms
     columns = {
         "request_id": batch.request_id,
         "status": np.where(overflowed, Unavailable.code, joined.status),
         "fallback": np.where(overflowed, NONE, joined.fallback),
-        "prediction": prediction,
+        "prediction": merged.prediction,
         "feature_age_ms": joined.age_ms,
+        "expires_ms": np.where(joined.with_server & ~overflowed, joined.read_ms + lives_ms, -1),
+        "server_embedding": np.where((given & ~overflowed)[:, None], server, np.float32(np.nan)),
     }
     return [
         Predictions(served.model, served.version, int(p), **_rows(columns, batch.reply_partition == p))
@@ -285,15 +338,22 @@ def merge(
         joined = features(batch, _NoReader(), now_ms, deadline_s)
     try:
         with stage("forward"):
-            prediction = forward(batch, joined, models)
+            merged = forward(batch, joined, models)
     except Exception as error:
         # The text of ours alone, which holds no values.
         log.error("%d rows without Triton: %s", len(batch), error if isinstance(error, Unavailable) else type(error))
         joined = _without_models(batch, joined)
-        prediction = forward(batch, joined, models)
-    sample(batch, joined, prediction, now_ms)
+        merged = forward(batch, joined, models)
+    sample(batch, joined, merged.prediction, now_ms)
     with stage("encode"):
-        return encode(batch, joined, prediction)
+        return encode(batch, joined, merged)
+
+
+def within_limit(message: Predictions) -> Iterator[Predictions]:
+    """The same answers in messages of which each is below Kafka's limit: server embeddings can be wide."""
+    rows = max(1, MAX_RECORD_BYTES // (ROW_BYTES + 4 * message.server_embedding.shape[1]))
+    for start in range(0, len(message), rows):
+        yield message[start : start + rows]
 
 
 class _NoReader:
@@ -305,16 +365,21 @@ class _NoReader:
 
 
 def _without_models(batch: Batch, joined: Joined) -> Joined:
-    """Nothing can be predicted: the constant is left to rows that have a fallback, where the model declares one."""
+    """Nothing can be predicted: the constant is left to rows that have a fallback, where the model declares one.
+
+    A device that merges predicts by itself: it keeps its fallbacks.
+    """
     status = np.where(joined.with_server, Unavailable.code, joined.status)
     fallback = np.where(joined.with_server, _fallback(batch, status), joined.fallback)
+    if batch.on_device:
+        return replace(joined, status=status, fallback=fallback)
     last = NONE if batch.deployment.serving.constant is None else CONSTANT
     return replace(joined, status=status, fallback=np.where(fallback == NONE, NONE, last))
 
 
 def probe(deployment: Deployment) -> tuple[Batch, Joined]:
     """One row of zeros, as if it had been read, to try a deployment's models with."""
-    inputs, size = len(deployment.request), deployment.device_embedding
+    inputs, size = len(deployment.request), deployment.sent_embedding
     one, zeros = np.zeros(1, np.int64), np.zeros((1, inputs), np.float32)
     entity, slots = np.array([""], dtype=object), np.zeros((1, len(deployment.server) + inputs), np.float32)
     batch = Batch(deployment, one, np.zeros(1, "V16"), entity, zeros, np.zeros((1, size), np.float32), one)
@@ -354,13 +419,13 @@ def _misfit(message: DeviceEmbeddings, deployment: Deployment | None) -> str | N
     if deployment is None:
         return UnknownModel.code
     widths = message.embedding.shape[1], message.request.shape[1]
-    return None if widths == (deployment.device_embedding, len(deployment.request)) else BadRequest.code
+    return None if widths == (deployment.sent_embedding, len(deployment.request)) else BadRequest.code
 
 
 def _batches(deployment: Deployment | None, traced: Sequence[_Traced]) -> list[Batch]:
     assert deployment is not None
     messages = [message for message, _ in traced]
-    names = ("request_id", "entity", "request", "embedding", "event_ms")
+    names = ("request_id", "entity", "request", "embedding", "event_ms", "wants_server")
     columns = {name: np.concatenate([getattr(message, name) for message in messages]) for name in names}
     columns["reply_partition"] = np.concatenate([np.full(len(m), m.reply_partition) for m in messages])
     return [

@@ -25,12 +25,14 @@ from hybrid.errors import BadRequest, ServingError
 from hybrid.protocol import (
     DEVICE_EMBEDDING,
     ENTITY,
+    EXPIRES_MS,
     FALLBACK,
     FEATURE_AGE_MS,
     HEADER_LENGTH,
     MERGED,
     OUTPUTS,
     PREDICTION,
+    SERVER_EMBEDDING,
     STATUS,
     TRANSPORT,
     VERSION,
@@ -49,15 +51,23 @@ class Rows:
     Attributes:
         entity: (n,) join keys as text.
         request: (n, r) request features as slots.
-        embedding: (n, d) as released by the device, finite; all NaN where the request came without.
+        embedding: (n, d) as released by the device, finite; all NaN where the request came without; (n, 0) where
+            the device merges.
+        contribution: numbers of the server's embedding that each row is to be answered with; 0: it is not wanted.
     """
 
     entity: NDArray[np.object_]
     request: NDArray[np.float32]
     embedding: NDArray[np.float32]
+    contribution: int = 0
 
     def __len__(self) -> int:
         return len(self.entity)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all numbers, and of those that come back for `contribution`."""
+        return self.request.nbytes + self.embedding.nbytes + 4 * len(self) * self.contribution
 
 
 @dataclass(frozen=True)
@@ -79,26 +89,60 @@ class Infer:
 
 @dataclass(frozen=True)
 class Answers:
-    """The predictions of one request, (n,) each; every row has one.
+    """What answers one request, (n,) each; every row has a prediction, or what a device predicts from.
 
     Attributes:
-        prediction: probabilities.
+        prediction: probabilities; meaningless where the device merges.
         feature_age_ms: of the server's features; -1 where there were none.
         status: "ok", or why a side is missing.
         fallback: what answered then; else "none".
+        expires_ms: as in `Predictions`; None where nobody may ask for it.
+        server_embedding: (n, a) as in `Predictions`; None likewise.
     """
 
     prediction: NDArray[np.float32]
     feature_age_ms: NDArray[np.int64]
     status: Sequence[str]
     fallback: Sequence[str]
+    expires_ms: NDArray[np.int64] | None = None
+    server_embedding: NDArray[np.float32] | None = None
 
 
 def inputs_of(deployment: Deployment) -> list[dict[str, Any]]:
     """Names, datatypes and shapes of what a request holds."""
     inputs = {name: (datatype, [-1]) for name, datatype in _scalars(deployment).items()}
-    inputs[DEVICE_EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
+    if deployment.merge == "server":
+        inputs[DEVICE_EMBEDDING] = ("FP32", [-1, deployment.device_embedding])
     return [{"name": n, "datatype": d, "shape": s} for n, (d, s) in inputs.items()]
+
+
+def outputs_of(deployment: Deployment) -> list[str]:
+    """What a request is answered with where it names no outputs."""
+    others = {PREDICTION} if deployment.merge == "device" else {SERVER_EMBEDDING, EXPIRES_MS}
+    return [name for name in OUTPUTS if name not in others]
+
+
+def allowed_outputs(deployment: Deployment) -> list[str]:
+    """What a request may name: beside those the server's contribution, where the model declares it."""
+    return [*outputs_of(deployment), *([SERVER_EMBEDDING] if deployment.serving.contribution else [])]
+
+
+def wanted(names: Iterable[str], deployment: Deployment) -> list[str]:
+    """The outputs that a request names, or all that are given where it names none.
+
+    Raises:
+        BadRequest: the model has no such output, or gives it to nobody.
+    """
+    asked, allowed = list(names), allowed_outputs(deployment)
+    for name in asked:
+        if name not in allowed:
+            what = "unknown output"
+            if name == SERVER_EMBEDDING:
+                what = "serving.contribution is not declared, so nobody is given output"
+            elif name == PREDICTION:
+                what = "the device predicts (merge='device'), so there is no output"
+            raise BadRequest(f"{what} {_short(name)}; {deployment.model} gives {allowed}")
+    return asked or outputs_of(deployment)
 
 
 def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str, Any]:
@@ -108,13 +152,19 @@ def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str,
         deployment: whose tensors.
         versions: that are served.
     """
+    outputs = allowed_outputs(deployment)
     return {
         "name": deployment.model,
         "versions": [str(version) for version in versions],
         "platform": "hybrid",
         "inputs": inputs_of(deployment),
-        "outputs": [{"name": n, "datatype": d, "shape": [-1]} for n, d in OUTPUTS.items()],
+        "outputs": [{"name": n, "datatype": OUTPUTS[n], "shape": shape(n, -1, deployment)} for n in outputs],
     }
+
+
+def shape(output: str, rows: int, deployment: Deployment) -> list[int]:
+    """Of an output of so many rows."""
+    return [rows, deployment.server_embedding] if output == SERVER_EMBEDDING else [rows]
 
 
 def decode(body: bytes, header_length: str | None, deployment: Deployment) -> Infer:
@@ -130,27 +180,36 @@ def decode(body: bytes, header_length: str | None, deployment: Deployment) -> In
             names the input, what it must be and what it got; it holds no value.
     """
     document, raw = _split(body, header_length)
-    inputs = _by_name(document.get("inputs"), "inputs")
-    rows = read(inputs, _chunks(inputs, raw), deployment)
-    return Infer(_id(document), rows, _wanted(document), timeout_s(_parameters(document).get("timeout")))
+    inputs, outputs = _by_name(document.get("inputs"), "inputs"), _wanted(document, deployment)
+    rows = read(inputs, _chunks(inputs, raw), outputs, deployment)
+    return Infer(_id(document), rows, outputs, timeout_s(_parameters(document).get("timeout")))
 
 
 def read(
-    inputs: Mapping[str, Mapping[str, Any]], chunks: Mapping[str, memoryview | None], deployment: Deployment
+    inputs: Mapping[str, Mapping[str, Any]],
+    chunks: Mapping[str, memoryview | None],
+    outputs: Iterable[str],
+    deployment: Deployment,
 ) -> Rows:
     """Checks the tensors of a request, whichever way they came.
 
     Args:
         inputs: name -> the protocol's tensor object: name, datatype, shape, and data where that is not raw.
         chunks: name -> its raw bytes; None where its values are in the object.
+        outputs: wanted.
         deployment: the model that is asked.
 
     Raises:
         BadRequest: see `decode`.
     """
     scalars = _scalars(deployment)
-    expected = [*scalars, DEVICE_EMBEDDING]
+    expected = [tensor["name"] for tensor in inputs_of(deployment)]
     needed = scalars if deployment.serving.missing_device != "error" else expected
+    if DEVICE_EMBEDDING in inputs and DEVICE_EMBEDDING not in expected:
+        raise BadRequest(
+            f"input {DEVICE_EMBEDDING!r} must not be sent: {deployment.model} merges on the device, where it stays; "
+            f"{deployment.model} takes {expected}"
+        )
     unknown, missing = [n for n in inputs if n not in expected], [n for n in needed if n not in inputs]
     if unknown:
         raise BadRequest(f"unknown input {_short(unknown[0])}; {deployment.model} takes {expected}")
@@ -161,14 +220,15 @@ def read(
     for name, datatype in scalars.items():
         if datatype == "BYTES":
             _check_lengths(name, values[name])
-    embedding = np.full((rows, deployment.device_embedding), np.nan, np.float32)
+    embedding = np.full((rows, deployment.sent_embedding), np.nan, np.float32)
     if DEVICE_EMBEDDING in inputs:
         embedding = _tensor(inputs[DEVICE_EMBEDDING], "FP32", embedding.shape, chunks[DEVICE_EMBEDDING])
         if not np.isfinite(embedding).all():
             raise BadRequest(f"input {DEVICE_EMBEDDING!r} must be finite, got NaN or infinity")
     request = deployment.request.slots(deployment.request.inputs(values)).reshape(rows, len(deployment.request))
     entity = _entities(values[ENTITY], deployment.join_key_type)
-    return Rows(entity, request, embedding)
+    gives_server = deployment.merge == "device" or SERVER_EMBEDDING in outputs
+    return Rows(entity, request, embedding, deployment.server_embedding if gives_server else 0)
 
 
 def timeout_s(given: object) -> float | None:
@@ -181,11 +241,13 @@ def timeout_s(given: object) -> float | None:
 
 
 def columns(n: int, answers: Answers, deployment: Deployment) -> dict[str, Any]:
-    """Every output of `n` rows, by name."""
+    """Every output of `n` rows, by name; a matrix row by row."""
     return {
         PREDICTION: answers.prediction,
         VERSION: np.full(n, deployment.version),
         FEATURE_AGE_MS: answers.feature_age_ms,
+        EXPIRES_MS: answers.expires_ms,
+        SERVER_EMBEDDING: None if answers.server_embedding is None else answers.server_embedding.ravel(),
         MERGED: [deployment.merge] * n,
         TRANSPORT: [deployment.serving.transport] * n,
         STATUS: answers.status,
@@ -199,7 +261,7 @@ def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[byte
     values = columns(n, answers, deployment)
     outputs, raw = [], []
     for name, binary in infer.outputs.items():
-        output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [n]}
+        output: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": shape(name, n, deployment)}
         if binary:
             raw.append(to_binary(values[name], OUTPUTS[name]))
             output["parameters"] = {"binary_data_size": len(raw[-1])}
@@ -211,13 +273,6 @@ def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[byte
         document["id"] = infer.id
     header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     return header + b"".join(raw), len(header) if raw else None
-
-
-def check_outputs(names: Iterable[str]) -> None:
-    """Raises BadRequest if there is no output of one of these names."""
-    unknown = [name for name in names if name not in OUTPUTS]
-    if unknown:
-        raise BadRequest(f"unknown output {_short(unknown[0])}; there are {list(OUTPUTS)}")
 
 
 def to_binary(values: Any, datatype: str) -> bytes:
@@ -401,13 +456,13 @@ def _id(document: Mapping[str, Any]) -> str | None:
     return given
 
 
-def _wanted(document: Mapping[str, Any]) -> dict[str, bool]:
-    """The outputs asked for, all where none are named, and whether each goes out as binary."""
+def _wanted(document: Mapping[str, Any], deployment: Deployment) -> dict[str, bool]:
+    """The outputs asked for, all that are given where none are named, and whether each goes out as binary."""
     by_default = _parameters(document).get("binary_data_output") is True
     if not document.get("outputs"):
-        return dict.fromkeys(OUTPUTS, by_default)
+        return dict.fromkeys(outputs_of(deployment), by_default)
     asked = _by_name(document["outputs"], "outputs")
-    check_outputs(asked)
+    wanted(asked, deployment)
     return {name: _parameters(output).get("binary_data", by_default) is True for name, output in asked.items()}
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from hybrid.deployment import Deployment
-from hybrid.protocol import DEVICE_EMBEDDING, ENTITY, HEADER_LENGTH, OUTPUTS
+from hybrid.protocol import DEVICE_EMBEDDING, ENTITY, HEADER_LENGTH
 from serving import oip
 
 SIZE = {"type": "integer", "minimum": 0, "maximum": 10**11 - 1}  # bytes
@@ -138,8 +138,8 @@ def example(deployment: Deployment) -> dict[str, Any]:
     for name, transform in deployment.request.transforms.items():
         datatype, value = ("BYTES", "text") if transform.text else ("FP32", 1.5)
         tensors.append({"name": name, "datatype": datatype, "shape": [1], "data": [value]})
-    size = deployment.device_embedding
-    tensors.append({"name": DEVICE_EMBEDDING, "datatype": "FP32", "shape": [1, size], "data": [0.5] * size})
+    if size := deployment.sent_embedding:
+        tensors.append({"name": DEVICE_EMBEDDING, "datatype": "FP32", "shape": [1, size], "data": [0.5] * size})
     return {"inputs": tensors}
 
 
@@ -169,12 +169,12 @@ def request_schema(deployment: Deployment) -> dict[str, Any]:
             },
             "outputs": {
                 "type": "array",
-                "description": "Those wanted, each once; all where none is named.",
+                "description": f"Those wanted, each once; where none is named {oip.outputs_of(deployment)}.",
                 "items": {
                     "type": "object",
                     "required": ["name"],
                     "properties": {
-                        "name": {"enum": list(OUTPUTS)},
+                        "name": {"enum": oip.allowed_outputs(deployment)},
                         "parameters": {"type": "object", "properties": {"binary_data": {"type": "boolean"}}},
                     },
                 },
@@ -218,11 +218,14 @@ def _infer(deployment: Deployment) -> dict[str, Any]:
     content = {"application/json": body, "application/octet-stream": {"schema": binary}}
     answer = {"application/json": {"schema": _ref("Answer")}, "application/octet-stream": {"schema": binary}}
     refusals = _refusals("400", "401", "403", "404", "405", "410", "413", "429", "500", "503")
+    what, each = f"Predictions of {deployment.model}", "A prediction for each row"
+    if deployment.merge == "device":
+        what, each = f"Server embeddings of {deployment.model}, for devices", "The server's embedding for each row"
     return {
-        "summary": f"Predictions of {deployment.model}",
+        "summary": what,
         "parameters": [length],
         "requestBody": {"required": True, "content": content},
-        "responses": {"200": {"description": "A prediction for each row", "content": answer}, **refusals},
+        "responses": {"200": {"description": each, "content": answer}, **refusals},
     }
 
 

@@ -51,12 +51,13 @@ class RequestLog:
         self._random, self._lock = random or np.random.default_rng(), Lock()
 
     def sample(self, batch: Batch, joined: Joined, prediction: NDArray[np.float32], now_ms: int) -> None:
-        """Keeps its share of the rows that have a prediction from both sides."""
+        """Keeps its share of the rows of which neither side is missing."""
         if not self._share:
             return
         with self._lock:
             drawn = self._random.random(len(batch)) < self._share
-            merged = (joined.status == OK) & (joined.fallback == NONE) & np.isfinite(prediction)
+            predicted = np.isfinite(prediction) | batch.on_device  # there the prediction stays on the device
+            merged = (joined.status == OK) & (joined.fallback == NONE) & predicted
             chosen = np.flatnonzero(drawn & merged)
             self._write(b"".join(_line(batch, joined, prediction, now_ms, row) for row in chosen.tolist()))
 
@@ -89,6 +90,6 @@ def _line(batch: Batch, joined: Joined, prediction: NDArray[np.float32], now_ms:
         "feature_ms": now_ms - int(joined.age_ms[row]),
         "server": slots[: len(served.server)],
         "request": slots[len(served.server) :],
-        "score": float(prediction[row]),
+        "score": None if batch.on_device else float(prediction[row]),
     }
     return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)  # NaN becomes null

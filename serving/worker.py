@@ -21,7 +21,7 @@ from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox, Record
-from serving.merge import Batch, Reader, Sample, decode, merge
+from serving.merge import Batch, Reader, Sample, decode, merge, within_limit
 from serving.readers import Readers
 from serving.telemetry import Step, Telemetry
 from serving.triton import Models
@@ -229,7 +229,7 @@ class Worker:
 
     def _send(self, answers: Sequence[Predictions], dead: Sequence[DeadLetter]) -> None:
         """Returns once all of it lies in Kafka."""
-        for message in answers:
+        for message in (part for whole in answers for part in within_limit(whole)):
             self._outbox.send(Predictions.TOPIC, message.to_bytes(), message.reply_partition)
         for letter in dead:
             place = letter.partition, letter.offset

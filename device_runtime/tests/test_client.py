@@ -15,7 +15,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from device_runtime.client import Answer, InferenceClient, Results, RetryBudget, read_answer
+from device_runtime.answers import Answer, Results, read_answer
+from device_runtime.client import InferenceClient, RetryBudget
 from device_runtime.program import EmbedProgram
 from device_runtime.store import Rows
 from hybrid import Noised
@@ -282,7 +283,8 @@ def test_a_stored_value_of_the_wrong_type_stops_the_run(manifest: Manifest, prog
 @pytest.mark.parametrize(
     ("update", "settings", "sentence"),
     [
-        ({"merge": "device", "release": None}, {}, "merge must be 'server' to infer at a gateway, got 'device'"),
+        ({"merge": "device", "release": None}, {}, "program must be PredictProgram for merge='device', got Embed"),
+        ({"release": None}, {}, "the bundle's release must be 'clear' or 'noised' for merge='server', got none"),
         ({}, {"gateway": "127.0.0.1:80"}, "gateway must be an http:// or https:// URL, got '127.0.0.1:80'"),
         ({}, {"timeout_s": 0}, "timeout_s must be > 0, got 0"),
     ],

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -43,11 +42,6 @@ def register(
     from hybrid.spec import load_model
 
     model = load_model(file)
-    if model.merge == "device":
-        raise ConfigError(
-            "merge='device' cannot be registered yet: this release merges on the server only. "
-            "Declare merge='server' and a release=Clear(reason=...) or Noised(clip=..., sigma=...)"
-        )
     network = Network.build(model).description()
     check_sources(model)
     digest = Registry(Workspace.current()).register(model, network, file)
@@ -144,7 +138,7 @@ def _released(release: Mapping[str, Any] | None, delta: float) -> str:
     from hybrid.privacy.mechanisms import local_epsilon
 
     if release is None:
-        return "none"
+        return "none: the device merges, and is sent the server's embedding of the entity that it names"
     if release["kind"] == "noised":
         epsilon = local_epsilon(release["sigma"], delta)
         return f"noised: each request has a local epsilon of {epsilon:.3g} at delta {delta:g}, and requests add up"

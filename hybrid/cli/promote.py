@@ -117,6 +117,8 @@ def _show(exported: Exported, model: HybridModel, alias: str, served: Path | Non
     console = Console()
     console.print(table)
     console.print(f"Device embeddings are released {_release(model)}.", highlight=False)
+    if model.merge == "device" or model.serving.contribution:
+        console.print("Callers are given the server tower's embedding of the entities they name.", highlight=False)
     console.print(f"Serving uses it: {served}" if served else f"Serving is unchanged: only '{PRODUCTION}' is served.")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid.bundle import Manifest, signing_key, write_bundle
+from hybrid.bundle import Alone, Manifest, signing_key, write_bundle
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError
 from hybrid.export import executorch, triton
 from hybrid.network import Network
+from hybrid.protocol import CONSTANT, DEVICE_ONLY
 from hybrid.spec import HybridModel
 from hybrid.version import Version
 from hybrid.workspace import Workspace
@@ -102,8 +103,6 @@ def _learned(network: Network, side: str) -> tuple[float, ...]:
 
 def _check(version: Version, model: HybridModel) -> None:
     name = f"{model.name}:{version.number}"
-    if model.merge == "device":
-        raise ConfigError(f"{name} cannot be served yet: merge='device' is declared; so far only 'server' is served")
     if version.training.kind != "federated":
         raise ConfigError(
             f"{name} is a {version.training.kind} reference, trained without a privacy mechanism; "
@@ -134,4 +133,14 @@ def _manifest(version: Version, network: Network) -> Manifest:
         merge=model.merge,
         release=model.release,
         programs={},
+        alone=_alone(network) if model.merge == "device" else None,
     )
+
+
+def _alone(network: Network) -> Alone:
+    """What a device that merges may answer without the server: of the declared fallbacks those that it can compute."""
+    serving = network.model.serving
+    declared = {"unavailable": serving.unavailable, "stale_features": serving.stale_features}
+    own = {name: answer for name, answer in declared.items() if answer in (DEVICE_ONLY, CONSTANT)}
+    learned = {"missing_server": _learned(network, "server"), "constant": serving.constant}
+    return Alone.model_validate(own | learned)

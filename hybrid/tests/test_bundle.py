@@ -10,9 +10,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from hybrid import Categorical, Clear, Noised, Numeric
-from hybrid.bundle import MAX_BYTES, Manifest, read_bundle, signing_key, trusted_key, write_bundle
+from hybrid.bundle import MAX_BYTES, Alone, Manifest, read_bundle, signing_key, trusted_key, write_bundle
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
 
@@ -66,6 +67,30 @@ def test_a_device_learns_how_its_embedding_is_released(release: Clear | Noised, 
     """Both kinds of release come back as the class that declares them."""
     manifest = MANIFEST.model_copy(update={"release": release})
     assert read_bundle(written(tmp_path, manifest), KEY.public_key()).manifest.release == release
+
+
+def test_what_a_device_answers_alone_comes_back_and_stands_in_no_other_bundle(data: bytes, tmp_path: Path):
+    """Where the device merges; a device of the release before refuses unknown fields, and finds none in its bundles."""
+    alone = Alone(unavailable="device-only", missing_server=(0.5, 1.0, -1.0, 0.25), constant=0.125)
+    manifest = MANIFEST.model_copy(update={"merge": "device", "release": None, "alone": alone})
+    assert read_bundle(written(tmp_path, manifest), KEY.public_key()).manifest.alone == alone
+    assert b"alone" not in zipfile.ZipFile(io.BytesIO(data)).read("manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("alone", "merge", "must"),
+    [
+        ({"unavailable": "device-only"}, "device", "missing_server must be an embedding where 'device-only'"),
+        ({"stale_features": "constant"}, "device", "constant must be a probability where 'constant'"),
+        ({"missing_server": (1.0,)}, "device", "alone.missing_server must have 4 numbers or none"),
+        ({}, "server", "alone must be left out where merge='server'"),
+    ],
+)
+def test_what_a_device_cannot_answer_alone_is_refused(alone: dict, merge: str, must: str):
+    """A manifest that declares it is none."""
+    fields = MANIFEST.model_dump() | {"merge": merge, "alone": alone}
+    with pytest.raises(ValidationError, match=must):
+        Manifest.model_validate(fields)
 
 
 def test_equal_contents_are_equal_bytes(data: bytes, tmp_path: Path):

@@ -63,6 +63,46 @@ def test_predictions_come_back_as_they_went():
     assert_same(Predictions.from_bytes(sent.to_bytes()), sent)
 
 
+@pytest.mark.parametrize("width", [0, 3])
+def test_server_embeddings_of_any_width_come_back(width):
+    """Width 0, where no row asked for one, survives; so do embeddings of a device that merges, and who wants what."""
+    sent = Predictions(
+        "coupon",
+        3,
+        7,
+        request_id=np.frombuffer(bytes(32), dtype="V16"),
+        status=np.array(["ok", "ok"], dtype=object),
+        fallback=np.array(["none", "none"], dtype=object),
+        prediction=np.array([np.nan, np.nan], np.float32),
+        feature_age_ms=np.array([1500, -1]),
+        expires_ms=np.array([1_700_000_000_000, -1]),
+        server_embedding=np.arange(2 * width, dtype=np.float32).reshape(2, width),
+    )
+    assert_same(Predictions.from_bytes(sent.to_bytes()), sent)
+    asked = replace(embeddings(size=width), wants_server=np.array([True, False]))
+    read = DeviceEmbeddings.from_bytes(asked.to_bytes())
+    assert_same(read, asked)
+    assert read.embedding.shape == (2, width)
+
+
+def test_a_record_of_the_release_before_is_still_read():
+    """Its later columns were not there: nobody wants the server's embedding, and nothing is given or expires."""
+    asked = batch_of(embeddings()).drop_columns(["wants_server"])
+    assert DeviceEmbeddings.from_bytes(stream(asked)).wants_server.tolist() == [False, False]
+    said = Predictions(
+        "coupon",
+        3,
+        7,
+        request_id=np.frombuffer(bytes(16), dtype="V16"),
+        status=np.array(["ok"], dtype=object),
+        fallback=np.array(["none"], dtype=object),
+        prediction=np.array([0.5], np.float32),
+        feature_age_ms=np.array([5]),
+    )
+    read = Predictions.from_bytes(stream(batch_of(said).drop_columns(["expires_ms", "server_embedding"])))
+    assert (read.expires_ms.tolist(), read.server_embedding.shape) == ([-1], (1, 0))
+
+
 @settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_a_damaged_record_is_refused_or_read_but_never_anything_else(data):

@@ -141,6 +141,15 @@ def test_merging_on_the_device_has_no_release():
     refused(lambda: declare(merge="device"), "release must be left out where merge='device'")
 
 
+def test_merging_on_the_device_has_neither_a_missing_device_nor_a_contribution():
+    """The device is where the answer is made, and the server's embedding is the answer."""
+    for how, must in (
+        ({"missing_device": "server-only"}, "serving.missing_device must be left out where merge='device'"),
+        ({"contribution": True}, "serving.contribution must be left out where merge='device'"),
+    ):
+        refused(lambda how=how: declare(merge="device", release=None, serving=Serving(**how)), must)
+
+
 def test_a_release_of_another_kind_is_refused():
     """Only the two forms whose disclosure can be stated."""
     refused(lambda: declare(release="clear"), "HybridModel.release: must be Clear(...) or Noised(...), got 'clear'")

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,30 @@ def test_a_declared_fallback_answers():
         assert answers.prediction.tolist() == [0.5]
 
     run(scenario, direct())
+
+
+def test_who_wants_the_contribution_is_given_it_and_who_shares_its_batch_is_not():
+    """kiosk's slot is 2: the tower gives (2, 2); of a device that merges it is all that is given."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        served = deployment().model_copy(update={"serving": Serving(contribution=True)})
+        without = asyncio.create_task(made.ask(served, rows("bakery")))
+        given = asyncio.create_task(made.ask(served, replace(rows("kiosk"), contribution=2)))
+        await asyncio.sleep(0)
+        models.go.set()
+        assert np.isnan((await without).server_embedding).all()
+        found = await given
+        assert (found.server_embedding.tolist(), found.prediction.tolist()) == ([[2.0, 2.0]], [4.0])
+        await first
+        asked = replace(rows("kiosk"), embedding=np.empty((1, 0), np.float32), contribution=2)
+        found = await made.ask(deployment().model_copy(update={"merge": "device"}), asked)
+        assert found.server_embedding.tolist() == [[2.0, 2.0]]
+        assert found.expires_ms.tolist() == [1_000 - 5 + 60_000]
+
+    run(scenario, direct(models))
 
 
 def test_no_answer_in_time_is_unavailable_and_what_nobody_waits_for_is_not_merged():

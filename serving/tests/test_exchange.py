@@ -362,3 +362,88 @@ def test_what_waits_is_counted():
         assert broker.exchange.in_flight == 0
 
     asyncio.run(scenario())
+
+
+def wanting(*entities):
+    return replace(rows(*entities), contribution=2)
+
+
+def answered_with(message, **said):
+    """An answer to the first row of a record."""
+    said = {"status": "ok", "fallback": "none", "prediction": 0.5, "server": [[1.0, 2.0]]} | said
+    words = {word: np.array([said[word]], dtype=object) for word in ("status", "fallback")}
+    numbers = {"prediction": np.array([said["prediction"]], np.float32), "feature_age_ms": np.array([9])}
+    numbers |= {"expires_ms": np.array([77]), "server_embedding": np.array(said["server"], np.float32).reshape(1, -1)}
+    return Predictions("shop", 1, 3, message.request_id[:1], **words, **numbers)
+
+
+def test_who_wants_the_contribution_is_given_it_and_who_shares_its_record_is_not():
+    """One record of two questions says which row wants it; the answer's columns find their callers."""
+
+    async def scenario():
+        broker = Broker()
+        asked = [broker.ask("a"), asyncio.create_task(broker.exchange.ask(deployment(), wanting("bb")))]
+        message, _ = await broker.sent.get()
+        assert message.wants_server.tolist() == [False, True]
+        both = answered_with(message)
+        broker.exchange.answer(replace(both, server_embedding=np.full((1, 2), np.nan, np.float32)))
+        broker.exchange.answer(replace(both, request_id=message.request_id[1:]))
+        without, given = await asyncio.gather(*asked)
+        assert without.server_embedding.shape == (1, 0)
+        assert (given.server_embedding.tolist(), given.expires_ms.tolist()) == ([[1.0, 2.0]], [77])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("server", [[], [1.0], [1.0, 2.0, 3.0], [1.0, np.nan], [np.inf, 1.0]])
+@pytest.mark.parametrize("merge", ["server", "device"])
+def test_a_server_embedding_that_no_worker_can_have_given_is_dropped(merge, server):
+    """Of another width, or not finite: the true one, which comes later, counts."""
+
+    async def scenario():
+        broker, served = Broker(), deployment().model_copy(update={"merge": merge})
+        asked = asyncio.create_task(broker.exchange.ask(served, wanting("a")))
+        message, _ = await broker.sent.get()
+        broker.exchange.answer(answered_with(message, server=server))
+        await asyncio.sleep(0)
+        assert not asked.done()
+        broker.exchange.answer(answered_with(message))
+        assert (await asked).server_embedding.tolist() == [[1.0, 2.0]]
+
+    asyncio.run(scenario())
+
+
+def test_a_device_that_merges_needs_no_prediction_and_of_a_constant_no_embedding():
+    """NaN in both is an answer where the fallback says "constant"; an error row may have no column at all."""
+
+    async def scenario():
+        broker, served = Broker(), deployment().model_copy(update={"merge": "device"})
+        for said, error in (
+            ({"prediction": np.nan}, None),
+            ({"prediction": np.nan, "status": "unavailable", "fallback": "constant", "server": [[np.nan] * 2]}, None),
+            ({"prediction": np.nan, "status": "unknown_entity", "server": []}, UnknownEntity),
+        ):
+            asked = asyncio.create_task(broker.exchange.ask(served, wanting("a")))
+            message, _ = await broker.sent.get()
+            broker.exchange.answer(answered_with(message, **said))
+            if error is None:
+                assert (await asked).fallback == [said.get("fallback", "none")]
+            else:
+                with pytest.raises(error):
+                    await asked
+
+    asyncio.run(scenario())
+
+
+def test_room_is_taken_for_what_comes_back_too():
+    """A row is 16 bytes of numbers and asks for 8 back: two such rows do not fit into 40."""
+
+    async def scenario():
+        broker = Broker(Limits(deadline_s=30, linger_s=0.001, waiting_bytes=40))
+        with pytest.raises(Overloaded):
+            await broker.exchange.ask(deployment(), wanting("a", "b"))
+        asked = broker.ask("a", "b")
+        broker.answer((await broker.sent.get())[0])
+        await asked
+
+    asyncio.run(scenario())

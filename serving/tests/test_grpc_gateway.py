@@ -16,7 +16,6 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from hybrid.errors import BadRequest, Overloaded, ServingError, StaleFeatures, Unavailable
-from hybrid.protocol import OUTPUTS
 from hybrid.tracing import Tracer, new_traceparent
 from serving import oip
 from serving.access import Access, ApiKey, ApiKeys, Buckets
@@ -76,7 +75,7 @@ def test_tensors_become_rows(raw):
     assert asked.rows.entity.tolist() == ["bakery", "kiosk"]
     assert asked.rows.request.tolist() == [[1.0, 0.5], [2.0, 10.0]]
     assert asked.rows.embedding.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert asked.outputs == dict.fromkeys(OUTPUTS, raw)
+    assert asked.outputs == dict.fromkeys(oip.outputs_of(SHOP), raw)
 
 
 def changed(raw=True, **columns):
@@ -236,6 +235,28 @@ def test_the_answer_comes_the_way_the_question_came():
     assert list(typed.outputs[0].contents.bytes_contents) == [b"server", b"server"]
     assert list(typed.outputs[1].contents.fp32_contents) == [0.25, 0.5]
     assert not typed.raw_output_contents
+
+
+def test_a_server_embedding_is_answered_either_way():
+    """(2, 2) numbers row by row: 16 raw bytes, or four floats in their field; a device's embedding is refused."""
+    served = SHOP.model_copy(update={"merge": "device"})
+    server = np.array([[1.5, -2.0], [0.25, 4.0]], np.float32)
+    answers = oip.Answers(np.full(2, np.nan), np.array([7, 8]), *said(2), np.array([90, 91]), server)
+    with pytest.raises(BadRequest, match="must not be sent: shop merges on the device"):
+        decode(question(), served)
+    for raw in (True, False):
+        asked = decode(question(raw, device_embedding=None), served)
+        assert (asked.rows.embedding.shape, asked.rows.contribution) == ((2, 0), 2)
+        response = encode(asked, answers, served)
+        found = {output.name: (output, place) for place, output in enumerate(response.outputs)}
+        assert "prediction" not in found
+        output, place = found["server_embedding"]
+        assert list(output.shape) == [2, 2]
+        if raw:
+            assert response.raw_output_contents[place] == server.tobytes()
+        else:
+            assert list(output.contents.fp32_contents) == [1.5, -2.0, 0.25, 4.0]
+        assert ("expires_ms" in found, found["merged"][0].datatype) == (True, "BYTES")
 
 
 class Front:

@@ -7,7 +7,7 @@ import pytest
 from hybrid.messages import DeviceEmbeddings
 from hybrid.spec import Serving
 from serving.kafka import Record
-from serving.merge import decode, encode, features, forward, merge
+from serving.merge import Merged, decode, encode, features, forward, merge, within_limit
 from serving.testing import MemoryReader, SumModels, deployment
 
 KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok"), "ruin": (3.0, "stale_features"), "mall": (4.0, "schema_drift")}
@@ -85,15 +85,16 @@ def test_features_puts_request_slots_after_the_servers():
 def test_forward_runs_only_rows_that_can_be_predicted():
     """bakery: slots 1 + 1 + 10 = 12, tower (12, 12), head 24 + device 2 = 26; the unknown row costs nothing."""
     batch, models = only_batch(message(["nowhere", "bakery"])), SumModels()
-    prediction = forward(batch, features(batch, MemoryReader(KNOWN), now_ms=0), models)
-    np.testing.assert_array_equal(prediction, [np.nan, 26.0])
+    merged = forward(batch, features(batch, MemoryReader(KNOWN), now_ms=0), models)
+    np.testing.assert_array_equal(merged.prediction, [np.nan, 26.0])
     assert models.calls == [("shop_server_tower", 1, 1), ("shop_head", 1, 1)]
 
 
 def test_each_gateway_is_answered_in_a_message_of_its_own():
     """Rows 1 and 3 go to partition 0, row 2 to partition 5, each with its id."""
     batch = only_batch(message(), message(["kiosk"], first_id=2, reply_partition=5), message(first_id=3))
-    answers = encode(batch, features(batch, MemoryReader(KNOWN), now_ms=0), np.array([0.1, 0.2, 0.3], np.float32))
+    merged = Merged(np.array([0.1, 0.2, 0.3], np.float32), np.zeros((3, 2), np.float32))
+    answers = encode(batch, features(batch, MemoryReader(KNOWN), now_ms=0), merged)
     found = {m.reply_partition: [int.from_bytes(i.tobytes(), "big") for i in m.request_id] for m in answers}
     assert found == {0: [1, 3], 5: [2]}
 
@@ -262,3 +263,92 @@ def test_the_last_three_stages_are_timed_in_order():
 
     merge(only_batch(message()), lambda _: MemoryReader(KNOWN), SumModels(), 0, stage=stage)
     assert seen == ["features", "forward", "encode"]
+
+
+def server_side(entities, serving=None, wants=None, embedding=None, models=None, merge_on="device", **how):
+    """The answer of a model that merges on the device, or of one that gives its contribution; asked at 1,000 ms."""
+    served = deployment().model_copy(update={"merge": merge_on, "serving": Serving(**(serving or {})), **LEARNED})
+    size = 0 if merge_on == "device" else 2
+    given = np.ones((len(entities), size)) if embedding is None else embedding
+    asked = message(entities, embedding=given, wants_server=wants, **how)
+    (batch,) = decode(records(asked), lambda *_: served).batches
+    (found,) = merge(batch, lambda _: MemoryReader(KNOWN), models or SumModels(), now_ms=1_000)
+    return found
+
+
+def test_a_device_that_merges_is_given_the_servers_embedding_and_when_it_expires():
+    """bakery: tower (12, 12), features of 5 ms ago that may be 60 s old: 1,000 - 5 + 60,000. The head is not asked."""
+    models = SumModels()
+    found = server_side(["bakery"], models=models)
+    assert found.server_embedding.tolist() == [[12.0, 12.0]]
+    assert (found.expires_ms.tolist(), found.feature_age_ms.tolist()) == ([60_995], [5])
+    assert (found.status.tolist(), found.fallback.tolist()) == (["ok"], ["none"])
+    assert np.isnan(found.prediction).all()
+    assert models.calls == [("shop_server_tower", 1, 1)]
+
+
+def test_a_device_that_merges_is_given_the_embedding_learned_for_a_missing_server_side_or_told_constant():
+    """(10, 10) of no features, so it never expires; a constant has no embedding; an error has none either."""
+    declared = {"missing_entity": "device-only", "stale_features": "constant", "constant": 0.5}
+    found = server_side(["nowhere", "ruin", "bakery"], declared)
+    np.testing.assert_array_equal(found.server_embedding, [[10, 10], [np.nan] * 2, [12, 12]])
+    assert found.fallback.tolist() == ["device-only", "constant", "none"]
+    assert found.expires_ms.tolist() == [-1, -1, 60_995]
+    refused = server_side(["nowhere"])
+    assert (refused.status.tolist(), refused.fallback.tolist()) == (["unknown_entity"], ["none"])
+    assert np.isnan(refused.server_embedding).all()
+
+
+def test_without_triton_a_device_that_merges_still_predicts_alone():
+    """What was learned is in the deployment: only the tower's own rows fall back."""
+    declared = {"unavailable": "device-only", "missing_entity": "device-only", "constant": 0.5}
+    found = server_side(["bakery", "nowhere"], declared, models=SumModels(broken=True))
+    assert list(zip(found.status, found.fallback, strict=True)) == [
+        ("unavailable", "device-only"),
+        ("unknown_entity", "device-only"),
+    ]
+    assert found.server_embedding.tolist() == [[10.0, 10.0]] * 2
+    assert found.expires_ms.tolist() == [-1, -1]
+
+
+def test_a_server_embedding_that_is_not_finite_is_no_answer():
+    """Request slots of 3e38 twice overflow the tower: that row alone is unavailable."""
+    with np.errstate(over="ignore"):
+        found = server_side(["bakery", "bakery"], request=np.array([[3e38, 3e38], [1, 10]], np.float32))
+    assert found.status.tolist() == ["unavailable", "ok"]
+    np.testing.assert_array_equal(found.server_embedding, [[np.nan] * 2, [12, 12]])
+    assert found.expires_ms.tolist() == [-1, 60_995]
+
+
+def test_an_embedding_of_a_device_that_merges_itself_is_refused():
+    """Who sends one does not know what was declared; it is not looked at."""
+    served = deployment().model_copy(update={"merge": "device"})
+    (refused,) = decode(records(message()), lambda *_: served).refused
+    assert refused.status.tolist() == ["bad_request"]
+
+
+def test_the_contribution_is_given_to_the_rows_that_want_it_alone():
+    """Beside its prediction, 26, row 2 has the tower's (12, 12); row 3 the learned (10, 10) that its fallback used.
+
+    No row is given it where it is not declared, whatever the record says.
+    """
+    declared = {"missing_entity": "device-only", "stale_features": "constant", "constant": 0.5, "contribution": True}
+    wants = np.array([False, True, True, True])
+    found = server_side(["bakery", "bakery", "nowhere", "ruin"], declared, wants, merge_on="server")
+    np.testing.assert_array_equal(found.server_embedding, [[np.nan] * 2, [12, 12], [10, 10], [np.nan] * 2])
+    assert found.prediction.tolist() == [26.0, 26.0, 22.0, 0.5]
+    assert found.status.tolist() == ["ok", "ok", "unknown_entity", "stale_features"]
+    for serving, wants in ((declared, None), (declared | {"contribution": False}, np.array([True]))):
+        nobody = server_side(["bakery"], serving, wants, merge_on="server")
+        assert (nobody.server_embedding.shape, nobody.prediction.tolist()) == ((1, 0), [26.0])
+
+
+def test_answers_with_wide_embeddings_leave_in_several_messages():
+    """Embeddings of 4 kB: 1,000 rows are 4 MB, 186 fit into 768 KiB with 128 bytes beside each; none is lost."""
+    found = server_side(["bakery"])
+    many = found[np.zeros(1_000, int)]
+    wide = replace(many, server_embedding=np.zeros((1_000, 1_024), np.float32))
+    parts = list(within_limit(wide))
+    assert [len(part) for part in parts] == [186] * 5 + [70]
+    assert max(len(part.to_bytes()) for part in parts) < 1 << 20
+    assert [len(part) for part in within_limit(many)] == [1_000]

@@ -258,3 +258,69 @@ def test_outputs_are_chosen_by_name_and_form():
 def test_an_error_says_why_in_one_word():
     """The protocol's error object, and the code."""
     assert json.loads(oip.encode_error(StaleFeatures("too old"))) == {"error": "too old", "code": "stale_features"}
+
+
+ON_DEVICE = SHOP.model_copy(update={"merge": "device"})
+GIVING = SHOP.model_copy(update={"serving": Serving(contribution=True)})
+
+
+def test_a_device_that_merges_sends_nothing_of_itself_and_is_answered_the_servers_embedding():
+    """No embedding goes in; the server's, its age, its version and its end come out, and no prediction."""
+    asked = decode(inputs(device_embedding=None), served=ON_DEVICE)
+    assert (asked.rows.embedding.shape, asked.rows.contribution) == ((2, 0), 2)
+    assert list(asked.outputs) == [
+        "server_embedding",
+        "version",
+        "feature_age_ms",
+        "expires_ms",
+        "merged",
+        "transport",
+        "status",
+        "fallback",
+    ]
+    with pytest.raises(BadRequest, match="'device_embedding' must not be sent: shop merges on the device") as refused:
+        decode(inputs(), served=ON_DEVICE)
+    assert "4" not in str(refused.value)
+    with pytest.raises(BadRequest, match=r"the device predicts \(merge='device'\), so there is no output 'prediction'"):
+        decode(inputs(device_embedding=None), served=ON_DEVICE, outputs=[{"name": "prediction"}])
+
+
+def test_the_contribution_is_given_by_name_and_only_where_it_is_declared():
+    """Without a name it is not among the outputs; where nobody is given it, asking is an error that says so."""
+    assert decode(inputs(), served=GIVING).rows.contribution == 0
+    named = {"outputs": [{"name": "server_embedding"}, {"name": "prediction"}]}
+    asked = decode(inputs(), served=GIVING, **named)
+    assert (asked.rows.contribution, list(asked.outputs)) == (2, ["server_embedding", "prediction"])
+    with pytest.raises(BadRequest, match=r"serving\.contribution is not declared, so nobody is given output"):
+        decode(inputs(), **named)
+
+
+def test_metadata_has_the_shapes_of_each_merge():
+    """Without the device's embedding going in where the device merges; the contribution where it is declared."""
+    shapes = {
+        served.merge + str(served.serving.contribution): (
+            [t["name"] for t in oip.model_metadata(served, [1])["inputs"]],
+            {t["name"]: t["shape"] for t in oip.model_metadata(served, [1])["outputs"]}.get("server_embedding"),
+        )
+        for served in (SHOP, GIVING, ON_DEVICE)
+    }
+    assert shapes == {
+        "serverFalse": (["entity", "hour", "budget", "device_embedding"], None),
+        "serverTrue": (["entity", "hour", "budget", "device_embedding"], [-1, 2]),
+        "deviceFalse": (["entity", "hour", "budget"], [-1, 2]),
+    }
+
+
+def test_a_server_embedding_is_answered_row_by_row():
+    """(2, 2) numbers in JSON, null where a constant answered; in binary 16 bytes."""
+    asked = oip.Infer(None, decode(inputs()).rows, {"server_embedding": False, "expires_ms": False})
+    server = np.array([[1.5, -2.0], [np.nan, np.nan]], np.float32)
+    answers = oip.Answers(
+        np.full(2, np.nan), np.array([7, -1]), ["ok", "unavailable"], ["none", "constant"], np.array([99, -1]), server
+    )
+    assert json.loads(oip.encode(asked, answers, ON_DEVICE)[0])["outputs"] == [
+        {"name": "server_embedding", "datatype": "FP32", "shape": [2, 2], "data": [1.5, -2.0, None, None]},
+        {"name": "expires_ms", "datatype": "INT64", "shape": [2], "data": [99, -1]},
+    ]
+    body, length = oip.encode(oip.Infer(None, asked.rows, {"server_embedding": True}), answers, ON_DEVICE)
+    assert body[length:] == server.tobytes()

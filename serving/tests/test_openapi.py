@@ -63,3 +63,19 @@ def test_the_metadata_and_the_references_hold():
     jsonschema_rs.validate(resolved(openapi.SCHEMAS["Model"]), oip.model_metadata(SHOP, [1]))
     text = json.dumps(openapi.document([SHOP], guarded=True))
     assert set(re.findall(r"#/components/schemas/(\w+)", text)) <= set(openapi.SCHEMAS)
+
+
+def test_a_model_that_merges_on_the_device_is_described_as_it_is():
+    """Its example holds nothing of the device and is read; a request with an embedding is refused by both."""
+    served = SHOP.model_copy(update={"merge": "device"})
+    example, schema = openapi.example(served), openapi.request_schema(served)
+    jsonschema_rs.validate(schema, example)
+    assert [tensor["name"] for tensor in example["inputs"]] == ["entity", "hour", "budget"]
+    assert len(oip.decode(json.dumps(example).encode(), None, served).rows) == 1
+    with_embedding = openapi.example(SHOP)
+    assert not jsonschema_rs.is_valid(schema, with_embedding)
+    with pytest.raises(oip.BadRequest):
+        oip.decode(json.dumps(with_embedding).encode(), None, served)
+    for outputs, valid in ((["server_embedding", "expires_ms"], True), (["prediction"], False)):
+        named = example | {"outputs": [{"name": name} for name in outputs]}
+        assert jsonschema_rs.is_valid(schema, named) == valid

@@ -67,6 +67,25 @@ def test_a_row_that_a_fallback_answered_is_not_kept(tmp_path):
     assert [row.request_id for row in read_log(tmp_path, "shop")] == ["00" * 16]
 
 
+def test_a_row_whose_prediction_stays_on_the_device_is_kept_without_a_score(tmp_path):
+    """The server's side is what is compared with the offline store; a row without it is not kept."""
+    batch, *_ = predicted("bakery", "nowhere")
+    served = deployment().model_copy(
+        update={"merge": "device", "serving": Serving(missing_entity="device-only"), "missing_server": (1.0, 1.0)}
+    )
+    batch = replace(batch, deployment=served, embedding=np.empty((2, 0), np.float32))
+    batch.request[:] = 0
+    merge(
+        batch,
+        lambda _: MemoryReader({"bakery": (0.1, "ok")}),
+        SumModels(),
+        1_000,
+        sample=RequestLog(tmp_path, 1).sample,
+    )
+    (row,) = read_log(tmp_path, "shop")
+    assert (row.entity, row.score, row.feature_ms) == ("bakery", None, 995)
+
+
 def test_nothing_is_kept_unless_a_share_is_declared(tmp_path):
     """Share 0: not even a file."""
     sampled(tmp_path / "log", 0, "bakery")

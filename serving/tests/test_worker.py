@@ -149,6 +149,34 @@ def test_refusals_of_many_narrow_rows_stay_below_kafkas_limit(setup):
     assert setup.inbox.committed == 1
 
 
+class WideModels(SumModels):
+    """A tower of 1,024 numbers."""
+
+    def infer(self, model, version, inputs, output):
+        return np.repeat(super().infer(model, version, inputs, output)[:, :1], 1_024, axis=1)
+
+
+def test_wide_server_embeddings_stay_below_kafkas_limit(setup):
+    """300 rows of a device that merges are a small record; their embeddings, 1.2 MB, leave in several."""
+    served = deployment().model_copy(update={"merge": "device", "server_embedding": 1_024})
+    served.write(setup.folder)
+    setup.now_ms, setup.worker._models = 2 * REFRESH_MS, WideModels()
+    asked = DeviceEmbeddings(
+        "shop",
+        1,
+        reply_partition=2,
+        request_id=np.arange(600, dtype=np.int64).view("V16"),
+        entity=np.full(300, "bakery", dtype=object),
+        request=np.zeros((300, 2), np.float32),
+        embedding=np.zeros((300, 0), np.float32),
+        event_ms=np.full(300, setup.now_ms),
+    )
+    setup.put(asked.to_bytes())
+    setup.worker.step()
+    assert len({number for number, status in setup.answered if status == "ok"}) == 300
+    assert len(setup.outbox.records) > 1
+
+
 def test_a_record_whose_answer_would_be_too_large_is_a_dead_letter(setup):
     """A name of 1 MB, which each answer repeats, fits beside 1,500 rows but not beside their refusals."""
     setup.put(narrow(1_500, "x" * 1_000_000))

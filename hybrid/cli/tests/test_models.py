@@ -117,14 +117,17 @@ def test_a_label_of_the_device_registers_and_says_what_its_training_needs(projec
     assert "train with --server-tower federated or frozen" in shown
 
 
+def test_a_model_that_merges_on_the_device_registers_and_says_what_it_gives_away(project: Path):
+    """Nothing is released, and the server's embedding is."""
+    server = 'merge="server",\n    release=Clear(reason="for a test of the command"),'
+    (project / "model.py").write_text(FILE.replace(server, 'merge="device",'))
+    said = "none: the device merges, and is sent the server's embedding of the entity that it names"
+    assert said in hybrid("register", str(project / "model.py"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (
-            'merge="server",\n    release=Clear(reason="for a test of the command"),',
-            'merge="device",',
-            "merge='device' cannot be registered yet: this release merges on the server only",
-        ),
         ('features={"demand"', 'features={"supply"', "zones.supply: 'zones.parquet' has no such column"),
         (
             "(server * device)",

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from hybrid import Serving
+from hybrid.bundle import Alone
 from hybrid.errors import ConfigError
 from hybrid.export.promote import export_version
+from hybrid.export.tests.conftest import declared, version_of
+from hybrid.network import Network
 from hybrid.workspace import Workspace
 
 
@@ -67,11 +70,17 @@ def test_a_reference_without_privacy_is_not_promoted(every, tmp_path: Path, kind
     assert not list(tmp_path.iterdir())
 
 
-def test_merge_on_the_device_is_refused_so_far(every, tmp_path: Path):
-    """One sentence says which merge is declared and which is served."""
-    model = every.network.model.model_copy(update={"merge": "device", "release": None})
-    with pytest.raises(ConfigError, match="merge='device' is declared; so far only 'server' is served"):
-        export_version(every.version, model, Workspace(tmp_path))
+def test_a_device_that_merges_is_told_what_it_may_answer_alone(tmp_path: Path):
+    """Of the declared fallbacks those that it can compute, with the learned embedding and the constant, signed."""
+    serving = Serving(unavailable="device-only", stale_features="constant", missing_entity="device-only", constant=0.25)
+    network = Network.build(declared(merge="device", release=None, serving=serving))
+    version = version_of(network)
+    learned = {"missing.server.weight": np.array([[1.0], [2.0], [3.0]], np.float32)}
+    exported = export_version(replace(version, weights=version.weights | learned), network.model, Workspace(tmp_path))
+    assert exported.deployment.merge == "device"
+    assert exported.manifest.alone == Alone(
+        unavailable="device-only", stale_features="constant", missing_server=(1.0, 2.0, 3.0), constant=0.25
+    )
 
 
 def test_weights_of_another_network_are_refused(every, tmp_path: Path):

@@ -1,0 +1,367 @@
+"""The merge on the device, and the server's contribution: real Kafka, Triton and Feast, devices as processes."""
+
+import contextlib
+import json
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import kafka as kafka_python
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+import tritonclient.grpc as triton_grpc
+from typer.testing import CliRunner
+
+from device_runtime.store import Rows, write_rows
+from feature_store.materialize import apply, materialize
+from hybrid.bundle import read_bundle, signing_key, trusted_key, write_bundle
+from hybrid.cli import app
+from hybrid.deployment import Window
+from hybrid.local.process import Process, Service, free_ports, http_ok, log_has, running
+from hybrid.messages import BadMessage, DeviceEmbeddings, Predictions
+from hybrid.network import Network
+from hybrid.registry import Registry
+from hybrid.spec import Clear, Serving, load_model
+from hybrid.version import TrainingRecord
+from hybrid.workspace import Workspace
+from serving.kafka import PARTITIONS
+
+MODEL = """
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hybrid import Categorical, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, View
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+
+    def forward(self, server, device):
+        return self.linear(torch.cat([server, device], dim=1)).squeeze(-1)
+
+
+model = HybridModel(
+    name="stall",
+    server=Server(
+        service="sizes_v1",
+        entity=Entity(name="shop", join_key="shop_id"),
+        views=(View(name="sizes", source=Path("sizes.parquet"), features={"size": Numeric(mean=3, std=2)}),),
+        max_feature_age=timedelta(days=30),
+    ),
+    request={"budget": Numeric()},
+    device={
+        "mood": Categorical(vocabulary=("Zufrieden-Glasklar", "Missmutig-Vertrackt")),
+        "steps": Log1p(mean=8, std=2),
+    },
+    server_tower=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 4)),
+    device_tower=lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 4)),
+    head=Head,
+    label=Label(column="bought", visible_to="server"),
+    privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
+    merge="device",
+    serving=Serving(missing_entity="device-only", unavailable="device-only", stale_features="constant", constant=0.125),
+)
+"""
+SHOPS = {"bakery": 1.0, "kiosk": 2.5, "cinema": 6.0}
+LEARNED = np.array([0.5, 0.25, -1.0, 2.0], np.float32)
+TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
+AGE_MS, MAX_AGE_MS = 3_600_000, 30 * 86_400_000
+TRANSPORTS = ("kafka", "direct")
+
+
+@dataclass
+class Recorder:
+    """Passes connections on to a port, and keeps every byte that clients sent."""
+
+    port: int
+    sent: bytearray = field(default_factory=bytearray)
+
+    def __enter__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.port))
+                threading.Thread(target=self._pass, args=(client, server, self.sent), daemon=True).start()
+                threading.Thread(target=self._pass, args=(server, client, bytearray()), daemon=True).start()
+
+    def _pass(self, source, target, kept):
+        with contextlib.suppress(OSError), source, target:
+            while data := source.recv(1 << 16):
+                kept += data
+                target.sendall(data)
+
+
+@dataclass
+class World:
+    """One network, promoted for a merge on the device, and published under other names for the other ways."""
+
+    workspace: Workspace
+    network: Network
+    rows: Rows
+    broker: str
+    gateway: int
+    grpc: int
+
+    def infer(self, name, folder, *more, gateway=None):
+        """Exit status, summary and results of devices that ask for model `name`."""
+        store, out = folder / "rows.sqlite", folder / "results.parquet"
+        bundle, trust = self.workspace.bundles / f"{name}-1.bundle", self.workspace.keys / "bundle-signing.pub"
+        if not store.exists():
+            write_rows(store, self.rows, read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest)
+        files = ["--bundle", bundle, "--trust", trust, "--store", store, "--out", out]
+        url = gateway or f"http://127.0.0.1:{self.gateway}"
+        command = [sys.executable, "-m", "device_runtime", "infer", *files, "--gateway", url, *more]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=150, check=False)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout), pq.read_table(out).to_pandas().sort_values(["device", "row"])
+
+    def embeddings(self):
+        """(n, a) what torch's server tower says of each row; the learned one where the shop is not known."""
+        features = self.network.model.server_features
+        size = [SHOPS.get(shop) for shop in self.rows.entity]
+        slots = features.slots(features.inputs({"size": size, **self.rows.request}))
+        with torch.no_grad():
+            server = self.network.server_program()(torch.from_numpy(slots)).numpy()
+        return np.where([[shop in SHOPS] for shop in self.rows.entity], server, LEARNED)
+
+    def predictions(self, server):
+        """(n,) what torch says of each row whose server side is `server`."""
+        inputs = self.network.model.device_features.inputs(self.rows.features)
+        with torch.no_grad():
+            device = self.network.device_program()(torch.from_numpy(inputs))
+            return torch.sigmoid(self.network.head.eval()(torch.from_numpy(server), device)).numpy()
+
+
+def rows_of():
+    """Six devices of a row each, missing values among them; the last asks about a shop that nobody knows."""
+    return Rows(
+        device=np.arange(6),
+        row=np.zeros(6, np.int64),
+        entity=["bakery", "kiosk", "cinema", "bakery", "kiosk", "nowhere"],
+        request={"budget": [0.5, -1.25, None, 3.0, 0.0, 1.5]},
+        features={
+            "mood": ["Zufrieden-Glasklar", "Missmutig-Vertrackt", None, "unheard of", "Zufrieden-Glasklar", None],
+            "steps": [7319.0, 10543.0, 83.4375, None, 71.8125, 4711.0],
+        },
+    )
+
+
+def promoted(folder, environment):
+    """A registered version with weights of a seed, promoted by the command."""
+    now = datetime.now(UTC)
+    times = [now - timedelta(milliseconds=AGE_MS)] * len(SHOPS)
+    columns = {"shop_id": list(SHOPS), "size": list(SHOPS.values()), "event_timestamp": times}
+    pd.DataFrame(columns).to_parquet(folder / "sizes.parquet")
+    (folder / "model.py").write_text(MODEL)
+    workspace, model = Workspace(folder / ".hybrid"), load_model(folder / "model.py")
+    network = Network.build(model, seed=5)
+    learned = network.weights() | {"missing.server.weight": LEARNED[:, None]}
+    network.load_weights(learned)
+    registry = Registry(workspace)
+    registry.register(model, network.description(), folder / "model.py")
+    digest = registry.definition_hash("stall")
+    registry.create_version("stall", weights=learned, training=TRAINING, curves={}, expected_hash=digest)
+    apply(model, workspace.feast)
+    materialize(model, workspace.feast, now)
+    done = CliRunner().invoke(app, ["promote", "stall", "1", "production"], env=environment)
+    assert done.exit_code == 0, done.output
+    assert "Callers are given the server tower's embedding" in done.output
+    return workspace, network
+
+
+def publish(workspace, name, merge, serving):
+    """The promoted version again: its deployment and its bundle under another name, merged another way."""
+    served = Window.read(workspace.deployments / "stall.json").default
+    served.model_copy(update={"model": name, "merge": merge, "serving": serving}).write(workspace.deployments)
+    trusted = trusted_key(workspace.keys / "bundle-signing.pub")
+    stall = read_bundle((workspace.bundles / "stall-1.bundle").read_bytes(), trusted)
+    how = {"model": name, "merge": merge}
+    if merge == "server":
+        how |= {"release": Clear(reason="random weights in a test"), "alone": None}
+    manifest = stall.manifest.model_copy(update=how)
+    write_bundle(workspace.bundles / f"{name}-1.bundle", manifest, stall.programs, signing_key(workspace.keys))
+
+
+@pytest.fixture(scope="module")
+def world(kafka, triton, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device-merge")
+    workspace, network = promoted(folder, {"HYBRID_HOME": str(folder / ".hybrid"), "HYBRID_CACHE": str(cache)})
+    declared = network.model.serving
+    publish(workspace, "stall-direct", "device", declared.model_copy(update={"transport": "direct"}))
+    for transport in TRANSPORTS:
+        giving = Serving(transport=transport, contribution=True, missing_entity="device-only")
+        publish(workspace, f"giving-{transport}", "server", giving)
+    publish(workspace, "silent", "server", Serving())
+    models = ["--feast", str(workspace.feast), "--triton", triton(workspace.triton).grpc]
+    port, grpc = free_ports(2)
+
+    def serving(process, *arguments, ready, **options):
+        where = ["--deployments", str(workspace.deployments), "--kafka", kafka, *models, *arguments]
+        return Service(process, [sys.executable, "-m", "serving", process, *where], ready=ready, **options)
+
+    ready = http_ok(f"http://127.0.0.1:{port}/v2/health/ready")
+    gateway = serving("gateway", "--port", str(port), "--grpc-port", str(grpc), "--reply-partition", "4", ready=ready)
+    with running(gateway, folder / "logs"):
+        worker = Process(serving("worker", ready=log_has("ready")), folder / "logs")
+        try:
+            worker.wait_ready()
+            yield World(workspace, network, rows_of(), kafka, port, grpc)
+        finally:
+            worker.stop()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world: World, transport, tmp_path: Path):
+    """Six rows over each transport, the last of a shop that nobody knows; predictions and server embeddings to 1e-5.
+
+    What the devices sent has entity and budget, and neither the name, the text nor a number of a device feature, nor an
+    embedding.
+    """
+    name = {"kafka": "stall", "direct": "stall-direct"}[transport]
+    asked_ms = time.time_ns() // 1_000_000
+    with Recorder(world.gateway) as recorder:
+        status, summary, results = world.infer(name, tmp_path, gateway=recorder.url)
+    assert (status, summary["predicted"], summary["statuses"]) == (0, 6, {"ok": 5, "unknown_entity": 1})
+    assert summary["fallbacks"] == {"device-only": 1}
+    server = world.embeddings()
+    np.testing.assert_allclose(np.stack(results["server_embedding"]), server, atol=1e-5)
+    np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
+    assert set(results["merged"]) == {"device"}
+    assert set(results["version"]) == {1}
+    fresh, last = results[:-1], results[-1:]
+    assert fresh["feature_age_ms"].between(AGE_MS, AGE_MS + 600_000).all()
+    # The features were true an hour before they were materialised, some moments before they were asked for.
+    expected_ms = asked_ms - AGE_MS + MAX_AGE_MS
+    assert fresh["expires_ms"].between(expected_ms - 600_000, expected_ms).all()
+    assert last["expires_ms"].tolist() == [-1]
+    sent = bytes(recorder.sent)
+    assert sent.count(b"POST /v2/models/" + name.encode() + b"/versions/1/infer") == 6
+    assert b'"bakery"' in sent
+    secrets = [b"embedding", b"mood", b"steps", b"Glasklar", b"Vertrackt", b"unheard of"]
+    inputs = world.network.model.device_features.inputs(world.rows.features)
+    with torch.no_grad():
+        device = world.network.device_program()(torch.from_numpy(inputs)).numpy()
+    for number in (7319.0, 10543.0, 83.4375, 71.8125, 4711.0, *device.ravel().tolist()):
+        secrets += [f"{number:g}".encode(), repr(number).encode(), struct.pack("<f", number), struct.pack("<d", number)]
+    assert [secret for secret in secrets if secret in sent] == []
+
+
+def records(broker, topic):
+    """All values that lie in a topic."""
+    consumer = kafka_python.KafkaConsumer(bootstrap_servers=broker)
+    with contextlib.closing(consumer):
+        partitions = [kafka_python.TopicPartition(topic, p) for p in range(PARTITIONS[topic])]
+        consumer.assign(partitions)
+        consumer.seek_to_beginning()
+        ends, found = consumer.end_offsets(partitions), []
+        while any(consumer.position(p) < end for p, end in ends.items()):
+            found += [r.value for polled in consumer.poll(timeout_ms=200).values() for r in polled]
+    return found
+
+
+def of_model(message_type, broker, name):
+    for value in records(broker, message_type.TOPIC):
+        with contextlib.suppress(BadMessage):  # another module's
+            message = message_type.from_bytes(value)
+            if message.model == name:
+                yield message
+
+
+def test_what_lies_in_kafka_holds_nothing_of_the_device(world: World, tmp_path: Path):
+    """Records of a model that merges on the device have embeddings of width 0; the answers have no prediction."""
+    assert world.infer("stall", tmp_path)[0] == 0
+    asked = list(of_model(DeviceEmbeddings, world.broker, "stall"))
+    assert {message.embedding.shape[1] for message in asked} == {0}
+    answers = list(of_model(Predictions, world.broker, "stall"))
+    assert {message.server_embedding.shape[1] for message in answers} == {4}
+    assert all(np.isnan(message.prediction).all() for message in answers)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, transport, tmp_path: Path):
+    """Beside each prediction the tower's embedding, the learned one where that was used; torch agrees to 1e-5."""
+    status, summary, results = world.infer(f"giving-{transport}", tmp_path, "--contribution")
+    assert (status, summary["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
+    server = world.embeddings()
+    np.testing.assert_allclose(np.stack(results["server_embedding"]), server, atol=1e-5)
+    np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
+    assert set(results["merged"]) == {"server"}
+    assert results["fallback"].tolist() == ["none"] * 5 + ["device-only"]
+    _, _, results = world.infer(f"giving-{transport}", tmp_path)
+    assert [len(row) for row in results["server_embedding"]] == [0] * 6
+    np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
+
+
+def test_a_model_that_declares_no_contribution_gives_none(world: World, tmp_path: Path):
+    """Each device that asks is told so, with 400; nobody else is disturbed."""
+    status, summary, results = world.infer("silent", tmp_path, "--contribution")
+    assert (status, summary["statuses"], set(results["http_status"])) == (0, {"bad_request": 6}, {400})
+    assert results["error"].str.contains("serving.contribution is not declared").all()
+    assert world.infer("silent", tmp_path)[1]["statuses"] == {"ok": 5, "unknown_entity": 1}
+
+
+def test_an_embedding_sent_by_mistake_is_refused_and_not_echoed(world: World):
+    """By name, over HTTP; the metadata has no such input, and the embedding of the server as an output."""
+    model = f"http://127.0.0.1:{world.gateway}/v2/models/stall"
+    inputs = [
+        {"name": "entity", "datatype": "BYTES", "shape": [1], "data": ["bakery"]},
+        {"name": "budget", "datatype": "FP32", "shape": [1], "data": [0.5]},
+        {"name": "device_embedding", "datatype": "FP32", "shape": [1, 4], "data": [0.77, 1, 2, 3]},
+    ]
+    refused = httpx.post(f"{model}/infer", json={"inputs": inputs})
+    assert (refused.status_code, refused.json()["code"]) == (400, "bad_request")
+    assert "'device_embedding' must not be sent: stall merges on the device" in refused.text
+    assert "0.77" not in refused.text
+    metadata = httpx.get(model).json()
+    assert [tensor["name"] for tensor in metadata["inputs"]] == ["entity", "budget"]
+    assert {"name": "server_embedding", "datatype": "FP32", "shape": [-1, 4]} in metadata["outputs"]
+
+
+@pytest.mark.parametrize("name", ["stall", "stall-direct"])
+def test_a_plain_client_of_the_protocol_gets_server_embeddings_over_grpc(world: World, name):
+    """tritonclient.grpc: three rows of one request, as matrix; torch agrees to 1e-5."""
+    with contextlib.closing(triton_grpc.InferenceServerClient(f"127.0.0.1:{world.grpc}")) as client:
+        entity, budget = np.array(list(SHOPS), object), np.array([0.5, -1.25, np.nan], np.float32)
+        inputs = [triton_grpc.InferInput("entity", [3], "BYTES"), triton_grpc.InferInput("budget", [3], "FP32")]
+        for tensor, values in zip(inputs, (entity, budget), strict=True):
+            tensor.set_data_from_numpy(values)
+        answer = client.infer(name, inputs)
+        assert answer.as_numpy("prediction") is None
+        np.testing.assert_allclose(answer.as_numpy("server_embedding"), world.embeddings()[:3], atol=1e-5)
+        assert (answer.as_numpy("expires_ms") > time.time_ns() // 1_000_000).all()
+        assert answer.as_numpy("merged").tolist() == [b"device"] * 3
+
+
+def test_a_device_that_reaches_nobody_predicts_as_its_bundle_declares(world: World, tmp_path: Path):
+    """Nobody listens: each row is "unreachable" and predicted with the learned embedding; the exit status says so."""
+    (port,) = free_ports(1)
+    status, summary, results = world.infer("stall", tmp_path, gateway=f"http://127.0.0.1:{port}")
+    assert (status, summary["answered"], summary["predicted"]) == (1, 0, 6)
+    assert summary["fallbacks"] == {"device-only": 6}
+    alone = np.repeat(LEARNED[None], 6, axis=0)
+    np.testing.assert_allclose(results["prediction"], world.predictions(alone), atol=1e-5)
+    assert set(results["status"]) == {"unreachable"}
