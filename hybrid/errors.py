@@ -77,6 +77,13 @@ class UpdateRequired(ServingError):
     code = "update_required"
 
 
+class NoBundle(ServingError):
+    """The version is served, but its device bundle is not there to be fetched."""
+
+    status = 404
+    code = "no_bundle"
+
+
 class MissingDevice(ServingError):
     """The request holds no device embedding, and the model declares no answer without one."""
 

@@ -32,6 +32,7 @@ from serving.exchange import DEADLINE_S
 
 if TYPE_CHECKING:
     from serving.access import Access
+    from serving.bundles import Bundles
     from serving.direct import Direct
     from serving.exchange import Limits
     from serving.merge import Reader
@@ -72,6 +73,7 @@ def gateway(arguments: argparse.Namespace) -> None:
     _check_exposed(arguments)
     _access(arguments)  # is all as it must be? each process makes its own
     _certificate(arguments)
+    _bundles(arguments)
     _check_free(arguments.host, arguments.port, "--port")
     if arguments.grpc_port is not None:
         _check_free(arguments.host, arguments.grpc_port, "--grpc-port")
@@ -125,6 +127,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             key=_key(arguments),
             exactly_once=arguments.exactly_once,
             access=_access(arguments),
+            bundles=_bundles(arguments),
             beside=beside,
         )
         config = uvicorn.Config(
@@ -296,6 +299,16 @@ def _access(arguments: argparse.Namespace) -> Access:
     )
 
 
+def _bundles(arguments: argparse.Namespace) -> Bundles | None:
+    """Those that devices may fetch here; for themselves alone where a client must show a key or a certificate."""
+    from serving.bundles import Bundles
+
+    if arguments.bundles is None:
+        return None
+    shown = (arguments.api_keys, arguments.jwt_issuer, arguments.tls_client_ca)
+    return Bundles(arguments.bundles, private=any(setting is not None for setting in shown))
+
+
 def _check_exposed(arguments: argparse.Namespace) -> None:
     """Raises ConfigError where others than this machine could ask without being asked who they are."""
     from serving.access import is_loopback
@@ -408,6 +421,12 @@ def _parser() -> argparse.ArgumentParser:
         "--feast", type=Path, help="folder of the feature store; for models declared transport='direct'"
     )
     fronts.add_argument("--triton", metavar="HOST:PORT", help="Triton's gRPC endpoint; for the same")
+    fronts.add_argument(
+        "--bundles",
+        type=Path,
+        metavar="FOLDER",
+        help="of device bundles, that `hybrid promote` writes; devices fetch them",
+    )
     _add_access(fronts)
     merging = commands.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")

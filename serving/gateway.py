@@ -26,12 +26,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.deployment import Deployment
-from hybrid.errors import BadRequest, BodyTooLarge, Overloaded, ServingError, Unavailable
+from hybrid.errors import BadRequest, BodyTooLarge, NoBundle, Overloaded, ServingError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
 from hybrid.tracing import TRACEPARENT
 from serving import oip, openapi
 from serving.access import Access, error_headers
+from serving.bundles import Bundles
 from serving.deployments import Deployments
 from serving.direct import Direct
 from serving.exchange import Exchange, Limits
@@ -67,6 +68,7 @@ class Gateway:
         access: who may ask.
         max_body_bytes: larger bodies are refused while they are read.
         telemetry: counts and times requests.
+        bundles: that devices fetch; None: they get them elsewhere.
     """
 
     deployments: Deployments
@@ -75,6 +77,7 @@ class Gateway:
     access: Access = field(default_factory=Access)
     max_body_bytes: int = MAX_BODY_BYTES
     telemetry: Telemetry = field(default_factory=Telemetry)
+    bundles: Bundles | None = None
 
     def routes(self) -> list[Route]:
         """The protocol's paths."""
@@ -86,6 +89,7 @@ class Gateway:
             Route("/v2/health/ready", _guarded(self.health)),
             *(Route(path, _guarded(self.model_metadata)) for path in (model, versioned)),
             *(Route(f"{path}/ready", _guarded(self.model_ready)) for path in (model, versioned)),
+            *(Route(f"{path}/bundle", _guarded(self.bundle)) for path in (model, versioned)),
             *(Route(f"{path}/infer", _guarded(self.infer), methods=["POST"]) for path in (model, versioned)),
         ]
 
@@ -117,6 +121,13 @@ class Gateway:
         if not self.ready():
             raise Unavailable("Kafka is not connected yet")
         return JSONResponse({"name": served.model, "ready": True})
+
+    async def bundle(self, request: Request) -> Response:
+        """The signed device bundle of a served version."""
+        served = self.deployments.served(**request.path_params)
+        if self.bundles is None:
+            raise NoBundle("this gateway has no bundles: it was started without --bundles")
+        return await self.bundles.answer(request, served, versioned="version" in request.path_params)
 
     async def infer(self, request: Request) -> Response:
         """Predictions for the rows of one request, or the error of the first row that has none."""
@@ -210,6 +221,7 @@ def over_kafka(
     direct: Direct | None = None,
     key: SealingKey | None = None,
     access: Access | None = None,
+    bundles: Bundles | None = None,
     beside: Callable[[Gateway], AbstractAsyncContextManager[object]] = lambda _: nullcontext(),
     exactly_once: bool = False,
 ) -> Starlette:
@@ -228,6 +240,7 @@ def over_kafka(
         direct: the transport of models that are declared so; None: they are unavailable here.
         key: seals the bytes of records that cannot be read; without one they are not kept.
         access: who may ask; everyone where it is None.
+        bundles: see `Gateway`.
         beside: another front of the same gateway, open as long as this one.
         exactly_once: whether answers are read once they are committed; as the workers'.
     """
@@ -257,7 +270,7 @@ def over_kafka(
     def ready() -> bool:
         return outbox.ready and tail.ready and (direct is None or direct.ready)
 
-    gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry)
+    gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry, bundles=bundles)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -87,7 +87,9 @@ REFUSALS = {
     "404": "No such model, version or entity.",
     "405": "The path has no such method.",
     "410": "The version is no longer served: fetch the bundle of a newer one.",
+    "412": "The bundle is another than `If-Match` names.",
     "413": "The body is too large.",
+    "416": "The bundle has nothing of the range that was asked for.",
     "429": "Too much waits (`overloaded`), or the client asks too much (`rate_limited`).",
     "500": "A fault of the gateway's own (`internal`).",
     "503": "Something the answer needs did not answer in time, or does not hold now.",
@@ -115,6 +117,7 @@ def document(deployments: Iterable[Deployment], guarded: bool) -> dict[str, Any]
         for path in [version] if default in paths else [default, version]:
             paths[path] = {"get": _get("Names, datatypes and shapes of the tensors", _ref("Model"))}
             paths[f"{path}/ready"] = {"get": _get("Whether the model can answer", _ref("ModelReady"))}
+            paths[f"{path}/bundle"] = {"get": _bundle(deployment)}
             paths[f"{path}/infer"] = {"post": _infer(deployment)}
     described: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -223,6 +226,33 @@ def _infer(deployment: Deployment) -> dict[str, Any]:
         "parameters": [length],
         "requestBody": {"required": True, "content": content},
         "responses": {"200": {"description": "A prediction for each row", "content": answer}, **refusals},
+    }
+
+
+def _bundle(deployment: Deployment) -> dict[str, Any]:
+    text = {"type": "string"}
+    conditions = {
+        "If-None-Match": "Entity tags that the caller has; 304 where the bundle's is among them.",
+        "If-Match": "Entity tags; 412 where the bundle's is not among them.",
+        "Range": "One range of bytes, as `bytes=1000-`; of several, and of what is none, nothing is taken notice of.",
+        "If-Range": "The entity tag of which the caller has a part; of another, all is sent.",
+    }
+    asked = [
+        {"name": name, "in": "header", "required": False, "schema": text, "description": why}
+        for name, why in conditions.items()
+    ]
+    content = {"application/octet-stream": {"schema": text | {"contentMediaType": "application/octet-stream"}}}
+    answers: dict[str, Any] = {"200": "All of it", "206": "The range that was asked for"}
+    responses = {status: {"description": what, "content": content} for status, what in answers.items()}
+    tag = {"ETag": {"schema": text, "description": "Strong: the SHA-256 of all bytes."}}
+    for answer in responses.values():
+        answer["headers"] = tag
+    return {
+        "summary": f"Device bundle of {deployment.model}, signed by the control plane; HEAD has its headers alone",
+        "parameters": asked,
+        "responses": responses
+        | {"304": {"description": "The caller has it", "headers": tag}}
+        | _refusals("401", "403", "404", "405", "410", "412", "416", "429", "500", "503"),
     }
 
 
