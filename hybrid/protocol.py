@@ -20,7 +20,7 @@ FEATURE_AGE_MS = "feature_age_ms"  # of the server's features when merged
 MERGED = "merged"  # where the embeddings met
 TRANSPORT = "transport"  # how the request reached the models: "kafka" or "direct"
 STATUS = "status"  # OK, or why one side is missing where a fallback answers
-FALLBACK = "fallback"  # what answers in place of both sides: one of FALLBACKS
+FALLBACK = "fallback"  # what answers in place of both sides as they are now: one of FALLBACKS
 OUTPUTS = {  # (n,) each
     PREDICTION: "FP32",
     VERSION: "INT64",
@@ -32,8 +32,8 @@ OUTPUTS = {  # (n,) each
 }
 
 OK = "ok"
-NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT = "none", "device-only", "server-only", "constant"
-FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT})
+NONE, DEVICE_ONLY, SERVER_ONLY, CACHED, CONSTANT = "none", "device-only", "server-only", "cached", "constant"
+FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CACHED, CONSTANT})
 
 
 def answered(status: Any, fallback: Any) -> Any:
