@@ -84,6 +84,13 @@ class NoBundle(ServingError):
     code = "no_bundle"
 
 
+class UnknownTicket(ServingError):
+    """There is no result under the ticket, or no more, or not for this client."""
+
+    status = 404
+    code = "unknown_ticket"
+
+
 class MissingDevice(ServingError):
     """The request holds no device embedding, and the model declares no answer without one."""
 
