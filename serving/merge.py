@@ -210,7 +210,7 @@ def _fallback(batch: Batch, status: NDArray[np.object_], last: NDArray[np.bool_]
         here = status == code
         declared[here & ~batch.without_device] = none_kept if answer == CACHED else answer
         if answer == CACHED:
-            declared[here & ~batch.without_device & last] = CACHED
+            declared[here & last] = CACHED
         # With both sides missing nothing is left to predict from.
         both = ERROR if ERROR in (answer, serving.missing_device) or serving.constant is None else CONSTANT
         declared[here & batch.without_device] = both
