@@ -142,7 +142,10 @@ class Gateway:
         """Predictions for the rows of one request, or the error of the first row that has none; or a ticket for it."""
         if self.later is None or not prefers_async(request.headers.getlist("prefer")):
             return await self._infer(request, _at_once)
-        work = lambda take: _guarded(lambda asked: self._infer(asked, take))(request)  # noqa: E731
+
+        async def work(take: Take) -> Response:
+            return await _guarded(lambda asked: self._infer(asked, take))(request)
+
         return await self.later.answer(request.scope[CLIENT], work)
 
     async def result(self, request: Request) -> Response:
