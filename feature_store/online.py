@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 LENGTH, INT64 = struct.Struct("<I"), struct.Struct("<q")
+BUSY_MS = 2_000  # that a locked SQLite is waited for: what answers in its place must be within a gateway's deadline
 CHUNK = 10_000  # keys in one statement; SQLite takes 32,766 variables
 
 
@@ -184,6 +185,7 @@ def _from_sqlite(store: FeatureStore, view: FeatureView, join_key: str, *, integ
     from feast.infra.online_stores.helpers import compute_table_id
 
     connection = store._get_provider().online_store._get_conn(store.config)
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
     versioned = store.config.registry.enable_online_feature_view_versioning
     table = compute_table_id(store.config.project, view, versioned).replace('"', '""')
     fields = ", ".join(f"COALESCE(max(CASE feature_name WHEN '{field}' THEN value END), x'')" for field in FIELDS)

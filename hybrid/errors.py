@@ -77,6 +77,20 @@ class UpdateRequired(ServingError):
     code = "update_required"
 
 
+class NoBundle(ServingError):
+    """The version is served, but its device bundle is not there to be fetched."""
+
+    status = 404
+    code = "no_bundle"
+
+
+class UnknownTicket(ServingError):
+    """There is no result under the ticket, or no more, or not for this client."""
+
+    status = 404
+    code = "unknown_ticket"
+
+
 class MissingDevice(ServingError):
     """The request holds no device embedding, and the model declares no answer without one."""
 

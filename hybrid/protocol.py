@@ -24,7 +24,7 @@ EXPIRES_MS = (
 MERGED = "merged"  # where the embeddings met
 TRANSPORT = "transport"  # how the request reached the models: "kafka" or "direct"
 STATUS = "status"  # OK, or why one side is missing where a fallback answers
-FALLBACK = "fallback"  # what answers in place of both sides: one of FALLBACKS
+FALLBACK = "fallback"  # what answers in place of both sides as they are now: one of FALLBACKS
 OUTPUTS = {  # (n,) each but SERVER_EMBEDDING; which of them a model gives, `serving.oip.outputs_of` says
     PREDICTION: "FP32",
     SERVER_EMBEDDING: "FP32",
@@ -38,8 +38,8 @@ OUTPUTS = {  # (n,) each but SERVER_EMBEDDING; which of them a model gives, `ser
 }
 
 OK = "ok"
-NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT = "none", "device-only", "server-only", "constant"
-FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CONSTANT})
+NONE, DEVICE_ONLY, SERVER_ONLY, CACHED, CONSTANT = "none", "device-only", "server-only", "cached", "constant"
+FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CACHED, CONSTANT})
 
 
 def answered(status: Any, fallback: Any) -> Any:

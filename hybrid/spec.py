@@ -257,8 +257,10 @@ class Serving(Declared):
         missing_entity: where the feature store has no row for the entity: "error"; "device-only", predicted with the
             embedding that was learned for a missing server side; or "constant".
         stale_features: where its row is older than `server.max_feature_age`, or was packed by another schema.
-        unavailable: where the feature store does not answer; without Triton nothing can be predicted, and "device-only"
-            is the constant.
+        unavailable: where the feature store does not answer, also: "cached", predicted with what was last read of the
+            entity, while that is younger than `server.max_feature_age`; of an entity of which nothing is kept, the
+            constant if there is one, else an error. Without Triton nothing can be predicted, server embeddings that
+            are kept are of no use, as the head runs there too, and "device-only" and "cached" are the constant.
         missing_device: where a request comes without the device's embedding: "error"; "server-only", predicted with
             the embedding that was learned for a missing device side; or "constant".
         constant: the probability of "constant", and of rows whose fallback cannot be computed either; None: those
@@ -273,7 +275,7 @@ class Serving(Declared):
     versions: Annotated[int, Field(ge=1, le=16)] = 2
     missing_entity: ServerMissing = "error"
     stale_features: ServerMissing = "error"
-    unavailable: ServerMissing = "error"
+    unavailable: ServerMissing | Literal["cached"] = "error"
     missing_device: Literal["error", "server-only", "constant"] = "error"
     constant: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     contribution: bool = False

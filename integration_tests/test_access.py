@@ -48,6 +48,7 @@ class Stack:
     broker: str
     deployment: Deployment
     gateways: int = field(default=0)
+    worker: Process | None = field(default=None)
 
     def command(self, process: str, *arguments: str) -> list[str]:
         where = ["--deployments", str(self.folder / ".hybrid" / "deployments"), "--kafka", self.broker]
@@ -104,14 +105,17 @@ def stack(kafka: str, triton: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     found = Stack(folder, kafka, deployment)
     arguments = ["--feast", str(workspace.feast), "--triton", triton(workspace.triton).grpc]
     worker = Service("worker", found.command("worker", *arguments), log_has("ready"))
-    with running(worker, folder / "logs"):
+    with running(worker, folder / "logs") as found.worker:
         yield found
 
 
 @pytest.fixture(scope="module")
 def front(stack: Stack) -> Iterator[Front]:
-    """A gateway on loopback that asks nobody who they are."""
-    with stack.gateway() as opened:
+    """A gateway on loopback that asks nobody who they are, with all that it can do."""
+    (stack.folder / "bundles").mkdir()
+    (stack.folder / "bundles" / "coupon-1.bundle").write_bytes(bytes(range(256)) * 8)
+    folders = ["--bundles", str(stack.folder / "bundles"), "--results", str(stack.folder / "results")]
+    with stack.gateway(*folders) as opened:
         yield opened
 
 
@@ -217,18 +221,22 @@ def infer_grpc(stack: Stack, front: Front, certificate: Certificate, headers: di
         return answer.as_numpy("version").tolist()
 
 
+def question(stack: Stack) -> dict[str, Any]:
+    """The JSON of a request of one row."""
+    inputs = [
+        {
+            "name": n,
+            "datatype": "FP32" if c.dtype == np.float32 else "BYTES",
+            "shape": list(c.shape),
+            "data": c.tolist(),
+        }
+        for n, c in columns(stack, 1).items()
+    ]
+    return {"inputs": inputs}
+
+
 def infer_http(stack: Stack, front: Front, trust: ssl.SSLContext, headers: dict[str, str]) -> httpx.Response:
-    body = {
-        "inputs": [
-            {
-                "name": n,
-                "datatype": "FP32" if c.dtype == np.float32 else "BYTES",
-                "shape": list(c.shape),
-                "data": c.tolist(),
-            }
-            for n, c in columns(stack, 1).items()
-        ]
-    }
+    body = question(stack)
     with httpx.Client(verify=trust, timeout=20) as client:
         return client.post(f"https://{front.http}/v2/models/coupon/infer", json=body, headers=headers)
 
@@ -359,3 +367,76 @@ def test_with_a_client_ca_a_client_must_show_a_certificate(
                 else:
                     with pytest.raises(InferenceServerException):
                         client.is_server_ready(client_timeout=2)
+
+
+def predicted(answer: httpx.Response) -> dict[str, Any]:
+    """What an answer says, without the time that has passed."""
+    assert answer.status_code == 200
+    return {o["name"]: o["data"] for o in answer.json()["outputs"] if o["name"] != "feature_age_ms"}
+
+
+def test_an_answer_is_fetched_later_from_either_of_two_processes_whatever_ends_meanwhile(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """The ticket of one is known to both, and to no other client. Processes that are killed leave it pending until
+    its answer is due, and then it says that they ended; one that is told to end answers it first."""
+    make = [sys.executable, "-m", "serving", "api-key"]
+    keys = {
+        name: subprocess.run(
+            [*make, name, "--file", str(tmp_path / "keys")], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("coupon-app", "other-app")
+    }
+    shown, other = ({"Authorization": f"Bearer {text}"} for text in keys.values())
+    later = shown | {"Prefer": "respond-async, wait=1"}
+    common = ["--api-keys", str(tmp_path / "keys"), "--results", str(tmp_path / "results"), "--deadline-s", "2"]
+    infer, body = "/v2/models/coupon/infer", question(stack)
+
+    def done(url: str) -> httpx.Response | None:
+        found = httpx.get(url, headers=shown)  # a connection of its own, which either process may get
+        if found.status_code == 202:
+            assert found.headers["Retry-After"] == "1"
+            return None
+        return found
+
+    with stack.gateway(*common, "--processes", "2", partition=6) as front:
+        url = f"http://{front.http}"
+        parent = psutil.Process(front.process.pid)
+
+        def serving() -> list[psutil.Process]:
+            port = int(front.http.rpartition(":")[2])
+            return [c for c in parent.children() if any(s.laddr.port == port for s in c.net_connections("tcp"))]
+
+        wait_for(lambda: len(serving()) == 2 and all(http_ok(f"{url}/v2/health/ready")(tmp_path) for _ in range(10)))
+        taken = httpx.post(url + infer, json=body, headers=later)
+        assert (taken.status_code, taken.headers["Preference-Applied"]) == (202, "respond-async")
+        result = url + taken.headers["Location"]
+        at_once = predicted(httpx.post(url + infer, json=body, headers=shown))
+        assert predicted(wait_for(lambda: done(result))) == at_once
+        assert all(predicted(httpx.get(result, headers=shown)) == at_once for _ in range(20))
+        assert {httpx.request(method, result, headers=other).status_code for method in ("GET", "DELETE")} == {404}
+        assert httpx.delete(result, headers=shown).status_code == 204
+        assert {httpx.get(result, headers=shown).status_code for _ in range(20)} == {404}
+
+        os.kill(stack.worker.pid, signal.SIGSTOP)  # from here on nothing is answered
+        try:
+            lost = httpx.post(url + infer, json=body, headers=later).headers["Location"]
+            killed = serving()
+            for each in killed:
+                each.kill()
+            psutil.wait_procs(killed, timeout=10)
+            wait_for(lambda: len(serving()) == 2 and http_ok(f"{url}/v2/health/ready")(tmp_path))
+            told = wait_for(lambda: done(url + lost))
+            assert (told.status_code, told.json()["code"]) == (503, "unavailable")
+            assert "the gateway that took it ended" in told.json()["error"]
+            last = httpx.post(url + infer, json=body, headers=later).headers["Location"]
+            front.process.stop()
+            assert front.process.exit_status() == 0
+        finally:
+            os.kill(stack.worker.pid, signal.SIGCONT)
+    assert not any(secret in front.log.read_text() for secret in (*keys, *keys.values(), last.rpartition("/")[2]))
+    with stack.gateway(*common, partition=6) as front:
+        url = f"http://{front.http}"
+        told = httpx.get(url + last, headers=shown)
+        assert (told.status_code, told.json()["error"]) == (503, "no answer in time (2 s)")
+        wait_for(lambda: httpx.post(url + infer, json=body, headers=shown).status_code == 200)

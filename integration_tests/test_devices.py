@@ -166,6 +166,18 @@ def test_another_alias_changes_nothing_that_is_served(project: Project, promoted
     assert Registry(project.workspace).version("coupon", "canary").number == 1
 
 
+def test_the_local_stacks_gateway_hands_out_the_bundle_that_was_promoted(
+    project: Project, gateway: str, promoted: dict
+):
+    """Byte for byte, so its signature holds; who has it is sent nothing."""
+    fetched = httpx.get(f"{gateway}/v2/models/coupon/bundle")
+    assert (fetched.status_code, fetched.headers["Content-Location"]) == (200, "/v2/models/coupon/versions/1/bundle")
+    assert fetched.content == Path(promoted["bundle"]).read_bytes()
+    read_bundle(fetched.content, trusted_key(project.workspace.keys / "bundle-signing.pub"))
+    known = {"If-None-Match": fetched.headers["ETag"]}
+    assert httpx.get(f"{gateway}/v2/models/coupon/bundle", headers=known).status_code == 304
+
+
 def test_devices_get_the_predictions_that_torch_gives(project: Project, gateway: str, store: Path, tmp_path: Path):
     """Two processes of 20 devices: 80 answers, 78 within 1e-5 of the network, 2 about no known offer."""
     files = [tmp_path / "first.parquet", tmp_path / "second.parquet"]

@@ -96,7 +96,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` 0: the connection ended without an answer. `version` and `prediction` of a 200."""
+    """`status` 0: the connection ended without an answer. What stands below `code` is of a 200."""
 
     question: Question
     gateway: str
@@ -104,6 +104,8 @@ class Outcome:
     code: str = ""
     version: int = 0
     prediction: float = np.nan
+    fallback: str = ""
+    age_ms: int = -1
 
 
 def ask(client, gateway, question):
@@ -116,7 +118,8 @@ def ask(client, gateway, question):
         assert said["error"], "an error explains itself"
         return Outcome(question, gateway, answer.status_code, said["code"])
     outputs = {output["name"]: output["data"] for output in said["outputs"]}
-    return Outcome(question, gateway, 200, "", int(said["model_version"]), outputs["prediction"][0])
+    instead, age_ms = outputs["fallback"][0], outputs["feature_age_ms"][0]
+    return Outcome(question, gateway, 200, "", int(said["model_version"]), outputs["prediction"][0], instead, age_ms)
 
 
 class Load:
@@ -405,6 +408,28 @@ def test_a_locked_feature_store_is_explained_and_read_again_once_it_is_free(plan
             database.execute("ROLLBACK")
             load.until(20, status=200)
     plant.account(load)
+
+
+def test_what_was_last_read_answers_for_a_locked_feature_store_where_that_is_declared(plant):
+    """Each prediction is still that of the shop's own size, and says so: fallback "cached", with the features' true
+    age; of a shop that nobody asked about before there is nothing, and that is an error."""
+    deployments = plant.folder / "deployments"
+    before = Window.read(deployments / "shop.json").default
+    serving = before.serving.model_copy(update={"unavailable": "cached"})
+    online = sqlite3.connect(plant.folder / "feast/online.db", isolation_level=None)
+    with contextlib.closing(online) as database, plant.load() as load, httpx.Client(timeout=4 * DEADLINE_S) as client:
+        load.until(20, status=200)
+        before.model_copy(update={"serving": serving}).write(deployments)
+        database.execute("BEGIN EXCLUSIVE")
+        load.until(50, fallback="cached")
+        unknown = ask(client, plant.url("gateway"), Question("shop-99", 0.5))
+        database.execute("ROLLBACK")
+        load.until(20, fallback="none")
+    before.write(deployments)
+    plant.account(load)
+    assert (unknown.status, unknown.code) == (503, "unavailable")
+    cached = [outcome for outcome in load.outcomes if outcome.fallback == "cached"]
+    assert all(3_600_000 <= outcome.age_ms < 3_600_000 + 3_600_000 for outcome in cached)
 
 
 def test_features_are_served_from_redis_and_one_that_hangs_is_explained(plant):

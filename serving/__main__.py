@@ -33,14 +33,17 @@ from serving.exchange import DEADLINE_S
 
 if TYPE_CHECKING:
     from serving.access import Access
+    from serving.bundles import Bundles
     from serving.direct import Direct
     from serving.exchange import Limits
     from serving.merge import Reader
+    from serving.results import Later
     from serving.telemetry import Telemetry
 
 log = logging.getLogger("serving")
 DRAIN_S = 10
 CONNECTIONS = 512  # at once; a process has 1,024 descriptors by default, and more connections get 503
+RESULTS_S, RESULTS_MB = 600.0, 256
 WAITING_BYTES = 256 << 20  # of gRPC messages that were read; calls are bounded so that the largest fit
 
 
@@ -73,6 +76,8 @@ def gateway(arguments: argparse.Namespace) -> None:
     _check_exposed(arguments)
     _access(arguments)  # is all as it must be? each process makes its own
     _certificate(arguments)
+    _bundles(arguments)
+    _later(arguments)
     _check_free(arguments.host, arguments.port, "--port")
     if arguments.grpc_port is not None:
         _check_free(arguments.host, arguments.grpc_port, "--grpc-port")
@@ -127,6 +132,8 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             key=_key(arguments),
             exactly_once=arguments.exactly_once,
             access=_access(arguments),
+            bundles=_bundles(arguments),
+            later=_later(arguments),
             beside=beside,
         )
         config = uvicorn.Config(
@@ -300,6 +307,30 @@ def _access(arguments: argparse.Namespace) -> Access:
     )
 
 
+def _bundles(arguments: argparse.Namespace) -> Bundles | None:
+    """Those that devices may fetch here; for themselves alone where a client must show a key or a certificate."""
+    from serving.bundles import Bundles
+
+    if arguments.bundles is None:
+        return None
+    shown = (arguments.api_keys, arguments.jwt_issuer, arguments.tls_client_ca)
+    return Bundles(arguments.bundles, private=any(setting is not None for setting in shown))
+
+
+def _later(arguments: argparse.Namespace) -> Later | None:
+    """Answers that are fetched later, where the gateway is told of a folder for them."""
+    from serving.gateway import refused
+    from serving.results import Later, ResultFiles
+
+    if arguments.results is None:
+        return None
+    if arguments.results_mb < 1:
+        raise ConfigError(f"--results-mb must be at least 1, got {arguments.results_mb}")
+    limits = {"deadline_s": arguments.deadline_s, "keep_s": arguments.results_s}
+    files = ResultFiles(arguments.results, _now_ms, max_bytes=arguments.results_mb << 20, **limits)
+    return Later(files, lambda error: refused(None, error))
+
+
 def _check_exposed(arguments: argparse.Namespace) -> None:
     """Raises ConfigError where others than this machine could ask without being asked who they are."""
     from serving.access import is_loopback
@@ -412,6 +443,23 @@ def _parser() -> argparse.ArgumentParser:
         "--feast", type=Path, help="folder of the feature store; for models declared transport='direct'"
     )
     fronts.add_argument("--triton", metavar="HOST:PORT", help="Triton's gRPC endpoint; for the same")
+    fronts.add_argument(
+        "--bundles",
+        type=Path,
+        metavar="FOLDER",
+        help="of device bundles, that `hybrid promote` writes; devices fetch them",
+    )
+    fronts.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="for answers that a request with `Prefer: respond-async` fetches later; they hold predictions. All "
+        "processes on a port have the same; without it such requests are answered at once",
+    )
+    fronts.add_argument("--results-s", type=float, default=RESULTS_S, help="that they lie there (default %(default)g)")
+    fronts.add_argument(
+        "--results-mb", type=int, default=RESULTS_MB, help="of all of them; past it 429 (default %(default)s)"
+    )
     _add_access(fronts)
     merging = commands.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")

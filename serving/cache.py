@@ -7,27 +7,39 @@ packed row's event time would not tell, being that of its oldest view, beside
 which a newer one can change. What is trusted is the row: features read less than
 `reread_s` ago are used again, so that is how late a materialised change is seen.
 How old features may be is the model's to say, and is checked at every use.
+
+Where the store fails, what was read earlier is still there, as long as there is
+room, for models that are declared to be answered with it (RFC 5861, section 4,
+has the same for HTTP: stale-if-error).
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.errors import Unavailable
 from hybrid.protocol import OK
 
 if TYPE_CHECKING:
-    from serving.merge import Reader
+    from serving.merge import PackedRows, Reader
     from serving.triton import Float32, Models
+
+log = logging.getLogger(__name__)
 
 ENTRY_BYTES = 512  # of an entry in Python: its key, and its places in a dictionary and a list
 CACHE_BYTES = 32 << 20  # of one model's features, and of its embeddings
 REREAD_S = 5.0
+HUNG_S, ALONE_S = 0.5, 1.0  # a store that failed after so long is asked again after so long, by one thread
+LONG_AGO_MS = -(1 << 60)
 TOWERS = 8  # whose embeddings are kept: some models, each in two versions
 
 
@@ -44,29 +56,45 @@ class CachedReader:
     """A `Reader` that reads an entity's features again only after `reread_s`. Threads may share it.
 
     Only rows that may be served are kept: an entity that is unknown, stale or
-    drifted is seen as soon as it is materialised.
+    drifted is seen as soon as it is materialised, and of one that is gone nothing
+    is kept.
+
+    A store that fails raises nothing: those of its rows that are not known are
+    "unavailable", with the slots and the age of what was last read of them, where
+    that is kept and young enough. One that hangs is left alone for a moment, in
+    which the rows of other batches need not wait out its time limit too.
 
     Args:
         reader: the store itself.
         width: how many slots.
-        reread_s: see above; 0 keeps nothing.
+        reread_s: see above; 0 reads every row.
         max_age_s: of the features, as the model allows.
-        max_bytes: of all that is kept.
+        max_bytes: of all that is kept; 0 keeps nothing.
+        clock: seconds, never going back.
 
     Attributes:
         hits, misses: rows that were looked for and could be used, and that could not.
     """
 
     def __init__(
-        self, reader: Reader, *, width: int, reread_s: float, max_age_s: float, max_bytes: int = CACHE_BYTES
+        self,
+        reader: Reader,
+        *,
+        width: int,
+        reread_s: float,
+        max_age_s: float,
+        max_bytes: int = CACHE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reader, self._reread_ms, self._max_age_ms = reader, 1000 * reread_s, 1000 * max_age_s
+        self._width, self._clock = width, clock
         self._entry_bytes = ENTRY_BYTES + 4 * width + 16
         capacity = max_bytes // self._entry_bytes
         self._places = _Places(capacity)
         self.hits = self.misses = 0
         self._slots = np.empty((capacity, width), np.float32)
         self._oldest_ms, self._read_ms = np.zeros((2, capacity), np.int64)
+        self._asked_again_s = -math.inf  # when; before, a store that hung is not asked
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -80,35 +108,62 @@ class CachedReader:
     def read(self, entities: Sequence[str], now_ms: int) -> Rows:
         """See `Reader`. An entry of a time that has not come, as when the clock was set back, is read again."""
         n = len(entities)
-        if not self._reread_ms or not self._places.capacity:
-            rows = self._reader.read(entities, now_ms)
-            return Rows(rows.slots, rows.age_ms, rows.status)
-        with self._lock:
-            place = self._places.find(entities)
-            slots, age_ms = self._slots[place], now_ms - self._oldest_ms[place]
-            since_ms = now_ms - self._read_ms[place]
-            fresh = (place >= 0) & (since_ms >= 0) & (since_ms < self._reread_ms) & (age_ms <= self._max_age_ms)
-            hits = int(fresh.sum())
-            self.hits, self.misses = self.hits + hits, self.misses + n - hits
+        if self._places.capacity:
+            with self._lock:
+                place = self._places.find(entities)
+                slots, age_ms = self._slots[place], now_ms - self._oldest_ms[place]
+                since_ms = now_ms - self._read_ms[place]
+                last = (place >= 0) & (since_ms >= 0) & (age_ms <= self._max_age_ms)
+                fresh = last & (since_ms < self._reread_ms)
+                hits = int(fresh.sum())
+                self.hits, self.misses = self.hits + hits, self.misses + n - hits
+        else:
+            slots, age_ms, last = np.empty((n, self._width), np.float32), np.zeros(n, np.int64), np.zeros(n, bool)
+            fresh = last
         status = np.full(n, OK, dtype=object)
         if not fresh.all():
             missed = np.flatnonzero(~fresh)
-            rows = self._reader.read([entities[row] for row in missed.tolist()], now_ms)
-            slots[missed], age_ms[missed], status[missed] = rows.slots, rows.age_ms, rows.status
-            self._keep(entities, missed[status[missed] == OK], slots, now_ms - age_ms, now_ms)
+            rows = self._ask([entities[row] for row in missed.tolist()], now_ms)
+            if rows is None:
+                status[missed], age_ms[~last] = Unavailable.code, -1
+            else:
+                slots[missed], age_ms[missed], status[missed] = rows.slots, rows.age_ms, rows.status
+                if self._places.capacity:
+                    self._keep(entities, missed, Rows(slots, age_ms, status), now_ms)
         return Rows(slots, age_ms, status)
 
-    def _keep(
-        self,
-        entities: Sequence[str],
-        rows: NDArray[np.intp],
-        slots: NDArray[np.float32],
-        oldest_ms: NDArray[np.int64],
-        now_ms: int,
-    ) -> None:
+    def _ask(self, entities: Sequence[str], now_ms: int) -> PackedRows | None:
+        """What the store says; None where it says nothing."""
+        begun_s = self._clock()
         with self._lock:
-            place = self._places.take([entities[row] for row in rows.tolist()])
-            self._slots[place], self._oldest_ms[place], self._read_ms[place] = slots[rows], oldest_ms[rows], now_ms
+            if begun_s < self._asked_again_s:
+                return None
+            if self._asked_again_s > -math.inf:  # it hung: the others wait for what this one finds
+                self._asked_again_s = math.inf
+        try:
+            rows = self._reader.read(entities, now_ms)
+        except Exception as error:
+            # The class alone: a store's message can quote the entity.
+            log.error("the feature store does not answer for %d rows: %s", len(entities), type(error).__name__)
+            ended_s = self._clock()
+            with self._lock:
+                hung = ended_s - begun_s >= HUNG_S
+                self._asked_again_s = ended_s + ALONE_S if hung else -math.inf
+            return None
+        with self._lock:
+            self._asked_again_s = -math.inf
+        return rows
+
+    def _keep(self, entities: Sequence[str], missed: NDArray[np.intp], rows: Rows, now_ms: int) -> None:
+        """Of the `missed` rows, which were read now, those that may be served; of the others nothing holds any more."""
+        good = rows.status[missed] == OK
+        kept, gone = missed[good], missed[~good]
+        with self._lock:
+            place = self._places.take([entities[row] for row in kept.tolist()])
+            self._slots[place], self._read_ms[place] = rows.slots[kept], now_ms
+            self._oldest_ms[place] = now_ms - rows.age_ms[kept]
+            place = self._places.find([entities[row] for row in gone.tolist()])
+            self._oldest_ms[place[place >= 0]] = LONG_AGO_MS
 
 
 class CachedModels:

@@ -26,16 +26,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.deployment import Deployment
-from hybrid.errors import BadRequest, BodyTooLarge, Overloaded, ServingError, Unavailable
+from hybrid.errors import BadRequest, BodyTooLarge, NoBundle, Overloaded, ServingError, Unavailable, UnknownTicket
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
 from hybrid.tracing import TRACEPARENT
 from serving import oip, openapi
 from serving.access import Access, error_headers
+from serving.bundles import Bundles
 from serving.deployments import Deployments
 from serving.direct import Direct
 from serving.exchange import Exchange, Limits
 from serving.kafka import Record, Tail, ThreadedOutbox
+from serving.results import PATH as RESULTS
+from serving.results import Later, Take, prefers_async
 from serving.telemetry import Request as Asking
 from serving.telemetry import Telemetry
 
@@ -56,6 +59,10 @@ Ask = Callable[[Any, oip.Rows, float | None], Awaitable[oip.Answers]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
+async def _at_once() -> None:
+    """A `Take` of a request that is answered where it was asked."""
+
+
 @dataclass(frozen=True)
 class Gateway:
     """The HTTP side, apart from Kafka.
@@ -67,6 +74,8 @@ class Gateway:
         access: who may ask.
         max_body_bytes: larger bodies are refused while they are read.
         telemetry: counts and times requests.
+        bundles: that devices fetch; None: they get them elsewhere.
+        later: answers requests that prefer so later; None: all are answered at once.
     """
 
     deployments: Deployments
@@ -75,6 +84,8 @@ class Gateway:
     access: Access = field(default_factory=Access)
     max_body_bytes: int = MAX_BODY_BYTES
     telemetry: Telemetry = field(default_factory=Telemetry)
+    bundles: Bundles | None = None
+    later: Later | None = None
 
     def routes(self) -> list[Route]:
         """The protocol's paths; they are tried in turn, so those that are asked most come first."""
@@ -87,6 +98,8 @@ class Gateway:
             Route("/v2/health/ready", _guarded(self.health)),
             *(Route(path, _guarded(self.model_metadata)) for path in (model, versioned)),
             *(Route(f"{path}/ready", _guarded(self.model_ready)) for path in (model, versioned)),
+            *(Route(f"{path}/bundle", _guarded(self.bundle)) for path in (model, versioned)),
+            Route(f"{RESULTS}/{{ticket}}", _guarded(self.result), methods=["GET", "DELETE"]),
         ]
 
     async def server_metadata(self, _: Request) -> Response:
@@ -118,12 +131,35 @@ class Gateway:
             raise Unavailable("Kafka is not connected yet")
         return JSONResponse({"name": served.model, "ready": True})
 
-    async def infer(self, request: Request) -> Response:
-        """Predictions for the rows of one request, or the error of the first row that has none."""
-        with self.telemetry.request(request.headers.get(TRACEPARENT)) as asking:
-            return await self._infer(request, asking)
+    async def bundle(self, request: Request) -> Response:
+        """The signed device bundle of a served version."""
+        served = self.deployments.served(**request.path_params)
+        if self.bundles is None:
+            raise NoBundle("this gateway has no bundles: it was started without --bundles")
+        return await self.bundles.answer(request, served, versioned="version" in request.path_params)
 
-    async def _infer(self, request: Request, asking: Asking) -> Response:
+    async def infer(self, request: Request) -> Response:
+        """Predictions for the rows of one request, or the error of the first row that has none; or a ticket for it."""
+        if self.later is None or not prefers_async(request.headers.getlist("prefer")):
+            return await self._infer(request, _at_once)
+
+        async def work(take: Take) -> Response:
+            return await _guarded(lambda asked: self._infer(asked, take))(request)
+
+        return await self.later.answer(request.scope[CLIENT], work)
+
+    async def result(self, request: Request) -> Response:
+        """What a ticket stands for, or the end of it."""
+        if self.later is None:
+            raise UnknownTicket("this gateway keeps no results: it was started without --results")
+        act = self.later.forget if request.method == "DELETE" else self.later.fetch
+        return await act(request.scope[CLIENT], request.path_params["ticket"])
+
+    async def _infer(self, request: Request, take: Take) -> Response:
+        with self.telemetry.request(request.headers.get(TRACEPARENT)) as asking:
+            return await self._predicted(request, asking, take)
+
+    async def _predicted(self, request: Request, asking: Asking, take: Take) -> Response:
         deployment = self.deployments.served(**request.path_params)
         asking.about(deployment)
         if request.headers.get("content-encoding", "identity") != "identity":
@@ -131,7 +167,7 @@ class Gateway:
         body = await _body(request, self.max_body_bytes)
         with asking.stage("decode"):
             asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
-        answers = await self.predict(deployment, asked, request.scope[CLIENT], asking)
+        answers = await self.predict(deployment, asked, request.scope[CLIENT], asking, take)
         with asking.stage("encode"):
             content, json_length = oip.encode(asked, answers, deployment)
         if json_length is None:
@@ -139,8 +175,10 @@ class Gateway:
         headers = {HEADER_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    async def predict(self, deployment: Deployment, asked: oip.Infer, client: str, asking: Asking) -> oip.Answers:
-        """What both fronts do with a request that is read; `asking` is told.
+    async def predict(
+        self, deployment: Deployment, asked: oip.Infer, client: str, asking: Asking, take: Take = _at_once
+    ) -> oip.Answers:
+        """What both fronts do with a request that is read; `asking` is told, and `take` awaited once it is to wait.
 
         Raises:
             RateLimited: these are too many rows for the client.
@@ -150,13 +188,14 @@ class Gateway:
         self.access.take_rows(client, len(asked.rows))
         if not self.ready():
             raise Unavailable("Kafka is not connected")
+        await take()
         with asking.stage("wait"):
             return await self.ask(deployment, asked.rows, asked.timeout_s)
 
 
 def application(gateway: Gateway, lifespan: Any = None, held_bytes: int = HELD_BYTES) -> Starlette:
     """The ASGI application; every error is the protocol's error object."""
-    handlers: dict[Any, Any] = {ServingError: _refused, HTTPException: _no_route}
+    handlers: dict[Any, Any] = {ServingError: refused, HTTPException: _no_route}
     door = Middleware(_Door, gateway.access, gateway.max_body_bytes, held_bytes)
     return Starlette(routes=gateway.routes(), middleware=[door], exception_handlers=handlers, lifespan=lifespan)
 
@@ -177,9 +216,9 @@ class _Door:
         try:
             scope[CLIENT] = await self._access.admit(shown)
         except ServingError as error:
-            return await _refused(None, error)(scope, receive, send)
+            return await refused(None, error)(scope, receive, send)
         except Exception as error:
-            return await _refused(None, internal(error))(scope, receive, send)
+            return await refused(None, internal(error))(scope, receive, send)
         held = 0
 
         async def read() -> Message:
@@ -210,6 +249,8 @@ def over_kafka(
     direct: Direct | None = None,
     key: SealingKey | None = None,
     access: Access | None = None,
+    bundles: Bundles | None = None,
+    later: Later | None = None,
     beside: Callable[[Gateway], AbstractAsyncContextManager[object]] = lambda _: nullcontext(),
     exactly_once: bool = False,
 ) -> Starlette:
@@ -228,6 +269,8 @@ def over_kafka(
         direct: the transport of models that are declared so; None: they are unavailable here.
         key: seals the bytes of records that cannot be read; without one they are not kept.
         access: who may ask; everyone where it is None.
+        bundles: see `Gateway`.
+        later: see `Gateway`; what it has taken is answered before the connections to Kafka end.
         beside: another front of the same gateway, open as long as this one.
         exactly_once: whether answers are read once they are committed; as the workers'.
     """
@@ -257,7 +300,7 @@ def over_kafka(
     def ready() -> bool:
         return outbox.ready and tail.ready and (direct is None or direct.ready)
 
-    gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry)
+    gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry, bundles=bundles, later=later)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -266,7 +309,7 @@ def over_kafka(
             tasks = [asyncio.create_task(_watch((outbox, tail), on_loss))]
             tasks.append(asyncio.create_task(_refresh(deployments, direct)))
             try:
-                async with beside(gateway):
+                async with nullcontext() if later is None else later.running(), beside(gateway):
                     yield
             finally:
                 for task in tasks:
@@ -332,7 +375,8 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _refused(_: Request | None, error: ServingError) -> Response:
+def refused(_: Request | None, error: ServingError) -> Response:
+    """The protocol's error object, with the error's status and headers."""
     return Response(oip.encode_error(error), error.status, error_headers(error), media_type="application/json")
 
 

@@ -29,7 +29,7 @@ from hybrid.errors import (
     UnknownModel,
 )
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
-from hybrid.protocol import CONSTANT, DEVICE_ONLY, NONE, OK, SERVER_ONLY, answered
+from hybrid.protocol import CACHED, CONSTANT, DEVICE_ONLY, NONE, OK, SERVER_ONLY, answered
 from serving.exchange import DEADLINE_S, MAX_RECORD_BYTES
 from serving.kafka import PARTITIONS, Record
 from serving.triton import Models
@@ -56,7 +56,7 @@ class PackedRows(Protocol):
 
     @property
     def age_ms(self) -> NDArray[np.int64]:
-        """(n,) age of each row; -1 where there is none."""
+        """(n,) age of each row; -1 where there is none. Where the status is "unavailable": of what was last read."""
 
     @property
     def status(self) -> NDArray[np.object_]:
@@ -144,7 +144,8 @@ class Joined:
     @cached_property
     def with_server(self) -> NDArray[np.bool_]:
         """(n,) whether the server tower is asked."""
-        return np.asarray((self.status == OK) & (self.fallback == NONE) | (self.fallback == SERVER_ONLY), dtype=bool)
+        merged = (self.status == OK) & (self.fallback == NONE)
+        return np.asarray(merged | np.isin(self.fallback, [SERVER_ONLY, CACHED]), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEAD
     if asked.any():
         slots[asked], age_ms[asked], server[asked] = _read(reader, batch.entity[asked].tolist(), now_ms, width)
     status[server != OK] = server[server != OK]
-    fallback = np.where(late, NONE, _fallback(batch, status))
+    fallback = np.where(late, NONE, _fallback(batch, status, age_ms >= 0))
+    age_ms[(status == Unavailable.code) & (fallback != CACHED)] = -1
     return Joined(np.concatenate([slots, batch.request], axis=1), age_ms, status, fallback, now_ms)
 
 
@@ -223,9 +225,10 @@ def _read(reader: Reader, entities: list[str], now_ms: int, width: int) -> tuple
     return rows.slots, rows.age_ms, rows.status
 
 
-def _fallback(batch: Batch, status: NDArray[np.object_]) -> NDArray[np.object_]:
-    """(n,) what the model declares for each row's status."""
+def _fallback(batch: Batch, status: NDArray[np.object_], last: NDArray[np.bool_]) -> NDArray[np.object_]:
+    """(n,) what the model declares for each row's status; `last`, where features read before can take its place."""
     serving = batch.deployment.serving
+    none_kept = ERROR if serving.constant is None else CONSTANT
     without_server = {
         UnknownEntity.code: serving.missing_entity,
         StaleFeatures.code: serving.stale_features,
@@ -236,7 +239,9 @@ def _fallback(batch: Batch, status: NDArray[np.object_]) -> NDArray[np.object_]:
     declared[status == MissingDevice.code] = serving.missing_device
     for code, answer in without_server.items():
         here = status == code
-        declared[here & ~batch.without_device] = answer
+        declared[here & ~batch.without_device] = none_kept if answer == CACHED else answer
+        if answer == CACHED:
+            declared[here & last] = CACHED
         # With both sides missing nothing is left to predict from.
         both = ERROR if ERROR in (answer, serving.missing_device) or serving.constant is None else CONSTANT
         declared[here & batch.without_device] = both
@@ -370,7 +375,8 @@ def _without_models(batch: Batch, joined: Joined) -> Joined:
     A device that merges predicts by itself: it keeps its fallbacks.
     """
     status = np.where(joined.with_server, Unavailable.code, joined.status)
-    fallback = np.where(joined.with_server, _fallback(batch, status), joined.fallback)
+    nothing = np.zeros(len(batch), bool)
+    fallback = np.where(joined.with_server, _fallback(batch, status, nothing), joined.fallback)
     if batch.on_device:
         return replace(joined, status=status, fallback=fallback)
     last = NONE if batch.deployment.serving.constant is None else CONSTANT

@@ -15,6 +15,7 @@ from typing import Any
 from hybrid.deployment import Deployment
 from hybrid.protocol import DEVICE_EMBEDDING, ENTITY, HEADER_LENGTH
 from serving import oip
+from serving.results import PATH as RESULTS
 
 SIZE = {"type": "integer", "minimum": 0, "maximum": 10**11 - 1}  # bytes
 INT64 = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
@@ -63,6 +64,14 @@ SCHEMAS: dict[str, Any] = {
             "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
         },
     },
+    "Ticket": {
+        "type": "object",
+        "required": ["ticket", "expires_ms"],
+        "properties": {
+            "ticket": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+            "expires_ms": {"type": "integer", "description": "Unix time; from then on there is no such result."},
+        },
+    },
     "Answer": {
         "type": "object",
         "required": ["model_name", "model_version", "outputs"],
@@ -80,14 +89,24 @@ SCHEMAS: dict[str, Any] = {
         },
     },
 }
+PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "With `respond-async`, where the gateway keeps results: a ticket at once, and the answer later.",
+}
+TICKET = {"name": "ticket", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}}
 REFUSALS = {
     "400": "The request cannot be read, or is not as the model's metadata says.",
     "401": "No credential, or one that does not hold.",
     "403": "The credential does not allow this.",
-    "404": "No such model, version or entity.",
+    "404": "No such model, version, entity, bundle or result.",
     "405": "The path has no such method.",
     "410": "The version is no longer served: fetch the bundle of a newer one.",
+    "412": "The bundle is another than `If-Match` names.",
     "413": "The body is too large.",
+    "416": "The bundle has nothing of the range that was asked for.",
     "429": "Too much waits (`overloaded`), or the client asks too much (`rate_limited`).",
     "500": "A fault of the gateway's own (`internal`).",
     "503": "Something the answer needs did not answer in time, or does not hold now.",
@@ -104,6 +123,7 @@ def document(deployments: Iterable[Deployment], guarded: bool) -> dict[str, Any]
     paths: dict[str, Any] = {
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
         "/v2": {"get": _get("What this server is", _ref("Server"))},
+        f"{RESULTS}/{{ticket}}": {"get": _result(), "delete": _forget(), "parameters": [TICKET]},
         "/v2/health/live": {"get": _open(_get("Whether the process lives", _ref("Live")))},
         "/v2/health/ready": {"get": _open(_get("Whether it can answer", _ref("Ready"), unavailable=_ref("Ready")))},
     }
@@ -115,6 +135,7 @@ def document(deployments: Iterable[Deployment], guarded: bool) -> dict[str, Any]
         for path in [version] if default in paths else [default, version]:
             paths[path] = {"get": _get("Names, datatypes and shapes of the tensors", _ref("Model"))}
             paths[f"{path}/ready"] = {"get": _get("Whether the model can answer", _ref("ModelReady"))}
+            paths[f"{path}/bundle"] = {"get": _bundle(deployment)}
             paths[f"{path}/infer"] = {"post": _infer(deployment)}
     described: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -223,9 +244,67 @@ def _infer(deployment: Deployment) -> dict[str, Any]:
         what, each = f"Server embeddings of {deployment.model}, for devices", "The server's embedding for each row"
     return {
         "summary": what,
-        "parameters": [length],
+        "parameters": [length, PREFER],
         "requestBody": {"required": True, "content": content},
-        "responses": {"200": {"description": each, "content": answer}, **refusals},
+        "responses": {
+            "200": {"description": each, "content": answer},
+            "202": _taken("Location", "Preference-Applied", "Retry-After"),
+            **refusals,
+        },
+    }
+
+
+def _taken(*headers: str) -> dict[str, Any]:
+    return {
+        "description": "It is being computed",
+        "headers": {name: {"schema": {"type": "string"}} for name in headers},
+        "content": {"application/json": {"schema": _ref("Ticket")}},
+    }
+
+
+def _result() -> dict[str, Any]:
+    binary = {"type": "string", "contentMediaType": "application/octet-stream"}
+    answer = {"application/json": {"schema": _ref("Answer")}, "application/octet-stream": {"schema": binary}}
+    found = {"description": "The predictions, as they would have come at once", "content": answer}
+    refusals = _refusals("400", "401", "403", "404", "405", "429", "500", "503")
+    return {
+        "summary": "What became of a request; an error is answered as it would have come at once",
+        "responses": {"200": found, "202": _taken("Retry-After"), **refusals},
+    }
+
+
+def _forget() -> dict[str, Any]:
+    refusals = _refusals("401", "403", "404", "405", "429", "500", "503")
+    return {
+        "summary": "Forgets an answer, also one that is still to come",
+        "responses": {"204": {"description": "It is gone"}, **refusals},
+    }
+
+
+def _bundle(deployment: Deployment) -> dict[str, Any]:
+    text = {"type": "string"}
+    conditions = {
+        "If-None-Match": "Entity tags that the caller has; 304 where the bundle's is among them.",
+        "If-Match": "Entity tags; 412 where the bundle's is not among them.",
+        "Range": "One range of bytes, as `bytes=1000-`; of several, and of what is none, nothing is taken notice of.",
+        "If-Range": "The entity tag of which the caller has a part; of another, all is sent.",
+    }
+    asked = [
+        {"name": name, "in": "header", "required": False, "schema": text, "description": why}
+        for name, why in conditions.items()
+    ]
+    content = {"application/octet-stream": {"schema": text | {"contentMediaType": "application/octet-stream"}}}
+    answers: dict[str, Any] = {"200": "All of it", "206": "The range that was asked for"}
+    responses = {status: {"description": what, "content": content} for status, what in answers.items()}
+    tag = {"ETag": {"schema": text, "description": "Strong: the SHA-256 of all bytes."}}
+    for answer in responses.values():
+        answer["headers"] = tag
+    return {
+        "summary": f"Device bundle of {deployment.model}, signed by the control plane; HEAD has its headers alone",
+        "parameters": asked,
+        "responses": responses
+        | {"304": {"description": "The caller has it", "headers": tag}}
+        | _refusals("401", "403", "404", "405", "410", "412", "416", "429", "500", "503"),
     }
 
 

@@ -98,7 +98,8 @@ class Settings(BaseModel):
             StackError: Kafka or Triton is not installed.
         """
         workspace, ports = Workspace(self.root), self.ports
-        workspace.triton.mkdir(parents=True, exist_ok=True)
+        for folder in (workspace.triton, workspace.bundles):
+            folder.mkdir(parents=True, exist_ok=True)
         reached = ["--kafka", f"127.0.0.1:{ports.kafka}", "--feast", str(workspace.feast)]
         reached += ["--triton", f"127.0.0.1:{ports.triton_grpc}"]
         return (
@@ -132,6 +133,7 @@ class Settings(BaseModel):
                     [
                         *(*reached, "--metrics-port", str(ports.gateway_metrics)),
                         *("--host", "127.0.0.1", "--port", str(ports.gateway), "--grpc-port", str(ports.gateway_grpc)),
+                        *("--bundles", str(workspace.bundles)),
                     ],
                     http_ok(f"http://127.0.0.1:{ports.gateway}/v2/health/ready"),
                     {"gateway": ports.gateway, "gateway-grpc": ports.gateway_grpc, "metrics": ports.gateway_metrics},

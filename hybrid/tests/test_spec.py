@@ -315,6 +315,7 @@ def test_a_file_is_read_as_it_is_now(tmp_path: Path):
         ({"missing_entity": "constant"}, "constant must be a probability, since missing_entity='constant'"),
         ({"constant": 1.5}, "less than or equal to 1"),
         ({"missing_device": "device-only"}, "'error', 'server-only' or 'constant'"),
+        ({"stale_features": "cached"}, "'error', 'device-only' or 'constant'"),
         ({"transport": "carrier pigeon"}, "'kafka' or 'direct'"),
         ({"versions": 0}, "greater than or equal to 1"),
     ],

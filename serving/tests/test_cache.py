@@ -40,9 +40,9 @@ class Store:
         )
 
 
-def cached(store, entries=4, reread_ms=REREAD_MS):
+def cached(store, entries=4, reread_ms=REREAD_MS, **options):
     limits = {"reread_s": reread_ms / 1000, "max_age_s": MAX_AGE_MS / 1000, "max_bytes": entries * ROW}
-    return CachedReader(store, width=1, **limits)
+    return CachedReader(store, width=1, **limits, **options)
 
 
 def read(reader, *entities, at):
@@ -112,15 +112,110 @@ def test_it_can_be_turned_off(limits):
     assert len(store.asked) == 2
 
 
-def test_what_the_store_says_when_it_fails_is_said():
-    """A row that is not known cannot be made up."""
-    store = Store(bakery=(7.0, 100))
+def test_where_the_store_fails_what_was_last_read_is_given_with_its_true_age():
+    """True at 95, read at 100; down at 112, when it would be read again: "unavailable", with the slot, 17 ms old.
+
+    What was read less than 10 ms ago needs no store; of what never was there is nothing.
+    """
+    store = Store(bakery=(7.0, 95))
     reader = cached(store)
     read(reader, "bakery", at=100)
     store.down = True
-    assert read(reader, "bakery", at=101)[0][0] == 7.0
-    with pytest.raises(Unavailable):
-        read(reader, "bakery", "kiosk", at=101)
+    assert read(reader, "bakery", at=109) == [(7.0, 14, "ok")]
+    assert read(reader, "bakery", at=112) == [(7.0, 17, "unavailable")]
+    assert read(reader, "bakery", "kiosk", at=112)[1][1:] == (-1, "unavailable")
+    store.down = False
+    store.rows["bakery"] = (8.0, 110)
+    assert read(reader, "bakery", at=113) == [(8.0, 3, "ok")]
+
+
+def test_features_that_grew_too_old_answer_for_no_store():
+    """25 ms are allowed: at 120 those of 95 are given, at 121 nothing is."""
+    store = Store(bakery=(7.0, 95))
+    reader = cached(store)
+    read(reader, "bakery", at=100)
+    store.down = True
+    assert [read(reader, "bakery", at=at)[0][1:] for at in (120, 121)] == [(25, "unavailable"), (-1, "unavailable")]
+
+
+def test_an_entity_that_was_seen_to_be_gone_is_not_remembered():
+    """Read, deleted, read again, and then the store fails: what was erased does not come back."""
+    store = Store(bakery=(7.0, 100))
+    reader = cached(store)
+    read(reader, "bakery", at=100)
+    del store.rows["bakery"]
+    assert read(reader, "bakery", at=110)[0][2] == "unknown_entity"
+    store.down = True
+    assert read(reader, "bakery", at=111)[0][1:] == (-1, "unavailable")
+
+
+def test_what_answers_for_the_store_is_kept_also_where_every_row_is_read():
+    """`reread_s` of 0 says how late a change may be seen, not what is kept for an outage."""
+    store = Store(bakery=(7.0, 100))
+    reader = cached(store, reread_ms=0)
+    read(reader, "bakery", at=100)
+    store.down = True
+    assert read(reader, "bakery", at=100) == [(7.0, 0, "unavailable")]
+
+
+def test_without_room_there_is_nothing_to_answer_with():
+    """And the failure is still told row by row."""
+    store = Store(bakery=(7.0, 100))
+    reader = cached(store, entries=0)
+    read(reader, "bakery", at=100)
+    store.down = True
+    assert read(reader, "bakery", at=100)[0][1:] == (-1, "unavailable")
+
+
+def test_a_store_that_hangs_is_left_alone_for_a_second(caplog):
+    """It takes 2 s to fail: those who ask in the second after that do not wait, the first after it tries again.
+
+    One that fails at once is asked every time. The log names no entity.
+    """
+    now, store = [100.0], Store()
+    store.takes_s = 2.0
+
+    def hang(entities, _):
+        store.asked.append(now[0])
+        now[0] += store.takes_s
+        raise OSError(f"{entities} cannot be read")
+
+    store.read = hang
+    reader = cached(store, clock=lambda: now[0])
+    for waited_s in (0.0, 0.5, 0.4, 0.2):  # asked at 100; fails at 102; 102.5 and 102.9 are within a second; 103.1
+        now[0] += waited_s
+        assert read(reader, "bakery", at=0)[0][2] == "unavailable"
+    assert store.asked == pytest.approx([100, 103.1])
+    store.takes_s = 0.1
+    now[0] += 5
+    for _ in range(3):
+        read(reader, "bakery", at=0)
+    assert len(store.asked) == 5
+    assert "bakery" not in caplog.text
+
+
+def test_while_one_tries_whether_a_hung_store_answers_the_others_do_not_wait():
+    """The second asks within the first's trial; once that succeeds, all ask again."""
+    now, store, inner = [100.0], Store(bakery=(7.0, 0)), []
+    answer = store.read
+
+    def fail(*_):
+        now[0] += 1
+        raise Unavailable("down")
+
+    def succeed(entities, at):
+        inner.append(read(reader, "bakery", at=0)[0][2])
+        return answer(entities, at)
+
+    store.read = fail
+    reader = cached(store, clock=lambda: now[0])
+    read(reader, "bakery", at=0)
+    now[0] += 1
+    store.read = succeed
+    assert read(reader, "bakery", at=0) == [(7.0, 0, "ok")]
+    assert inner == ["unavailable"]
+    store.read = answer
+    assert read(reader, "kiosk", at=0)[0][2] == "unknown_entity"
 
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
@@ -154,6 +249,52 @@ def test_whatever_is_written_and_read_in_any_order(steps):
                 held = [(v, now - t) for v, t, until in history[name] if until is None or now - until < REREAD_MS]
                 assert (slot, age) in held
         assert len(reader) <= 4
+
+
+class LastRead:
+    """What was last read of each entity: its slot, when that was true, and when it was read."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def fresh(self, name, now):
+        _, true_ms, read_ms = self.rows.get(name, (0, -1_000, -1_000))
+        return now - read_ms < REREAD_MS and now - true_ms <= MAX_AGE_MS
+
+    def learn(self, names, found, now):
+        """From an answer of a store that is there."""
+        for name in {name for name in names if not self.fresh(name, now)}:
+            slot, age, status = found[names.index(name)]
+            self.rows[name] = (slot, now - age, now) if status == "ok" else (0, -1_000, -1_000)
+
+    def told(self, name, now):
+        """What is to be said of it while the store is away."""
+        slot, true_ms, _ = self.rows.get(name, (0, -1_000, -1_000))
+        if now - true_ms > MAX_AGE_MS:
+            return -1, "unavailable"
+        return slot, now - true_ms, "ok" if self.fresh(name, now) else "unavailable"
+
+
+@settings(max_examples=300)
+@given(st.lists(st.one_of(WRITE, READ, WAIT, st.tuples(st.just("turn"), st.none(), st.none())), max_size=50))
+def test_whatever_is_read_while_the_store_comes_and_goes(steps):
+    """While it is down each row is "ok" if it was read within the last 10 ms, else "unavailable" with exactly what
+    was last read of its entity, if that was a row and is at most 25 ms old by now, and else with nothing."""
+    store, now, last = Store(), 1000, LastRead()
+    reader = cached(store, entries=len(NAMES))
+    for value, (step, which, amount) in enumerate(steps):
+        if step == "wait":
+            now += amount
+        elif step == "turn":
+            store.down = not store.down
+        elif step == "write":
+            store.rows[which] = (float(value), now - amount)
+        else:
+            found = read(reader, *which, at=now)
+            if store.down:
+                assert [row[1:] if row[1] < 0 else row for row in found] == [last.told(name, now) for name in which]
+            else:
+                last.learn(which, found, now)
 
 
 def test_the_bound_counts_what_python_takes():

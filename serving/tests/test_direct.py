@@ -7,6 +7,7 @@ import pytest
 
 from hybrid.errors import ConfigError, Overloaded, Unavailable, UnknownEntity
 from hybrid.spec import Serving
+from serving.cache import CachedReader
 from serving.direct import Direct
 from serving.exchange import Limits
 from serving.oip import Rows
@@ -164,6 +165,36 @@ def test_who_wants_the_contribution_is_given_it_and_who_shares_its_batch_is_not(
         assert found.expires_ms.tolist() == [1_000 - 5 + 60_000]
 
     run(scenario, direct(models))
+
+
+def test_what_was_last_read_answers_for_a_store_that_fails_where_that_is_declared():
+    """Read once; then the store fails, and each read is to be a new one: bakery's slot is still 1, its row 5 ms old."""
+
+    class Failing:
+        fails = False
+
+        def read(self, entities, now_ms):
+            if self.fails:
+                raise Unavailable("down")
+            return MemoryReader(KNOWN).read(entities, now_ms)
+
+    store = Failing()
+    reader = CachedReader(store, width=1, reread_s=0, max_age_s=60)
+    served = deployment().model_copy(update={"serving": Serving(unavailable="cached")})
+    telemetry = Telemetry()
+
+    async def scenario(made):
+        assert list((await made.ask(served, rows("bakery"))).fallback) == ["none"]
+        store.fails = True
+        answers = await made.ask(served, rows("bakery"))
+        assert (list(answers.status), list(answers.fallback)) == (["unavailable"], ["cached"])
+        assert (answers.prediction.tolist(), answers.feature_age_ms.tolist()) == ([2.0], [5])
+        with pytest.raises(Unavailable):
+            await made.ask(deployment(), rows("bakery"))
+
+    run(scenario, direct(open_reader=lambda _: reader, telemetry=telemetry))
+    counted = {"model": "shop", "version": "1", "kind": "cached"}
+    assert telemetry.registry.get_sample_value("hybrid_fallbacks_total", counted) == 1
 
 
 def test_no_answer_in_time_is_unavailable_and_what_nobody_waits_for_is_not_merged():

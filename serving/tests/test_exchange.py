@@ -439,7 +439,7 @@ def test_room_is_taken_for_what_comes_back_too():
     """A row is 16 bytes of numbers and asks for 8 back: two such rows do not fit into 40."""
 
     async def scenario():
-        broker = Broker(Limits(deadline_s=30, linger_s=0.001, waiting_bytes=40))
+        broker = Broker(Limits(deadline_s=30, waiting_bytes=40))
         with pytest.raises(Overloaded):
             await broker.exchange.ask(deployment(), wanting("a", "b"))
         asked = broker.ask("a", "b")

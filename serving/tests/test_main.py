@@ -84,6 +84,10 @@ def test_a_certificate_needs_its_key_and_both_must_be_there(wrong):
         (["--processes", "0"], "must lie in"),
         (["--reply-partition", "-1"], "must lie in"),
         (["--host", "0.0.0.0"], "clients must be known"),
+        (["--bundles", "/nowhere"], "bundles' folder must be one that is there, got '/nowhere'"),
+        (["--results", "/dev/null/nowhere"], "results' folder must be one that can be written"),
+        (["--results", "/tmp", "--results-s", "5"], "--results-s must be 10 .* got 5"),
+        (["--results", "/tmp", "--results-mb", "0"], "--results-mb must be at least 1, got 0"),
         (["--metrics-port", "65535", "--processes", "2"], "--metrics-port 65536 .* ports end at 65535"),
     ],
 )

@@ -1,5 +1,6 @@
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,59 @@ def test_a_store_that_fails_is_the_declared_fallback_of_unavailable():
         ("unavailable", "device-only", 22.0)
     ]
     assert answered(["bakery"], reader=NoStore())[0][:2] == ("unavailable", "none")
+
+
+class LastRead:
+    """A store that does not answer, and what was last read of it: the bakery's slot 1, 700 ms ago."""
+
+    def read(self, entities, now_ms):
+        known = np.array([entity == "bakery" for entity in entities])
+        status = np.full(len(entities), "unavailable", dtype=object)
+        return SimpleNamespace(
+            slots=np.where(known, 1, np.nan).astype(np.float32)[:, None],
+            age_ms=np.where(known, 700, -1),
+            status=status,
+        )
+
+
+@pytest.mark.parametrize(
+    ("serving", "expected"),
+    [
+        ({"unavailable": "cached"}, [("cached", 26.0, 700), ("none", None, -1)]),
+        ({"unavailable": "cached", "constant": 0.25}, [("cached", 26.0, 700), ("constant", 0.25, -1)]),
+        ({"unavailable": "device-only"}, [("device-only", 22.0, -1)] * 2),
+        ({"unavailable": "constant", "constant": 0.25}, [("constant", 0.25, -1)] * 2),
+        ({}, [("none", None, -1)] * 2),
+    ],
+)
+def test_what_was_last_read_answers_only_where_it_is_declared_and_known(serving, expected):
+    """bakery: 1 + 1 + 10 = 12, tower (12, 12), head 24 + 2 = 26, with its true age; of nowhere nothing is known."""
+    served = deployment().model_copy(update={"serving": Serving(**serving), **LEARNED})
+    batch = decode(records(message(["bakery", "nowhere"])), lambda *_: served).batches[0]
+    (found,) = merge(batch, lambda _: LastRead(), SumModels(), now_ms=0)
+    assert found.status.tolist() == ["unavailable"] * 2
+    said = zip(found.fallback, found.prediction.tolist(), found.feature_age_ms.tolist(), strict=True)
+    assert [(word, None if np.isnan(value) else value, age) for word, value, age in said] == expected
+
+
+@pytest.mark.parametrize(
+    ("constant", "missing_device", "expected"),
+    [(0.25, "server-only", "constant"), (0.25, "error", "none"), (None, "server-only", "none")],
+)
+def test_without_a_device_side_what_was_last_read_does_not_answer(constant, missing_device, expected):
+    """Neither side is there as it should be: only a constant is left, where both are declared."""
+    serving = {"unavailable": "cached", "missing_device": missing_device, "constant": constant}
+    assert answered(["bakery"], serving, [[np.nan, np.nan]], reader=LastRead())[0][:2] == ("unavailable", expected)
+
+
+@pytest.mark.parametrize("reader", [LastRead(), MemoryReader(KNOWN)])
+@pytest.mark.parametrize(("constant", "expected"), [(None, "none"), (0.25, "constant")])
+def test_without_triton_what_was_last_read_is_of_no_use(reader, constant, expected):
+    """Whether the store answers or not: the head runs on Triton too."""
+    served = deployment().model_copy(update={"serving": Serving(unavailable="cached", constant=constant)})
+    batch = decode(records(message(["bakery"])), lambda *_: served).batches[0]
+    (found,) = merge(batch, lambda _: reader, SumModels(broken=True), now_ms=0)
+    assert (found.status.tolist(), found.fallback.tolist()) == (["unavailable"], [expected])
 
 
 @pytest.mark.parametrize(
