@@ -328,7 +328,7 @@ def _later(arguments: argparse.Namespace) -> Later | None:
         raise ConfigError(f"--results-mb must be at least 1, got {arguments.results_mb}")
     limits = {"deadline_s": arguments.deadline_s, "keep_s": arguments.results_s}
     files = ResultFiles(arguments.results, _now_ms, max_bytes=arguments.results_mb << 20, **limits)
-    return Later(files, lambda error: refused(None, error))
+    return Later(files, refused)
 
 
 def _check_exposed(arguments: argparse.Namespace) -> None:

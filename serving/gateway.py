@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pyarrow as pa
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.deployment import Deployment
@@ -91,15 +89,15 @@ class Gateway:
         """The protocol's paths; they are tried in turn, so those that are asked most come first."""
         model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         return [
-            *(Route(f"{path}/infer", _guarded(self.infer), methods=["POST"]) for path in (model, versioned)),
-            Route("/openapi.json", _guarded(self.description)),
-            Route("/v2", _guarded(self.server_metadata)),
-            Route("/v2/health/live", _guarded(self.live)),
-            Route("/v2/health/ready", _guarded(self.health)),
-            *(Route(path, _guarded(self.model_metadata)) for path in (model, versioned)),
-            *(Route(f"{path}/ready", _guarded(self.model_ready)) for path in (model, versioned)),
-            *(Route(f"{path}/bundle", _guarded(self.bundle)) for path in (model, versioned)),
-            Route(f"{RESULTS}/{{ticket}}", _guarded(self.result), methods=["GET", "DELETE"]),
+            *(_route(f"{path}/infer", self.infer, "POST") for path in (model, versioned)),
+            _route("/openapi.json", self.description),
+            _route("/v2", self.server_metadata),
+            _route("/v2/health/live", self.live),
+            _route("/v2/health/ready", self.health),
+            *(_route(path, self.model_metadata) for path in (model, versioned)),
+            *(_route(f"{path}/ready", self.model_ready) for path in (model, versioned)),
+            *(_route(f"{path}/bundle", self.bundle) for path in (model, versioned)),
+            _route(f"{RESULTS}/{{ticket}}", self.result, "GET", "DELETE"),
         ]
 
     async def server_metadata(self, _: Request) -> Response:
@@ -144,7 +142,7 @@ class Gateway:
             return await self._infer(request, _at_once)
 
         async def work(take: Take) -> Response:
-            return await _guarded(lambda asked: self._infer(asked, take))(request)
+            return await _answered(request, lambda asked: self._infer(asked, take))
 
         return await self.later.answer(request.scope[CLIENT], work)
 
@@ -193,11 +191,10 @@ class Gateway:
             return await self.ask(deployment, asked.rows, asked.timeout_s)
 
 
-def application(gateway: Gateway, lifespan: Any = None, held_bytes: int = HELD_BYTES) -> Starlette:
+def application(gateway: Gateway, lifespan: Any = None, held_bytes: int = HELD_BYTES) -> ASGIApp:
     """The ASGI application; every error is the protocol's error object."""
-    handlers: dict[Any, Any] = {ServingError: refused, HTTPException: _no_route}
-    door = Middleware(_Door, gateway.access, gateway.max_body_bytes, held_bytes)
-    return Starlette(routes=gateway.routes(), middleware=[door], exception_handlers=handlers, lifespan=lifespan)
+    router = Router(gateway.routes(), lifespan=lifespan)
+    return _Door(router, gateway.access, gateway.max_body_bytes, held_bytes)
 
 
 class _Door:
@@ -210,15 +207,23 @@ class _Door:
         self._app, self._access, self._max_body, self._room = app, access, max_body_bytes, held_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        scope["app"] = self._app  # without one the router answers by itself, in plain text
+        try:
+            if scope["path"] in OPEN:
+                await self._app(scope, receive, send)
+            else:
+                await self._admitted(scope, receive, send)
+        except HTTPException as error:  # there is no such route: nothing was sent yet
+            await _no_route(error)(scope, receive, send)
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         shown = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
             scope[CLIENT] = await self._access.admit(shown)
-        except ServingError as error:
-            return await refused(None, error)(scope, receive, send)
         except Exception as error:
-            return await refused(None, internal(error))(scope, receive, send)
+            return await refused(explained(error))(scope, receive, send)
         held = 0
 
         async def read() -> Message:
@@ -232,7 +237,7 @@ class _Door:
             return message
 
         try:
-            return await self._app(scope, read, send)
+            await self._app(scope, read, send)
         finally:
             self._room += held
 
@@ -253,7 +258,7 @@ def over_kafka(
     later: Later | None = None,
     beside: Callable[[Gateway], AbstractAsyncContextManager[object]] = lambda _: nullcontext(),
     exactly_once: bool = False,
-) -> Starlette:
+) -> ASGIApp:
     """A gateway whose questions and answers cross Kafka, or go its own way where a model is declared to.
 
     It connects while the application starts.
@@ -303,7 +308,7 @@ def over_kafka(
     gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry, bundles=bundles, later=later)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: object) -> AsyncIterator[None]:
         exchange.start()
         with outbox, tail:
             tasks = [asyncio.create_task(_watch((outbox, tail), on_loss))]
@@ -375,35 +380,46 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def refused(_: Request | None, error: ServingError) -> Response:
+def refused(error: ServingError) -> Response:
     """The protocol's error object, with the error's status and headers."""
     return Response(oip.encode_error(error), error.status, error_headers(error), media_type="application/json")
 
 
-def _no_route(_: Request, error: HTTPException) -> Response:
+def explained(error: Exception) -> ServingError:
+    """What the caller is told.
+
+    Of an error that nobody foresaw, class and place are logged and no more: its text may hold a caller's values.
+    """
+    if isinstance(error, ServingError):
+        return error
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("internal error: %s in %s, line %s", type(error).__name__, at.name, at.lineno)
+    return ServingError("internal error")
+
+
+def _no_route(error: HTTPException) -> Response:
     content = orjson.dumps({"error": error.detail, "code": "no_such_path"})
     return Response(content, error.status_code, error.headers, media_type="application/json")
 
 
-def _guarded(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, whose unexpected errors tell their class and place; their text may hold a caller's values.
-
-    A handler for `Exception` would not do: Starlette raises it again, for uvicorn to log with its text.
-    """
-
-    async def answer(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except (ServingError, HTTPException):
-            raise
-        except Exception as error:
-            raise internal(error) from None
-
-    return answer
+def _route(path: str, endpoint: Endpoint, *methods: str) -> Route:
+    """An endpoint as an application of its own: Starlette's way to call a function takes a quarter of a request."""
+    return Route(path, _Endpoint(endpoint), methods=methods or ("GET",))
 
 
-def internal(error: Exception) -> ServingError:
-    """What the caller is told of an error that nobody foresaw, and a log line that tells us more."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    log.error("internal error: %s in %s, line %s", type(error).__name__, at.name, at.lineno)
-    return ServingError("internal error")
+@dataclass(frozen=True)
+class _Endpoint:
+    """Answers what its function does, or the error that it raises."""
+
+    function: Endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await _answered(Request(scope, receive), self.function)
+        await answer(scope, receive, send)
+
+
+async def _answered(request: Request, function: Endpoint) -> Response:
+    try:
+        return await function(request)
+    except Exception as error:
+        return refused(explained(error))

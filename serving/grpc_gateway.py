@@ -25,7 +25,7 @@ from hybrid.protocol import OUTPUTS
 from hybrid.tracing import TRACEPARENT
 from serving import oip
 from serving.access import error_headers
-from serving.gateway import MAX_BODY_BYTES, SERVER, Gateway, internal
+from serving.gateway import MAX_BODY_BYTES, SERVER, Gateway, explained
 
 SERVICE = "inference.GRPCInferenceService"
 CODE = "code"  # of the trailing metadata
@@ -217,12 +217,10 @@ def _method(
         try:
             client = "" if is_open else await gateway.access.admit(_metadata(context, "authorization"))
             return await answer(message.FromString(body), context, client)
-        except ServingError as error:
-            refused = error
         except DecodeError:
-            refused = BadRequest(f"the message must be a {message.DESCRIPTOR.name}, and is not")
+            refused: ServingError = BadRequest(f"the message must be a {message.DESCRIPTOR.name}, and is not")
         except Exception as error:
-            refused = internal(error)
+            refused = explained(error)
         extra = {name.lower(): value for name, value in error_headers(refused).items()}
         status = STATUS.get(refused.status, grpc.StatusCode.INTERNAL)
         return await context.abort(status, str(refused), tuple({CODE: refused.code, **extra}.items()))  # raises

@@ -382,7 +382,7 @@ def _from_json(name: str, data: object, datatype: str, size: int, missing: bool)
     """(size,) values, flat or nested in row-major order."""
     if not isinstance(data, list):
         raise BadRequest(f"input {name!r} must have data as a list, or a binary_data_size")
-    values = list(_flat(data))
+    values = list(_flat(data)) if any(type(value) is list for value in data) else data
     if len(values) != size:
         raise BadRequest(f"input {name!r} must have {size} values, got {len(values)}")
     allowed = ({str} if datatype == "BYTES" else {int, float}) | ({type(None)} if missing else set())

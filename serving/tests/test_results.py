@@ -285,7 +285,7 @@ class Setup:
         deployment().write(folder / "deployments")
         self.error, self.go, self.asked = None, asyncio.Event(), asyncio.Event()
         self.results, self.telemetry = results or files(folder, clock), Telemetry()
-        self.later = Later(self.results, lambda error: refused(None, error))
+        self.later = Later(self.results, refused)
         gateway = Gateway(
             Deployments(folder / "deployments"),
             self.ask,
