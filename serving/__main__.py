@@ -153,7 +153,6 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             ssl_cert_reqs=ssl.CERT_NONE if arguments.tls_client_ca is None else ssl.CERT_REQUIRED,
         )
         server = uvicorn.Server(config)
-        gc.freeze()  # what is there by now stays: no collection need look at it again
         server.run([_listening(arguments.host, arguments.port, shared=arguments.processes > 1)])
         if not server.started:
             sys.exit("gateway: it did not start; the lines above say why")
@@ -236,7 +235,12 @@ def worker(arguments: argparse.Namespace) -> None:
         )
         telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
         telemetry.watch_cache("embeddings", models)
-        merging.run(stopping, lambda: inbox.assigned and triton.ready, lambda: print("ready", flush=True))
+
+        def announce() -> None:
+            gc.freeze()  # what is there by now stays: no collection need look at it again, and stop all for it
+            print("ready", flush=True)
+
+        merging.run(stopping, lambda: inbox.assigned and triton.ready, announce)
 
 
 def _reader_in(arguments: argparse.Namespace, telemetry: Telemetry) -> Callable[[Deployment], Reader]:

@@ -7,6 +7,7 @@ gRPC, where it is wanted, runs beside it on the same event loop (`serving.grpc_g
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -346,6 +347,7 @@ async def _refresh(deployments: Deployments, direct: Direct | None) -> None:
     """Takes promotions into service, once what the direct transport needs for them is there."""
     if direct is not None:
         await direct.prepare(deployments.current)
+    gc.freeze()  # what is there by now stays: no collection need look at it again, and stop all for it
     while True:
         await asyncio.sleep(REFRESH_S)
         if (windows := deployments.changed()) is not None:

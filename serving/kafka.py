@@ -47,6 +47,7 @@ COMMIT_S = 0.1  # between two commits; a killed worker's rows of that time are a
 RECONNECT_MS = 1_000  # the longest pause between two tries; with the default, 30 s, an outage lasts as much longer
 PRODUCER: dict[str, Any] = {  # settings of every producer: what was sent is in Kafka, or is known not to be, in time
     "acks": "all",
+    "metrics_enabled": False,  # `serving.telemetry` has ours; kafka-python's cost a twentieth of its time
     "reconnect_backoff_max_ms": RECONNECT_MS,
     "max_block_ms": SEND_TIMEOUT_MS,
     "request_timeout_ms": SEND_TIMEOUT_MS - 1_000,
@@ -155,6 +156,7 @@ class GroupInbox:
             session_timeout_ms=6_000,
             heartbeat_interval_ms=1_500,
             group_instance_id=instance,
+            metrics_enabled=False,
             # A worker that joins or leaves takes no partition from those whose share stays as it was (KIP-429).
             partition_assignment_strategy=[CooperativeStickyAssignor],
             reconnect_backoff_max_ms=RECONNECT_MS,
@@ -437,6 +439,7 @@ class Tail:
             bootstrap_servers=self._bootstrap,
             enable_auto_commit=False,
             isolation_level=self._isolation,
+            metrics_enabled=False,
             reconnect_backoff_max_ms=RECONNECT_MS,
         )
         try:
