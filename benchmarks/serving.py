@@ -1,6 +1,6 @@
 """How fast predictions are served: `python -m benchmarks.serving [--json FILE] [--quick]`.
 
-One run on real Kafka, Triton and Feast (SQLite), each started here:
+One run on real Kafka, Triton and Feast (SQLite, in the drain Redis too), each started here:
 
 drain     a merge worker's process over a filled topic, against the same topic row by row as a person would
           write it (kafka-python, get_online_features, tritonclient), and against bare Triton
@@ -100,11 +100,16 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
     """The worker alone."""
     found: dict[str, list[float]] = {}
     for turn in range(lengths.turns):
-        at_a_time = contestant(served, "record-at-a-time", lengths.at_a_time_s, turn)
+        at_a_time = contestant(served, lengths.at_a_time_s, turn)
+        redis_at_a_time = contestant(served, lengths.at_a_time_s, turn, store=world.REDIS)
         one = drained(served, lengths.rows, workers=1, seed=3 * turn)
         two = drained(served, lengths.rows, workers=2, seed=3 * turn + 1)
         uncached = drained(served, lengths.rows // 4, workers=1, seed=3 * turn + 1000, arguments=NO_CACHE)
         single = drained(served, lengths.rows // 20, workers=1, seed=3 * turn + 2, size=1)
+        redis = drained(served, lengths.rows // 4, workers=1, seed=3 * turn + 2000, store=world.REDIS)
+        redis_uncached = drained(
+            served, lengths.rows // 4, workers=1, seed=3 * turn + 3000, arguments=NO_CACHE, store=world.REDIS
+        )
         bare = bare_triton(served, lengths.triton_s)
         values = {
             "at a time": at_a_time,
@@ -112,10 +117,15 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
             "two workers": two.rows_per_s,
             "one worker, nothing cached": uncached.rows_per_s,
             "one worker, records of one row": single.rows_per_s,
+            "Redis, at a time": redis_at_a_time,
+            "Redis, one worker": redis.rows_per_s,
+            "Redis, one worker, nothing cached": redis_uncached.rows_per_s,
             "bare Triton": bare,
             "speedup_over_record_at_a_time": one.rows_per_s / at_a_time,
             "speedup_nothing_cached": uncached.rows_per_s / at_a_time,
             "speedup_records_of_one_row": single.rows_per_s / at_a_time,
+            "speedup_redis": redis.rows_per_s / redis_at_a_time,
+            "speedup_redis_nothing_cached": redis_uncached.rows_per_s / redis_at_a_time,
             "fraction_of_bare_triton": one.rows_per_s / bare,
             "worker_cpu_per_row_2_over_1": two.cpu_s_per_row / one.cpu_s_per_row,
             "us_cpu_per_row": 1e6 * one.cpu_s_per_row,
@@ -126,13 +136,14 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
     figures |= {name: statistics.median(taken) for name, taken in found.items() if "_" in name}
 
 
-def contestant(served: world.World, kind: str, seconds: float, turn: int) -> float:
+def contestant(served: world.World, seconds: float, turn: int, store: str = world.SQLITE) -> float:
     """Rows/s of the row-at-a-time pipeline, over a topic like the worker's."""
-    topic = f"at-a-time-{turn}"
+    topic = f"at-a-time-{store}-{turn}"
     make_topics(served, topic, "at-a-time")
     fill(served, topic, world.records(50 * BATCH, BATCH, turn, now_ms()))
-    arguments = [kind, "--folder", served.folder, "--kafka", served.kafka, "--triton", served.triton]
-    return float(child([*arguments, "--topic", topic, "--seconds", seconds], seconds + 90)["rows_per_s"])
+    words = ["record-at-a-time", "--folder", served.folder, "--store", store]
+    words += ["--kafka", served.kafka, "--triton", served.triton, "--topic", topic, "--seconds", seconds]
+    return float(child(words, seconds + 90)["rows_per_s"])
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,14 @@ class Drained:
 
 
 def drained(
-    served: world.World, rows: int, *, workers: int, seed: int, size: int = BATCH, arguments: Sequence[str] = ()
+    served: world.World,
+    rows: int,
+    *,
+    workers: int,
+    seed: int,
+    size: int = BATCH,
+    arguments: Sequence[str] = (),
+    store: str = world.SQLITE,
 ) -> Drained:
     """Fills the topic while the workers, warm, are stopped; then lets them go and waits for the last commit.
 
@@ -152,7 +170,7 @@ def drained(
         StackError: not every row was answered exactly once, and well.
     """
     with contextlib.ExitStack() as stack:
-        services = [served.worker(*NO_DEADLINE, *arguments) for _ in range(workers)]
+        services = [served.worker(*NO_DEADLINE, *arguments, store=store) for _ in range(workers)]
         processes = [Process(service, served.folder / "logs") for service in services]
         for process in processes:
             stack.callback(process.stop)

