@@ -111,16 +111,19 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
             served, lengths.rows // 4, workers=1, seed=3 * turn + 3000, arguments=NO_CACHE, store=world.REDIS
         )
         bare = bare_triton(served, lengths.triton_s)
-        values = {
+        rates = {
             "at a time": at_a_time,
             "one worker": one.rows_per_s,
-            "two workers": two.rows_per_s,
-            "one worker, nothing cached": uncached.rows_per_s,
-            "one worker, records of one row": single.rows_per_s,
-            "Redis, at a time": redis_at_a_time,
-            "Redis, one worker": redis.rows_per_s,
-            "Redis, one worker, nothing cached": redis_uncached.rows_per_s,
+            "two": two.rows_per_s,
+            "one, nothing cached": uncached.rows_per_s,
+            "one, records of one row": single.rows_per_s,
+            "Redis: at a time": redis_at_a_time,
+            "one worker, Redis": redis.rows_per_s,
+            "nothing cached, Redis": redis_uncached.rows_per_s,
             "bare Triton": bare,
+        }
+        rows.append({"part": "drain, rows/s", "turn": turn + 1} | rates)
+        ratios = {
             "speedup_over_record_at_a_time": one.rows_per_s / at_a_time,
             "speedup_nothing_cached": uncached.rows_per_s / at_a_time,
             "speedup_records_of_one_row": single.rows_per_s / at_a_time,
@@ -130,10 +133,9 @@ def drain(served: world.World, lengths: Lengths, rows: list[dict[str, Any]], fig
             "worker_cpu_per_row_2_over_1": two.cpu_s_per_row / one.cpu_s_per_row,
             "us_cpu_per_row": 1e6 * one.cpu_s_per_row,
         }
-        rows.append({"part": "drain, rows/s", "turn": turn + 1} | values)
-        for name, value in values.items():
+        for name, value in ratios.items():
             found.setdefault(name, []).append(value)
-    figures |= {name: statistics.median(taken) for name, taken in found.items() if "_" in name}
+    figures |= {name: statistics.median(taken) for name, taken in found.items()}
 
 
 def contestant(served: world.World, seconds: float, turn: int, store: str = world.SQLITE) -> float:

@@ -22,8 +22,7 @@ from serving.telemetry import current_traceparent
 
 ID_BYTES = 16
 DEADLINE_S = 5.0
-RECORDS = 2  # of one version that may be unanswered before the next waits for company
-LINGER_S = 0.02  # at most
+LINGER_S = 0.02  # at most; a worker that died owes an answer, for which nobody waits longer
 MAX_RECORD_BYTES = 768 << 10  # below Kafka's default limit of 1 MiB, with room for the framing
 EXPLAIN = {
     "missing_device": "it came without a device embedding, and the model declares no answer without one",
@@ -125,9 +124,9 @@ class _Queue:
 class Exchange:
     """Matches answers to questions by request id. Lives on one event loop.
 
-    A lone request waits for nobody. While `RECORDS` are unanswered, what comes in
-    waits for the next answer, `LINGER_S` at most, and leaves together: so records
-    grow with the load, as each costs everyone on its way as much as many rows do.
+    A lone request waits for nobody. While a record is unanswered, what comes in
+    waits for that, `LINGER_S` at most, and leaves together: so records grow with the
+    load, as each costs everyone on its way as much as many rows do.
 
     Args:
         send: hands a record to Kafka without blocking, with the traceparents of the traced
@@ -242,7 +241,7 @@ class Exchange:
         if queue.rows >= self._limits.record_rows:
             self._flush(queue)
         elif queue.timer is None:  # at 0 s it goes with all that arrive in this turn of the loop
-            linger_s = 0 if queue.asked < RECORDS else LINGER_S
+            linger_s = LINGER_S if queue.asked else 0
             queue.timer = self._loop.call_later(linger_s, self._flush, queue)
 
     def _flush(self, queue: _Queue) -> None:
@@ -262,7 +261,7 @@ class Exchange:
     def _answered(self, queue: _Queue) -> None:
         """All that left together is answered or given up."""
         queue.asked -= 1
-        if queue.timer is not None and queue.asked < RECORDS:
+        if queue.timer is not None and not queue.asked:
             self._flush(queue)
 
     def _fail_later(self, questions: list[_Question]) -> None:
