@@ -14,6 +14,8 @@ from typing import Any
 from hybrid.errors import HybridError
 from hybrid.tracing import from_environment
 
+API_KEY_VARIABLE = "HYBRID_API_KEY"
+
 
 def main() -> None:
     """Runs one command; an error of ours is one sentence and exit status 1."""
@@ -25,7 +27,8 @@ def main() -> None:
         description="Verifies the bundle, asks the gateway about each stored row, writes one result per row and prints "
         "a summary as JSON. Where the server merges, the row's embedding is sent as the model declares that a device "
         "releases it; where the device merges, nothing of the device is sent, and the prediction is made here. "
-        "Exit status 1 if a request was not answered.",
+        "Where the gateway asks who is asking, it is shown the API key (or token) in --api-key-file, or else in the "
+        "environment variable HYBRID_API_KEY. Exit status 1 if a request was not answered.",
     )
     infer.add_argument("--bundle", type=Path, required=True, help="the version's device bundle")
     infer.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
@@ -48,6 +51,13 @@ def main() -> None:
         action="store_true",
         help="keep with each result the server's embedding; the model must declare serving.contribution. Where the "
         "device merges it is kept anyway",
+    )
+    infer.add_argument(
+        "--api-key-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600)",
     )
     infer.set_defaults(run=_infer)
     arguments = vars(parser.parse_args())
@@ -75,12 +85,16 @@ async def _infer(
     timeout: float,
     trace: float,
     contribution: bool,
+    api_key_file: Path | None,
 ) -> dict[str, Any]:
+    from device_runtime.access import read_api_key
     from device_runtime.answers import Results
     from device_runtime.client import InferenceClient
     from device_runtime.program import open_bundle, program_of
     from device_runtime.store import read_rows
 
+    # Never an argument: everyone on the machine reads those.
+    api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
     verified = open_bundle(bundle, trust)
     rows = read_rows(store, verified.manifest, devices=devices)
     program = program_of(verified)
@@ -93,6 +107,7 @@ async def _infer(
             trace_share=trace,
             tracer=tracer,
             contribution=contribution,
+            api_key=api_key,
         ) as client:
             with Results(out) as results:
                 await client.run(rows, results.add, concurrency=concurrency)

@@ -2,7 +2,8 @@
 
 On the server: it embeds the row, releases the embedding and is told a prediction. On the device: it is told the
 server's embedding and predicts itself. What leaves the process is built in one place, `request_body`: the entity, the
-request features and, where the server merges, the embedding as released. Nothing else of a row does.
+request features and, where the server merges, the embedding as released. Nothing else of a row does. Beside it goes an
+API key, where there is one: to the gateway, and to nobody that it may point at.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from device_runtime.access import authorization, refused
 from device_runtime.answers import TIMEOUT, UNREACHABLE, Answer, read_answer
 from device_runtime.merge import DeviceMerge
 from device_runtime.program import EmbedProgram, PredictProgram
 from device_runtime.store import Rows
 from hybrid.bundle import Manifest
-from hybrid.errors import ConfigError, HybridError, Overloaded, Unavailable
+from hybrid.errors import ConfigError, HybridError, Overloaded, Unauthenticated, Unavailable
 from hybrid.privacy.mechanisms import NoiseSource, SystemNoise, clip_and_noise
 from hybrid.protocol import (
     DEVICE_EMBEDDING,
@@ -83,10 +85,11 @@ class InferenceClient:
         contribution: where the server merges, whether to ask for the server's embedding beside each prediction;
             the model must declare `serving.contribution`.
         now_ms: Unix time in milliseconds, UTC: what a server's embedding expires by.
+        api_key: shown to the gateway as bearer, a token in its place too; over https, or on this machine. None: none.
 
     Raises:
         ConfigError: the program is not the one for the bundle's merge, or
-            `gateway`, `timeout_s`, `trace_share` or `contribution` is wrong.
+            `gateway`, `timeout_s`, `trace_share`, `contribution` or `api_key` is wrong.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class InferenceClient:
         tracer: Tracer | None = None,
         contribution: bool = False,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        api_key: str | None = None,
     ) -> None:
         if isinstance(program, PredictProgram) != (manifest.merge == "device"):
             needed = "PredictProgram" if manifest.merge == "device" else "EmbedProgram"
@@ -124,9 +128,17 @@ class InferenceClient:
         self._noise = noise or SystemNoise()
         self._budget = RetryBudget()
         self._path = f"/v2/models/{manifest.model}/versions/{manifest.version}/infer"
-        # No proxy from the environment: who sees an embedding is declared, not inherited.
+        shown = authorization(api_key, gateway)
+        self._shown = bool(shown)
+        # No proxy from the environment, and no other host that an answer names: who sees an embedding, or the key, is
+        # declared.
         self._http = httpx.AsyncClient(
-            base_url=gateway, timeout=timeout_s, trust_env=False, limits=httpx.Limits(max_connections=None)
+            base_url=gateway,
+            headers=shown,
+            timeout=timeout_s,
+            trust_env=False,
+            follow_redirects=False,
+            limits=httpx.Limits(max_connections=None),
         )
 
     async def __aenter__(self) -> Self:
@@ -147,6 +159,7 @@ class InferenceClient:
             ConfigError: the store or a setting is wrong.
             BadRequest: a stored value is of the wrong type for its feature.
             BundleError: the program does not give what its manifest says.
+            Unauthenticated: the gateway does not take the API key, or wants one: no other row would be answered.
         """
         if concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, got {concurrency}")
@@ -218,6 +231,8 @@ class InferenceClient:
         except httpx.HTTPError as error:
             text = f"the connection to the gateway broke ({type(error).__name__})"
             return Answer(ask.device, ask.row, UNREACHABLE, error=text), False
+        if response.status_code == Unauthenticated.status:
+            raise refused(self._shown)
         fields = read_answer(response.status_code, response.content, self._manifest, contribution=self._contribution)
         again = (response.status_code, fields["status"]) in PASSING
         return Answer(ask.device, ask.row, http_status=response.status_code, **fields), again

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hybrid.sealing import OpeningKey, SealingKey
 
 
+NO_DEADLINE = (1 << 63) - 1  # after every other
 MAX_KEPT_BYTES = 704 << 10  # of a record in its dead letter: in base64 they stay below Kafka's default limit of 1 MiB
 
 
@@ -128,6 +129,8 @@ class DeviceEmbeddings(BatchMessage):
             models that merge on the device.
         event_ms: (n,) Unix time in UTC, the gateway's clock.
         wants_server: (n,) whether the answer is to hold the server's embedding.
+        deadline_ms: (n,) Unix time in UTC, the gateway's clock, after which nobody waits for the answer; `NO_DEADLINE`
+            where that is not known.
     """
 
     TOPIC: ClassVar[str] = "hybrid.device-embeddings.v1"
@@ -138,8 +141,12 @@ class DeviceEmbeddings(BatchMessage):
         "embedding": "vector",
         "event_ms": "int64",
         "wants_server": "bool",
+        "deadline_ms": "int64",
     }
-    LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {"wants_server": lambda n: np.zeros(n, bool)}
+    LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {
+        "wants_server": lambda n: np.zeros(n, bool),
+        "deadline_ms": lambda n: np.full(n, NO_DEADLINE),
+    }
 
     request_id: NDArray[np.void]
     entity: NDArray[np.object_]
@@ -147,6 +154,7 @@ class DeviceEmbeddings(BatchMessage):
     embedding: NDArray[np.float32]
     event_ms: NDArray[np.int64]
     wants_server: NDArray[np.bool_] = None  # type: ignore[assignment]  # see LATER
+    deadline_ms: NDArray[np.int64] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Triton's extension_binary_data.md.
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # of the JSON, where raw tensors follow it
@@ -40,6 +41,14 @@ OUTPUTS = {  # (n,) each but SERVER_EMBEDDING; which of them a model gives, `ser
 OK = "ok"
 NONE, DEVICE_ONLY, SERVER_ONLY, CACHED, CONSTANT = "none", "device-only", "server-only", "cached", "constant"
 FALLBACKS = frozenset({NONE, DEVICE_ONLY, SERVER_ONLY, CACHED, CONSTANT})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name other than localhost counts as reached by all."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def answered(status: Any, fallback: Any) -> Any:

@@ -15,10 +15,11 @@ from hybrid.local.process import default_cache, free_ports, running
 
 @dataclass(frozen=True)
 class TritonServer:
-    """Where a Triton answers, as HOST:PORT."""
+    """Where a Triton answers, as HOST:PORT, and its process."""
 
     http: str
     grpc: str
+    pid: int
 
 
 def _processes_naming(text: str) -> list[str]:
@@ -78,7 +79,7 @@ def triton(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
                 metrics_port=metrics,
                 shared_memory=f"hybrid-test-{grpc}-",
             )
-            servers.enter_context(running(service, tmp_path_factory.mktemp("triton")))
-            return TritonServer(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+            process = servers.enter_context(running(service, tmp_path_factory.mktemp("triton")))
+            return TritonServer(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", process.pid)
 
         yield start

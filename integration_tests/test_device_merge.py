@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -125,9 +126,11 @@ class World:
     broker: str
     gateway: int
     grpc: int
+    closed: str  # a gateway that asks for API keys
+    key: Path
 
-    def infer(self, name, folder, *more, gateway=None):
-        """Exit status, summary and results of devices that ask for model `name`."""
+    def run(self, name, folder, *more, gateway=None, **environment):
+        """Devices that ask for model `name`, once they have ended, and their results' file."""
         store, out = folder / "rows.sqlite", folder / "results.parquet"
         bundle, trust = self.workspace.bundles / f"{name}-1.bundle", self.workspace.keys / "bundle-signing.pub"
         if not store.exists():
@@ -135,7 +138,13 @@ class World:
         files = ["--bundle", bundle, "--trust", trust, "--store", store, "--out", out]
         url = gateway or f"http://127.0.0.1:{self.gateway}"
         command = [sys.executable, "-m", "device_runtime", "infer", *files, "--gateway", url, *more]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=150, check=False)
+        environment = os.environ | environment
+        options = {"capture_output": True, "text": True, "timeout": 150, "env": environment}
+        return subprocess.run([*map(str, command)], check=False, **options), out
+
+    def infer(self, name, folder, *more, gateway=None, **environment):
+        """Exit status, summary and results of devices that ask for model `name`."""
+        done, out = self.run(name, folder, *more, gateway=gateway, **environment)
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout), pq.read_table(out).to_pandas().sort_values(["device", "row"])
 
@@ -217,7 +226,11 @@ def world(kafka, triton, cache, tmp_path_factory):
         publish(workspace, f"giving-{transport}", "server", giving)
     publish(workspace, "silent", "server", Serving())
     models = ["--feast", str(workspace.feast), "--triton", triton(workspace.triton).grpc]
-    port, grpc = free_ports(2)
+    port, grpc, closed = free_ports(3)
+    keys, key = folder / "keys", folder / "api-key"
+    issue = [sys.executable, "-m", "serving", "api-key", "stall-app", "--file", str(keys)]
+    key.touch(0o600)
+    key.write_text(subprocess.run(issue, capture_output=True, text=True, check=True).stdout)
 
     def serving(process, *arguments, ready, **options):
         where = ["--deployments", str(workspace.deployments), "--kafka", kafka, *models, *arguments]
@@ -225,11 +238,14 @@ def world(kafka, triton, cache, tmp_path_factory):
 
     ready = http_ok(f"http://127.0.0.1:{port}/v2/health/ready")
     gateway = serving("gateway", "--port", str(port), "--grpc-port", str(grpc), "--reply-partition", "4", ready=ready)
-    with running(gateway, folder / "logs"):
+    url = f"http://127.0.0.1:{closed}"
+    asking = ["--port", str(closed), "--reply-partition", "5", "--api-keys", str(keys)]
+    asking = replace(serving("gateway", *asking, ready=http_ok(f"{url}/v2/health/ready")), name="closed")
+    with running(gateway, folder / "logs"), running(asking, folder / "logs"):
         worker = Process(serving("worker", ready=log_has("ready")), folder / "logs")
         try:
             worker.wait_ready()
-            yield World(workspace, network, rows_of(), kafka, port, grpc)
+            yield World(workspace, network, rows_of(), kafka, port, grpc, url, key)
         finally:
             worker.stop()
 
@@ -365,3 +381,40 @@ def test_a_device_that_reaches_nobody_predicts_as_its_bundle_declares(world: Wor
     alone = np.repeat(LEARNED[None], 6, axis=0)
     np.testing.assert_allclose(results["prediction"], world.predictions(alone), atol=1e-5)
     assert set(results["status"]) == {"unreachable"}
+
+
+@pytest.mark.parametrize("place", ["file", "environment"])
+def test_devices_show_their_api_key_to_a_gateway_that_asks_for_one(world: World, place, tmp_path: Path):
+    """From a file or the environment, with each of six requests; it stands in nothing that they print or keep."""
+    key = world.key.read_text().strip()
+    given = {"file": (["--api-key-file", world.key], {}), "environment": ([], {"HYBRID_API_KEY": key})}
+    arguments, environment = given[place]
+    with Recorder(int(world.closed.rpartition(":")[2])) as recorder:
+        done, out = world.run("stall", tmp_path, *arguments, gateway=recorder.url, **environment)
+    assert (done.returncode, json.loads(done.stdout)["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
+    np.testing.assert_allclose(
+        pq.read_table(out).to_pandas().sort_values("device")["prediction"],
+        world.predictions(world.embeddings()),
+        atol=1e-5,
+    )
+    assert bytes(recorder.sent).count(f"Authorization: Bearer {key}\r\n".encode()) == 6
+    kept = [file.read_bytes() for file in tmp_path.iterdir()]
+    assert not any(key.encode() in text for text in [*kept, done.stdout.encode(), done.stderr.encode()])
+
+
+def test_devices_whose_key_the_gateway_does_not_take_say_so(world: World, tmp_path: Path):
+    """Without one, with another, and with a file that others read: exit status 1, and one sentence says what to do."""
+    wrong, loose = tmp_path / "wrong", tmp_path / "loose"
+    for file, mode in ((wrong, 0o600), (loose, 0o644)):
+        file.write_text("hybrid_0123456789abcdef_wrong")
+        file.chmod(mode)
+    for arguments, sentence in (
+        ([], "error: the gateway asks for an API key (401): set HYBRID_API_KEY, or name a file with --api-key-file"),
+        (["--api-key-file", wrong], "error: the gateway does not know the API key, or no longer (401): "),
+        (["--api-key-file", loose], "error: the API key's file loose must be readable by its owner only (chmod 600)"),
+    ):
+        done, _ = world.run("stall", tmp_path, *arguments, gateway=world.closed)
+        assert (done.returncode, done.stdout) == (1, "")
+        *chatter, said = done.stderr.splitlines()  # ExecuTorch's, before
+        assert said.startswith(sentence)
+        assert not any("error" in line or "Traceback" in line for line in chatter)

@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import kafka as kafka_python
@@ -31,7 +34,7 @@ from hybrid.local import kafka as local_kafka
 from hybrid.local.process import Process, Service, free_ports, http_ok, log_has, running
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.network import Network
-from serving.kafka import GROUP
+from serving.kafka import GROUP, PARTITIONS
 
 SIZE = 4
 NO_HASH = "0" * 64  # nothing is registered here
@@ -88,6 +91,7 @@ class Serving:
     worker_service: Service
     worker: Process
     client: httpx.Client
+    triton: Any
 
     def restart_worker(self):
         self.worker = Process(self.worker_service, self.folder / "logs")
@@ -125,7 +129,8 @@ def serving(kafka, triton, cache, tmp_path_factory):
     deployment_of(network, 2, NO_HASH, export(network, 2, folder / "triton")).write(folder / "deployments")
     apply(model, folder / "feast")
     materialize(model, folder / "feast", datetime.now(UTC))
-    models = triton(folder / "triton").grpc
+    server = triton(folder / "triton")
+    models = server.grpc
     worker = Service(
         "worker",
         command_line("worker", folder, kafka, "--feast", str(folder / "feast"), "--triton", models),
@@ -137,7 +142,8 @@ def serving(kafka, triton, cache, tmp_path_factory):
     with contextlib.ExitStack() as stack:
         stack.enter_context(running(first, folder / "logs"))
         client = stack.enter_context(httpx.Client(base_url=f"http://{url}", timeout=20))
-        served = Serving(folder, network, kafka, cache, url, worker, Process(worker, folder / "logs"), client)
+        process = Process(worker, folder / "logs")
+        served = Serving(folder, network, kafka, cache, url, worker, process, client, server)
         stack.callback(lambda: served.worker.stop())  # noqa: PLW0108  the worker of then
         served.worker.wait_ready()
         yield served
@@ -306,6 +312,84 @@ def test_each_gateway_gets_its_own_answers_and_ends_in_order(serving):
         assert httpx.post(url, content=json.dumps(question()), timeout=20).status_code == 200
         assert serving.infer().status_code == 200
     assert process.exit_status() == 0
+
+
+@contextlib.contextmanager
+def held(process):
+    """A process stands still."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def tail(broker, message):
+    """Gives what is written to a topic from now on: each message, and when its record was written."""
+    consumer = kafka_python.KafkaConsumer(bootstrap_servers=broker, consumer_timeout_ms=15_000)
+    with contextlib.closing(consumer):
+        partitions = [kafka_python.TopicPartition(message.TOPIC, p) for p in range(PARTITIONS[message.TOPIC])]
+        consumer.assign(partitions)
+        for partition, end in consumer.end_offsets(partitions).items():
+            consumer.seek(partition, end)
+        yield ((message.from_bytes(record.value), record.timestamp) for record in consumer)
+
+
+def ask_for_300_ms(serving):
+    """The answer to a caller that waits no longer, and the seconds until it came."""
+    begun = time.monotonic()
+    answer = serving.infer(parameters={"timeout": 300_000})
+    return answer, time.monotonic() - begun
+
+
+def said_of(sent, answers):
+    """What the worker says of a record of the gateway, and when."""
+    return next(each for each in answers if each[0].request_id.tolist() == sent.request_id.tolist())
+
+
+def test_who_waits_300_ms_is_told_in_time_and_triton_is_waited_for_no_longer(serving):
+    """Triton stands still: 503 after 0.3 s, and the worker gives its call up then too, not at its own limit of 2 s."""
+    assert serving.infer().status_code == 200
+    with (
+        tail(serving.broker, DeviceEmbeddings) as asked,
+        tail(serving.broker, Predictions) as answers,
+        held(serving.triton.pid),
+    ):
+        answer, took_s = ask_for_300_ms(serving)
+        sent, _ = next(asked)
+        found, said_ms = said_of(sent, answers)
+    assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+    assert 0.3 <= took_s < 1.5
+    assert 0 < sent.deadline_ms[0] - sent.event_ms[0] <= 300
+    assert found.status.tolist() == ["unavailable"]
+    assert said_ms - sent.event_ms[0] < 1_500
+    assert serving.infer().status_code == 200
+
+
+def test_a_row_whose_caller_gave_up_is_dropped_by_the_worker_and_not_computed(serving):
+    """The worker stands still past the caller's 300 ms, far below its own 5 s: it says so, and Triton counts no row."""
+    assert serving.infer().status_code == 200
+    head = Window.read(serving.folder / "deployments" / "shop.json").default.head
+    with contextlib.closing(triton_http.InferenceServerClient(serving.triton.http)) as triton:
+
+        def computed():
+            return sum(model["inference_count"] for model in triton.get_inference_statistics(head)["model_stats"])
+
+        before = computed()
+        with tail(serving.broker, DeviceEmbeddings) as asked, tail(serving.broker, Predictions) as answers:
+            with held(serving.worker.pid):
+                answer, took_s = ask_for_300_ms(serving)
+            sent, _ = next(asked)
+            found, said_ms = said_of(sent, answers)
+        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+        assert 0.3 <= took_s < 1.5
+        assert (found.status.tolist(), found.fallback.tolist()) == (["unavailable"], ["none"])
+        assert np.isnan(found.prediction).all()
+        assert said_ms - sent.event_ms[0] < 5_000
+        assert computed() == before
+        assert serving.infer().status_code == 200
+        assert computed() == before + 1
 
 
 def test_a_killed_worker_loses_no_request(serving):

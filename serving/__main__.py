@@ -6,6 +6,7 @@ import argparse
 import gc
 import importlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -337,7 +338,7 @@ def _later(arguments: argparse.Namespace) -> Later | None:
 
 def _check_exposed(arguments: argparse.Namespace) -> None:
     """Raises ConfigError where others than this machine could ask without being asked who they are."""
-    from serving.access import is_loopback
+    from hybrid.protocol import is_loopback
 
     checked = (arguments.api_keys, arguments.jwt_issuer, arguments.tls_client_ca)
     if is_loopback(arguments.host):
@@ -403,7 +404,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--kafka", required=True, metavar="HOST:PORT")
     common.add_argument(
         "--deadline-s",
-        type=float,
+        type=_deadline,
         default=DEADLINE_S,
         help="from a request to its answer; gateway's and worker's agree",
     )
@@ -488,6 +489,17 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("client", help="whose it is: letters, digits and any of . _ @ -")
     key.add_argument("--file", type=Path, required=True, help="that the gateway has as --api-keys")
     return parser
+
+
+def _deadline(text: str) -> float:
+    """Seconds; a record lies in Kafka for an hour."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 3_600:
+        raise argparse.ArgumentTypeError(f"must be seconds above 0, at most 3600, got {text!r}")
+    return seconds
 
 
 def _key(arguments: argparse.Namespace) -> SealingKey | None:

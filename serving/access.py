@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import logging
 import math
 import re
@@ -424,14 +423,6 @@ def error_headers(error: ServingError) -> dict[str, str]:
     if isinstance(error, Forbidden):
         headers["WWW-Authenticate"] = 'Bearer realm="hybrid", error="insufficient_scope"'
     return headers
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`; a name other than localhost counts as reached by all."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _bearer(authorization: Sequence[str]) -> str:

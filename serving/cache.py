@@ -192,10 +192,12 @@ class CachedModels:
         with self._lock:
             return sum(tower.kept_bytes for tower in self._towers.values())
 
-    def infer(self, model: str, version: int, inputs: Mapping[str, Float32], output: str) -> Float32:
+    def infer(
+        self, model: str, version: int, inputs: Mapping[str, Float32], output: str, until_s: float = math.inf
+    ) -> Float32:
         """See `Models`."""
         if output != "embedding" or not self._max_bytes:
-            return self._models.infer(model, version, inputs, output)
+            return self._models.infer(model, version, inputs, output, until_s)
         ((name, slots),) = inputs.items()
         raw, size = np.ascontiguousarray(slots, np.float32).tobytes(), 4 * slots.shape[1]
         keys = [raw[start : start + size] for start in range(0, len(raw), size)]
@@ -209,7 +211,7 @@ class CachedModels:
             return known.embedding
         missed = {keys[row]: row for row in np.flatnonzero(~hit).tolist()}
         first = {key: place for place, key in enumerate(missed)}
-        computed = self._models.infer(model, version, {name: slots[list(missed.values())]}, output)
+        computed = self._models.infer(model, version, {name: slots[list(missed.values())]}, output, until_s)
         with self._lock:
             self._tower(model, version, computed.shape[1], size).put(list(missed), computed)
         embedding = np.empty((len(keys), computed.shape[1]), np.float32) if known is None else known.embedding

@@ -32,6 +32,7 @@ class _Question:
     deployment: Deployment
     rows: Rows
     asked_ms: int
+    deadline_ms: int
     done: asyncio.Future[Predictions]
 
     @property
@@ -86,7 +87,9 @@ class Direct:
         """Waits for the predictions of all rows: see `Exchange.ask`."""
         with self._room.taken(rows):
             done: asyncio.Future[Predictions] = asyncio.get_running_loop().create_future()
-            self._waiting.append(_Question(deployment, rows, self._now_ms(), done))
+            asked_ms = self._now_ms()
+            deadline_ms = self._limits.ends_ms(asked_ms, timeout_s)
+            self._waiting.append(_Question(deployment, rows, asked_ms, deadline_ms, done))
             if self._merging is None or self._merging.done():
                 self._merging = asyncio.create_task(self._merge_all())
             found = await self._limits.within(done, timeout_s)
@@ -152,6 +155,7 @@ class Direct:
             embedding=np.concatenate([question.rows.embedding for question in together]),
             event_ms=np.repeat([question.asked_ms for question in together], sizes),
             wants_server=np.repeat([question.rows.contribution > 0 for question in together], sizes),
+            deadline_ms=np.repeat([question.deadline_ms for question in together], sizes),
         )
         step = Step()
         stage = step.part(batch.deployment, n, ()).stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,13 +55,21 @@ class Limits:
     waiting_rows: int = 20_000
     waiting_bytes: int = 64 << 20
 
+    def wait_s(self, timeout_s: float | None) -> float:
+        """How long a question waits whose caller waits `timeout_s`, or did not say."""
+        return self.deadline_s if timeout_s is None else min(self.deadline_s, timeout_s)
+
+    def ends_ms(self, asked_ms: int, timeout_s: float | None) -> int:
+        """When it has waited so long, in whole milliseconds: never sooner than the caller is told so."""
+        return asked_ms + math.ceil(1000 * self.wait_s(timeout_s))
+
     async def within(self, answer: asyncio.Future[T], timeout_s: float | None) -> T:
         """Waits for an answer as long as these limits and its caller do.
 
         Raises:
             Unavailable: it did not come in time.
         """
-        deadline_s = self.deadline_s if timeout_s is None else min(self.deadline_s, timeout_s)
+        deadline_s = self.wait_s(timeout_s)
         try:
             async with asyncio.timeout(deadline_s):
                 return await answer
@@ -106,6 +115,7 @@ class _Question:
     fallback: list[str]
     expires_ms: NDArray[np.int64]
     server_embedding: NDArray[np.float32]  # (n, 0) where it is not asked for
+    deadline_ms: int
     on_device: bool  # whether the device merges
     trace: str | None
 
@@ -169,7 +179,7 @@ class Exchange:
             ServingError: a row cannot be predicted, or no answer came in time.
         """
         with self._room.taken(rows):
-            question = self._question(deployment, rows)
+            question = self._question(deployment, rows, self._limits.ends_ms(self._now_ms(), timeout_s))
             try:
                 self._enqueue(deployment, question)
                 await self._limits.within(question.done, timeout_s)
@@ -211,7 +221,7 @@ class Exchange:
             if question.left == 0 and not question.done.done():
                 question.done.set_result(None)
 
-    def _question(self, deployment: Deployment, rows: Rows) -> _Question:
+    def _question(self, deployment: Deployment, rows: Rows, deadline_ms: int) -> _Question:
         n = len(rows)
         raw = os.urandom(ID_BYTES * n)
         ids = [raw[start : start + ID_BYTES] for start in range(0, len(raw), ID_BYTES)]
@@ -228,6 +238,7 @@ class Exchange:
             fallback=[""] * n,
             expires_ms=np.full(n, -1),
             server_embedding=np.full((n, rows.contribution), np.nan, np.float32),
+            deadline_ms=deadline_ms,
             on_device=deployment.merge == "device",
             trace=current_traceparent(),
         )
@@ -272,12 +283,14 @@ class Exchange:
     ) -> Iterator[tuple[DeviceEmbeddings, list[str]]]:
         """The rows of all questions, in as few records as Kafka's size limit allows, and the traces in each."""
         floats = deployment.sent_embedding + len(deployment.request)
-        size = max(1, min(self._limits.record_rows, MAX_RECORD_BYTES // (32 + MAX_ENTITY_BYTES + 4 * floats)))
+        size = max(1, min(self._limits.record_rows, MAX_RECORD_BYTES // (40 + MAX_ENTITY_BYTES + 4 * floats)))
         ids = np.frombuffer(b"".join(key for q in questions for key in q.ids), dtype=f"V{ID_BYTES}")
         entity = np.concatenate([q.rows.entity for q in questions])
         request = np.concatenate([q.rows.request for q in questions])
         embedding = np.concatenate([q.rows.embedding for q in questions])
-        wants_server = np.repeat([q.rows.contribution > 0 for q in questions], [len(q.rows) for q in questions])
+        sizes = [len(q.rows) for q in questions]
+        wants_server = np.repeat([q.rows.contribution > 0 for q in questions], sizes)
+        deadline_ms = np.repeat([q.deadline_ms for q in questions], sizes)
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
             message = DeviceEmbeddings(
@@ -290,6 +303,7 @@ class Exchange:
                 embedding=embedding[part],
                 event_ms=np.full(len(ids[part]), self._now_ms()),
                 wants_server=wants_server[part],
+                deadline_ms=deadline_ms[part],
             )
             yield message, _traces(questions, start, start + size)
 

@@ -8,6 +8,8 @@ answers in its place: what the model declares, or nothing.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -80,6 +82,7 @@ class Batch:
         request_id, entity, request, embedding, event_ms: as in `DeviceEmbeddings`, of the deployment's widths.
         traces: of the records with rows in it.
         wants_server: as in `DeviceEmbeddings`; None: no row does.
+        deadline_ms: as in `DeviceEmbeddings`; None: of no row known.
     """
 
     deployment: Deployment
@@ -91,6 +94,7 @@ class Batch:
     event_ms: NDArray[np.int64]
     traces: tuple[str, ...] = ()
     wants_server: NDArray[np.bool_] | None = None
+    deadline_ms: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -112,6 +116,14 @@ class Batch:
         if self.on_device or self.wants_server is None or not self.deployment.serving.contribution:
             return np.full(len(self), self.on_device)
         return self.wants_server
+
+    def ends_ms(self, now_ms: int, deadline_s: float) -> NDArray[np.int64]:
+        """(n,) when each row is waited for no longer: at its deadline, but at most `deadline_s` after it was asked.
+
+        Whoever may write to the topic may write any number: no row was asked later than now, none waits longer.
+        """
+        ends = np.clip(self.event_ms, 0, now_ms) + int(1000 * deadline_s)
+        return ends if self.deadline_ms is None else np.minimum(ends, self.deadline_ms)
 
 
 @dataclass(frozen=True)
@@ -193,15 +205,15 @@ def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None)
 def features(batch: Batch, reader: Reader, now_ms: int, deadline_s: float = DEADLINE_S) -> Joined:
     """The server's slots of each row, the request's beside them, and what answers where a side is missing.
 
-    A row asked more than `deadline_s` ago is "unavailable": after an outage, those who
-    gave up cost those who still wait nothing. The gateways' clocks and ours must agree
-    to well below that.
+    A row that nobody waits for any more (see `Batch.ends_ms`) is "unavailable": after an
+    outage, those who gave up cost those who still wait nothing. The gateways' clocks and
+    ours must agree to well below what callers wait.
     """
     n, width = len(batch), len(batch.deployment.server)
     status = np.full(n, OK, dtype=object)
     status[batch.without_device] = MissingDevice.code
     status[~(batch.without_device | np.isfinite(batch.embedding).all(axis=1))] = BadRequest.code
-    late = now_ms - batch.event_ms > 1000 * deadline_s
+    late = now_ms > batch.ends_ms(now_ms, deadline_s)
     status[late] = Unavailable.code
     slots, age_ms = np.zeros((n, width), np.float32), np.full(n, -1, np.int64)
     asked = np.isin(status, [OK, MissingDevice.code])
@@ -249,8 +261,8 @@ def _fallback(batch: Batch, status: NDArray[np.object_], last: NDArray[np.bool_]
     return declared
 
 
-def forward(batch: Batch, joined: Joined, models: Models) -> Merged:
-    """The server tower, then the head unless the device merges.
+def forward(batch: Batch, joined: Joined, models: Models, until_s: float = math.inf) -> Merged:
+    """The server tower, then the head unless the device merges; by `until_s`, `time.monotonic`, both.
 
     In the place of a missing side stands the embedding that was learned for it.
     An extreme embedding can overflow the head: that row too gets no finite number, and no other row is touched.
@@ -258,13 +270,13 @@ def forward(batch: Batch, joined: Joined, models: Models) -> Merged:
     Raises:
         Unavailable: Triton failed, or did not give one number a row.
     """
-    server = _server_side(batch, joined, models)
+    server = _server_side(batch, joined, models, until_s)
     if batch.on_device:
         return Merged(np.full(len(batch), np.nan, np.float32), server)
-    return Merged(_predicted(batch, joined, server, models), server)
+    return Merged(_predicted(batch, joined, server, models, until_s), server)
 
 
-def _server_side(batch: Batch, joined: Joined, models: Models) -> NDArray[np.float32]:
+def _server_side(batch: Batch, joined: Joined, models: Models, until_s: float) -> NDArray[np.float32]:
     """(n, a): of the tower, or learned for a missing side; NaN where neither is merged."""
     served = batch.deployment
     server = np.full((len(batch), served.server_embedding), np.nan, np.float32)
@@ -273,11 +285,13 @@ def _server_side(batch: Batch, joined: Joined, models: Models) -> NDArray[np.flo
     with_server = joined.with_server
     if with_server.any():
         slots = {"slots": joined.slots[with_server]}
-        server[with_server] = models.infer(served.server_tower, served.version, slots, "embedding")
+        server[with_server] = models.infer(served.server_tower, served.version, slots, "embedding", until_s)
     return server
 
 
-def _predicted(batch: Batch, joined: Joined, server: NDArray[np.float32], models: Models) -> NDArray[np.float32]:
+def _predicted(
+    batch: Batch, joined: Joined, server: NDArray[np.float32], models: Models, until_s: float
+) -> NDArray[np.float32]:
     """(n,) probabilities of the head; NaN where nothing answers."""
     served = batch.deployment
     prediction = np.full(len(batch), np.nan, np.float32)
@@ -291,7 +305,7 @@ def _predicted(batch: Batch, joined: Joined, server: NDArray[np.float32], models
         learned = np.array(served.missing_device or np.nan, np.float32)
         device = np.where(batch.without_device[:, None], learned, device)
     both = {"server": server[asked], "device": device[asked]}
-    answer = models.infer(served.head, served.version, both, "prediction").reshape(-1)
+    answer = models.infer(served.head, served.version, both, "prediction", until_s).reshape(-1)
     if len(answer) != asked.sum():
         raise Unavailable(f"Triton model {served.head!r} version {served.version} gave no prediction per row")
     prediction[asked] = answer
@@ -334,7 +348,12 @@ def merge(
     stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
     sample: Sample = lambda *_: None,
 ) -> list[Predictions]:
-    """The last three stages, each within its `stage`; what the store or Triton fails at is as the model declares."""
+    """The last three stages, each within its `stage`; what the store or Triton fails at is as the model declares.
+
+    Triton is waited for as long as the most patient caller of the batch waits.
+    """
+    left_ms = int(batch.ends_ms(now_ms, deadline_s).max()) - now_ms
+    until_s = time.monotonic() + left_ms / 1000
     try:
         with stage("features"):
             joined = features(batch, reader_of(batch.deployment), now_ms, deadline_s)
@@ -343,7 +362,7 @@ def merge(
         joined = features(batch, _NoReader(), now_ms, deadline_s)
     try:
         with stage("forward"):
-            merged = forward(batch, joined, models)
+            merged = forward(batch, joined, models, until_s)
     except Exception as error:
         # The text of ours alone, which holds no values.
         log.error("%d rows without Triton: %s", len(batch), error if isinstance(error, Unavailable) else type(error))
@@ -431,7 +450,7 @@ def _misfit(message: DeviceEmbeddings, deployment: Deployment | None) -> str | N
 def _batches(deployment: Deployment | None, traced: Sequence[_Traced]) -> list[Batch]:
     assert deployment is not None
     messages = [message for message, _ in traced]
-    names = ("request_id", "entity", "request", "embedding", "event_ms", "wants_server")
+    names = ("request_id", "entity", "request", "embedding", "event_ms", "wants_server", "deadline_ms")
     columns = {name: np.concatenate([getattr(message, name) for message in messages]) for name in names}
     columns["reply_partition"] = np.concatenate([np.full(len(m), m.reply_partition) for m in messages])
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -128,17 +129,25 @@ class SumModels:
     Attributes:
         calls: (model, version, rows) of each call.
         broken: whether every call fails.
+        until_s: of each call.
     """
 
     calls: list[tuple[str, int, int]] = field(default_factory=list)
     broken: bool = False
+    until_s: list[float] = field(default_factory=list)
 
     def infer(
-        self, model: str, version: int, inputs: Mapping[str, NDArray[np.float32]], output: str
+        self,
+        model: str,
+        version: int,
+        inputs: Mapping[str, NDArray[np.float32]],
+        output: str,
+        until_s: float = math.inf,
     ) -> NDArray[np.float32]:
         """See `serving.triton.Models`."""
         if self.broken:
             raise Unavailable("told to fail")
+        self.until_s.append(until_s)
         total = np.concatenate(list(inputs.values()), axis=1).sum(axis=1)
         self.calls.append((model, version, len(total)))
         return np.repeat(total[:, None], EMBEDDING if output == "embedding" else 1, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Protocol, Self
@@ -19,8 +20,17 @@ FIRST_PAUSE_S = 0.02
 class Models(Protocol):
     """Networks by name and version."""
 
-    def infer(self, model: str, version: int, inputs: Mapping[str, Float32], output: str) -> Float32:
+    def infer(
+        self, model: str, version: int, inputs: Mapping[str, Float32], output: str, until_s: float = math.inf
+    ) -> Float32:
         """Runs a model on (n, ...) inputs, all of the same n >= 1.
+
+        Args:
+            model: its name.
+            version: its version.
+            inputs: by name.
+            output: its name.
+            until_s: `time.monotonic` at which nobody waits for the answer any more.
 
         Raises:
             Unavailable: it did not answer in time, or refused.
@@ -32,7 +42,7 @@ class Triton:
 
     Args:
         address: its gRPC endpoint, HOST:PORT.
-        timeout_s: of one call, all its retries included.
+        timeout_s: of one call, all its retries included, at most.
     """
 
     def __init__(self, address: str, timeout_s: float = 2.0) -> None:
@@ -55,13 +65,17 @@ class Triton:
         except triton.InferenceServerException:
             return False
 
-    def infer(self, model: str, version: int, inputs: Mapping[str, Float32], output: str) -> Float32:
+    def infer(
+        self, model: str, version: int, inputs: Mapping[str, Float32], output: str, until_s: float = math.inf
+    ) -> Float32:
         """See `Models`. Only UNAVAILABLE is tried again: anything else would fail again or has run already."""
         tensors = [_tensor(name, values) for name, values in inputs.items()]
         wanted = [triton.InferRequestedOutput(output)]
-        deadline, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
+        deadline, pause_s = min(time.monotonic() + self._timeout_s, until_s), FIRST_PAUSE_S
         while True:
-            left_s = max(deadline - time.monotonic(), 0.001)
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise Unavailable(f"Triton model {model!r} version {version} was not asked: no time is left")
             try:
                 answer = self._client.infer(model, tensors, str(version), outputs=wanted, client_timeout=left_s)
                 return answer.as_numpy(output)  # type: ignore[no-any-return]

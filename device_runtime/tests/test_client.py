@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import math
 import re
 import socket
@@ -21,7 +22,7 @@ from device_runtime.program import EmbedProgram
 from device_runtime.store import Rows
 from hybrid import Noised
 from hybrid.bundle import Bundle, Manifest
-from hybrid.errors import BadRequest, ConfigError
+from hybrid.errors import BadRequest, ConfigError, Unauthenticated
 from hybrid.tracing import Tracer
 
 OK = {"prediction": 0.25, "version": 7, "feature_age_ms": 1200, "merged": "server"}
@@ -45,6 +46,7 @@ class Gateway:
     received: bytearray = field(default_factory=bytearray)
     requests: list[tuple[str, bytes, bytes]] = field(default_factory=list)  # path, JSON, raw bytes
     traces: list[bytes] = field(default_factory=list)
+    location: str = ""
     in_flight: int = 0
     most_in_flight: int = 0
 
@@ -76,7 +78,8 @@ class Gateway:
             await self.delay.wait()
         self.in_flight -= 1
         status, body = self.respond(number)
-        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        location = f"Location: {self.location}\r\n" if self.location else ""
+        writer.write(f"HTTP/1.1 {status} X\r\n{location}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
 
 
@@ -178,7 +181,7 @@ def test_a_retry_sends_the_same_release_again(manifest: Manifest, program: Embed
         (400, "bad_request"),
         (500, "internal"),
         (429, "rate_limited"),
-        (401, "unauthenticated"),
+        (403, "forbidden"),
     ],
 )
 def test_an_explained_error_is_an_answer(manifest: Manifest, program: EmbedProgram, rows: Rows, status: int, code: str):
@@ -326,6 +329,60 @@ def test_results_are_complete_though_a_run_fails(tmp_path: Path):
     with pytest.raises(RuntimeError, match="a device died"):
         run()
     assert pq.read_table(tmp_path / "results.parquet").num_rows == 1
+
+
+KEY = "hybrid_0123456789abcdef_c2VjcmV0-_.~+/=="
+
+
+def shown(gateway: Gateway) -> list[bytes]:
+    return re.findall(rb"(?i)\r\nauthorization: ([^\r]*)", bytes(gateway.received))
+
+
+def test_the_api_key_goes_with_every_request_and_into_no_log(
+    manifest: Manifest, program: EmbedProgram, rows: Rows, caplog: pytest.LogCaptureFixture
+):
+    """Three requests and a retry show it as bearer, once each; no library writes it, at any level."""
+    caplog.set_level(logging.DEBUG)
+    gateway = Gateway(lambda number: error(503, "unavailable") if number == 0 else answer())
+    answers = asyncio.run(ask(gateway, manifest, program, rows, api_key=KEY))
+    assert [a.status for a in answers] == ["ok"] * 3
+    assert shown(gateway) == [b"Bearer " + KEY.encode()] * 4
+    assert caplog.records
+    assert KEY not in caplog.text
+
+
+def test_without_a_key_none_is_shown(manifest: Manifest, program: EmbedProgram, rows: Rows):
+    """The local stack asks for none."""
+    gateway = Gateway(lambda _: answer())
+    asyncio.run(ask(gateway, manifest, program, rows))
+    assert shown(gateway) == []
+
+
+@pytest.mark.parametrize(("api_key", "sentence"), [(KEY, "does not know the API key"), (None, "set HYBRID_API_KEY")])
+def test_a_gateway_that_refuses_the_key_ends_the_run(
+    manifest: Manifest, program: EmbedProgram, rows: Rows, api_key: str | None, sentence: str
+):
+    """One sentence says what to set; no other row is asked about, and whatever the gateway wrote is not repeated."""
+    gateway = Gateway(lambda _: (401, b"<html>" + KEY.encode()))
+    with pytest.raises(Unauthenticated, match=sentence) as raised:
+        asyncio.run(ask(gateway, manifest, program, rows, api_key=api_key))
+    assert KEY not in str(raised.value)
+    assert len(gateway.requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(manifest: Manifest, program: EmbedProgram, rows: Rows, status: int):
+    """Another host would be shown the key and the embedding: it gets nothing, and the answer is a bad one."""
+
+    async def session() -> list[Answer]:
+        async with other:
+            gateway.location = f"{other.url}/v2/models/meals/versions/7/infer"
+            return await ask(gateway, manifest, program, head(rows, 1), api_key=KEY)
+
+    other, gateway = Gateway(lambda _: answer()), Gateway(lambda _: (status, b""))
+    (got,) = asyncio.run(session())
+    assert (got.status, got.http_status, got.attempts) == ("bad_answer", status, 1)
+    assert (len(gateway.requests), bytes(other.received)) == (1, b"")
 
 
 def head(rows: Rows, n: int) -> Rows:

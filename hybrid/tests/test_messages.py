@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from hybrid.messages import MAX_KEPT_BYTES, BadMessage, DeadLetter, DeviceEmbeddings, Predictions
+from hybrid.messages import MAX_KEPT_BYTES, NO_DEADLINE, BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.sealing import CannotOpen, OpeningKey, SealingKey, generate
 
 FINITE = st.floats(width=32, allow_nan=False)
@@ -44,6 +44,7 @@ def test_embeddings_come_back_as_they_went(data, rows, request, size):
         request=data.draw(arrays.arrays(np.float32, (rows, request))),
         embedding=data.draw(arrays.arrays(np.float32, (rows, size), elements=FINITE)),
         event_ms=data.draw(arrays.arrays(np.int64, rows)),
+        deadline_ms=data.draw(arrays.arrays(np.int64, rows)),
     )
     assert_same(DeviceEmbeddings.from_bytes(sent.to_bytes()), sent)
 
@@ -86,9 +87,10 @@ def test_server_embeddings_of_any_width_come_back(width):
 
 
 def test_a_record_of_the_release_before_is_still_read():
-    """Its later columns were not there: nobody wants the server's embedding, and nothing is given or expires."""
-    asked = batch_of(embeddings()).drop_columns(["wants_server"])
-    assert DeviceEmbeddings.from_bytes(stream(asked)).wants_server.tolist() == [False, False]
+    """Its later columns were not there: nobody wants the server's embedding, no deadline is known, nothing expires."""
+    asked = batch_of(embeddings()).drop_columns(["wants_server", "deadline_ms"])
+    old = DeviceEmbeddings.from_bytes(stream(asked))
+    assert (old.wants_server.tolist(), old.deadline_ms.tolist()) == ([False, False], [NO_DEADLINE, NO_DEADLINE])
     said = Predictions(
         "coupon",
         3,

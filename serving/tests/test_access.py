@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError, Forbidden, RateLimited, Unauthenticated, Unavailable
+from hybrid.protocol import is_loopback
 from serving.access import (
     AGAIN_S,
     FRESH_S,
@@ -30,7 +31,6 @@ from serving.access import (
     KeySet,
     Tokens,
     error_headers,
-    is_loopback,
     key_source,
 )
 from serving.testing import Certificate

@@ -347,6 +347,15 @@ def test_a_tower_runs_once_for_each_input_that_differs():
     assert models.calls == [("tower", 1, 2), ("tower", 1, 1)]
 
 
+def test_how_long_the_caller_waits_is_handed_on():
+    """For a tower whose embedding is not kept yet, for a head, and where nothing is kept at all."""
+    models, slots = SumModels(), np.ones((1, 2), np.float32)
+    for kept in (CachedModels(models), CachedModels(models, max_bytes=0)):
+        kept.infer("tower", 1, {"slots": slots}, "embedding", 7.0)
+        kept.infer("head", 1, {"server": slots, "device": slots}, "prediction", 8.0)
+    assert models.until_s == [7.0, 8.0, 7.0, 8.0]
+
+
 def test_each_version_has_embeddings_of_its_own():
     """Version 2 computes what version 1 knows."""
     models = SumModels()

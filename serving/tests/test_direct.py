@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -38,9 +39,9 @@ class Halting(SumModels):
         return super().infer(*arguments)
 
 
-def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN), telemetry=None):
+def direct(models=None, limits=None, open_reader=lambda _: MemoryReader(KNOWN), telemetry=None, now_ms=lambda: 1_000):
     limits = limits or Limits(deadline_s=30)
-    return Direct(Readers(open_reader), models or SumModels(), lambda: 1_000, limits, telemetry)
+    return Direct(Readers(open_reader), models or SumModels(), now_ms, limits, telemetry)
 
 
 def run(scenario, made):
@@ -214,6 +215,36 @@ def test_no_answer_in_time_is_unavailable_and_what_nobody_waits_for_is_not_merge
         assert [n for name, _, n in models.calls if name == "shop_head"] == [1]
 
     run(scenario, direct(models, Limits(deadline_s=0.05)))
+
+
+def test_a_row_past_its_callers_deadline_is_not_merged():
+    """Asked at 1,000 ms by a caller of 20 s, looked at 20,001 ms later: no network computes it."""
+    models, clock = SumModels(), iter([1_000, 21_001])
+
+    async def scenario(made):
+        with pytest.raises(Unavailable, match="row 1 of 1"):
+            await made.ask(deployment(), rows("bakery"), 20)
+        assert models.calls == []
+
+    run(scenario, direct(models, now_ms=lambda: next(clock)))
+
+
+def test_triton_has_as_long_as_the_most_patient_caller_of_a_batch_waits():
+    """The first row's caller waits 9 s, alone; of the two that come meanwhile, one waits 20 s; the limit is 30 s."""
+    models, before_s = Halting(), time.monotonic()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery"), 9))
+        await asyncio.to_thread(models.reached.wait, 30)
+        others = [asyncio.create_task(made.ask(deployment(), rows("kiosk"), timeout_s)) for timeout_s in (10, 20)]
+        await asyncio.sleep(0)
+        models.go.set()
+        await asyncio.gather(first, *others)
+
+    run(scenario, direct(models))
+    took_s = time.monotonic() - before_s
+    for until_s, left_s in zip(models.until_s, (9, 9, 20, 20), strict=True):
+        assert left_s <= until_s - before_s <= left_s + took_s
 
 
 def test_rows_beyond_the_limit_are_refused_until_others_are_answered():

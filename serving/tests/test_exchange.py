@@ -314,6 +314,24 @@ def test_the_caller_may_wait_less_than_the_limit_but_not_longer():
     asyncio.run(scenario())
 
 
+def test_a_record_says_how_long_each_caller_waits():
+    """Asked at 1,000 ms with 30 s: who says nothing, 300 ms, 100 us and an hour; a millisecond begun is a whole one."""
+
+    async def scenario():
+        broker = Broker()
+        asked = [
+            asyncio.create_task(broker.exchange.ask(deployment(), rows(*entities), timeout_s))
+            for entities, timeout_s in (("a", None), ("bc", 0.3), ("d", 0.0001), ("e", 3_600))
+        ]
+        message, _ = await broker.sent.get()
+        assert message.event_ms.tolist() == [1_000] * 5
+        assert message.deadline_ms.tolist() == [31_000, 1_300, 1_300, 1_001, 31_000]
+        broker.answer(message)
+        await asyncio.gather(*asked, return_exceptions=True)  # who waits 100 us may have gone
+
+    asyncio.run(scenario())
+
+
 def test_a_record_carries_the_contexts_of_the_traced_requests_in_it():
     """Of three requests two are traced; at 3 rows a record, the second of them lies in both records."""
 

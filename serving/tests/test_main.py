@@ -49,6 +49,15 @@ def test_an_open_network_without_tls_is_warned_of(keys, caplog):
     assert "not encrypted: give --tls-cert" in caplog.text
 
 
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "3601", "soon"])
+def test_a_deadline_that_is_none_is_refused(given, capsys):
+    """By name, with what it must be; 2.5 s and an hour are some."""
+    with pytest.raises(SystemExit):
+        parse("--deadline-s", given)
+    assert f"--deadline-s: must be seconds above 0, at most 3600, got '{given}'" in capsys.readouterr().err
+    assert [parse("--deadline-s", text).deadline_s for text in ("2.5", "3600")] == [2.5, 3600]
+
+
 def test_the_flags_say_who_may_ask(keys, jwk_set):
     """API keys, or JWT with its three parts, never both; rates with a burst of a second, at least one full request."""
     assert command_line._access(parse()).credentials is None

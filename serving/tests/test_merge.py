@@ -1,3 +1,4 @@
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -286,6 +287,55 @@ def test_a_row_asked_too_long_ago_is_not_predicted_by_a_fallback():
     batch = decode(records(message()), lambda *_: served).batches[0]
     joined = features(batch, MemoryReader(KNOWN), now_ms=5_001)
     assert (joined.status.tolist(), joined.fallback.tolist()) == (["unavailable"], ["none"])
+
+
+LEAST, MOST = -(1 << 63), (1 << 63) - 1
+
+
+@pytest.mark.parametrize(
+    ("asked_ms", "deadline_ms", "waits"),
+    [
+        (8_000, MOST, True),  # of the release before: 5 s after it was asked, which is 13,000
+        (8_000, 10_000, True),
+        (8_000, 9_999, False),  # sooner than ours
+        (4_999, 11_000, False),  # ours, 9,999, is sooner
+        (4_999, MOST, False),
+        (8_000, LEAST, False),
+        (LEAST, MOST, False),
+    ],
+)
+def test_a_row_is_late_by_its_callers_deadline_or_by_the_workers_own(asked_ms, deadline_ms, waits):
+    """At 10,000 ms with 5 s: the sooner one counts, whatever number stands in the record; no network is asked."""
+    models = SumModels()
+    batch = only_batch(message(event_ms=np.array([asked_ms]), deadline_ms=np.array([deadline_ms])))
+    (answer,) = merge(batch, lambda _: MemoryReader(KNOWN), models, now_ms=10_000, deadline_s=5)
+    assert answer.status.tolist() == ["ok" if waits else "unavailable"]
+    assert answer.fallback.tolist() == ["none"]
+    assert len(models.calls) == (2 if waits else 0)
+
+
+def test_only_the_rows_that_are_still_waited_for_go_through():
+    """Of three rows of one record, the second's caller gave up a millisecond ago."""
+    models = SumModels()
+    batch = only_batch(message(["bakery"] * 3, deadline_ms=np.array([1_000, 999, MOST])))
+    (answer,) = merge(batch, lambda _: MemoryReader(KNOWN), models, now_ms=1_000)
+    assert answer.status.tolist() == ["ok", "unavailable", "ok"]
+    assert models.calls == [("shop_server_tower", 1, 2), ("shop_head", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("asked_ms", "deadline_ms", "left_s"),
+    [([1_000, 1_000], [1_300, 1_700], 0.7), ([1_000, 400], [1_300, MOST], 4.4), ([MOST, MOST], [MOST, 1_100], 5)],
+)
+def test_triton_has_as_long_as_the_most_patient_caller_waits(asked_ms, deadline_ms, left_s):
+    """At 1,000 ms: until 1,700; until 5 s after 400; and never longer than 5 s, though all is said to be later."""
+    models = SumModels()
+    batch = only_batch(message(["bakery"] * 2, event_ms=np.array(asked_ms), deadline_ms=np.array(deadline_ms)))
+    before_s = time.monotonic()
+    merge(batch, lambda _: MemoryReader(KNOWN), models, now_ms=1_000, deadline_s=5)
+    tower, head = models.until_s
+    assert tower == head
+    assert before_s + left_s <= tower <= time.monotonic() + left_s
 
 
 def test_an_overflow_is_no_answer_of_a_fallback_either():

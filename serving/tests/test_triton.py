@@ -1,3 +1,4 @@
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,8 +42,8 @@ def server():
     server.stop(None).wait()
 
 
-def double(triton):
-    return triton.infer("m", 3, {"x": np.array([[1, 2]], np.float32)}, "y").tolist()
+def double(triton, until_s=math.inf):
+    return triton.infer("m", 3, {"x": np.array([[1, 2]], np.float32)}, "y", until_s).tolist()
 
 
 def test_a_call_gives_the_output_and_retries_only_what_is_unavailable(server):
@@ -76,6 +77,26 @@ def test_a_server_that_does_not_answer_is_given_up(server):
     server.delay_s = 0.5
     with Triton(server.address, timeout_s=0.1) as triton, pytest.raises(Unavailable, match="DEADLINE_EXCEEDED"):
         double(triton)
+
+
+def test_a_call_ends_when_nobody_waits_for_it_any_more(server):
+    """0.1 s are left of 30: a server that takes half a second is given up, one that is unavailable not tried on."""
+    with Triton(server.address, timeout_s=30) as triton:
+        assert double(triton, time.monotonic() + 30) == [[2.0, 4.0]]
+        server.delay_s, started = 0.5, time.monotonic()
+        with pytest.raises(Unavailable, match="DEADLINE_EXCEEDED"):
+            double(triton, time.monotonic() + 0.1)
+        server.delay_s, server.failures = 0.0, [grpc.StatusCode.UNAVAILABLE] * 1000
+        with pytest.raises(Unavailable):
+            double(triton, time.monotonic() + 0.1)
+        assert time.monotonic() - started < 10
+
+
+def test_a_call_for_which_no_time_is_left_is_not_made(server):
+    """The server is not asked at all."""
+    with Triton(server.address) as triton, pytest.raises(Unavailable, match="no time is left"):
+        double(triton, time.monotonic())
+    assert server.calls == 0
 
 
 def test_a_server_that_is_not_there_is_not_ready():
