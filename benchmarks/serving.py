@@ -45,7 +45,7 @@ from serving.triton import Triton
 RATES = (50, 200, 500)
 BATCH = 512  # rows of a record that a busy gateway writes, and of a bare Triton call
 NO_CACHE = ("--reread-s", "0", "--cache-mb", "0")
-NO_DEADLINE = ("--deadline-s", "100000")  # a filled topic's rows were asked long ago
+NO_DEADLINE = ("--deadline-s", "3600")  # a filled topic's rows were asked long ago
 CLIENTS = 128
 console = Console(stderr=True, highlight=False)
 
