@@ -187,8 +187,16 @@ async def over_http(arguments: argparse.Namespace) -> Any:
     requests = [f"{start}Content-Length: {len(b)}\r\n\r\n".encode() + b for b in (body(rng) for _ in range(1000))]
     free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
+    async def connection() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while free:
+            reader, writer = free.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()  # the server ends connections that are idle for 5 s
+        return await asyncio.open_connection(host, int(port))
+
     async def ask(number: int) -> bool:
-        reader, writer = free.pop() if free else await asyncio.open_connection(host, int(port))
+        reader, writer = await connection()
         writer.write(requests[number % len(requests)])
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
