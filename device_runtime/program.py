@@ -71,7 +71,7 @@ class EmbedProgram(DeviceProgram):
     """The device tower. See `DeviceProgram`."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "embed")
+        super().__init__(bundle, "embed.pte")
         self._size = bundle.manifest.device_embedding
 
     def embed(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -82,7 +82,7 @@ class EmbedProgram(DeviceProgram):
         """
         embedding = self._run(inputs)
         if embedding.shape != (1, self._size) or not np.isfinite(embedding).all():
-            raise BundleError(f"program 'embed' must return (1, {self._size}) finite numbers")
+            raise BundleError(f"program 'embed.pte' must return (1, {self._size}) finite numbers")
         return embedding
 
 
@@ -90,7 +90,7 @@ class PredictProgram(DeviceProgram):
     """The merge on the device: device tower, then head over the server's embedding. See `DeviceProgram`."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "predict")
+        super().__init__(bundle, "predict.pte")
         self._size = bundle.manifest.server_embedding
 
     def predict(self, inputs: NDArray[np.float32], server: NDArray[np.float32]) -> float:
@@ -103,9 +103,9 @@ class PredictProgram(DeviceProgram):
         try:
             prediction = self._run(inputs, server)
         except RuntimeError as error:
-            raise BundleError(f"program 'predict' does not take (1, {self._size}) numbers of the server") from error
+            raise BundleError(f"program 'predict.pte' does not take (1, {self._size}) numbers of the server") from error
         if prediction.shape != (1,) or not (np.isnan(prediction[0]) or 0 <= prediction[0] <= 1):
-            raise BundleError("program 'predict' must return one probability")
+            raise BundleError("program 'predict.pte' must return one probability")
         return float(prediction[0])
 
 

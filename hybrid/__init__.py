@@ -4,7 +4,19 @@ Importing this package loads no heavy library.
 """
 
 from hybrid.features import Bucketize, Categorical, Hash, Log1p, Numeric
-from hybrid.spec import Clear, Entity, HybridModel, Label, Noised, Privacy, Server, Serving, Training, View
+from hybrid.spec import (
+    Clear,
+    Entity,
+    HybridModel,
+    Label,
+    Noised,
+    OnDevice,
+    Privacy,
+    Server,
+    Serving,
+    Training,
+    View,
+)
 
 __all__ = [
     "Bucketize",
@@ -17,6 +29,7 @@ __all__ = [
     "Log1p",
     "Noised",
     "Numeric",
+    "OnDevice",
     "Privacy",
     "Server",
     "Serving",

@@ -1,8 +1,8 @@
 """The device bundle: what ships to devices for one version, signed by the control plane.
 
 One zip file: `manifest.json`, `manifest.sig` (Ed25519, RFC 8032, over the
-manifest's bytes) and the programs, whose SHA-256 the manifest holds. A device
-trusts the public key of its host app, never one that comes with a bundle.
+manifest's bytes) and the programs in the manifest's order, whose SHA-256 it holds. A
+device trusts the public key of its host app, never one that comes with a bundle.
 """
 
 from __future__ import annotations
@@ -44,9 +44,58 @@ class Program(BaseModel):
     """One program file of a bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    file: str
     sha256: str
     bytes: int
+
+
+class Parameter(BaseModel):
+    """One parameter of what a device trains: `shape`, its values in row-major order in the flat vector."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class TrainProgram(BaseModel):
+    """How "train.pte" is fed, which computes a loss and its gradient.
+
+    Its inputs: (m, server) float32, what the server side contributed; (m, features) float32 inputs; (m,) labels;
+    (m,) weight of each row in the loss, 0 for padding; and, where `missing`, (m, 2) which side is taken to be missing.
+    Its first output is the sum over rows of weight x cross-entropy.
+
+    Attributes:
+        rows: m, of every call.
+        server: columns of what the server side contributed: its embedding, or, where its tower is trained by
+            devices too, its slots.
+        missing: whether the embeddings that stand for a missing side are trained.
+        parameters: in the order of the flat vector that travels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rows: Annotated[int, Field(ge=1)]
+    server: Annotated[int, Field(ge=0)]
+    missing: bool
+    parameters: tuple[Parameter, ...]
+
+
+class Keeping(BaseModel):
+    """What a device keeps of a model, and what a plan may ask of it at most: `hybrid.spec.OnDevice` in plain units.
+
+    Attributes:
+        label_window_s: how long to wait for the label's event; None: the label is known at once.
+        label_absent: the label of a request without an event in that time; None: such a request is no example.
+        seconds, bytes: age and size of the store, beyond which the oldest examples are deleted.
+        max_examples, max_seconds, max_memory_mb: of one round of training.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    label_window_s: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    label_absent: Literal[0, 1] | None = None
+    seconds: Annotated[FiniteFloat, Field(gt=0)] = 30 * 86400.0
+    bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
+    max_examples: Annotated[int, Field(ge=1)] = 1024
+    max_seconds: Annotated[FiniteFloat, Field(gt=0)] = 60.0
+    max_memory_mb: Annotated[int, Field(ge=1)] = 512
 
 
 class Alone(BaseModel):
@@ -85,10 +134,16 @@ class Manifest(BaseModel):
         request: request features by name, "text" or "number": sent as they are, with each request.
         server_embedding, device_embedding: sizes.
         merge, release: where the embeddings meet, and how the device's leaves.
-        programs: "embed": (1, features) -> (1, device_embedding);
-            "predict": (1, features), (1, server_embedding) -> (1,) probability.
+        programs: by file name. "embed.pte" and "embed.onnx": (1, features) -> (1, device_embedding);
+            "predict.pte" and "predict.onnx": (1, features), (1, server_embedding) -> (1,) probability;
+            "train.pte": see `train`. Those in ONNX take any number of rows.
         alone: for merge="device", what the device answers by itself. Not in the bundles of other models, which
             devices read that do not know it.
+        train: how its training program is fed; None: it has none.
+        keeping: of examples, and limits of plans.
+        created_ms, expires_ms: Unix time in UTC; a device refuses a bundle that has expired, and goes on with the
+            one it has; None: it never does.
+        minimum_runtime: the oldest `device_runtime.RUNTIME` that can run it.
 
     Raises:
         ValueError: `alone` is of a model that merges on the server, or its embedding is of another size.
@@ -96,7 +151,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     model: str
     version: int
     definition_hash: str
@@ -108,6 +163,11 @@ class Manifest(BaseModel):
     release: Annotated[Clear | Noised, Field(discriminator="kind")] | None
     programs: dict[str, Program]
     alone: Alone | None = None
+    train: TrainProgram | None = None
+    keeping: Keeping = Keeping()
+    created_ms: Annotated[int, Field(ge=0)] = 0
+    expires_ms: Annotated[int, Field(ge=0)] | None = None
+    minimum_runtime: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -137,20 +197,20 @@ def write_bundle(target: Path, manifest: Manifest, programs: dict[str, bytes], k
     Args:
         target: the file; replaced atomically.
         manifest: its `programs` is filled from `programs`.
-        programs: name -> bytes.
+        programs: file name -> bytes.
         key: the control plane's.
 
     Returns:
         The manifest as written.
     """
     listed = {
-        name: Program(file=f"{name}.pte", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        name: Program(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
         for name, data in programs.items()
     }
     manifest = manifest.model_copy(update={"programs": listed})
     text = manifest.model_dump_json().encode()
     files = {"manifest.json": text, "manifest.sig": key.sign(text)}
-    files |= {listed[name].file: data for name, data in programs.items()}
+    files |= programs
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, data in files.items():
@@ -179,7 +239,7 @@ def read_bundle(data: bytes, trusted: Ed25519PublicKey) -> Bundle:
             text, signature = archive.read("manifest.json"), archive.read("manifest.sig")
             trusted.verify(signature, text)
             manifest = Manifest.model_validate_json(text)
-            programs = {name: archive.read(program.file) for name, program in manifest.programs.items()}
+            programs = {name: archive.read(name) for name in manifest.programs}
     except InvalidSignature:
         raise BundleError("the bundle is not signed by the key this device trusts") from None
     except ValidationError as error:

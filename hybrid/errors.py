@@ -31,6 +31,10 @@ class BundleError(HybridError):
     """A device bundle is not what its signature, manifest or limits promise."""
 
 
+class PlanError(HybridError):
+    """A plan is not what its signature, format or the device's limits promise."""
+
+
 class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 

@@ -293,6 +293,34 @@ class Serving(Declared):
         return tuple(name for name, value in self if value in {"device-only", "server-only"})
 
 
+class OnDevice(Declared):
+    """What devices keep, and what training may ask of them at most. It may change without training again.
+
+    Attributes:
+        keep: examples older than this are deleted from the device.
+        keep_mb: size of the device's store, beyond which its oldest examples are deleted.
+        max_examples: of one round of training, the newest ones.
+        max_seconds: of one round of training; one that takes longer is given up, and nothing is sent.
+        max_memory_mb: that one round may add to what the process takes; the same.
+        bundle_lifetime: from promotion on, after which devices no longer install the bundle; None: no end.
+    """
+
+    keep: timedelta = timedelta(days=30)
+    keep_mb: Annotated[FiniteFloat, Field(ge=0.0625)] = 16.0
+    max_examples: Annotated[int, Field(ge=1)] = 1024
+    max_seconds: Annotated[FiniteFloat, Field(gt=0)] = 60.0
+    max_memory_mb: Annotated[int, Field(ge=1)] = 512
+    bundle_lifetime: timedelta | None = None
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        for name in ("keep", "bundle_lifetime"):
+            value = getattr(self, name)
+            if value is not None and value <= timedelta(0):
+                raise ValueError(f"{name} must be positive, got {value}")
+        return self
+
+
 Factory = Callable[[], Any]
 
 
@@ -318,6 +346,7 @@ class HybridModel(Declared):
         release: for merge="server", how the device embedding leaves the device.
         training: defaults of `hybrid train`.
         serving: how requests are answered.
+        on_device: what devices keep, and what training may ask of them.
 
     Raises:
         ConfigError: a field is wrong; the message names it, what it must be and what it got.
@@ -336,6 +365,7 @@ class HybridModel(Declared):
     release: Annotated[Clear | Noised, Field(discriminator="kind")] | None = None
     training: Training = Training()
     serving: Serving = Serving()
+    on_device: OnDevice = OnDevice()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -390,8 +420,8 @@ class HybridModel(Declared):
         return self.label.protects
 
     def definition(self) -> dict[str, Any]:
-        """What is trained, as JSON values: the declaration without the towers' code, and without how it is served."""
-        return self.model_dump(mode="json", exclude={"serving"})
+        """What is trained, as JSON values: the declaration without the towers' code, and without how it is used."""
+        return self.model_dump(mode="json", exclude={"serving", "on_device"})
 
 
 def definition_hash(definition: Mapping[str, Any]) -> str:

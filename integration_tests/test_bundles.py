@@ -43,7 +43,7 @@ class Served:
         )
         file = self.folder / "bundles" / "shop-1.bundle"
         program = np.random.default_rng(seed).bytes(PROGRAM)
-        write_bundle(file, manifest, {"embed": program}, signing_key(self.folder / "keys"))
+        write_bundle(file, manifest, {"embed.pte": program}, signing_key(self.folder / "keys"))
         return file.read_bytes()
 
     def verify(self, downloaded: bytes) -> None:

@@ -39,9 +39,8 @@ def device_programs(network: Network) -> dict[str, bytes]:
     """The programs of a device bundle, for one row at a time.
 
     Returns:
-        "embed": (1, device features) inputs -> (1, device_embedding), and
-        "predict": (1, device features), (1, server_embedding) -> (1,) probability,
-        each the bytes of a `.pte` file.
+        "embed.pte": (1, device features) inputs -> (1, device_embedding), and
+        "predict.pte": (1, device features), (1, server_embedding) -> (1,) probability.
 
     Raises:
         ConfigError: a part cannot be exported, or its export does not give what
@@ -53,7 +52,10 @@ def device_programs(network: Network) -> dict[str, bytes]:
     embed = network.device_program()
     predict = PredictProgram(embed, network.head).eval()
     with quiet():
-        return {"embed": _pte("embed", embed, [inputs]), "predict": _pte("predict", predict, [inputs, server])}
+        return {
+            "embed.pte": _pte("embed", embed, [inputs]),
+            "predict.pte": _pte("predict", predict, [inputs, server]),
+        }
 
 
 def _pte(name: str, program: nn.Module, probes: Sequence[Tensor]) -> bytes:

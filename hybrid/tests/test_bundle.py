@@ -18,7 +18,7 @@ from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-PROGRAMS = {"embed": b"program one " * 20, "predict": b"program two " * 20}
+PROGRAMS = {"embed.pte": b"program one " * 20, "predict.pte": b"program two " * 20}
 MANIFEST = Manifest(
     model="coupon",
     version=3,
@@ -58,8 +58,8 @@ def test_a_bundle_comes_back_as_it_was_written(data: bytes):
     assert bundle.programs == PROGRAMS
     assert bundle.manifest.features == MANIFEST.features
     assert bundle.manifest.request == {"time": "text"}
-    assert bundle.manifest.programs["embed"].bytes == 240
-    assert bundle.manifest.programs["embed"].sha256 == hashlib.sha256(b"program one " * 20).hexdigest()
+    assert bundle.manifest.programs["embed.pte"].bytes == 240
+    assert bundle.manifest.programs["embed.pte"].sha256 == hashlib.sha256(b"program one " * 20).hexdigest()
 
 
 @pytest.mark.parametrize("release", [Clear(reason="a test of bundles"), Noised(clip=2.0, sigma=1.5)])
@@ -114,8 +114,8 @@ def test_a_changed_manifest_is_refused(data: bytes):
 
 def test_a_swapped_program_is_refused(data: bytes):
     """The manifest's signature covers each program by its hash, under its own name."""
-    swapped = rezipped(data, {"embed.pte": PROGRAMS["predict"], "predict.pte": PROGRAMS["embed"]})
-    with pytest.raises(BundleError, match="program 'embed' is not the one that was signed"):
+    swapped = rezipped(data, {"embed.pte": PROGRAMS["predict.pte"], "predict.pte": PROGRAMS["embed.pte"]})
+    with pytest.raises(BundleError, match="program 'embed.pte' is not the one that was signed"):
         read_bundle(swapped, KEY.public_key())
 
 

@@ -19,7 +19,7 @@ def load(data: bytes):
 
 def test_embed_is_the_device_tower(either):
     """ExecuTorch gives torch's embedding to 1e-5 for missing, infinite, extreme and ordinary inputs."""
-    embed = load(either.bundle.programs["embed"])
+    embed = load(either.bundle.programs["embed.pte"])
     for row in input_probes(either.network.model.device_features).split(1):
         expected = either.network.device_program()(row).detach().numpy()
         np.testing.assert_allclose(embed(row), expected, rtol=1e-5, atol=1e-5)
@@ -31,7 +31,7 @@ def test_embed_is_the_numpy_reference(either):
     inputs = input_probes(features)
     encoded = features.encode(features.slots(inputs.numpy()))
     expected = either.network.device_tower(torch.from_numpy(encoded)).detach().numpy()
-    embed = load(either.bundle.programs["embed"])
+    embed = load(either.bundle.programs["embed.pte"])
     got = np.concatenate([embed(row) for row in inputs.split(1)])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -42,7 +42,7 @@ def test_predict_merges_on_the_device(either):
     inputs = input_probes(network.model.device_features)[:1]
     server = torch.linspace(-1, 1, network.server_embedding)[None]
     expected = torch.sigmoid(network.head(server, network.device_program()(inputs))).detach().numpy()
-    got = load(either.bundle.programs["predict"])(inputs, server)
+    got = load(either.bundle.programs["predict.pte"])(inputs, server)
     assert got.shape == (1,)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,206 @@
+"""Plans and what devices send back: how a device takes part in training, over HTTP.
+
+A device asks `POST CHECK_IN` with a `CheckIn` as JSON, and is answered
+
+    200  a signed message: a `TrainPlan` with its weights, or a `Halt`
+    204  nothing to do; `Retry-After` says in how many seconds to ask again
+    429, 503  the same, for a server that is busy
+
+and sends its update once, `PUT UPDATE` with the upload's own random id in the path: a repeat of an
+upload that was taken is answered like the first, 200, and counted once.
+
+Neither a check-in nor an update names the device or the person: what is the same for a whole cohort is
+in the plan, and what is not is the update.
+
+A signed message is 64 bytes of Ed25519 signature (RFC 8032) over all that follows: the length of the JSON
+as 4 bytes, little-endian, the JSON, and raw float32 weights, little-endian, where the plan has some. The key is the
+control plane's that signs bundles too; devices have it from their host app.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+
+from hybrid.errors import PlanError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+CHECK_IN = "/v1/check-in"
+UPDATE = "/v1/plans/{plan}/updates/{upload}"
+MAX_BYTES = 64 << 20  # of a signed message
+SIGNATURE = 64
+_LENGTH = struct.Struct("<I")
+
+Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Policy(_Message):
+    """When a device may take part, decided on the device: every condition must hold, as long as it takes part.
+
+    Attributes:
+        charging: whether it must be on external power.
+        battery: least charge, as a share; what a device without a battery reports is 1.
+        idle: whether nobody may be using it.
+        unmetered: whether the network must be free of charge by volume.
+        thermal: warmest state that is allowed, as Android and iOS name them.
+        free_mb: least free space where the store lies.
+        separation_s: least time since it last took part.
+        participations: most within `period_s`.
+    """
+
+    charging: bool = True
+    battery: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.3
+    idle: bool = True
+    unmetered: bool = True
+    thermal: Literal["nominal", "fair", "serious"] = "nominal"
+    free_mb: Annotated[int, Field(ge=0)] = 64
+    separation_s: Annotated[FiniteFloat, Field(ge=0)] = 86_400.0
+    participations: Annotated[int, Field(ge=1)] = 1
+    period_s: Positive = 86_400.0
+
+
+class Local(_Message):
+    """What a device does with its examples: see `hybrid.federation.local_training.LocalTraining` and `spec.Training`.
+
+    Attributes:
+        steps, epochs: one of them; the other is None.
+        lr, batch, proximal: of `LocalTraining`.
+        tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
+    """
+
+    steps: Annotated[int, Field(ge=1, le=1000)] | None
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    lr: Positive
+    batch: Annotated[int, Field(ge=1)] | None = None
+    proximal: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("one of steps and epochs must be given")
+        return self
+
+
+class TrainPlan(_Message):
+    """What a cohort is asked to do once: train from these weights, and send a clipped update.
+
+    Attributes:
+        id: of the round's attempt; a device takes part in it at most once.
+        model, version, definition_hash: whose training program; a device with another bundle does not take part.
+        sampling: with this probability a device takes part, by a toss of its own; in (0, 1].
+        expires_ms: Unix time in UTC, after which no update is taken.
+        policy: when it may.
+        examples: least and most it may train with; with fewer it does not take part, of more it takes the newest.
+        seconds, memory_mb: of the training, at most.
+        local: how it trains.
+        clip: largest L2 norm of the flat update.
+        upload: how the update travels: as float32, or in 8 bits by `hybrid.update`.
+        parameters: length of the flat vector of weights.
+    """
+
+    kind: Literal["train"] = "train"
+    format: Literal[1] = 1
+    id: Id
+    model: Name
+    version: Annotated[int, Field(ge=1)]
+    definition_hash: str
+    sampling: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    expires_ms: Annotated[int, Field(ge=0)]
+    policy: Policy = Policy()
+    examples: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1024)
+    seconds: Positive = 60.0
+    memory_mb: Annotated[int, Field(ge=1)] = 512
+    local: Local
+    clip: Positive
+    upload: Literal["float32", "int8"] = "float32"
+    parameters: Annotated[int, Field(ge=1)]
+
+
+class Halt(_Message):
+    """The kill switch: a device stops to predict and to train with these versions, until it has another.
+
+    Attributes:
+        model: whose.
+        versions: which; a bundle of one of them is not installed any more either.
+        reason: for the person and the log.
+    """
+
+    kind: Literal["halt"] = "halt"
+    format: Literal[1] = 1
+    model: Name
+    versions: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class CheckIn(_Message):
+    """What a device says when it asks for something to do: nothing that tells it from others with its version.
+
+    Attributes:
+        model, version: of its bundle.
+        runtime: `device_runtime.RUNTIME`.
+    """
+
+    model: Name
+    version: Annotated[int, Field(ge=1)]
+    runtime: Annotated[int, Field(ge=1)]
+
+
+_SIGNED: TypeAdapter[TrainPlan | Halt] = TypeAdapter(Annotated[TrainPlan | Halt, Field(discriminator="kind")])
+
+
+def sign(message: TrainPlan | Halt, key: Ed25519PrivateKey, weights: NDArray[np.float32] | None = None) -> bytes:
+    """A message as it travels.
+
+    Args:
+        message: what is asked.
+        key: the control plane's.
+        weights: (parameters,) of a `TrainPlan`; None for a `Halt`.
+    """
+    text = message.model_dump_json().encode()
+    raw = b"" if weights is None else np.ascontiguousarray(weights, "<f4").tobytes()
+    body = _LENGTH.pack(len(text)) + text + raw
+    return key.sign(body) + body
+
+
+def open_signed(data: bytes, trusted: Ed25519PublicKey) -> tuple[TrainPlan | Halt, NDArray[np.float32]]:
+    """Verifies a message; nothing of it is read before that.
+
+    Returns:
+        It, and its weights, read-only; none for a `Halt`.
+
+    Raises:
+        PlanError: too large, not signed by that key, of another format, or with other weights than it says.
+    """
+    from cryptography.exceptions import InvalidSignature
+
+    if len(data) > MAX_BYTES:
+        raise PlanError(f"a signed message has at most {MAX_BYTES} bytes, got {len(data)}")
+    body = data[SIGNATURE:]
+    try:
+        trusted.verify(data[:SIGNATURE], body)
+        (length,) = _LENGTH.unpack_from(body)
+        message = _SIGNED.validate_json(body[_LENGTH.size : _LENGTH.size + length])
+        weights = np.frombuffer(body, "<f4", offset=_LENGTH.size + length)
+    except InvalidSignature:
+        raise PlanError("the plan is not signed by the key this device trusts") from None
+    except ValidationError as error:
+        raise PlanError(f"the plan is of another format: {error.error_count()} fields differ") from None
+    except (struct.error, ValueError) as error:
+        raise PlanError(f"the plan is damaged ({type(error).__name__})") from None
+    expected = message.parameters if isinstance(message, TrainPlan) else 0
+    if len(weights) != expected or not np.isfinite(weights).all():
+        raise PlanError(f"the plan must have {expected} finite weights, got {len(weights)}")
+    return message, weights
