@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from hybrid.plan import Policy
 
@@ -51,6 +53,8 @@ class Readings:
         thermal: how warm it is.
         free_bytes: that a file may still take where the store lies.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for readings that come in a file
 
     consent: bool = False
     charging: bool | None = None
