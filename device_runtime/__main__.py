@@ -9,10 +9,13 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import HybridError
 from hybrid.tracing import from_environment
+
+if TYPE_CHECKING:
+    from device_runtime.program import Engine
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
 
@@ -37,6 +40,12 @@ def main() -> None:
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
+    infer.add_argument(
+        "--engine",
+        choices=["executorch", "onnx"],
+        default=None,
+        help="what runs the bundle's programs (default ExecuTorch where it is installed with torch, else ONNX Runtime)",
+    )
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.add_argument(
         "--trace",
@@ -82,6 +91,7 @@ async def _infer(
     out: Path,
     devices: range | None,
     concurrency: int,
+    engine: Engine | None,
     timeout: float,
     trace: float,
     contribution: bool,
@@ -97,7 +107,7 @@ async def _infer(
     api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
     verified = open_bundle(bundle, trust)
     rows = read_rows(store, verified.manifest, devices=devices)
-    program = program_of(verified)
+    program = program_of(verified, engine)
     with from_environment("hybrid-device") or nullcontext() as tracer:
         async with InferenceClient(
             verified.manifest,
