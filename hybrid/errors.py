@@ -35,6 +35,10 @@ class PlanError(HybridError):
     """A plan is not what its signature, format or the device's limits promise."""
 
 
+class StoreError(HybridError):
+    """A device's store cannot take or give what was asked: its key, its disk, another process. Nothing was changed."""
+
+
 class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 
