@@ -16,6 +16,7 @@ from hybrid.tracing import from_environment
 
 if TYPE_CHECKING:
     from device_runtime.answers import Answer
+    from device_runtime.program import Engine
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
 
@@ -58,6 +59,12 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
+    infer.add_argument(
+        "--engine",
+        choices=["executorch", "onnx"],
+        default=None,
+        help="what runs the bundle's programs (default ExecuTorch where it is installed with torch, else ONNX Runtime)",
+    )
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.add_argument(
         "--trace",
@@ -134,6 +141,7 @@ async def _infer(
     out: Path,
     devices: range | None,
     concurrency: int,
+    engine: Engine | None,
     timeout: float,
     trace: float,
     contribution: bool,
@@ -153,7 +161,7 @@ async def _infer(
     manifest = verified.manifest
     if not store.is_file():
         raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
-    program = program_of(verified)
+    program = program_of(verified, engine)
     with (
         from_environment("hybrid-device") or nullcontext() as tracer,
         Store.open(store, read_store_key(key_file, os.environ), manifest) as kept,
