@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,7 @@ def default_engine() -> Engine:
     Raises:
         ConfigError: neither is installed.
     """
-    for engine in get_args(Engine):
-        if _installed(engine):
-            return engine  # type: ignore[no-any-return]
-    raise ConfigError("a device needs ONNX Runtime, or ExecuTorch and torch: install hybrid-towers[device]")
+    return _engines()[0]
 
 
 def open_bundle(file: Path, trust: Path) -> Bundle:
@@ -141,28 +138,28 @@ def program_of(bundle: Bundle, engine: Engine | None = None) -> EmbedProgram | P
     return (EmbedProgram if bundle.manifest.merge == "server" else PredictProgram)(bundle, engine)
 
 
-def check_programs(bundle: Bundle) -> None:
-    """Loads every program that an installed engine runs, and runs each once that an inference may need.
+def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
+    """Loads every program of an engine, and runs once the one that an inference needs.
 
-    A program for an engine that is not installed here is left alone: nothing here will run it.
+    Args:
+        bundle: verified.
+        engine: whose programs; None: of each that is installed. Nothing here runs the others'.
 
     Raises:
         BundleError: one does not load, for an operator that its engine lacks for example, or does not give what
             its manifest says.
-        ConfigError: no engine is installed.
+        ConfigError: no engine is installed, or this one is not.
     """
-    default_engine()
     manifest = bundle.manifest
-    missing = manifest.features.inputs({name: [None] for name in manifest.features.names})
-    for engine in get_args(Engine):
-        if not _installed(engine):
-            continue
-        for file in (name for name in bundle.programs if name.endswith(_FILES[engine])):
+    nothing = np.array([None], dtype=object)
+    missing = manifest.features.inputs(dict.fromkeys(manifest.features.names, nothing))
+    for each in (engine,) if engine else _engines():
+        for file in (name for name in bundle.programs if name.endswith(_FILES[each])):
             load_program(bundle, file)
         if manifest.merge == "server":
-            EmbedProgram(bundle, engine).embed(missing)
+            EmbedProgram(bundle, each).embed(missing)
         else:
-            PredictProgram(bundle, engine).predict(missing, np.zeros((1, manifest.server_embedding), np.float32))
+            PredictProgram(bundle, each).predict(missing, np.zeros((1, manifest.server_embedding), np.float32))
 
 
 def load_program(bundle: Bundle, file: str) -> Run:
@@ -185,6 +182,14 @@ def load_program(bundle: Bundle, file: str) -> Run:
 
 def _installed(engine: Engine) -> bool:
     return all(importlib.util.find_spec(name) for name in _NEEDS[engine])
+
+
+def _engines() -> list[Engine]:
+    """Those that are installed, the one to prefer first."""
+    found = [engine for engine in _NEEDS if _installed(engine)]
+    if not found:
+        raise ConfigError("a device needs ONNX Runtime, or ExecuTorch and torch: install hybrid-towers[device]")
+    return found
 
 
 def _executorch(data: bytes) -> Run:
