@@ -15,8 +15,11 @@ from hybrid.errors import BundleError, ConfigError, HybridError
 from hybrid.tracing import from_environment
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     from device_runtime.answers import Answer
     from device_runtime.program import Engine
+    from hybrid.bundle import Bundle
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
 
@@ -26,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m device_runtime", description="Runs devices' side of a model.")
     commands = parser.add_subparsers(required=True)
     _add_infer(commands)
+    _add_train(commands)
     _add_forget(commands)
     _add_export(commands)
     arguments = vars(parser.parse_args())
@@ -88,6 +92,44 @@ def _add_infer(commands: Any) -> None:
         help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600)",
     )
     infer.set_defaults(run=_infer)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="take part in training, once, where the device may",
+        description="Sends the update that waits in the store; or else asks the aggregator for a plan, and where it is "
+        "signed by --trust, for this bundle, and every condition holds, trains on the store's examples and sends one "
+        "clipped update. Prints how each device's session ended as JSON; not to take part is no error.",
+    )
+    which = train.add_mutually_exclusive_group(required=True)
+    which.add_argument("--bundle", type=Path, help="the version's device bundle")
+    which.add_argument("--folder", type=Path, help="of installed bundles, of which the current one is taken")
+    train.add_argument("--model", default=None, help="whose bundles --folder holds")
+    train.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    _add_store(train)
+    train.add_argument("--aggregator", required=True, help="for example https://aggregator.example")
+    train.add_argument(
+        "--consent",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
+    )
+    train.add_argument(
+        "--policy", type=Path, default=None, help="JSON: the app's own conditions, beside the plan's (default: strict)"
+    )
+    train.add_argument(
+        "--readings",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="JSON list of what to take for the machine's state, one reading after another, in place of its own",
+    )
+    train.add_argument(
+        "--devices", type=_range, default=range(1), metavar="A:B", help="devices A to B - 1 of the store, in turn (0:1)"
+    )
+    train.set_defaults(run=_train)
 
 
 def _add_forget(commands: Any) -> None:
@@ -186,6 +228,56 @@ async def _infer(
 
                 await client.run(kept.rows(devices), take, concurrency=concurrency)
     return results.summary()
+
+
+async def _train(
+    *,
+    bundle: Path | None,
+    folder: Path | None,
+    model: str | None,
+    trust: Path,
+    store: Path,
+    key_file: Path | None,
+    aggregator: str,
+    consent: Path,
+    policy: Path | None,
+    readings: Path | None,
+    devices: range,
+) -> dict[str, Any]:
+    from device_runtime.aggregator import Aggregator
+    from device_runtime.host import LinuxHost, ScriptedHost
+    from device_runtime.participation import Participation, read_policy
+    from device_runtime.program import open_bundle
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+    from device_runtime.trainer import Trainer
+    from hybrid.bundle import trusted_key
+
+    asked, own, trusted = Aggregator(aggregator), read_policy(policy), trusted_key(trust)
+    key = read_store_key(key_file, os.environ)
+    if not store.is_file():
+        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
+    opened = open_bundle(bundle, trust) if bundle else _installed(folder, model, trusted, store, key)
+    agrees = consent.is_file
+    host = ScriptedHost.open(readings, agrees) if readings else LinuxHost(store.parent, agrees)
+    trainer = None if opened.manifest.train is None else Trainer(opened)
+    sessions: list[dict[str, Any]] = []
+    with Store.open(store, key, opened.manifest) as kept:
+        for device in devices:
+            session = Participation(opened, trainer, kept, host, asked, trusted, device=device, own=own)
+            sessions.append({"device": device, **(await session.session()).summary()})
+    return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}
+
+
+def _installed(folder: Path | None, model: str | None, trusted: Ed25519PublicKey, store: Path, key: bytes) -> Bundle:
+    """The folder's current bundle; a halted one gives way to the one before it."""
+    from device_runtime.bundles import Installed
+    from device_runtime.store import Store
+
+    if folder is None or model is None:
+        raise ConfigError("--folder needs --model: whose bundles it holds")
+    with Store.open(store, key) as kept:
+        return Installed(folder, model, trusted).open(halted=lambda version: kept.halted(version) is not None)
 
 
 async def _forget(
