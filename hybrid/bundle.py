@@ -64,9 +64,9 @@ class Parameter(BaseModel):
 class TrainProgram(BaseModel):
     """How "train.pte" is fed, which computes a loss and its gradient.
 
-    Its inputs: (m, server) float32, what the server side contributed; (m, features) float32 inputs; (m,) labels;
-    (m,) weight of each row in the loss, 0 for padding; and, where `missing`, (m, 2) which side is taken to be missing.
-    Its first output is the sum over rows of weight x cross-entropy.
+    Its inputs, all float32: (p,) weights; (m, server) what the server side contributed; (m, features) inputs; (m,)
+    labels; (m,) weight of each row in the loss, 0 for padding; and, where `missing`, (m, 2) which side is taken to be
+    missing. Its outputs: the sum over rows of weight x cross-entropy, and (p,) its gradient. It holds no weights.
 
     Attributes:
         rows: m, of every call.
