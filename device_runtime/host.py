@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -36,25 +36,33 @@ class Host(Protocol):
 class ScriptedHost:
     """For tests and demonstrations: one reading after another; the last one stays.
 
+    Args:
+        readings: at least one.
+        consent: whether the person agrees; a reading has consent only where both say so.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no reading.
     """
 
-    def __init__(self, readings: Sequence[Readings]) -> None:
+    def __init__(self, readings: Sequence[Readings], consent: Callable[[], bool] = lambda: True) -> None:
         if not readings:
             raise ConfigError("a scripted host must have at least one reading")
-        self._left = list(readings)
+        self._left, self._consent = list(readings), consent
 
     @classmethod
-    def open(cls, file: Path) -> ScriptedHost:
+    def open(cls, file: Path, consent: Callable[[], bool] = lambda: True) -> ScriptedHost:
         """Reads a JSON list of objects with the fields of `Readings`; those left out are unknown.
+
+        Args:
+            file: of the list.
+            consent: see the class.
 
         Raises:
             ConfigError: it cannot be read, or is no such list.
         """
         try:
             given = json.loads(file.read_bytes())
-            return cls(TypeAdapter(list[Readings]).validate_python(given))
+            return cls(TypeAdapter(list[Readings]).validate_python(given), consent)
         except OSError as error:
             raise ConfigError(f"the readings in {str(file)!r} cannot be read: {type(error).__name__}") from None
         except (ValidationError, ValueError):
@@ -62,7 +70,8 @@ class ScriptedHost:
 
     def read(self) -> Readings:
         """See `Host`."""
-        return self._left.pop(0) if len(self._left) > 1 else self._left[0]
+        reading = self._left.pop(0) if len(self._left) > 1 else self._left[0]
+        return replace(reading, consent=reading.consent and self._consent())
 
 
 def ask_bus(service: str, path: str, interface: str, name: str) -> str | None:

@@ -197,6 +197,13 @@ def test_a_script_goes_on_reading_by_reading_and_stays_at_its_last(tmp_path: Pat
     assert [script.read() for _ in range(3)] == [first, Readings(), Readings()]
 
 
+def test_a_script_has_consent_only_where_the_person_gives_it():
+    """Both say so, at that moment."""
+    given = [False, True, True]
+    script = ScriptedHost([Readings(consent=True, battery=0.5)] * 2 + [Readings()], lambda: given.pop(0))
+    assert [script.read().consent for _ in range(3)] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", '[{"consent": "maybe"}]', '[{"thermal": "hot"}]', "\udcff", '[{"consnt": true}]']
 )
