@@ -1,6 +1,6 @@
 """A process of `benchmarks.device`: `python -m benchmarks.device_process CONTESTANT BUNDLE TRUST STARTED`.
 
-Prints, as its last line, the seconds from STARTED, Unix time, to the first inference, the CPU's, and the peak of memory.
+Prints, as its last line, seconds from STARTED, Unix time, to the first inference, the CPU's, and the peak of memory.
 """
 
 import json
