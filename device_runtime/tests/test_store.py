@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -815,6 +817,33 @@ def test_a_write_beyond_what_a_file_may_have_is_refused_and_the_rest_goes_on(fil
     whole(file)
 
 
+def test_a_new_bundle_on_a_full_disk_leaves_the_store_as_it_is(file: Path, manifest: Manifest):
+    """The columns would not fit: the bundle is refused, the old one goes on, and reading out needs none."""
+
+    def child(said):
+        with Store.open(file, KEY, manifest, now_ms=NOW) as store:
+            store.write(many(500), NOW)
+            limit = file.stat().st_size
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit))
+        before = state(file)
+        try:
+            Store.open(file, KEY, another(manifest), now_ms=NOW)
+        except Full:
+            said.send("refused")
+        with Store.open(file, KEY, manifest, now_ms=NOW) as store:
+            said.send(list(store.export()) == before)
+
+    fork = multiprocessing.get_context("fork")
+    read, said = fork.Pipe(duplex=False)
+    process = fork.Process(target=child, args=(said,))
+    process.start()
+    said.close()
+    process.join()
+    assert received(read) == ["refused", True]
+    whole(file)
+
+
 DISK = """
 import os, sys
 from pathlib import Path
@@ -911,6 +940,21 @@ def test_a_person_reads_and_forgets_by_command(store: Store, file: Path, key_fil
     done = command("forget", "--store", file, "--everything", "--key-file", key_file)
     assert json.loads(done.stdout) == {"forgotten": 2}
     assert state(file) == []
+
+
+def test_a_halted_version_asks_nothing(
+    store: Store, file: Path, key_file: Path, bundle_file: Path, key: Ed25519PrivateKey, tmp_path: Path
+):
+    """The reason is told; nobody listens at the gateway's port, and no results are written."""
+    store.halt("meals", [7], "predicts nonsense")
+    trust = tmp_path / "trust.pem"
+    encoding, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    trust.write_bytes(key.public_key().public_bytes(encoding, form))
+    files = ("--bundle", bundle_file, "--trust", trust, "--store", file, "--key-file", key_file)
+    done = command("infer", *files, "--gateway", "http://127.0.0.1:1", "--out", tmp_path / "out.parquet")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: meals:7 was halted, another bundle must come: predicts nonsense\n"
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def test_the_commands_want_the_right_key(store: Store, file: Path, key_file: Path):
