@@ -24,10 +24,12 @@ import pytest
 import torch
 from torch import nn
 
+from device_runtime.bundles import Installed
+from device_runtime.eligibility import Reason
 from device_runtime.rows import Rows
 from device_runtime.store import Served, Store
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, View
-from hybrid.bundle import Manifest, signing_key, write_bundle
+from hybrid.bundle import Manifest, signing_key, trusted_key, write_bundle
 from hybrid.errors import UpdateError
 from hybrid.export.executorch import device_programs
 from hybrid.export.training import training_program
@@ -609,6 +611,43 @@ def test_a_halted_version_neither_trains_nor_predicts(world: World, peer: Peer, 
     output, error = process.communicate(timeout=60)
     assert (process.returncode, output) == (1, "")
     assert "it predicts nonsense" in error
+
+
+def test_a_machine_without_the_persons_consent_asks_nobody(world: World, peer: Peer, device: Path):
+    """This machine's own readings, without and with the file: no consent; else whatever it is, in known words."""
+    peer.offer(world, world.plan(13))
+    process = world.train(device, peer.url, readings=[GOOD])
+    said(process)
+    asked = len(peer.check_ins)
+    files = ["--bundle", world.bundle, "--trust", world.trust, "--store", device, "--key-file", world.key_file]
+    here = ["train", *files, "--aggregator", peer.url, "--consent", device.parent / "agrees"]
+    (ended,) = said(world.run(*here))["sessions"]
+    assert (ended["ending"], ended["reasons"]) == ("no_consent", ["no_consent"])
+    (device.parent / "agrees").touch()
+    (ended,) = said(world.run(*here))["sessions"]  # it took part just now, so it may not by the default policy
+    assert (ended["ending"], ended["reasons"][-2:]) == ("not_eligible", ["too_soon", "too_often"])
+    assert set(ended["reasons"]) <= set(Reason)
+    assert len(peer.check_ins) == asked == 1
+
+
+def test_an_installed_bundle_trains_until_its_version_is_halted(world: World, peer: Peer, device: Path, tmp_path: Path):
+    """Of the folder that `update` fills; halted, with no other version there, the command says which and why not."""
+    (device.parent / "consent").touch()
+    installed = Installed(tmp_path / "bundles", "kiosk", trusted_key(world.trust), engine="executorch")
+    installed.install(world.bundle.read_bytes(), now_ms=now_ms())
+    (device.parent / "readings.json").write_text(json.dumps([GOOD]))
+    files = ["--folder", tmp_path / "bundles", "--trust", world.trust, "--store", device, "--key-file", world.key_file]
+    files += ["--consent", device.parent / "consent", "--readings", device.parent / "readings.json"]
+    peer.check_in = (200, {}, sign(Halt(model="kiosk", versions=(4,), reason="it predicts nonsense"), world.key))
+    command = ["train", *files, "--aggregator", peer.url]
+    (ended,) = said(world.run(*command, "--model", "kiosk"))["sessions"]
+    assert (ended["ending"], ended["why"]) == ("halted", "version 4 was stopped: it predicts nonsense")
+    for more, error in ((["--model", "kiosk"], "halted"), ([], "--folder needs --model")):
+        process = world.run(*command, *more)
+        output, told = process.communicate(timeout=60)
+        assert (process.returncode, output) == (1, "")
+        assert error in told
+    assert len(peer.check_ins) == 1
 
 
 def infer(world: World, store: Path, url: str) -> subprocess.Popen[str]:
