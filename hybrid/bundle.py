@@ -204,8 +204,7 @@ def write_bundle(target: Path, manifest: Manifest, programs: dict[str, bytes], k
         The manifest as written.
     """
     listed = {
-        name: Program(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-        for name, data in programs.items()
+        name: Program(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)) for name, data in programs.items()
     }
     manifest = manifest.model_copy(update={"programs": listed})
     text = manifest.model_dump_json().encode()

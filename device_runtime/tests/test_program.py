@@ -73,12 +73,12 @@ def test_a_bundle_file_is_read_up_to_its_limit_only(key: Ed25519PrivateKey, tmp_
 
 def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle):
     """Absent, garbage, without its method, or of another size than promised: a BundleError says which program."""
-    with pytest.raises(BundleError, match="must hold a program 'embed.pte', got \\['predict.pte'\\]"):
+    with pytest.raises(BundleError, match=r"must hold a program 'embed\.pte', got \['predict\.pte'\]"):
         EmbedProgram(Bundle(bundle.manifest, {"predict.pte": b""}))
-    with pytest.raises(BundleError, match="program 'embed.pte' does not load"):
+    with pytest.raises(BundleError, match=r"program 'embed\.pte' does not load"):
         EmbedProgram(Bundle(bundle.manifest, {"embed.pte": b"garbage" * 100}))
     without_method = bundle.programs["embed.pte"].replace(b"forward", b"farward")
-    with pytest.raises(BundleError, match="program 'embed.pte' does not load"):
+    with pytest.raises(BundleError, match=r"program 'embed\.pte' does not load"):
         EmbedProgram(Bundle(bundle.manifest, {"embed.pte": without_method}))
     wider = bundle.manifest.model_copy(update={"device_embedding": 5})
     program = EmbedProgram(Bundle(wider, bundle.programs))

@@ -115,7 +115,7 @@ def test_a_changed_manifest_is_refused(data: bytes):
 def test_a_swapped_program_is_refused(data: bytes):
     """The manifest's signature covers each program by its hash, under its own name."""
     swapped = rezipped(data, {"embed.pte": PROGRAMS["predict.pte"], "predict.pte": PROGRAMS["embed.pte"]})
-    with pytest.raises(BundleError, match="program 'embed.pte' is not the one that was signed"):
+    with pytest.raises(BundleError, match=r"program 'embed\.pte' is not the one that was signed"):
         read_bundle(swapped, KEY.public_key())
 
 
