@@ -77,6 +77,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, port: int, dist: Path, config: Mapping[str, Any], gateway: Callable[[], int | None]) -> None:
         self.files = {f"/{file.name}": (_TYPES[file.suffix], file.read_bytes()) for file in sorted(dist.iterdir())}
         self.files["/"] = self.files["/index.html"]
+        self.files["/favicon.ico"] = self.files["/icon.svg"]  # asked for beside documents that name none
         self.files["/config.json"] = ("application/json", json.dumps(config).encode())
         self.gateway = gateway
         try:
