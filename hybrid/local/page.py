@@ -43,14 +43,13 @@ _OFF = (
     "payment",
     "serial",
     "usb",
-    "bluetooth",
     "hid",
 )
 HEADERS = {
     # 'wasm-unsafe-eval' is what compiling WebAssembly needs, and allows nothing else.
     "Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; "
     "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Permissions-Policy": ", ".join(f"{feature}=()" for feature in _OFF) + ", battery=(self), compute-pressure=(self)",
+    "Permissions-Policy": ", ".join(f"{feature}=()" for feature in _OFF) + ", compute-pressure=(self)",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",

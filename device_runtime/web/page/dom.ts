@@ -32,5 +32,7 @@ export function count(number: number, what: string): string {
 }
 
 export function size(bytes: number): string {
-  return bytes < 1024 ? count(bytes, "byte") : `${(bytes / 1024).toFixed(1)} KiB`;
+  if (bytes < 1024) return count(bytes, "byte");
+  const [amount, unit] = bytes < 2 ** 20 ? [bytes / 1024, "KiB"] : [bytes / 2 ** 20, "MiB"];
+  return `${Number(amount.toFixed(1))} ${unit}`;
 }

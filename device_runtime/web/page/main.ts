@@ -205,14 +205,19 @@ class Page {
   private async askOnce(): Promise<void> {
     const [features, request] = [readAll(this.own), readAll(this.told)];
     if (!features || !request) return outcome("A field holds no number: nothing was sent.", NaN);
-    const ask: Ask = { entity: String(this.entity.read() ?? ""), request, features };
+    const entity = String(this.entity.read() ?? "");
+    if (!entity) return outcome(`Say what it is about, under “The server is told” (${this.config.entity}): nothing was sent.`, NaN);
+    const ask: Ask = { entity, request, features };
     const answer = await this.client.ask(ask);
-    this.requests.answered(answer);
-    this.show(answer);
-    if (answered(answer)) this.latest = await this.store.inference(ask, answer);
-    at("happened").hidden = this.latest === null;
-    at("joined").textContent = "";
-    await this.showKept();
+    try {
+      this.show(answer);
+      if (answered(answer)) this.latest = await this.store.inference(ask, answer);
+      at("happened").hidden = this.latest === null;
+      at("joined").textContent = "";
+      await this.showKept();
+    } finally {
+      this.requests.answered(answer); // the last sign: what is shown and kept is of this one
+    }
   }
 
   private show(answer: Answer): void {
@@ -299,7 +304,9 @@ class Page {
   }
 
   private async showEligible(): Promise<void> {
-    const readings = await readBrowser(at<HTMLInputElement>("consent").checked);
+    const consent = at<HTMLInputElement>("consent").checked;
+    const readings = await readBrowser(consent);
+    if (consent !== at<HTMLInputElement>("consent").checked) return; // asked again meanwhile
     const reasons = decide(POLICY, readings, [], Date.now());
     at("eligible").textContent = reasons.length ? "No, because" : "Yes: nothing speaks against it.";
     at("reasons").replaceChildren(...reasons.map((reason) => h("li", {}, REASONS[reason] ?? reason)));
@@ -363,7 +370,9 @@ function ago(ms: number): string {
 
 function outcome(text: string, prediction: number): void {
   const known = !Number.isNaN(prediction);
-  at("probability").textContent = known ? percent(prediction) : "–";
+  const shown = known ? percent(prediction) : "–";
+  at("probability").textContent = shown;
+  at("peek").textContent = `Prediction ${shown}`;
   at("fill").style.width = known ? `${prediction * 100}%` : "0";
   at("outcome").textContent = text;
 }
