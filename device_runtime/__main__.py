@@ -9,10 +9,17 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hybrid.errors import HybridError
+from hybrid.errors import BundleError, ConfigError, HybridError
 from hybrid.tracing import from_environment
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from device_runtime.answers import Answer
+    from device_runtime.program import Engine
+    from hybrid.bundle import Bundle
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
 
@@ -21,22 +28,47 @@ def main() -> None:
     """Runs one command; an error of ours is one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m device_runtime", description="Runs devices' side of a model.")
     commands = parser.add_subparsers(required=True)
+    _add_infer(commands)
+    _add_train(commands)
+    _add_forget(commands)
+    _add_export(commands)
+    arguments = vars(parser.parse_args())
+    os.umask(0o077)  # results are the person's
+    run = arguments.pop("run")
+    try:
+        summary = asyncio.run(run(**arguments))
+        print(json.dumps(summary))
+    except HybridError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if summary.get("answered", 0) < summary.get("requests", 0):
+        raise SystemExit(1)
+
+
+def _add_infer(commands: Any) -> None:
     infer = commands.add_parser(
         "infer",
         help="ask the gateway for a prediction of every stored row",
         description="Verifies the bundle, asks the gateway about each stored row, writes one result per row and prints "
-        "a summary as JSON. Where the server merges, the row's embedding is sent as the model declares that a device "
-        "releases it; where the device merges, nothing of the device is sent, and the prediction is made here. "
+        "a summary as JSON. The store keeps of each answer what the server side contributed, and the prediction. "
+        "Where the server merges, the row's embedding is sent as the model declares that a device releases it; where "
+        "the device merges, nothing of the device is sent, and the prediction is made here. "
         "Where the gateway asks who is asking, it is shown the API key (or token) in --api-key-file, or else in the "
         "environment variable HYBRID_API_KEY. Exit status 1 if a request was not answered.",
     )
     infer.add_argument("--bundle", type=Path, required=True, help="the version's device bundle")
     infer.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
-    infer.add_argument("--store", type=Path, required=True, help="SQLite file with the devices' rows")
+    _add_store(infer)
     infer.add_argument("--gateway", required=True, help="for example http://127.0.0.1:8080")
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
+    infer.add_argument(
+        "--engine",
+        choices=["executorch", "onnx"],
+        default=None,
+        help="what runs the bundle's programs (default ExecuTorch where it is installed with torch, else ONNX Runtime)",
+    )
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.add_argument(
         "--trace",
@@ -49,8 +81,8 @@ def main() -> None:
     infer.add_argument(
         "--contribution",
         action="store_true",
-        help="keep with each result the server's embedding; the model must declare serving.contribution. Where the "
-        "device merges it is kept anyway",
+        help="keep with each result, and in the store, the server's embedding; the model must declare "
+        "serving.contribution. Where the device merges it is kept anyway",
     )
     infer.add_argument(
         "--api-key-file",
@@ -60,17 +92,85 @@ def main() -> None:
         help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600)",
     )
     infer.set_defaults(run=_infer)
-    arguments = vars(parser.parse_args())
-    os.umask(0o077)  # results are the person's
-    run = arguments.pop("run")
-    try:
-        summary = asyncio.run(run(**arguments))
-        print(json.dumps(summary))
-    except HybridError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    if summary["answered"] < summary["requests"]:
-        raise SystemExit(1)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="take part in training, once, where the device may",
+        description="Sends the update that waits in the store; or else asks the aggregator for a plan, and where it is "
+        "signed by --trust, for this bundle, and every condition holds, trains on the store's examples and sends one "
+        "clipped update. Prints how each device's session ended as JSON; not to take part is no error.",
+    )
+    which = train.add_mutually_exclusive_group(required=True)
+    which.add_argument("--bundle", type=Path, help="the version's device bundle")
+    which.add_argument("--folder", type=Path, help="of installed bundles, of which the current one is taken")
+    train.add_argument("--model", default=None, help="whose bundles --folder holds")
+    train.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    _add_store(train)
+    train.add_argument("--aggregator", required=True, help="for example https://aggregator.example")
+    train.add_argument(
+        "--consent",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
+    )
+    train.add_argument(
+        "--policy", type=Path, default=None, help="JSON: the app's own conditions, beside the plan's (default: strict)"
+    )
+    train.add_argument(
+        "--readings",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="JSON list of what to take for the machine's state, one reading after another, in place of its own",
+    )
+    train.add_argument(
+        "--devices", type=_range, default=range(1), metavar="A:B", help="devices A to B - 1 of the store, in turn (0:1)"
+    )
+    train.set_defaults(run=_train)
+
+
+def _add_forget(commands: Any) -> None:
+    forget = commands.add_parser(
+        "forget",
+        help="delete from the devices' store, for good",
+        description="Deletes everything of all devices or of one, or events about one entity, with the updates that "
+        "were not sent yet, and prints how many events as JSON. It works where the disk is full, too.",
+    )
+    _add_store(forget)
+    what = forget.add_mutually_exclusive_group(required=True)
+    what.add_argument("--everything", action="store_true", help="of --device, or of all")
+    what.add_argument("--entity", default=None, help="only events about this one")
+    forget.add_argument("--device", type=int, default=None, help="only this device's; all where it is left out")
+    forget.set_defaults(run=_forget)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write everything that is kept of a person, readable",
+        description="Writes all that the store holds as JSON, one object a line: events with their raw features, what "
+        "the server side contributed, predictions and labels; participations in training; updates that wait. The "
+        "file is not encrypted.",
+    )
+    _add_store(export)
+    export.add_argument("--out", type=Path, required=True, help="JSON lines, readable by their owner only; replaced")
+    export.add_argument("--device", type=int, default=None, help="only this device's; all where it is left out")
+    export.set_defaults(run=_export)
+
+
+def _add_store(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--store", type=Path, required=True, help="encrypted SQLite file with the devices' rows")
+    command.add_argument(
+        "--key-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="holds the store's key, 64 hex digits, readable by its owner alone (chmod 600); else it must be in the "
+        "environment variable HYBRID_STORE_KEY",
+    )
 
 
 async def _infer(
@@ -78,10 +178,12 @@ async def _infer(
     bundle: Path,
     trust: Path,
     store: Path,
+    key_file: Path | None,
     gateway: str,
     out: Path,
     devices: range | None,
     concurrency: int,
+    engine: Engine | None,
     timeout: float,
     trace: float,
     contribution: bool,
@@ -91,16 +193,25 @@ async def _infer(
     from device_runtime.answers import Results
     from device_runtime.client import InferenceClient
     from device_runtime.program import open_bundle, program_of
-    from device_runtime.store import read_rows
+    from device_runtime.recording import Recording
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
 
     # Never an argument: everyone on the machine reads those.
     api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
     verified = open_bundle(bundle, trust)
-    rows = read_rows(store, verified.manifest, devices=devices)
-    program = program_of(verified)
-    with from_environment("hybrid-device") or nullcontext() as tracer:
+    manifest = verified.manifest
+    if not store.is_file():
+        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
+    program = program_of(verified, engine)
+    with (
+        from_environment("hybrid-device") or nullcontext() as tracer,
+        Store.open(store, read_store_key(key_file, os.environ), manifest) as kept,
+    ):
+        if reason := kept.halted(manifest.version):
+            raise BundleError(f"{manifest.model}:{manifest.version} was halted, another bundle must come: {reason}")
         async with InferenceClient(
-            verified.manifest,
+            manifest,
             program,
             gateway,
             timeout_s=timeout,
@@ -109,9 +220,95 @@ async def _infer(
             contribution=contribution,
             api_key=api_key,
         ) as client:
-            with Results(out) as results:
-                await client.run(rows, results.add, concurrency=concurrency)
+            with Results(out) as results, Recording(kept) as recording:
+
+                def take(answer: Answer) -> None:
+                    results.add(answer)
+                    recording.add(answer)
+
+                await client.run(kept.rows(devices), take, concurrency=concurrency)
     return results.summary()
+
+
+async def _train(
+    *,
+    bundle: Path | None,
+    folder: Path | None,
+    model: str | None,
+    trust: Path,
+    store: Path,
+    key_file: Path | None,
+    aggregator: str,
+    consent: Path,
+    policy: Path | None,
+    readings: Path | None,
+    devices: range,
+) -> dict[str, Any]:
+    from device_runtime.aggregator import Aggregator
+    from device_runtime.host import LinuxHost, ScriptedHost
+    from device_runtime.participation import Participation, read_policy
+    from device_runtime.program import open_bundle
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+    from device_runtime.trainer import Trainer
+    from hybrid.bundle import trusted_key
+
+    asked, own, trusted = Aggregator(aggregator), read_policy(policy), trusted_key(trust)
+    key = read_store_key(key_file, os.environ)
+    if not store.is_file():
+        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
+    opened = open_bundle(bundle, trust) if bundle else _installed(folder, model, trusted, store, key)
+    agrees = consent.is_file
+    host = ScriptedHost.open(readings, agrees) if readings else LinuxHost(store.parent, agrees)
+    trainer = None if opened.manifest.train is None else Trainer(opened)
+    sessions: list[dict[str, Any]] = []
+    with Store.open(store, key, opened.manifest) as kept:
+        for device in devices:
+            session = Participation(opened, trainer, kept, host, asked, trusted, device=device, own=own)
+            sessions.append({"device": device, **(await session.session()).summary()})
+    return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}
+
+
+def _installed(folder: Path | None, model: str | None, trusted: Ed25519PublicKey, store: Path, key: bytes) -> Bundle:
+    """The folder's current bundle; a halted one gives way to the one before it."""
+    from device_runtime.bundles import Installed
+    from device_runtime.store import Store
+
+    if folder is None or model is None:
+        raise ConfigError("--folder needs --model: whose bundles it holds")
+    with Store.open(store, key) as kept:
+        return Installed(folder, model, trusted).open(halted=lambda version: kept.halted(version) is not None)
+
+
+async def _forget(
+    *, store: Path, key_file: Path | None, everything: bool, entity: str | None, device: int | None
+) -> dict[str, Any]:
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+
+    assert everything or entity is not None
+    with Store.open(store, read_store_key(key_file, os.environ)) as kept:
+        return {"forgotten": kept.forget(device=device, entity=entity)}
+
+
+async def _export(*, store: Path, key_file: Path | None, out: Path, device: int | None) -> dict[str, Any]:
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+
+    written = 0
+    draft = out.with_name(f"{out.name}.new")
+    with Store.open(store, read_store_key(key_file, os.environ)) as kept:
+        try:
+            draft.unlink(missing_ok=True)  # one of others' making could be open to them
+            with draft.open("x", encoding="utf-8") as handle:
+                for found in kept.export(device):
+                    handle.write(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+                    written += 1
+            draft.replace(out)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise ConfigError(f"{str(out)!r} cannot be written: {type(error).__name__}") from None
+    return {"written": written}
 
 
 def _range(text: str) -> range:

@@ -5,12 +5,12 @@ Source: RFC 6750 (bearer tokens), section 2.1 for their form, 5.3 for where they
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import httpx
 
+from device_runtime.secret import read_secret
 from hybrid.errors import ConfigError, Unauthenticated
 from hybrid.protocol import is_loopback
 
@@ -24,14 +24,7 @@ def read_api_key(file: Path) -> str:
     Raises:
         ConfigError: the file cannot be read, or others can read it.
     """
-    try:
-        with file.open("rb") as handle:
-            if os.fstat(handle.fileno()).st_mode & 0o077:
-                raise ConfigError(f"the API key's file {file.name} must be readable by its owner only (chmod 600)")
-            text = handle.read(MAX_KEY + 2)
-    except OSError as error:
-        raise ConfigError(f"the API key's file {str(file)!r} cannot be read: {type(error).__name__}") from None
-    return text.decode(errors="replace").strip()
+    return read_secret(file, "API key", MAX_KEY)
 
 
 def authorization(api_key: str | None, gateway: str) -> dict[str, str]:

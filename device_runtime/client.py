@@ -24,7 +24,7 @@ from device_runtime.access import authorization, refused
 from device_runtime.answers import TIMEOUT, UNREACHABLE, Answer, read_answer
 from device_runtime.merge import DeviceMerge
 from device_runtime.program import EmbedProgram, PredictProgram
-from device_runtime.store import Rows
+from device_runtime.rows import Rows
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, HybridError, Overloaded, Unauthenticated, Unavailable
 from hybrid.privacy.mechanisms import NoiseSource, SystemNoise, clip_and_noise

@@ -1,156 +1,532 @@
-"""The rows that a device keeps: one SQLite file, with the rows of many devices where one process stands for many.
+"""What a device keeps: its events, what the server side contributed, the labels that came, and its part in training.
 
-Table `rows`: `device` and `row` (the key), `entity`, then one column per
-feature, `request.NAME` as sent with a request and `device.NAME`, which stays
-here: TEXT or REAL as the bundle's features want, NULL where missing.
+One encrypted SQLite file (`device_runtime.encrypted`) of one model. An event is a row with its entity and its raw
+features; asked about, it is an inference, whose id is the event's; with a label it is an example. A process that
+stands for many devices gives each a number; a single device is number 0. Times are Unix time in milliseconds, UTC.
 """
 
 from __future__ import annotations
 
+import base64
 import math
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from device_runtime import retention, schema
+from device_runtime.encrypted import Database, Full
+from device_runtime.rows import DEVICE, REQUEST, Rows, feature_columns, quoted, values
 from hybrid.bundle import Manifest
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, StoreError
 
-_TYPES = {"text": "TEXT", "number": "REAL"}
+FORGOTTEN = "forgotten"  # in place of the plans that a device took part in before its person had it forget
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one or more devices, columnar.
+class Served:
+    """What the server side contributed to an inference, and what came of it.
 
     Attributes:
-        device, row: (n,) whose row it is, and which of its rows.
-        entity: (n,) join keys of the server's features, as text.
-        request: request feature -> (n,) str or float, None where missing.
-        features: device feature -> (n,) raw values, str or float, None where missing.
+        at_ms: of the answer.
+        version: that predicted.
+        prediction: probability; NaN where there is none.
+        server: (a,) float32, the embedding as it was merged, or the slots where users train the server tower too;
+            empty where none was told, or what answered is a fallback.
+        feature_age_ms: of the server's features; -1 where there were none.
     """
 
-    device: NDArray[np.int64]
-    row: NDArray[np.int64]
-    entity: Sequence[str]
-    request: Mapping[str, Sequence[Any]]
+    at_ms: int
+    version: int
+    prediction: float = math.nan
+    server: Sequence[float] = ()
+    feature_age_ms: int = -1
+
+    def columns(self) -> tuple[Any, ...]:
+        """Version, server, feature age and prediction as SQLite stores them."""
+        server = np.asarray(self.server, "<f4").tobytes() if len(self.server) else None
+        return (
+            self.version,
+            server,
+            None if self.feature_age_ms < 0 else self.feature_age_ms,
+            None if math.isnan(self.prediction) else self.prediction,
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one device may train with, oldest first.
+
+    Attributes:
+        server: (n, a) what the server side contributed.
+        features: device feature -> (n,) raw values, None where missing.
+        labels: (n,) 0 or 1.
+    """
+
+    server: NDArray[np.float32]
     features: Mapping[str, Sequence[Any]]
+    labels: NDArray[np.float32]
 
     def __len__(self) -> int:
-        return len(self.device)
+        return len(self.labels)
 
 
-def write_rows(file: Path, rows: Rows, manifest: Manifest) -> None:
-    """Adds rows to a store, which it makes at first use; all of them or none.
+@dataclass(frozen=True)
+class Upload:
+    """An update that waits to be sent.
 
-    Raises:
-        ConfigError: columns are absent or of different lengths, a value is of
-            the wrong type, or a (device, row) is already there.
+    Attributes:
+        plan, upload: their ids.
+        body: as it travels, each time the same.
+        expires_ms: after which nobody takes it.
     """
-    columns = _columns(manifest)
-    data = _data(rows, columns)
-    try:
-        with closing(sqlite3.connect(file)) as database, database:
-            database.execute(_create(columns))
-            _check_columns(database, file, columns)
-            names, marks = ", ".join(map(_quoted, columns)), ", ".join("?" * len(columns))
-            database.executemany(f"INSERT INTO rows ({names}) VALUES ({marks})", zip(*data, strict=True))  # noqa: S608
-    except sqlite3.IntegrityError as error:
-        # SQLite's text names the column, and never the value.
-        raise ConfigError(f"store {file.name!r} refuses a row: {error}") from None
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"store {file.name!r} cannot be written: {error}") from None
+
+    plan: str
+    upload: str
+    body: bytes
+    expires_ms: int
 
 
-def read_rows(file: Path, manifest: Manifest, *, devices: range | None = None, batch: int = 256) -> Iterator[Rows]:
-    """Yields the rows of the bundle's features in batches, by device and row.
+class Store(AbstractContextManager["Store"]):
+    """A device's store, open for one thread; see `open`.
 
-    Args:
-        file: the store; read only.
-        manifest: of the bundle whose features are read.
-        devices: only these (step 1); None: all.
-        batch: most rows at once.
-
-    Raises:
-        ConfigError: no store there, or its columns are not the bundle's.
+    Whatever changes it is on the disk when the call returns, or has not happened: `kill -9` at any moment leaves
+    one or the other.
     """
-    columns = _columns(manifest)
-    if not file.is_file():
-        raise ConfigError(f"store {str(file)!r} does not exist")
-    first, last = (devices.start, devices.stop - 1) if devices is not None else (0, 2**63 - 1)
-    names = ", ".join(map(_quoted, columns))
-    query = f"SELECT {names} FROM rows WHERE device BETWEEN ? AND ? ORDER BY device, row"  # noqa: S608
+
+    def __init__(self, database: Database, manifest: Manifest | None) -> None:
+        self._db, self._given = database, manifest
+
+    @classmethod
+    def open(cls, file: Path, key: bytes, manifest: Manifest | None = None, *, now_ms: int | None = None) -> Self:
+        """Opens a device's store, made at first use, and brings it to what the bundle wants kept.
+
+        Features that are new to it are missing in the events that it has; those that the bundle no longer has
+        are deleted from all of them, for good. What is too old goes too.
+
+        Args:
+            file: of the store; readable by its owner only.
+            key: the host app's, 32 bytes.
+            manifest: of the verified bundle; None: as the store is, for `forget`, `export` and what is not about
+                features.
+            now_ms: the device's time; None: as its clock says.
+
+        Raises:
+            ConfigError: no key of that length, no such folder, or, without a manifest, no such file.
+            StoreError: another key's, another model's, damaged, or no space to bring it up to date. Nothing is changed.
+        """
+        database = Database(file, key, create=manifest is not None)
+        store = cls(database, manifest)
+        try:
+            if manifest is not None:
+                schema.prepare(database, manifest, file.name)
+            elif not schema.columns(database):
+                raise StoreError(f"store {file.name!r} is empty: no app has written to it")
+            with suppress(Full):  # what is there can be read and forgotten all the same
+                store.enforce(_now() if now_ms is None else now_ms)
+        except BaseException:
+            database.close()
+            raise
+        return store
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._db.close()
+
+    def together(self) -> AbstractContextManager[None]:
+        """Calls within are one: all of them happen, or none does; and many of them take the time of one.
+
+        Raises:
+            StoreError: there is no space, or another process holds the store.
+        """
+        return self._db.transaction()
+
+    # Events
+
+    def write(self, rows: Rows, at_ms: int) -> None:
+        """Adds events that are asked about later; all of them or none.
+
+        Args:
+            rows: (device, row) tells one from another.
+            at_ms: when they were.
+
+        Raises:
+            ConfigError: columns are absent or of different lengths, a value is of
+                the wrong type, or a (device, row) is already there.
+            StoreError: there is no space.
+        """
+        columns = feature_columns(self._manifest)
+        names = ["device", "row", "entity", *map(quoted, columns), "at_ms"]
+        sql = f"INSERT INTO events ({', '.join(names)}) VALUES ({_marks(len(names) - 1)}, {int(at_ms)})"  # noqa: S608
+        with self._db.transaction():
+            self._db.run_many(sql, zip(*values(rows, columns), strict=True))
+            self.enforce(at_ms)
+
+    def inference(
+        self, entity: str, request: Mapping[str, Any], features: Mapping[str, Any], served: Served, *, device: int = 0
+    ) -> int:
+        """Keeps one event that was asked about and answered, and returns its id, never used again.
+
+        Args:
+            entity: the join key.
+            request: raw request features by name; None where missing.
+            features: the same of the device features.
+            served: the answer.
+            device: whose.
+
+        Raises:
+            ConfigError: a feature is absent or of the wrong type.
+            StoreError: there is no space.
+        """
+        columns = feature_columns(self._manifest)
+        with self._db.transaction():
+            (row,) = self._db.one("SELECT coalesce(max(row) + 1, 0) FROM events WHERE device = ?", (device,))
+            found = values(_one_row(device, row, entity, request, features), columns)
+            names = ["device", "row", "entity", *map(quoted, columns), "at_ms"]
+            names += ["version", "server", "feature_age_ms", "prediction"]
+            sql = f"INSERT INTO events ({', '.join(names)}) VALUES ({_marks(len(names))})"  # noqa: S608
+            inference = self._db.insert(sql, [*(column[0] for column in found), served.at_ms, *served.columns()])
+            self.enforce(served.at_ms)
+        return inference
+
+    def answered(self, answers: Iterable[tuple[int, int, Served]]) -> int:
+        """Notes what was answered about events that were written before: (device, row, answer); all or none.
+
+        An event that has its label keeps what it was served before: a later answer may know what came of it. One that
+        is no longer there stays away.
+
+        Returns:
+            How many events were noted.
+
+        Raises:
+            StoreError: there is no space.
+        """
+        sql = (
+            "UPDATE events SET at_ms = ?, version = ?, server = ?, feature_age_ms = ?, prediction = ? "
+            "WHERE device = ? AND row = ? AND label IS NULL"
+        )
+        found = [(served.at_ms, *served.columns(), device, row) for device, row, served in answers]
+        if not found:
+            return 0
+        with self._db.transaction():
+            noted = self._db.run_many(sql, found)
+            self.enforce(max(at_ms for at_ms, *_ in found))
+        return noted
+
+    def rows(self, devices: range | None = None, batch: int = 256) -> Iterator[Rows]:
+        """Yields events in batches, by device and row. Nothing is held meanwhile: the store may be written to.
+
+        Args:
+            devices: only these (step 1); None: all.
+            batch: most rows at once.
+        """
+        columns = feature_columns(self._manifest)
+        names = ["device", "row", "entity", *map(quoted, columns)]
+        sql = (
+            f"SELECT {', '.join(names)} FROM events "  # noqa: S608
+            "WHERE (device, row) > (?, ?) AND device <= ? ORDER BY device, row LIMIT ?"
+        )
+        first, last = (devices.start, devices.stop - 1) if devices is not None else (-(2**63) + 1, 2**63 - 1)
+        after = (first - 1, 2**63 - 1)
+        while found := self._db.all(sql, (*after, last, batch)):
+            after = found[-1][:2]
+            yield _rows(found, columns)
+
+    def id_of(self, device: int, row: int) -> int | None:
+        """The id of an event that was written with these; None: it is not there."""
+        found = self._db.all("SELECT id FROM events WHERE device = ? AND row = ?", (device, row))
+        return found[0][0] if found else None
+
+    def label(
+        self, value: int, at_ms: int, *, inference: int | None = None, entity: str | None = None, device: int = 0
+    ) -> int | None:
+        """Joins a label to the inference that it belongs to; a later one for the same inference takes its place.
+
+        Args:
+            value: 0 or 1.
+            at_ms: of the event that says so.
+            inference: its id, where the app knows it; else
+            entity: whose newest inference before the event is meant, of that device.
+            device: whose, with `entity`.
+
+        Returns:
+            The inference; None where there is none of that id or entity, or the event came later than
+            `keeping.label_window_s` after it: then the label is not kept.
+
+        Raises:
+            ConfigError: not 0 or 1, or not one of `inference` and `entity`.
+            StoreError: there is no space.
+        """
+        if value not in (0, 1):
+            raise ConfigError("a label must be 0 or 1")
+        if (inference is None) == (entity is None):
+            raise ConfigError("a label needs one of inference and entity")
+        with self._db.transaction():
+            found = self._of_entity(entity, device, at_ms) if entity is not None else self._of_id(inference)
+            if not found or at_ms - found[0][1] > self._window_ms:
+                return None
+            self._db.run("UPDATE events SET label = ?, label_ms = ? WHERE id = ?", (int(value), at_ms, found[0][0]))
+            joined: int = found[0][0]
+            return joined
+
+    def _of_id(self, inference: int | None) -> list[tuple[Any, ...]]:
+        return self._db.all("SELECT id, at_ms FROM events WHERE id = ? AND version IS NOT NULL", (inference,))
+
+    def _of_entity(self, entity: str, device: int, at_ms: int) -> list[tuple[Any, ...]]:
+        return self._db.all(
+            "SELECT id, at_ms FROM events WHERE device = ? AND at_ms BETWEEN ? AND ? AND entity = ? "
+            "AND version IS NOT NULL ORDER BY at_ms DESC, id DESC LIMIT 1",
+            (device, max(at_ms - self._window_ms, -(2**63)), at_ms, entity),
+        )
+
+    def examples(self, device: int, newest: int, now_ms: int) -> Examples:
+        """The newest inferences of a device that have a label, and a contribution that this bundle can train with.
+
+        That is one of the width that `train.server` says (without a training program, the embedding's) and of this
+        version: another version's server tower has other embeddings. Where users train the server tower too, slots are
+        contributed, which all versions of one definition share.
+
+        Args:
+            device: whose.
+            newest: at most so many.
+            now_ms: the device's time; where `keeping.label_window_s` has passed without an event, the label is
+                `keeping.label_absent`, if there is one.
+        """
+        manifest = self._manifest
+        width = manifest.server_embedding if manifest.train is None else manifest.train.server
+        waited = now_ms - self._window_ms if manifest.keeping.label_absent is not None else -(2**63)
+        columns = {name: f"{DEVICE}{name}" for name in manifest.features.names}
+        names = ["server", "coalesce(label, ?)", *(quoted(column) for column in columns.values())]
+        sql = (
+            f"SELECT {', '.join(names)} FROM events WHERE device = ? AND length(server) = ? "  # noqa: S608
+            f"AND version IN ({self._comparable}) AND (label IS NOT NULL OR at_ms < ?) "
+            "ORDER BY at_ms DESC, id DESC LIMIT ?"
+        )
+        chosen = (manifest.keeping.label_absent, device, 4 * width, max(waited, -(2**63)), max(newest, 0))
+        found = self._db.all(sql, chosen)[::-1]
+        server, labels, *features = zip(*found, strict=True) if found else ((),) * len(names)
+        return Examples(
+            server=np.frombuffer(b"".join(server), "<f4").reshape(len(found), width).astype(np.float32),
+            features=dict(zip(columns, features, strict=True)),
+            labels=np.array(labels, np.float32),
+        )
+
+    @property
+    def _comparable(self) -> str:
+        """SQL that gives the versions whose contributions can stand beside each other."""
+        manifest = self._manifest
+        train = manifest.train
+        if train is not None and any(parameter.name.startswith("server_tower.") for parameter in train.parameters):
+            version = f"SELECT definition FROM versions WHERE version = {manifest.version}"  # noqa: S608
+            return f"SELECT version FROM versions WHERE definition = ({version})"  # noqa: S608
+        return str(manifest.version)
+
+    # What goes
+
+    def enforce(self, now_ms: int) -> int:
+        """Deletes what is too old or too much, oldest first, and gives its space back; returns how many events.
+
+        Cheap where there is nothing to do.
+
+        Args:
+            now_ms: the device's time. What is as far in the future as it may be in the past was stamped by a clock
+                that was wrong, and goes too.
+        """
+        return 0 if self._given is None else retention.enforce(self._db, self._given.keeping, now_ms)
+
+    def forget(self, *, device: int | None = None, entity: str | None = None, now_ms: int | None = None) -> int:
+        """Deletes for good: everything of a device, or of all; or its events about one entity. Returns how many events.
+
+        Updates that wait to be sent are deleted with it: they were trained with what is forgotten. What is left of
+        the plans that a forgotten device took part in is that it did, now: it waits as if it had just taken part, else
+        forgetting would let a person be counted twice. Halted versions stay halted.
+
+        Args:
+            device: only this; None: all.
+            entity: only events about it; None: everything.
+            now_ms: the device's time; None: as its clock says.
+
+        Raises:
+            StoreError: the disk fails, or another process holds the store. A full disk does not keep from forgetting.
+        """
+        whose, those = ("1", ()) if device is None else ("device = ?", (device,))
+        events, given = (whose, those) if entity is None else (f"{whose} AND entity = ?", (*those, entity))
+        took_part_ms = None if entity is not None else _now() if now_ms is None else now_ms
+        try:
+            with self._db.transaction():
+                self._forget_training(whose, those, took_part_ms)
+                gone = retention.delete_events(self._db, events, given)
+        except Full:
+            gone = retention.delete_events(self._db, events, given)
+            with self._db.reserve():
+                self._forget_training(whose, those, took_part_ms)
+        schema.rewrite(self._db)
+        return gone
+
+    def _forget_training(self, whose: str, those: tuple[int, ...], now_ms: int | None) -> None:
+        """`now_ms`: of the participation that stands for those that are forgotten; None: they are not."""
+        with self._db.transaction():
+            self._db.run(f"DELETE FROM uploads WHERE {whose}", those)  # noqa: S608
+            if now_ms is not None:
+                took_part = self._db.all(f"SELECT DISTINCT device FROM participations WHERE {whose}", those)  # noqa: S608
+                self._db.run(f"DELETE FROM participations WHERE {whose}", those)  # noqa: S608
+                for (device,) in took_part:
+                    self._db.run("INSERT INTO participations VALUES (?, ?, ?, 1)", (device, FORGOTTEN, now_ms))
+            schema.rewrite_later(self._db)
+
+    def export(self, device: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields everything that is kept of a device, or of all, as JSON values: "kind" says what each is.
+
+        Args:
+            device: only this one's; None: all.
+        """
+        yield from self._export_events(device)
+        whose, those = ("device = ?", (device,)) if device is not None else ("1", ())
+        sql = f"SELECT device, plan, at_ms, took_part FROM participations WHERE {whose} ORDER BY at_ms"  # noqa: S608
+        for number, plan, at_ms, took_part in self._db.all(sql, those):
+            found = {"device": number, "plan": plan, "at": _iso(at_ms), "took_part": bool(took_part)}
+            yield {"kind": "participation", **found}
+        sql = f"SELECT device, plan, upload, expires_ms, body FROM uploads WHERE {whose}"  # noqa: S608
+        for number, plan, upload, expires_ms, body in self._db.all(sql, those):
+            found = {"device": number, "plan": plan, "upload": upload, "expires": _iso(expires_ms)}
+            yield {"kind": "upload", **found, "body_base64": base64.b64encode(body).decode()}
+        for model, version, reason in self._db.all("SELECT model, version, reason FROM halted"):
+            yield {"kind": "halt", "model": model, "version": version, "reason": reason}
+
+    def _export_events(self, device: int | None) -> Iterator[dict[str, Any]]:
+        features = schema.columns(self._db)
+        names = [*schema.EVENT, *map(quoted, features)]
+        sql = (
+            f"SELECT {', '.join(names)} FROM events WHERE id > ? AND device = coalesce(?, device) ORDER BY id LIMIT 256"  # noqa: S608
+        )
+        after = 0
+        while found := self._db.all(sql, (after, device)):
+            after = found[-1][0]
+            for row in found:
+                yield _exported(dict(zip([*schema.EVENT, *features], row, strict=True)))
+
+    # Training
+
+    def begin(self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True) -> bool:
+        """Notes that the device takes part in a plan, or that a toss decided that it does not; False: it already has.
+
+        Args:
+            plan_id: of the plan.
+            at_ms: when.
+            device: whose.
+            takes_part: whether it is part of the history.
+        """
+        with self._db.transaction():
+            row = (device, plan_id, at_ms, takes_part)
+            return self._db.run("INSERT OR IGNORE INTO participations VALUES (?, ?, ?, ?)", row) == 1
+
+    def history(self, since_ms: int, *, device: int = 0) -> list[int]:
+        """When the device took part since then, oldest first."""
+        sql = "SELECT at_ms FROM participations WHERE device = ? AND at_ms >= ? AND took_part ORDER BY at_ms"
+        return [at_ms for (at_ms,) in self._db.all(sql, (device, since_ms))]
+
+    def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:
+        """Keeps an update until it is sent; one of the same plan takes the other's place."""
+        with self._db.transaction():
+            row = (device, plan_id, upload_id, body, expires_ms)
+            self._db.run("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", row)
+
+    def pending(self, now_ms: int, *, device: int = 0) -> list[Upload]:
+        """The updates that wait to be sent and have not expired."""
+        sql = "SELECT plan, upload, body, expires_ms FROM uploads WHERE device = ? AND expires_ms >= ? ORDER BY 4"
+        return [Upload(*row) for row in self._db.all(sql, (device, now_ms))]
+
+    def uploaded(self, plan_id: str, *, device: int = 0) -> None:
+        """Deletes a plan's update: it was taken, or nobody wants it."""
+        with self._db.transaction():
+            self._db.run("DELETE FROM uploads WHERE device = ? AND plan = ?", (device, plan_id))
+            self._db.shrink()
+
+    def halt(self, model: str, versions: Iterable[int], reason: str) -> None:
+        """Notes that these versions must not be used any more; for good."""
+        with self._db.transaction():
+            found = [(model, version, reason) for version in versions]
+            self._db.run_many("INSERT OR REPLACE INTO halted VALUES (?, ?, ?)", found)
+
+    def halted(self, version: int) -> str | None:
+        """Why a version of this store's model must not be used; None: it may."""
+        sql = "SELECT reason FROM halted WHERE version = ? AND model = (SELECT value FROM about WHERE name = 'model')"
+        found = self._db.all(sql, (version,))
+        return found[0][0] if found else None
+
+    # Opening
+
+    @property
+    def _manifest(self) -> Manifest:
+        if self._given is None:
+            raise ConfigError("the store must be opened with the bundle's manifest for this")
+        return self._given
+
+    @property
+    def _window_ms(self) -> int:
+        window_s = self._manifest.keeping.label_window_s
+        return 2**62 if window_s is None else int(window_s * 1000)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _iso(at_ms: int) -> str:
     try:
-        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
-            _check_columns(database, file, columns)
-            cursor = database.execute(query, (first, last))
-            while found := cursor.fetchmany(batch):
-                yield _rows(dict(zip(columns, zip(*found, strict=True), strict=True)), manifest)
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"store {file.name!r} cannot be read: {error}") from None
+        return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):  # of a clock that was wrong
+        return f"{at_ms} ms"
 
 
-def _columns(manifest: Manifest) -> dict[str, str]:
-    """Column -> SQLite type, in the order of a new table."""
-    request = {f"request.{name}": _TYPES[kind] for name, kind in manifest.request.items()}
-    transforms = manifest.features.transforms.items()
-    features = {f"device.{name}": _TYPES["text" if t.text else "number"] for name, t in transforms}
-    return {"device": "INTEGER", "row": "INTEGER", "entity": "TEXT", **request, **features}
+def _marks(number: int) -> str:
+    return ", ".join("?" * number)
 
 
-def _create(columns: Mapping[str, str]) -> str:
-    listed = [f"{_quoted(n)} {t}{' NOT NULL' if n in ('device', 'row', 'entity') else ''}" for n, t in columns.items()]
-    return f"CREATE TABLE IF NOT EXISTS rows ({', '.join(listed)}, PRIMARY KEY (device, row)) STRICT, WITHOUT ROWID"
-
-
-def _check_columns(database: sqlite3.Connection, file: Path, columns: Mapping[str, str]) -> None:
-    found = {name: kind for _, name, kind, *_ in database.execute("PRAGMA table_info(rows)")}
-    missing = [name for name in columns if name not in found]
-    if missing:
-        raise ConfigError(f"store {file.name!r} must have columns {missing} in its table 'rows'; it has {list(found)}")
-    for name, kind in columns.items():
-        if found[name] != kind:
-            raise ConfigError(f"store {file.name!r}: column {name!r} must be {kind}, got {found[name]}")
-
-
-def _data(rows: Rows, columns: Mapping[str, str]) -> list[list[Any]]:
-    given: dict[str, Any] = {"device": rows.device.tolist(), "row": rows.row.tolist(), "entity": rows.entity}
-    given |= {f"request.{name}": values for name, values in rows.request.items()}
-    given |= {f"device.{name}": values for name, values in rows.features.items()}
-    if set(given) != set(columns):
-        missing, extra = [n for n in columns if n not in given], [n for n in given if n not in columns]
-        raise ConfigError(f"rows must have the bundle's columns; missing {missing}, not the bundle's {extra}")
-    uneven = {name: len(given[name]) for name in columns if len(given[name]) != len(rows)}
-    if uneven:
-        raise ConfigError(f"columns must have {len(rows)} values like 'device', got {uneven}")
-    return [[_plain(name, value, columns[name]) for value in given[name]] for name in columns]
-
-
-def _plain(name: str, value: Any, kind: str) -> str | float | int | None:
-    """What SQLite stores; STRICT alone would turn the text "12" into a number."""
-    value = value.item() if isinstance(value, np.generic) else value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if not isinstance(value, str if kind == "TEXT" else int | float):
-        wanted = "text" if kind == "TEXT" else "numbers"
-        raise ConfigError(f"column {name!r} must hold {wanted}, got {type(value).__name__}")
-    return value
-
-
-def _rows(columns: Mapping[str, Sequence[Any]], manifest: Manifest) -> Rows:
+def _one_row(device: int, row: int, entity: str, request: Mapping[str, Any], features: Mapping[str, Any]) -> Rows:
     return Rows(
-        device=np.array(columns["device"], dtype=np.int64),
-        row=np.array(columns["row"], dtype=np.int64),
-        entity=columns["entity"],
-        request={name: columns[f"request.{name}"] for name in manifest.request},
-        features={name: columns[f"device.{name}"] for name in manifest.features.names},
+        device=np.array([device]),
+        row=np.array([row]),
+        entity=[entity],
+        request={name: [value] for name, value in request.items()},
+        features={name: [value] for name, value in features.items()},
     )
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _rows(found: Sequence[tuple[Any, ...]], columns: Mapping[str, str]) -> Rows:
+    device, row, entity, *features = zip(*found, strict=True)
+    by_name = dict(zip(columns, features, strict=True))
+    return Rows(
+        device=np.array(device, dtype=np.int64),
+        row=np.array(row, dtype=np.int64),
+        entity=entity,
+        request={name.removeprefix(REQUEST): v for name, v in by_name.items() if name.startswith(REQUEST)},
+        features={name.removeprefix(DEVICE): v for name, v in by_name.items() if name.startswith(DEVICE)},
+    )
+
+
+def _exported(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event as its person reads it."""
+    readable = {name: _readable(value) for name, value in event.items()}
+    found = {"kind": "event", "id": event["id"], "device": event["device"], "row": event["row"]}
+    found |= {"at": _iso(event["at_ms"]), "entity": event["entity"]}
+    found["request"] = {n.removeprefix(REQUEST): v for n, v in readable.items() if n.startswith(REQUEST)}
+    found["features"] = {n.removeprefix(DEVICE): v for n, v in readable.items() if n.startswith(DEVICE)}
+    if event["version"] is not None:
+        server = np.frombuffer(event["server"] or b"", "<f4").tolist()
+        found["inference"] = {"version": event["version"], "prediction": readable["prediction"], "server": server}
+        found["inference"]["feature_age_ms"] = event["feature_age_ms"]
+    if event["label"] is not None:
+        found["label"] = {"value": event["label"], "at": _iso(event["label_ms"])}
+    return found
+
+
+def _readable(value: Any) -> Any:
+    """JSON has no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -35,6 +35,14 @@ class PlanError(HybridError):
     """A plan is not what its signature, format or the device's limits promise."""
 
 
+class StoreError(HybridError):
+    """A device's store cannot take or give what was asked: its key, its disk, another process. Nothing was changed."""
+
+
+class UpdateError(HybridError):
+    """A device's update is not of the form and length that its plan asks for."""
+
+
 class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 

@@ -1,0 +1,114 @@
+"""The tables of a device's store, and how they follow the bundle's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from device_runtime.encrypted import FORMAT, Database
+from device_runtime.rows import DEVICE, REQUEST, feature_columns, feature_of, quoted
+from hybrid.bundle import Manifest
+from hybrid.errors import StoreError
+
+EVENT = (
+    *("id", "device", "row", "at_ms", "entity"),
+    *("version", "server", "feature_age_ms", "prediction", "label", "label_ms"),
+)  # the columns of an event beside its features
+_TABLES = f"""
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    device INTEGER NOT NULL, row INTEGER NOT NULL, at_ms INTEGER NOT NULL, entity TEXT NOT NULL,
+    version INTEGER, server BLOB, feature_age_ms INTEGER, prediction REAL,
+    label INTEGER, label_ms INTEGER,
+    UNIQUE (device, row)
+) STRICT;
+CREATE INDEX events_by_age ON events (at_ms);
+CREATE INDEX events_of_device ON events (device, at_ms);
+CREATE TABLE versions (version INTEGER PRIMARY KEY, definition TEXT NOT NULL) STRICT;
+CREATE TABLE participations (
+    device INTEGER NOT NULL, plan TEXT NOT NULL, at_ms INTEGER NOT NULL, took_part INTEGER NOT NULL,
+    PRIMARY KEY (device, plan)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE uploads (
+    device INTEGER NOT NULL, plan TEXT NOT NULL, upload TEXT NOT NULL, body BLOB NOT NULL, expires_ms INTEGER NOT NULL,
+    PRIMARY KEY (device, plan)
+) STRICT;
+CREATE TABLE halted (
+    model TEXT NOT NULL, version INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (model, version)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+PRAGMA user_version = {FORMAT}
+"""
+_EXISTS = "SELECT 1 FROM sqlite_master WHERE name = 'events'"
+
+
+def prepare(database: Database, manifest: Manifest, name: str) -> None:
+    """Makes the tables, or brings them to the bundle's features, in one transaction.
+
+    Raises:
+        StoreError: it is another model's store, or there is no space. Nothing is changed.
+    """
+    if not database.all(_EXISTS):
+        with database.transaction():
+            _make(database, manifest)
+    (model,) = database.one("SELECT value FROM about WHERE name = 'model'")
+    if model != manifest.model:
+        raise StoreError(f"store {name!r} must be of model {manifest.model!r}, it is of {model!r}")
+    _note_version(database, manifest)
+    if columns(database) != feature_columns(manifest):
+        with database.transaction():
+            _migrate(database, feature_columns(manifest))
+    rewrite(database)
+
+
+def columns(database: Database) -> dict[str, str]:
+    """The features that the store has, as `feature_columns` gives them; none where it has no tables."""
+    found = database.all("SELECT name, type FROM pragma_table_info('events')")
+    return {feature_of(name): kind for name, kind in found if name.startswith((REQUEST, DEVICE))}
+
+
+def rewrite(database: Database) -> None:
+    """Overwrites the copies that deleting left, if that is due; without space or a turn for it, it stays due."""
+    with suppress(StoreError):
+        if database.all("SELECT 1 FROM about WHERE name = 'rewrite'"):
+            database.rewrite()
+            database.run("DELETE FROM about WHERE name = 'rewrite'")
+
+
+def rewrite_later(database: Database) -> None:
+    """Makes it due."""
+    database.run("INSERT OR REPLACE INTO about VALUES ('rewrite', 'due')")
+
+
+def _make(database: Database, manifest: Manifest) -> None:
+    if database.all(_EXISTS):
+        return  # by another process, since we looked
+    for statement in _TABLES.split(";\n"):
+        database.all(statement)
+    for feature, kind in feature_columns(manifest).items():
+        database.all(f"ALTER TABLE events ADD COLUMN {quoted(feature)} {kind}")
+    database.run("INSERT INTO about VALUES ('model', ?)", (manifest.model,))
+
+
+def _note_version(database: Database, manifest: Manifest) -> None:
+    """Remembers the definition of each version that was here; a number that came back for another loses its past."""
+    version, definition = manifest.version, manifest.definition_hash
+    known = database.all("SELECT definition FROM versions WHERE version = ?", (version,))
+    if known == [(definition,)]:
+        return
+    with database.transaction():
+        database.run("INSERT OR REPLACE INTO versions VALUES (?, ?)", (version, definition))
+        if known:
+            database.run("UPDATE events SET server = NULL WHERE version = ?", (version,))
+
+
+def _migrate(database: Database, wanted: Mapping[str, str]) -> None:
+    has = columns(database)
+    gone = [feature for feature, kind in has.items() if wanted.get(feature) != kind]
+    for feature in gone:
+        database.all(f"ALTER TABLE events DROP COLUMN {quoted(feature)}")
+    for feature, kind in wanted.items():
+        if has.get(feature) != kind:
+            database.all(f"ALTER TABLE events ADD COLUMN {quoted(feature)} {kind}")
+    if gone:
+        rewrite_later(database)
