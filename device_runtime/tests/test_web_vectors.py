@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import mmh3
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import device_runtime
+from hybrid import bundle
 from hybrid.errors import BadRequest
 from hybrid.features import Categorical, Hash, murmur3_32
 
@@ -26,6 +28,15 @@ def writer():
 def test_the_file_is_what_python_computes_now(writer):
     """`python device_runtime/web/vectors/write.py` writes it anew after a change that is meant."""
     assert json.loads((FOLDER / "device.json").read_text()) == writer.vectors()
+
+
+def test_the_browser_device_counts_runtimes_and_bundles_as_this_one_does():
+    """`RUNTIME`, the format and the sizes at which a bundle is refused stand in two languages."""
+    source = (FOLDER.parent / "src/bundle.ts").read_text()
+    assert int(re.search(r"export const RUNTIME = (\d+);", source)[1]) == device_runtime.RUNTIME
+    assert int(re.search(r"const FORMAT = (\d+);", source)[1]) == bundle.FORMAT
+    sizes = {name: int(most) << int(by) for name, most, by in re.findall(r"const (MAX_\w+) = (\d+) << (\d+);", source)}
+    assert sizes == {"MAX_BYTES": bundle.MAX_BYTES, "MAX_MANIFEST": bundle.MAX_MANIFEST}
 
 
 def test_the_hashes_are_those_of_another_implementation():

@@ -157,19 +157,20 @@ def _stack(workspace: Workspace) -> Iterator[None]:
 
 @contextmanager
 def _until_told() -> Iterator[None]:
-    """SIGTERM ends the page as Ctrl-C does, so that nothing it started is left."""
+    """SIGTERM ends the page as Ctrl-C does, also where a shell had it ignored: nothing that it started is left."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
         _say("Interrupted. Nothing is left running.")
         raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(text: str) -> None:

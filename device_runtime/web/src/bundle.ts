@@ -9,6 +9,7 @@ import { Features, type Transform } from "./features.ts";
 import { committed, openDatabase, reply } from "./idb.ts";
 
 export const MAX_BYTES = 32 << 20;
+const MAX_MANIFEST = 4 << 20;
 /** What this package can run, as `device_runtime.RUNTIME` counts: a bundle says the least that it needs. */
 export const RUNTIME = 1;
 const FORMAT = 2;
@@ -137,7 +138,10 @@ const manifest = check.object<Manifest>(
     device_embedding: check.integer(),
     merge: check.oneOf("server", "device"),
     release: check.nullable(release),
-    programs: check.mapping(check.object({ sha256: check.text, bytes: check.integer() })),
+    programs: check.mapping(
+      check.object({ sha256: check.matching(/^[0-9a-f]{64}$/), bytes: check.integer(0, MAX_BYTES) }),
+      /^[a-z][a-z0-9_]{0,30}\.[a-z]{1,8}$/,
+    ),
     alone: check.nullable(alone),
     train: (value) => value, // a browser does not train
     keeping,
@@ -186,13 +190,14 @@ export async function readBundle(data: Uint8Array<ArrayBuffer>, trusted: CryptoK
   if (!(await crypto.subtle.verify("Ed25519", trusted, signature, text))) {
     throw new BundleError("the bundle is not signed by the key this device trusts");
   }
+  if (text.length > MAX_MANIFEST) throw new BundleError(`a bundle's manifest has at most ${MAX_MANIFEST} bytes`);
   const read = readManifest(new TextDecoder().decode(text));
   const programs = new Map<string, Uint8Array<ArrayBuffer>>();
   for (const [name, program] of read.programs) {
     const bytes = file(files, name);
     const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
     const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-    if (hex !== program.sha256) throw new BundleError(`program '${name}' is not the one that was signed`);
+    if (bytes.length !== program.bytes || hex !== program.sha256) throw new BundleError(`program '${name}' is not the one that was signed`);
     programs.set(name, bytes);
   }
   return { manifest: read, programs };
@@ -402,8 +407,8 @@ export class Bundles {
   }
 }
 
-/** By when it was signed: who serves a lower version again on purpose signs it again. */
+/** As `device_runtime.bundles` orders them: to go back, old weights are promoted as a new version. */
 function isOlder(kept: Kept, installed: Kept): boolean {
-  if (kept.created_ms !== installed.created_ms) return kept.created_ms < installed.created_ms;
-  return kept.version < installed.version;
+  if (kept.version !== installed.version) return kept.version < installed.version;
+  return kept.created_ms < installed.created_ms;
 }

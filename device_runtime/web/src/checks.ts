@@ -17,10 +17,12 @@ export const text: Check<string> = (value, where) => {
   return value;
 };
 
-export const flag: Check<boolean> = (value, where) => {
-  expect(typeof value === "boolean", where, "true or false");
-  return value;
-};
+export function matching(pattern: RegExp): Check<string> {
+  return (value, where) => {
+    expect(typeof value === "string" && pattern.test(value), where, `text like ${pattern}`);
+    return value;
+  };
+}
 
 /** A finite number in [least, most]. */
 export function number(least = -Infinity, most = Infinity): Check<number> {
@@ -62,10 +64,11 @@ export function list<T>(check: Check<T>, least = 0): Check<readonly T[]> {
  *
  * JavaScript moves whole numbers to an object's front, so a name that is one would lose its place.
  */
-export function mapping<T>(check: Check<T>): Check<ReadonlyMap<string, T>> {
+export function mapping<T>(check: Check<T>, pattern = /^/): Check<ReadonlyMap<string, T>> {
   return (value, where) => {
     expect(isObject(value), where, "an object");
     const names = Object.keys(value);
+    expect(names.every((name) => pattern.test(name)), where, `an object with names like ${pattern}`);
     expect(!names.some((name) => /^\d+$/.test(name)), where, "an object whose names are not whole numbers");
     return new Map(names.map((name) => [name, check(value[name], `${where}.${name}`)]));
   };

@@ -2,6 +2,7 @@
 
 import { readFileSync } from "node:fs";
 
+import type { Policy, Readings } from "../src/eligibility.ts";
 import type { Raw, Transform } from "../src/features.ts";
 
 export interface Vectors {
@@ -13,6 +14,13 @@ export interface Vectors {
   }[];
   readonly refused: readonly { readonly transform: Transform; readonly raw: readonly Raw[] }[];
   readonly manifest: Record<string, unknown>;
+  readonly eligibility: readonly {
+    readonly policy: Policy;
+    readonly readings: Readings;
+    readonly history: readonly number[];
+    readonly now_ms: number;
+    readonly reasons: readonly string[];
+  }[];
   readonly requests: readonly {
     readonly entity: string;
     readonly request: Readonly<Record<string, Raw>>;

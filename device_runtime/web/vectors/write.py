@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from device_runtime.client import request_body
+from device_runtime.eligibility import Readings, decide
 from hybrid.bundle import Alone, Keeping, Manifest, Parameter, Program, TrainProgram
 from hybrid.errors import BadRequest
 from hybrid.features import Bucketize, Categorical, Features, Hash, Log1p, Numeric, Transform, murmur3_32
-from hybrid.spec import Noised
+from hybrid.plan import Policy
 
 FOLDER = Path(__file__).parent
 SEEDS = (0, 1, 0x9747B28C, 0xFFFFFFFF)
@@ -67,8 +70,42 @@ def vectors() -> dict[str, Any]:
         "inputs": [_inputs(transform) for transform in TRANSFORMS],
         "refused": [_refused(transform) for transform in TRANSFORMS],
         "manifest": json.loads(manifest().model_dump_json()),
+        "eligibility": list(_eligibility()),
         "requests": [_request(entity) for entity in ("7", 'a "b" \\ \n é 日', "")],
     }
+
+
+def _eligibility() -> Iterator[dict[str, Any]]:
+    """Each reading at its edges under a policy that asks for all and one that asks for little; then the history."""
+    now, day = 1_800_000_000_000, 86_400_000
+    good = Readings(
+        consent=True, charging=True, battery=1.0, idle=True, metered=False, thermal="nominal", free_bytes=1 << 40
+    )
+    little = Policy(charging=False, battery=0, idle=False, unmetered=False, thermal="serious", free_mb=0)
+    readings = [
+        good,
+        Readings(),
+        Readings(consent=True),
+        *(replace(good, charging=value) for value in (None, False)),
+        *(replace(good, battery=value) for value in (None, 0.0, 0.29, 0.3, 1.5)),
+        *(replace(good, idle=value) for value in (None, False)),
+        *(replace(good, metered=value) for value in (None, True)),
+        *(replace(good, thermal=value) for value in (None, "fair", "serious", "critical")),
+        *(replace(good, free_bytes=value) for value in (None, 0, (64 << 20) - 1, 64 << 20)),
+    ]
+    often = Policy(separation_s=3600, participations=3)
+    histories = [[now - day], [now - day + 1], [now], [now + 1], [now - day - 5, now - 3600_000, now - 7200_000]]
+    cases = [(policy, reading, []) for policy in (Policy(), little) for reading in readings]
+    cases += [(policy, good, history) for policy in (Policy(), often) for history in histories]
+    cases += [(often, good, [now - 3600_000, now - 3600_001, now - 3600_002])]
+    for policy, reading, history in cases:
+        yield {
+            "policy": policy.model_dump(mode="json"),
+            "readings": asdict(reading),
+            "history": history,
+            "now_ms": now,
+            "reasons": [str(reason) for reason in decide(policy, reading, history, now).reasons],
+        }
 
 
 def manifest() -> Manifest:
@@ -90,12 +127,6 @@ def manifest() -> Manifest:
         created_ms=1_700_000_000_000,
         expires_ms=1_800_000_000_000,
     )
-
-
-def noised() -> Manifest:
-    """The same, of a model that merges on the server."""
-    how = {"merge": "server", "release": Noised(clip=2.0, sigma=0.5), "alone": None}
-    return manifest().model_copy(update=how)
 
 
 def _inputs(transform: Transform) -> dict[str, Any]:
