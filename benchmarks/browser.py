@@ -44,19 +44,19 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUMS)), None)
 
 
-def browser_inference(bundle: bytes, trust: str, *, blocks: int = 200, cache: Path | None = None) -> dict[str, Any]:
+def browser_inference(bundle: bytes, trust: str, *, blocks: int = 50, cache: Path | None = None) -> dict[str, Any]:
     """Measures one row through "embed.onnx" and "predict.onnx" in a tab.
 
     Args:
         bundle: that holds both.
         trust: PEM of the key that signed it.
-        blocks: of ten runs each that are timed, after as many that are not.
+        blocks: of a hundred runs each that are timed, after as many that are not.
         cache: where the browser device is built; None: the default.
 
     Returns:
         "browser", "version"; "first_ms" from the import of the library to the first embedding, the WebAssembly fetched
-        from this machine; "embed_us" and "predict_us", each with "p50", "p99" and "runs"; "javascript_bytes" and
-        "wasm_bytes" of what a page loads.
+        from this machine; "embed_us" and "predict_us", each with "p50" and "p99" of the blocks' means, and "runs";
+        "javascript_bytes" and "wasm_bytes" of what a page loads.
 
     Raises:
         ConfigError: the machine has no Chromium.

@@ -101,7 +101,8 @@ def browser() -> Iterator[Browser]:
     """The machine's own Chromium."""
     executable = chromium()
     if executable is None:
-        pytest.skip(f"none of {', '.join(CHROMIUMS)} is on the PATH; on Debian: apt-get install chromium")
+        why = f"none of {', '.join(CHROMIUMS)} is on the PATH; on Debian: apt-get install chromium"
+        (pytest.fail if os.environ.get("HYBRID_TEST_BROWSER") == "required" else pytest.skip)(why)
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox is not for root
         launched = playwright.chromium.launch(executable_path=executable, args=arguments)

@@ -250,14 +250,16 @@ STORE = """
     const values = (weather) => new Map(names.map((name) => [name, name === "weather" ? weather : null]));
     const server = new Float32Array(bundle.manifest.server_embedding).fill(0.5);
     const ask = (entity, weather) => ({ entity, request: new Map([["time", "7AM"]]), features: values(weather) });
-    const answer = (prediction) => ({ status: "ok", prediction, featureAgeMs: 5, serverEmbedding: server });
+    const answer = (prediction) => ({ ...NONE, prediction, serverEmbedding: server });
+    const NONE = { status: "ok", fallback: "none", featureAgeMs: 5 };
 """
 
 
 def test_the_store_keeps_types_joins_labels_and_survives_a_reload(library: Page, signed: Signed):
-    """Three inferences; a label joins the newest of its entity within the window of 60 s; a late one joins none.
+    """Four inferences; a label joins the newest of its entity within the window of 60 s; a late one joins none.
 
-    An unlabelled inference counts as 0 once its window is over, and is no example before.
+    An unlabelled inference counts as 0 once its window is over, and is no example before; one for which a learned
+    embedding stood in for the server's is none at all.
     """
     keeping = Keeping(label_window_s=60, label_absent=0)
     argument = {"trust": signed.trust, "bundle": text(signed.bundle(keeping=keeping))}
@@ -276,6 +278,8 @@ def test_the_store_keeps_types_joins_labels_and_survives_a_reload(library: Page,
             before: await store.label(1, 999, { inference: ids[0] }),
             nobody: await store.label(1, 5000, { entity: "c" }),
             early: (await store.examples(10, 61000)).labels,
+            stoodIn: await store.label(1, 60000, { inference: await store.inference(ask("d", "Sunny"),
+                { ...answer(0.25), status: "unavailable", fallback: "device-only" }, 4000) }) !== null,
             wrong: await said(store.inference(ask("a", 7), answer(0.25), 4000)),
             exposed: await said(hybrid.Store.open(bundle.manifest,
                 await crypto.subtle.generateKey({ name: "AES-GCM", length: 256 }, true, ["encrypt", "decrypt"]))),
@@ -289,6 +293,7 @@ def test_the_store_keeps_types_joins_labels_and_survives_a_reload(library: Page,
         "before": None,
         "nobody": None,
         "early": [1],
+        "stoodIn": True,
         "wrong": "BadRequest: feature 'weather' must be text, got number",
         "exposed": "StoreError: the store's key must not be extractable: a script could send it away",
     }
@@ -301,11 +306,12 @@ def test_the_store_keeps_types_joins_labels_and_survives_a_reload(library: Page,
     examples, exported, size = again
     assert examples["labels"] == [1, 0]
     assert examples["server"] == [[0.5] * 16] * 2
-    assert [each["entity"] for each in exported["inferences"]] == ["a", "a", "b"]
-    assert [each["label"] for each in exported["inferences"]] == [None, 1, None]
+    assert [each["entity"] for each in exported["inferences"]] == ["a", "a", "b", "d"]
+    assert [each["label"] for each in exported["inferences"]] == [None, 1, None, 1]
+    assert [len(each["server"]) for each in exported["inferences"]] == [16, 16, 16, 0]
     assert exported["inferences"][0]["features"]["weather"] == "Sunny"
     assert exported["inferences"][0]["features"]["temperature"] is None
-    assert size["inferences"] == 3
+    assert size["inferences"] == 4
 
 
 def test_retention_deletes_by_age_and_by_bytes_the_oldest_first(library: Page, signed: Signed):
@@ -366,7 +372,7 @@ def test_what_lies_in_indexeddb_says_nothing_without_the_key_and_is_gone_once_fo
 def test_one_inference_takes_well_under_a_millisecond(package: Path, browser: Browser, signed: Signed):
     """The coupon example's towers, at the median, as `benchmarks` measures them; the JavaScript is below 200 kB."""
     with ThreadPoolExecutor(1) as other:  # Playwright runs once in a thread, and its fixture has this one
-        given = {"blocks": 20, "cache": package.parent}
+        given = {"blocks": 5, "cache": package.parent}
         measured = other.submit(browser_inference, signed.bundle(), signed.trust, **given).result()
     assert 0 < measured["embed_us"]["p50"] < 1000
     assert 0 < measured["predict_us"]["p50"] < 1000

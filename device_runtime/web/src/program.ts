@@ -133,29 +133,29 @@ export function programOf(bundle: Bundle): Promise<EmbedProgram | PredictProgram
   return bundle.manifest.merge === "server" ? EmbedProgram.load(bundle) : PredictProgram.load(bundle);
 }
 
-/** Microseconds of one inference, over many. */
+/** Microseconds of one inference: quantiles over blocks of `BLOCK` runs, each block's mean. */
 export interface Speed {
   readonly p50: number;
   readonly p99: number;
   readonly runs: number;
 }
 
+const BLOCK = 100; // a browser's clock steps by 100 microseconds: a block's mean by one
+
 /**
  * How long one row takes in this browser, inputs ready and answer awaited: what `benchmarks` reports.
- *
- * Runs are timed in blocks of ten: a browser's clock is no finer than some microseconds.
  *
  * @param run one inference.
  * @param blocks how many are timed, after as many again that are not.
  */
-export async function measure(run: () => Promise<unknown>, blocks = 200): Promise<Speed> {
+export async function measure(run: () => Promise<unknown>, blocks = 50): Promise<Speed> {
   const times: number[] = [];
   for (let block = -blocks; block < blocks; block++) {
     const started = performance.now();
-    for (let each = 0; each < 10; each++) await run();
-    if (block >= 0) times.push(((performance.now() - started) * 1000) / 10);
+    for (let each = 0; each < BLOCK; each++) await run();
+    if (block >= 0) times.push(((performance.now() - started) * 1000) / BLOCK);
   }
   times.sort((a, b) => a - b);
   const quantile = (q: number) => times[Math.min(times.length - 1, Math.floor(q * times.length))]!;
-  return { p50: quantile(0.5), p99: quantile(0.99), runs: blocks * 10 };
+  return { p50: quantile(0.5), p99: quantile(0.99), runs: blocks * BLOCK };
 }

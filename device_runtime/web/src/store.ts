@@ -43,6 +43,7 @@ interface Row {
 }
 
 const ENFORCE_MS = 60_000;
+const GENUINE = new Set(["none", "cached"]); // whose server side is the entity's own; what a fallback stands in for is not
 const OVERHEAD = 160; // bytes of a record beside its values, roughly as browsers keep it
 
 /** The store of one model. */
@@ -97,7 +98,7 @@ export class Store {
         ask.features,
         new Map([...features.transforms].map(([name, t]) => [name, isText(t) ? "text" : "number"])),
       ),
-      server: [...answer.serverEmbedding],
+      server: GENUINE.has(answer.fallback) ? [...answer.serverEmbedding] : [],
       feature_age_ms: answer.featureAgeMs,
       prediction: Number.isNaN(answer.prediction) ? null : answer.prediction,
       label: null,
