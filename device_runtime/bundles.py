@@ -63,7 +63,7 @@ class Record(BaseModel):
         model: whose bundles these are.
         current, previous: the one that runs, and the one before it.
         newest: (version, created_ms) of the newest that was ever installed; nothing older is again.
-        left: SHA-256 of the bundle that `Installed.rollback` left; it is not installed again.
+        left: (version, created_ms) of the bundle that `Installed.rollback` left; it is not installed again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,7 @@ class Record(BaseModel):
     current: Entry | None = None
     previous: Entry | None = None
     newest: tuple[int, int] | None = None
-    left: str | None = None
+    left: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,6 @@ class Installed:
         bundle = read_bundle(data, self.trusted, runtime=RUNTIME)
         sha256 = hashlib.sha256(data).hexdigest()
         self.check(bundle.manifest, now_ms=now_ms, halted=halted)
-        if sha256 == record.left:
-            raise BundleError(f"version {bundle.manifest.version} was rolled back from on this device")
         if record.current is None or sha256 != record.current.sha256:
             check_programs(bundle, self.engine)
         entry = Entry(sha256=sha256, version=bundle.manifest.version, created_ms=bundle.manifest.created_ms, tag=tag)
@@ -175,16 +173,19 @@ class Installed:
             BundleError: it may not, and why.
             ConfigError: the record cannot be read.
         """
-        version, newest = manifest.version, self.record().newest
+        version, record = manifest.version, self.record()
+        newest, made = record.newest, (version, manifest.created_ms)
         if manifest.model != self.model:
             raise BundleError(f"the bundle is of model {manifest.model!r}, this device wants {self.model!r}")
         if manifest.expires_ms is not None and now_ms > manifest.expires_ms:
             raise BundleError(f"version {version} expired at {manifest.expires_ms} ms, by this device's clock")
-        if newest is not None and (version, manifest.created_ms) < newest:
+        if newest is not None and made < newest:
             raise BundleError(
                 f"version {version} of {manifest.created_ms} ms is older than version {newest[0]} of {newest[1]} ms, "
                 "which was installed before: to go back, promote the old weights as a new version"
             )
+        if made == record.left:
+            raise BundleError(f"version {version} was rolled back from on this device")
         if halted(version):
             raise BundleError(f"version {version} was halted by the kill switch")
 
@@ -204,10 +205,20 @@ class Installed:
             if current is None or before is None or halted(before.version):
                 raise BundleError(f"no bundle of {self.model!r} before the current one can be used")
             bundle = self._read(before)
-            after = Record(model=self.model, current=before, newest=record.newest, left=current.sha256)
+            after = Record(
+                model=self.model, current=before, newest=record.newest, left=(current.version, current.created_ms)
+            )
             self._publish(RECORD, after.model_dump_json().encode())
             self._clean(after)
             return bundle
+
+    def tag(self) -> str | None:
+        """What the server calls the current bundle's bytes; None where that is not known, or the file is damaged."""
+        current = self.record().current
+        with suppress(BundleError):
+            if current is not None and self._read(current):
+                return current.tag
+        return None
 
     def programs(self) -> dict[str, bytes]:
         """Programs that are here already, by their SHA-256."""

@@ -191,6 +191,9 @@ def show(demo: Demo, findings: report.Findings) -> None:
     )
     console.print("Look at its models: HYBRID_HOME=runs/demo/.hybrid .venv/bin/hybrid models", highlight=False)
     demo.say(f"Done. The report: {(demo.folder / 'report.html').relative_to(Path.cwd())}")
+    console.print(
+        "Be a person's device, in your browser, and see every byte that leaves it: make page", highlight=False
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from hybrid.errors import ConfigError
 from hybrid.export.conformance import TOLERANCE, embedding_probes, input_probes, quiet, slot_probes
 from hybrid.federation.engine import DeviceSide
 from hybrid.network import Encoder, Network, Transforms
-from hybrid.version import TrainingRecord
 
 with quiet():
     from executorch.exir import EdgeCompileConfig, to_edge
@@ -85,24 +84,6 @@ def training_program(
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"the gradient cannot be exported for devices: {type(error).__name__}: {reason}") from error
     return data, train
-
-
-def program_of(network: Network, training: TrainingRecord) -> tuple[bytes, TrainProgram]:
-    """The program with which devices go on training what a version was trained with.
-
-    Args:
-        network: with the version's weights.
-        training: the version's record.
-
-    Raises:
-        ConfigError: see `training_program`; or the record is older than what must be known. The message says why.
-    """
-    settings = training.settings
-    if settings is None:
-        raise ConfigError("the version's record does not say what its users trained, as older ones do not; train again")
-    return training_program(
-        network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0
-    )
 
 
 def _exported(loss: DeviceLoss, batch: tuple[Tensor, ...]) -> bytes:

@@ -9,12 +9,10 @@ from torch import nn
 from hybrid.errors import ConfigError
 from hybrid.export import training
 from hybrid.export.conformance import input_probes
-from hybrid.export.tests.conftest import declared, version_of
-from hybrid.export.training import DeviceLoss, program_of, training_program
+from hybrid.export.tests.conftest import declared
+from hybrid.export.training import DeviceLoss, training_program
 from hybrid.federation.engine import DeviceSide
 from hybrid.network import Network
-from hybrid.spec import Training
-from hybrid.version import TrainingRecord
 
 COACH = Path(__file__).parents[3] / "examples" / "study_coach" / "model.py"
 
@@ -91,30 +89,6 @@ def test_two_versions_of_a_model_have_the_same_program(every):
     assert not np.array_equal(DeviceSide(other).flat(), DeviceSide(every.network).flat())
     first, second = (training_program(n, server_tower=False, missing=True) for n in (every.network, other))
     assert first == second
-
-
-def test_a_version_s_record_says_what_devices_train(every, monkeypatch):
-    """The server tower where it was federated, the missing embeddings where there was tower dropout; an older record,
-    which does not say, is refused with what to do."""
-    asked = []
-    monkeypatch.setattr(training, "training_program", lambda network, **what: asked.append(what))
-    record = version_of(every.network).training
-    for settings in (
-        Training(server_tower="federated", tower_dropout=0.1),
-        Training(server_tower="central"),
-        Training(server_tower="frozen", tower_dropout=0.1),
-    ):
-        program_of(
-            every.network,
-            TrainingRecord.model_validate_json(record.model_copy(update={"settings": settings}).model_dump_json()),
-        )
-    assert asked == [
-        {"server_tower": True, "missing": True},
-        {"server_tower": False, "missing": False},
-        {"server_tower": False, "missing": True},
-    ]
-    with pytest.raises(ConfigError, match="record does not say what its users trained, as older ones do not; train"):
-        program_of(every.network, record.model_copy(update={"settings": None}))
 
 
 def test_the_network_is_left_as_it_was(every):
