@@ -46,11 +46,11 @@ def ours(arguments: argparse.Namespace) -> dict[str, object]:
     from hybrid.federation.aggregator import Round, SimulatedAggregator
     from hybrid.federation.client_app import client_app
     from hybrid.federation.engine import Engine
-    from hybrid.federation.local_training import LocalTraining
     from hybrid.federation.optimizers import ServerOptimizer
     from hybrid.federation.server_app import server_app
     from hybrid.federation.simulation import simulate
     from hybrid.federation.strategy import NoisedSum
+    from hybrid.local_training import LocalTraining
     from hybrid.privacy.ledger import Ledger
 
     local = LocalTraining(steps=STEPS, lr=LR, batch=BATCH)
@@ -114,8 +114,8 @@ def population(arguments: argparse.Namespace) -> dict[str, object]:
 
     from benchmarks.workload import CLIP, LR, network
     from hybrid.federation.engine import Engine
-    from hybrid.federation.local_training import LocalTraining
     from hybrid.federation.population import Examples
+    from hybrid.local_training import LocalTraining
 
     built = network("17k")  # its device side reads 64 numbers
     folder = arguments.folder

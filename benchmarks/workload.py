@@ -17,8 +17,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hybrid import Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, View
 from hybrid.federation.engine import DeviceSide, Engine
-from hybrid.federation.local_training import LocalTraining
 from hybrid.federation.population import Examples
+from hybrid.local_training import LocalTraining
 from hybrid.network import Network
 
 EXAMPLES, BATCH, STEPS, LR, CLIP = 32, 8, 4, 0.1, 1.0

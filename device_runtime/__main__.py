@@ -7,7 +7,10 @@ import asyncio
 import json
 import os
 import sys
-from contextlib import nullcontext
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,12 @@ from hybrid.errors import BundleError, ConfigError, HybridError
 from hybrid.tracing import from_environment
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     from device_runtime.answers import Answer
+    from device_runtime.program import Engine
+    from device_runtime.store import Store
+    from hybrid.bundle import Bundle
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
 
@@ -25,6 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m device_runtime", description="Runs devices' side of a model.")
     commands = parser.add_subparsers(required=True)
     _add_infer(commands)
+    _add_train(commands)
+    _add_update(commands)
     _add_forget(commands)
     _add_export(commands)
     arguments = vars(parser.parse_args())
@@ -36,7 +46,8 @@ def main() -> None:
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    if summary.get("answered", 0) < summary.get("requests", 0):
+    short = summary.get("answered", 0) < summary.get("requests", 0)
+    if short or summary.get("outcome") in {"refused", "interrupted"}:
         raise SystemExit(1)
 
 
@@ -58,6 +69,12 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
+    infer.add_argument(
+        "--engine",
+        choices=["executorch", "onnx"],
+        default=None,
+        help="what runs the bundle's programs (default ExecuTorch where it is installed with torch, else ONNX Runtime)",
+    )
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.add_argument(
         "--trace",
@@ -81,6 +98,78 @@ def _add_infer(commands: Any) -> None:
         help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600)",
     )
     infer.set_defaults(run=_infer)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="take part in training, once, where the device may",
+        description="Sends the update that waits in the store; or else asks the aggregator for a plan, and where it is "
+        "signed by --trust, for this bundle, and every condition holds, trains on the store's examples and sends one "
+        "clipped update. Prints how each device's session ended as JSON; not to take part is no error.",
+    )
+    which = train.add_mutually_exclusive_group(required=True)
+    which.add_argument("--bundle", type=Path, help="the version's device bundle")
+    which.add_argument("--folder", type=Path, help="of installed bundles, of which the current one is taken")
+    train.add_argument("--model", default=None, help="whose bundles --folder holds")
+    train.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    _add_store(train)
+    train.add_argument("--aggregator", required=True, help="for example https://aggregator.example")
+    train.add_argument(
+        "--consent",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
+    )
+    train.add_argument(
+        "--policy", type=Path, default=None, help="JSON: the app's own conditions, beside the plan's (default: strict)"
+    )
+    train.add_argument(
+        "--readings",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="JSON list of what to take for the machine's state, one reading after another, in place of its own",
+    )
+    train.add_argument(
+        "--devices", type=_range, default=range(1), metavar="A:B", help="devices A to B - 1 of the store, in turn (0:1)"
+    )
+    train.set_defaults(run=_train)
+
+
+def _add_update(commands: Any) -> None:
+    update = commands.add_parser(
+        "update",
+        help="install the bundle that the gateway has",
+        description="Asks the gateway for the model's bundle, fetches of it what is not here, verifies it, tries its "
+        "programs, and makes it the current one; the one before it is kept. Prints as JSON what became of it "
+        "('installed', 'unchanged', 'refused', 'interrupted'), the version that is installed now, the bytes received, "
+        "and why. Where it is refused or interrupted the old one goes on, what came is kept for the next attempt, and "
+        "the exit status is 1.",
+    )
+    update.add_argument("--folder", type=Path, required=True, help="of the model's installed bundles; made if absent")
+    update.add_argument("--model", required=True, help="whose bundle")
+    update.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    update.add_argument("--gateway", required=True, help="for example http://127.0.0.1:8080")
+    update.add_argument("--timeout", type=float, default=10.0, help="seconds for each wait on the network (default 10)")
+    update.add_argument(
+        "--engine",
+        choices=["executorch", "onnx"],
+        default=None,
+        help="in which a new bundle's programs are tried (default: in each that is installed)",
+    )
+    update.add_argument("--store", type=Path, default=None, help="encrypted SQLite file that knows of halted versions")
+    _add_key_file(update)
+    update.add_argument(
+        "--api-key-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600); else "
+        "it may be in the environment variable HYBRID_API_KEY",
+    )
+    update.set_defaults(run=_update)
 
 
 def _add_forget(commands: Any) -> None:
@@ -114,6 +203,10 @@ def _add_export(commands: Any) -> None:
 
 def _add_store(command: argparse.ArgumentParser) -> None:
     command.add_argument("--store", type=Path, required=True, help="encrypted SQLite file with the devices' rows")
+    _add_key_file(command)
+
+
+def _add_key_file(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--key-file",
         type=Path,
@@ -134,6 +227,7 @@ async def _infer(
     out: Path,
     devices: range | None,
     concurrency: int,
+    engine: Engine | None,
     timeout: float,
     trace: float,
     contribution: bool,
@@ -161,7 +255,7 @@ async def _infer(
             raise BundleError(f"{manifest.model}:{manifest.version} was halted, another bundle must come: {reason}")
         async with InferenceClient(
             manifest,
-            program_of(verified),
+            program_of(verified, engine),
             gateway,
             timeout_s=timeout,
             trace_share=trace,
@@ -177,6 +271,100 @@ async def _infer(
 
                 await client.run(kept.rows(devices), take, concurrency=concurrency)
     return results.summary()
+
+
+async def _train(
+    *,
+    bundle: Path | None,
+    folder: Path | None,
+    model: str | None,
+    trust: Path,
+    store: Path,
+    key_file: Path | None,
+    aggregator: str,
+    consent: Path,
+    policy: Path | None,
+    readings: Path | None,
+    devices: range,
+) -> dict[str, Any]:
+    from device_runtime.aggregator import Aggregator
+    from device_runtime.host import LinuxHost, ScriptedHost
+    from device_runtime.participation import Participation, read_policy
+    from device_runtime.program import open_bundle
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+    from device_runtime.trainer import Trainer
+    from hybrid.bundle import trusted_key
+
+    asked, own, trusted = Aggregator(aggregator), read_policy(policy), trusted_key(trust)
+    key = read_store_key(key_file, os.environ)
+    if not store.is_file():
+        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
+    opened = open_bundle(bundle, trust) if bundle else _installed(folder, model, trusted, store, key)
+    agrees = consent.is_file
+    host = ScriptedHost.open(readings, agrees) if readings else LinuxHost(store.parent, agrees)
+    trainer = None if opened.manifest.train is None else Trainer(opened)
+    sessions: list[dict[str, Any]] = []
+    with Store.open(store, key, opened.manifest) as kept:
+        for device in devices:
+            session = Participation(opened, trainer, kept, host, asked, trusted, device=device, own=own)
+            sessions.append({"device": device, **(await session.session()).summary()})
+    return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}
+
+
+def _installed(folder: Path | None, model: str | None, trusted: Ed25519PublicKey, store: Path, key: bytes) -> Bundle:
+    """The folder's current bundle; a halted one gives way to the one before it."""
+    from device_runtime.bundles import Installed
+    from device_runtime.store import Store
+
+    if folder is None or model is None:
+        raise ConfigError("--folder needs --model: whose bundles it holds")
+    with Store.open(store, key) as kept:
+        return Installed(folder, model, trusted).open(halted=_halted(kept))
+
+
+async def _update(
+    *,
+    folder: Path,
+    model: str,
+    trust: Path,
+    gateway: str,
+    timeout: float,
+    engine: Engine | None,
+    store: Path | None,
+    key_file: Path | None,
+    api_key_file: Path | None,
+) -> dict[str, Any]:
+    from device_runtime.access import read_api_key
+    from device_runtime.bundles import Installed, none_halted
+    from device_runtime.download import update
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+    from hybrid.bundle import trusted_key
+
+    api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
+    installed = Installed(folder, model, trusted_key(trust), engine)
+    with ExitStack() as stack:
+        halted: Callable[[int], bool] = none_halted
+        if store is not None:
+            if not store.is_file():
+                raise ConfigError(f"store {str(store)!r} does not exist: leave --store out where there is none")
+            kept = stack.enter_context(Store.open(store, read_store_key(key_file, os.environ)))
+            halted = _halted(kept)
+        done = update(
+            installed,
+            gateway,
+            now_ms=time.time_ns() // 1_000_000,
+            halted=halted,
+            api_key=api_key,
+            timeout_s=timeout,
+        )
+    return {"model": model, **asdict(done)}
+
+
+def _halted(store: Store) -> Callable[[int], bool]:
+    """Whether the kill switch named a version."""
+    return lambda version: store.halted(version) is not None
 
 
 async def _forget(

@@ -1,18 +1,39 @@
-"""A verified bundle's programs, loaded in ExecuTorch."""
+"""A verified bundle's programs, loaded in one of two engines.
+
+"executorch" is what phones run. Its Python wheel takes torch's tensors alone, so a process that uses it pays for
+torch: seconds and half a gigabyte. "onnx" is ONNX Runtime, which needs neither; its programs compute the same to 1e-5
+(`hybrid/export/tests/test_vectors.py`).
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from device_runtime import RUNTIME
 from hybrid.bundle import MAX_BYTES, Bundle, read_bundle, trusted_key
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
+
+Engine = Literal["executorch", "onnx"]
+# Arrays in the order of the program's inputs -> its outputs, which share no memory with it. RuntimeError: other shapes.
+Run = Callable[..., list[NDArray[np.float32]]]
+_NEEDS: Mapping[Engine, tuple[str, ...]] = {"executorch": ("executorch", "torch"), "onnx": ("onnxruntime",)}
+_FILES: Mapping[Engine, str] = {"executorch": ".pte", "onnx": ".onnx"}
+
+
+def default_engine() -> Engine:
+    """ExecuTorch, as on phones, where it is installed with the torch that it needs; else ONNX Runtime.
+
+    Raises:
+        ConfigError: neither is installed.
+    """
+    return _engines()[0]
 
 
 def open_bundle(file: Path, trust: Path) -> Bundle:
@@ -32,7 +53,7 @@ def open_bundle(file: Path, trust: Path) -> Bundle:
             data = handle.read(MAX_BYTES + 1)  # one more than is taken, so that a larger one is refused
     except OSError as error:
         raise ConfigError(f"bundle {str(file)!r} cannot be read: {type(error).__name__}") from None
-    return read_bundle(data, trusted)
+    return read_bundle(data, trusted, runtime=RUNTIME)
 
 
 class DeviceProgram:
@@ -40,16 +61,23 @@ class DeviceProgram:
 
     Args:
         bundle: verified.
-        name: of the program.
+        name: of the program, without its file's ending: "embed" or "predict".
+        engine: what runs it; None: `default_engine`.
+
+    Attributes:
+        engine: that runs it.
+        file: its name in the bundle.
 
     Raises:
-        BundleError: the program is absent, or ExecuTorch does not load it.
+        BundleError: the program is absent, or the engine does not load it.
+        ConfigError: the engine is not installed.
     """
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
+    def __init__(self, bundle: Bundle, name: str, engine: Engine | None = None) -> None:
+        self.engine: Engine = default_engine() if engine is None else engine
+        self.file = f"{name}{_FILES[self.engine]}"
         self._features: Features = bundle.manifest.features
-        # The program owns the bytes that its method reads, so it is kept as long as the method.
-        self._program, self._method = _load(bundle, name)
+        self._run = load_program(bundle, self.file)
 
     def inputs(self, columns: Mapping[str, Sequence[Any]]) -> NDArray[np.float32]:
         """Raw device features by name, each (n,) -> (n, features) inputs.
@@ -59,19 +87,12 @@ class DeviceProgram:
         """
         return self._features.inputs(columns)
 
-    def _run(self, *arrays: NDArray[np.float32]) -> NDArray[np.float32]:
-        # ExecuTorch's Python wheel takes torch's tensors only, and has imported torch to do so.
-        from torch import from_numpy
-
-        output: NDArray[np.float32] = self._method.execute([from_numpy(array) for array in arrays])[0].numpy().copy()
-        return output
-
 
 class EmbedProgram(DeviceProgram):
     """The device tower. See `DeviceProgram`."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "embed.pte")
+    def __init__(self, bundle: Bundle, engine: Engine | None = None) -> None:
+        super().__init__(bundle, "embed", engine)
         self._size = bundle.manifest.device_embedding
 
     def embed(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -80,17 +101,20 @@ class EmbedProgram(DeviceProgram):
         Raises:
             BundleError: the program gives another shape than its manifest says, or no finite numbers.
         """
-        embedding = self._run(inputs)
+        try:
+            (embedding,) = self._run(inputs)
+        except RuntimeError as error:
+            raise BundleError(f"program {self.file!r} does not take {inputs.shape} inputs") from error
         if embedding.shape != (1, self._size) or not np.isfinite(embedding).all():
-            raise BundleError(f"program 'embed.pte' must return (1, {self._size}) finite numbers")
+            raise BundleError(f"program {self.file!r} must return (1, {self._size}) finite numbers")
         return embedding
 
 
 class PredictProgram(DeviceProgram):
     """The merge on the device: device tower, then head over the server's embedding. See `DeviceProgram`."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "predict.pte")
+    def __init__(self, bundle: Bundle, engine: Engine | None = None) -> None:
+        super().__init__(bundle, "predict", engine)
         self._size = bundle.manifest.server_embedding
 
     def predict(self, inputs: NDArray[np.float32], server: NDArray[np.float32]) -> float:
@@ -101,31 +125,111 @@ class PredictProgram(DeviceProgram):
         """
         assert server.shape == (1, self._size)
         try:
-            prediction = self._run(inputs, server)
+            (prediction,) = self._run(inputs, server)
         except RuntimeError as error:
-            raise BundleError(f"program 'predict.pte' does not take (1, {self._size}) numbers of the server") from error
+            raise BundleError(f"program {self.file!r} does not take (1, {self._size}) numbers of the server") from error
         if prediction.shape != (1,) or not (np.isnan(prediction[0]) or 0 <= prediction[0] <= 1):
-            raise BundleError("program 'predict.pte' must return one probability")
+            raise BundleError(f"program {self.file!r} must return one probability")
         return float(prediction[0])
 
 
-def program_of(bundle: Bundle) -> EmbedProgram | PredictProgram:
+def program_of(bundle: Bundle, engine: Engine | None = None) -> EmbedProgram | PredictProgram:
     """The program that an inference runs: the tower alone where the server merges, else the merge."""
-    return EmbedProgram(bundle) if bundle.manifest.merge == "server" else PredictProgram(bundle)
+    return (EmbedProgram if bundle.manifest.merge == "server" else PredictProgram)(bundle, engine)
 
 
-def _load(bundle: Bundle, name: str) -> tuple[Any, Any]:
-    """A program and its method."""
-    if name not in bundle.programs:
-        raise BundleError(f"the bundle must hold a program {name!r}, got {sorted(bundle.programs)}")
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the chatter of ExecuTorch's imports
+def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
+    """Loads every program of an engine, and runs once the one that an inference needs.
+
+    Args:
+        bundle: verified.
+        engine: whose programs; None: of each that is installed. Nothing here runs the others'.
+
+    Raises:
+        BundleError: one does not load, for an operator that its engine lacks for example, or does not give what
+            its manifest says.
+        ConfigError: no engine is installed, or this one is not.
+    """
+    manifest = bundle.manifest
+    nothing = np.array([None], dtype=object)
+    missing = manifest.features.inputs(dict.fromkeys(manifest.features.names, nothing))
+    for each in (engine,) if engine else _engines():
+        for file in (name for name in bundle.programs if name.endswith(_FILES[each])):
+            load_program(bundle, file)
+        if manifest.merge == "server":
+            EmbedProgram(bundle, each).embed(missing)
+        else:
+            PredictProgram(bundle, each).predict(missing, np.zeros((1, manifest.server_embedding), np.float32))
+
+
+def load_program(bundle: Bundle, file: str) -> Run:
+    """A program in the engine that its file's ending names.
+
+    Raises:
+        BundleError: it is absent, or does not load.
+        ConfigError: the engine is not installed.
+    """
+    if file not in bundle.programs:
+        raise BundleError(f"the bundle must hold a program {file!r}, got {sorted(bundle.programs)}")
+    engine: Engine = "onnx" if file.endswith(_FILES["onnx"]) else "executorch"
+    if not _installed(engine):
+        raise ConfigError(f"engine {engine!r} needs {' and '.join(_NEEDS[engine])}, which are not installed here")
     try:
-        from executorch.runtime import Runtime
+        return (_onnx if engine == "onnx" else _executorch)(bundle.programs[file])
+    except RuntimeError as error:
+        raise BundleError(f"program {file!r} does not load in {engine}: {error}") from None
 
-        program = Runtime.get().load_program(bundle.programs[name])
-        return program, program.load_method("forward")
-    except (RuntimeError, KeyError) as error:
-        raise BundleError(f"program {name!r} does not load in ExecuTorch: {error!r}") from None
-    finally:
-        logging.disable(disabled)
+
+def _installed(engine: Engine) -> bool:
+    return all(importlib.util.find_spec(name) for name in _NEEDS[engine])
+
+
+def _engines() -> list[Engine]:
+    """Those that are installed, the one to prefer first."""
+    found = [engine for engine in _NEEDS if _installed(engine)]
+    if not found:
+        raise ConfigError("a device needs ONNX Runtime, or ExecuTorch and torch: install hybrid-towers[device]")
+    return found
+
+
+def _executorch(data: bytes) -> Run:
+    from torch import from_numpy  # first: the next line needs its libraries
+
+    # isort: split
+    # `executorch.runtime` is this and, for the class of a warning, the whole exporter: five seconds more.
+    from executorch.extension.pybindings import _C
+
+    program = _C._load_program_from_buffer(data)
+    method = program.load_method("forward")
+
+    # A method reads memory that its program owns, and the program reads the bytes: they live as long as this function.
+    def run(*arrays: NDArray[np.float32], _alive: object = (program, data)) -> list[NDArray[np.float32]]:
+        return [output.numpy().copy() for output in method([from_numpy(array) for array in arrays])]
+
+    return run
+
+
+def _onnx(data: bytes) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # One row of a small tower: threads would cost more than they compute, and spin while they wait.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what goes wrong is raised, and is ours to word
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes share no base of their own
+        raise RuntimeError(_first_line(error)) from None
+    names = [tensor.name for tensor in session.get_inputs()]
+
+    def run(*arrays: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        try:
+            return list(session.run(None, dict(zip(names, arrays, strict=True))))
+        except Exception as error:
+            raise RuntimeError(_first_line(error)) from None
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

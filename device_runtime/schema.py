@@ -26,7 +26,8 @@ CREATE INDEX events_by_age ON events (at_ms);
 CREATE INDEX events_of_device ON events (device, at_ms);
 CREATE TABLE versions (version INTEGER PRIMARY KEY, definition TEXT NOT NULL) STRICT;
 CREATE TABLE participations (
-    device INTEGER NOT NULL, plan TEXT NOT NULL, at_ms INTEGER NOT NULL, PRIMARY KEY (device, plan)
+    device INTEGER NOT NULL, plan TEXT NOT NULL, at_ms INTEGER NOT NULL, took_part INTEGER NOT NULL,
+    PRIMARY KEY (device, plan)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE uploads (
     device INTEGER NOT NULL, plan TEXT NOT NULL, upload TEXT NOT NULL, body BLOB NOT NULL, expires_ms INTEGER NOT NULL,

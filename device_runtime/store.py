@@ -377,7 +377,7 @@ class Store(AbstractContextManager["Store"]):
                 took_part = self._db.all(f"SELECT DISTINCT device FROM participations WHERE {whose}", those)  # noqa: S608
                 self._db.run(f"DELETE FROM participations WHERE {whose}", those)  # noqa: S608
                 for (device,) in took_part:
-                    self._db.run("INSERT INTO participations VALUES (?, ?, ?)", (device, FORGOTTEN, now_ms))
+                    self._db.run("INSERT INTO participations VALUES (?, ?, ?, 1)", (device, FORGOTTEN, now_ms))
             schema.rewrite_later(self._db)
 
     def export(self, device: int | None = None) -> Iterator[dict[str, Any]]:
@@ -388,9 +388,10 @@ class Store(AbstractContextManager["Store"]):
         """
         yield from self._export_events(device)
         whose, those = ("device = ?", (device,)) if device is not None else ("1", ())
-        sql = f"SELECT device, plan, at_ms FROM participations WHERE {whose} ORDER BY at_ms"  # noqa: S608
-        for number, plan, at_ms in self._db.all(sql, those):
-            yield {"kind": "participation", "device": number, "plan": plan, "at": _iso(at_ms)}
+        sql = f"SELECT device, plan, at_ms, took_part FROM participations WHERE {whose} ORDER BY at_ms"  # noqa: S608
+        for number, plan, at_ms, took_part in self._db.all(sql, those):
+            found = {"device": number, "plan": plan, "at": _iso(at_ms), "took_part": bool(took_part)}
+            yield {"kind": "participation", **found}
         sql = f"SELECT device, plan, upload, expires_ms, body FROM uploads WHERE {whose}"  # noqa: S608
         for number, plan, upload, expires_ms, body in self._db.all(sql, those):
             found = {"device": number, "plan": plan, "upload": upload, "expires": _iso(expires_ms)}
@@ -412,14 +413,22 @@ class Store(AbstractContextManager["Store"]):
 
     # Training
 
-    def begin(self, plan_id: str, at_ms: int, *, device: int = 0) -> bool:
-        """Notes that the device takes part in a plan; False: it already has."""
+    def begin(self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True) -> bool:
+        """Notes that the device takes part in a plan, or that a toss decided that it does not; False: it already has.
+
+        Args:
+            plan_id: of the plan.
+            at_ms: when.
+            device: whose.
+            takes_part: whether it is part of the history.
+        """
         with self._db.transaction():
-            return self._db.run("INSERT OR IGNORE INTO participations VALUES (?, ?, ?)", (device, plan_id, at_ms)) == 1
+            row = (device, plan_id, at_ms, takes_part)
+            return self._db.run("INSERT OR IGNORE INTO participations VALUES (?, ?, ?, ?)", row) == 1
 
     def history(self, since_ms: int, *, device: int = 0) -> list[int]:
         """When the device took part since then, oldest first."""
-        sql = "SELECT at_ms FROM participations WHERE device = ? AND at_ms >= ? ORDER BY at_ms"
+        sql = "SELECT at_ms FROM participations WHERE device = ? AND at_ms >= ? AND took_part ORDER BY at_ms"
         return [at_ms for (at_ms,) in self._db.all(sql, (device, since_ms))]
 
     def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:

@@ -3,30 +3,28 @@
 One zip file: `manifest.json`, `manifest.sig` (Ed25519, RFC 8032, over the
 manifest's bytes) and the programs in the manifest's order, whose SHA-256 it holds. A
 device trusts the public key of its host app, never one that comes with a bundle.
+
+Nothing in the file is compressed, so its head, manifest and signature, tells where each program lies: a device that
+has some of them already fetches the ranges of the others (`read_head`, `Head.ranges`) and puts the same file together
+(`Head.join`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import struct
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
@@ -36,16 +34,23 @@ from hybrid.spec import Clear, Noised
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+FORMAT = 2
 MAX_BYTES = 32 << 20
+MAX_MANIFEST = 4 << 20  # tables of text included
+SIGNATURE = 64
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip's own zero: equal contents are equal bytes
+_ENTRY = struct.Struct("<4s5H3L2H")  # a local file header of a zip, APPNOTE 4.3.7
+_DIRECTORY_ENTRY, _DIRECTORY_END = 46, 22  # 4.3.12 and 4.3.16, without names
+
+ProgramName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z]{1,8}$")]
 
 
 class Program(BaseModel):
     """One program file of a bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    sha256: str
-    bytes: int
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0, le=MAX_BYTES)]
 
 
 class Parameter(BaseModel):
@@ -59,9 +64,9 @@ class Parameter(BaseModel):
 class TrainProgram(BaseModel):
     """How "train.pte" is fed, which computes a loss and its gradient.
 
-    Its inputs: (m, server) float32, what the server side contributed; (m, features) float32 inputs; (m,) labels;
-    (m,) weight of each row in the loss, 0 for padding; and, where `missing`, (m, 2) which side is taken to be missing.
-    Its first output is the sum over rows of weight x cross-entropy.
+    Its inputs, all float32: (p,) weights; (m, server) what the server side contributed; (m, features) inputs; (m,)
+    labels; (m,) weight of each row in the loss, 0 for padding; and, where `missing`, (m, 2) which side is taken to be
+    missing. Its outputs: the sum over rows of weight x cross-entropy, and (p,) its gradient. It holds no weights.
 
     Attributes:
         rows: m, of every call.
@@ -137,8 +142,7 @@ class Manifest(BaseModel):
         programs: by file name. "embed.pte" and "embed.onnx": (1, features) -> (1, device_embedding);
             "predict.pte" and "predict.onnx": (1, features), (1, server_embedding) -> (1,) probability;
             "train.pte": see `train`. Those in ONNX take any number of rows.
-        alone: for merge="device", what the device answers by itself. Not in the bundles of other models, which
-            devices read that do not know it.
+        alone: for merge="device", what the device answers by itself; None: nothing.
         train: how its training program is fed; None: it has none.
         keeping: of examples, and limits of plans.
         created_ms, expires_ms: Unix time in UTC; a device refuses a bundle that has expired, and goes on with the
@@ -161,7 +165,7 @@ class Manifest(BaseModel):
     device_embedding: int
     merge: Literal["server", "device"]
     release: Annotated[Clear | Noised, Field(discriminator="kind")] | None
-    programs: dict[str, Program]
+    programs: dict[ProgramName, Program]
     alone: Alone | None = None
     train: TrainProgram | None = None
     keeping: Keeping = Keeping()
@@ -176,11 +180,6 @@ class Manifest(BaseModel):
         if self.alone is not None and len(self.alone.missing_server) not in (0, self.server_embedding):
             raise ValueError(f"alone.missing_server must have {self.server_embedding} numbers or none")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = dump(self)
-        return {name: value for name, value in written.items() if (name, value) != ("alone", None)}
 
 
 @dataclass(frozen=True)
@@ -204,52 +203,180 @@ def write_bundle(target: Path, manifest: Manifest, programs: dict[str, bytes], k
         The manifest as written.
     """
     listed = {
-        name: Program(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-        for name, data in programs.items()
+        name: Program(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)) for name, data in programs.items()
     }
     manifest = manifest.model_copy(update={"programs": listed})
     text = manifest.model_dump_json().encode()
-    files = {"manifest.json": text, "manifest.sig": key.sign(text)}
-    files |= programs
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+    data = Head(text, key.sign(text), manifest).join(programs)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_suffix(".new")
-    draft.write_bytes(buffer.getvalue())
+    draft.write_bytes(data)
     draft.replace(target)
     return manifest
 
 
-def read_bundle(data: bytes, trusted: Ed25519PublicKey) -> Bundle:
+def read_bundle(data: bytes, trusted: Ed25519PublicKey, *, runtime: int | None = None) -> Bundle:
     """Verifies a bundle against the host app's key; nothing is read from it before that.
 
+    Args:
+        data: the file.
+        trusted: the host app's key.
+        runtime: `device_runtime.RUNTIME` of the device that is to run it; None: it is only looked at.
+
     Raises:
-        BundleError: too large, truncated, wrongly signed, of another format, or
+        BundleError: too large, truncated, wrongly signed, of another format, for a newer runtime, or with
             a program that is not the one the manifest signed.
     """
-    from cryptography.exceptions import InvalidSignature
-
     if len(data) > MAX_BYTES:
         raise BundleError(f"a bundle has at most {MAX_BYTES} bytes, got {len(data)}")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             _check_entries(archive.infolist())
             text, signature = archive.read("manifest.json"), archive.read("manifest.sig")
-            trusted.verify(signature, text)
-            manifest = Manifest.model_validate_json(text)
+            manifest = _verified(text, signature, trusted, runtime)
             programs = {name: archive.read(name) for name in manifest.programs}
-    except InvalidSignature:
-        raise BundleError("the bundle is not signed by the key this device trusts") from None
-    except ValidationError as error:
-        raise BundleError(f"the bundle's manifest is of another format: {error.error_count()} fields differ") from None
     except (zipfile.BadZipFile, KeyError, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         raise BundleError(f"the bundle is damaged or truncated ({type(error).__name__})") from None
     for name, program in manifest.programs.items():
-        if hashlib.sha256(programs[name]).hexdigest() != program.sha256:
-            raise BundleError(f"program {name!r} is not the one that was signed")
+        check_program(name, program, programs[name])
     return Bundle(manifest, programs)
+
+
+def check_program(name: str, program: Program, data: bytes) -> None:
+    """Refuses bytes that are not the program that the manifest signed.
+
+    Raises:
+        BundleError: they are not.
+    """
+    if len(data) != program.bytes or hashlib.sha256(data).hexdigest() != program.sha256:
+        raise BundleError(f"program {name!r} is not the one that was signed")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The beginning of a bundle's file, verified by `read_head`: what the rest of it must be.
+
+    Attributes:
+        text: the manifest's bytes.
+        signature: over them.
+        manifest: as read from them.
+    """
+
+    text: bytes
+    signature: bytes
+    manifest: Manifest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file, as `write_bundle` writes it."""
+        names = ["manifest.json", "manifest.sig", *self.manifest.programs]
+        directory = sum(_DIRECTORY_ENTRY + len(name) for name in names) + _DIRECTORY_END
+        return max((r.stop for r in self.ranges().values()), default=_head_size(len(self.text))) + directory
+
+    def ranges(self) -> dict[str, range]:
+        """Where each program lies in the file, as `write_bundle` writes it; what lies there elsewhere is not signed."""
+        place, found = _head_size(len(self.text)), {}
+        for name, program in self.manifest.programs.items():
+            place += _ENTRY.size + len(name)
+            found[name] = range(place, place + program.bytes)
+            place += program.bytes
+        return found
+
+    def join(self, programs: Mapping[str, bytes]) -> bytes:
+        """The bundle's file with these programs, one for each name in the manifest: the same bytes for the same."""
+        files = {"manifest.json": self.text, "manifest.sig": self.signature}
+        files |= {name: programs[name] for name in self.manifest.programs}
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in files.items():
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+        return buffer.getvalue()
+
+
+def head_size(data: bytes) -> int:
+    """How many bytes of a bundle's file `read_head` needs.
+
+    Args:
+        data: the file's beginning, some hundred bytes at least.
+
+    Raises:
+        BundleError: it is no bundle's, or its manifest is too large. Nothing is verified yet.
+    """
+    size = len(_first(data, 0, "manifest.json"))
+    if size > MAX_MANIFEST:
+        raise BundleError(f"a bundle's manifest has at most {MAX_MANIFEST} bytes, got {size}")
+    return _head_size(size)
+
+
+def read_head(data: bytes, trusted: Ed25519PublicKey, *, runtime: int | None = None) -> Head:
+    """Verifies the beginning of a bundle's file, `head_size` bytes of it at least.
+
+    Args:
+        data: the beginning; what comes after is not looked at.
+        trusted: the host app's key.
+        runtime: see `read_bundle`.
+
+    Raises:
+        BundleError: as `read_bundle`, but for the programs, which it does not see.
+    """
+    text = _first(data, 0, "manifest.json")
+    signature = _first(data, text.stop, "manifest.sig")
+    if len(data) < signature.stop:
+        raise BundleError("the bundle is damaged or truncated (its head is not whole)")
+    parts = data[text.start : text.stop], data[signature.start : signature.stop]
+    return Head(*parts, _verified(*parts, trusted, runtime))
+
+
+def _head_size(manifest: int) -> int:
+    return 2 * _ENTRY.size + len("manifest.json") + manifest + len("manifest.sig") + SIGNATURE
+
+
+def _first(data: bytes, start: int, name: str) -> range:
+    """Where the file whose header is at `start` lies, if it is the one that a bundle has there, stored plainly."""
+    try:
+        magic, _, flags, method, *_, packed, size, length, extra = _ENTRY.unpack_from(data, start)
+    except struct.error:
+        raise BundleError("the bundle is damaged or truncated (its head is not whole)") from None
+    place = start + _ENTRY.size
+    found = data[place : place + length]
+    if (magic, flags, method, packed, extra, found) != (b"PK\x03\x04", 0, 0, size, 0, name.encode()):
+        raise BundleError(f"the bundle's head must hold {name} first, stored without compression")
+    return range(place + length, place + length + size)
+
+
+def _verified(text: bytes, signature: bytes, trusted: Ed25519PublicKey, runtime: int | None) -> Manifest:
+    """A manifest, once its signature was checked and it is known to be one that we can read."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        trusted.verify(signature, text)
+    except InvalidSignature:
+        raise BundleError("the bundle is not signed by the key this device trusts") from None
+    if len(text) > MAX_MANIFEST:
+        raise BundleError(f"a bundle's manifest has at most {MAX_MANIFEST} bytes, got {len(text)}")
+    _check_readable(text, runtime)
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise BundleError(f"the bundle's manifest is of another format: {error.error_count()} fields differ") from None
+
+
+def _check_readable(text: bytes, runtime: int | None) -> None:
+    """Before all fields are looked at: those of a newer format are unknown, and what to do is worth a sentence."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"the bundle's manifest is no JSON ({type(error).__name__})") from None
+    found = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    written, needed = found.get("format"), found.get("minimum_runtime", 1)
+    if isinstance(written, int) and written > FORMAT:
+        raise BundleError(f"the bundle is of format {written}, this app reads {FORMAT}: the app must be updated")
+    if isinstance(written, int) and written < FORMAT:
+        raise BundleError(
+            f"the bundle is of format {written}, this app reads {FORMAT}: its version must be promoted again"
+        )
+    if runtime is not None and isinstance(needed, int) and needed > runtime:
+        raise BundleError(f"the bundle needs device runtime {needed}, this app has {runtime}: the app must be updated")
 
 
 def _check_entries(entries: list[zipfile.ZipInfo]) -> None:

@@ -39,6 +39,10 @@ class StoreError(HybridError):
     """A device's store cannot take or give what was asked: its key, its disk, another process. Nothing was changed."""
 
 
+class UpdateError(HybridError):
+    """A device's update is not of the form and length that its plan asks for."""
+
+
 class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 

@@ -6,15 +6,20 @@ A device asks `POST CHECK_IN` with a `CheckIn` as JSON, and is answered
     204  nothing to do; `Retry-After` says in how many seconds to ask again
     429, 503  the same, for a server that is busy
 
-and sends its update once, `PUT UPDATE` with the upload's own random id in the path: a repeat of an
-upload that was taken is answered like the first, 200, and counted once.
+and sends its update once, `PUT UPDATE` with the upload's own random id in the path, which is answered
 
-Neither a check-in nor an update names the device or the person: what is the same for a whole cohort is
-in the plan, and what is not is the update.
+    200  it is counted, now or by an earlier attempt: a repeat of the same bytes is answered alike, and counted once
+    429, 503  not taken; again after `Retry-After`, with the same id and bytes
+    other 4xx  it will never be taken: 404 no such plan, 409 that id came with other bytes, 410 the plan has ended,
+               413 or 400 its body is none of the plan's; the device deletes it
 
-A signed message is 64 bytes of Ed25519 signature (RFC 8032) over all that follows: the length of the JSON
-as 4 bytes, little-endian, the JSON, and raw float32 weights, little-endian, where the plan has some. The key is the
-control plane's that signs bundles too; devices have it from their host app.
+Neither a check-in nor an update names the device or the person, and no header tells devices apart: what is the same for
+a whole cohort is in the plan, and what is not is the update.
+
+A signed message is 64 bytes of Ed25519 signature (RFC 8032), then the length of the JSON as 4 bytes, little-endian, the
+JSON, and raw float32 weights, little-endian, where the plan has some. The signature is over `CONTEXT` and all that
+follows it: the key is the control plane's, which signs bundles too, and neither may pass for the other. Devices have
+the public half from their host app.
 """
 
 from __future__ import annotations
@@ -33,13 +38,19 @@ if TYPE_CHECKING:
 
 CHECK_IN = "/v1/check-in"
 UPDATE = "/v1/plans/{plan}/updates/{upload}"
+CONTEXT = b"hybrid plan 1\0"
 MAX_BYTES = 64 << 20  # of a signed message
+MAX_JSON = 64 << 10  # of its JSON
+MAX_PARAMETERS = (MAX_BYTES - MAX_JSON - 128) // 4
 SIGNATURE = 64
 _LENGTH = struct.Struct("<I")
 
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]  # Unix time in UTC; exact in a browser too
 
 
 class _Message(BaseModel):
@@ -65,14 +76,14 @@ class Policy(_Message):
     idle: bool = True
     unmetered: bool = True
     thermal: Literal["nominal", "fair", "serious"] = "nominal"
-    free_mb: Annotated[int, Field(ge=0)] = 64
+    free_mb: Annotated[int, Field(ge=0, lt=1 << 31)] = 64
     separation_s: Annotated[FiniteFloat, Field(ge=0)] = 86_400.0
-    participations: Annotated[int, Field(ge=1)] = 1
+    participations: Count = 1
     period_s: Positive = 86_400.0
 
 
 class Local(_Message):
-    """What a device does with its examples: see `hybrid.federation.local_training.LocalTraining` and `spec.Training`.
+    """What a device does with its examples: as `LocalTraining` and `hybrid.spec.Training` say.
 
     Attributes:
         steps, epochs: one of them; the other is None.
@@ -80,10 +91,10 @@ class Local(_Message):
         tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
     """
 
-    steps: Annotated[int, Field(ge=1, le=1000)] | None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     lr: Positive
-    batch: Annotated[int, Field(ge=1)] | None = None
+    batch: Count | None = None
     proximal: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
 
@@ -91,6 +102,8 @@ class Local(_Message):
     def _one(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("one of steps and epochs must be given")
+        if self.lr * self.proximal > 1:
+            raise ValueError("lr x proximal must be at most 1, else it overshoots")
         return self
 
 
@@ -101,7 +114,7 @@ class TrainPlan(_Message):
         id: of the round's attempt; a device takes part in it at most once.
         model, version, definition_hash: whose training program; a device with another bundle does not take part.
         sampling: with this probability a device takes part, by a toss of its own; in (0, 1].
-        expires_ms: Unix time in UTC, after which no update is taken.
+        expires_ms: Unix time in UTC, from which on no update is taken.
         policy: when it may.
         examples: least and most it may train with; with fewer it does not take part, of more it takes the newest.
         seconds, memory_mb: of the training, at most.
@@ -115,18 +128,24 @@ class TrainPlan(_Message):
     format: Literal[1] = 1
     id: Id
     model: Name
-    version: Annotated[int, Field(ge=1)]
-    definition_hash: str
+    version: Count
+    definition_hash: Digest
     sampling: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
-    expires_ms: Annotated[int, Field(ge=0)]
+    expires_ms: Milliseconds
     policy: Policy = Policy()
-    examples: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1024)
+    examples: tuple[Count, Count] = (1, 1024)
     seconds: Positive = 60.0
-    memory_mb: Annotated[int, Field(ge=1)] = 512
+    memory_mb: Count = 512
     local: Local
     clip: Positive
     upload: Literal["float32", "int8"] = "float32"
-    parameters: Annotated[int, Field(ge=1)]
+    parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.examples[0] > self.examples[1]:
+            raise ValueError("examples must be the least and the most, in this order")
+        return self
 
 
 class Halt(_Message):
@@ -141,7 +160,7 @@ class Halt(_Message):
     kind: Literal["halt"] = "halt"
     format: Literal[1] = 1
     model: Name
-    versions: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    versions: Annotated[tuple[Count, ...], Field(min_length=1, max_length=1000)]
     reason: Annotated[str, Field(min_length=1, max_length=500)]
 
 
@@ -154,8 +173,8 @@ class CheckIn(_Message):
     """
 
     model: Name
-    version: Annotated[int, Field(ge=1)]
-    runtime: Annotated[int, Field(ge=1)]
+    version: Count
+    runtime: Count
 
 
 _SIGNED: TypeAdapter[TrainPlan | Halt] = TypeAdapter(Annotated[TrainPlan | Halt, Field(discriminator="kind")])
@@ -167,16 +186,27 @@ def sign(message: TrainPlan | Halt, key: Ed25519PrivateKey, weights: NDArray[np.
     Args:
         message: what is asked.
         key: the control plane's.
-        weights: (parameters,) of a `TrainPlan`; None for a `Halt`.
+        weights: (parameters,) of a `TrainPlan`, finite; None for a `Halt`.
+
+    Raises:
+        PlanError: the weights are not the message's: no device would take it.
     """
     text = message.model_dump_json().encode()
-    raw = b"" if weights is None else np.ascontiguousarray(weights, "<f4").tobytes()
-    body = _LENGTH.pack(len(text)) + text + raw
-    return key.sign(body) + body
+    values = np.zeros(0, np.float32) if weights is None else weights
+    _check(message, len(text), values)
+    body = _LENGTH.pack(len(text)) + text + np.ascontiguousarray(values, "<f4").tobytes()
+    return key.sign(CONTEXT + body) + body
 
 
-def open_signed(data: bytes, trusted: Ed25519PublicKey) -> tuple[TrainPlan | Halt, NDArray[np.float32]]:
+def open_signed(
+    data: bytes, trusted: Ed25519PublicKey, *, most: int = MAX_BYTES
+) -> tuple[TrainPlan | Halt, NDArray[np.float32]]:
     """Verifies a message; nothing of it is read before that.
+
+    Args:
+        data: as it came.
+        trusted: the host app's, never one that came with a message.
+        most: bytes that are looked at.
 
     Returns:
         It, and its weights, read-only; none for a `Halt`.
@@ -186,21 +216,32 @@ def open_signed(data: bytes, trusted: Ed25519PublicKey) -> tuple[TrainPlan | Hal
     """
     from cryptography.exceptions import InvalidSignature
 
-    if len(data) > MAX_BYTES:
-        raise PlanError(f"a signed message has at most {MAX_BYTES} bytes, got {len(data)}")
+    if len(data) > most:
+        raise PlanError(f"a signed message has at most {most} bytes, got {len(data)}")
     body = data[SIGNATURE:]
     try:
-        trusted.verify(data[:SIGNATURE], body)
+        trusted.verify(data[:SIGNATURE], CONTEXT + body)
         (length,) = _LENGTH.unpack_from(body)
-        message = _SIGNED.validate_json(body[_LENGTH.size : _LENGTH.size + length])
-        weights = np.frombuffer(body, "<f4", offset=_LENGTH.size + length)
+        begin = _LENGTH.size + length
+        if length > MAX_JSON or len(body) < begin or (len(body) - begin) % 4:
+            raise PlanError("the plan is damaged: its parts are not as long as it says")
+        message = _SIGNED.validate_json(body[_LENGTH.size : begin])
     except InvalidSignature:
         raise PlanError("the plan is not signed by the key this device trusts") from None
     except ValidationError as error:
         raise PlanError(f"the plan is of another format: {error.error_count()} fields differ") from None
-    except (struct.error, ValueError) as error:
-        raise PlanError(f"the plan is damaged ({type(error).__name__})") from None
-    expected = message.parameters if isinstance(message, TrainPlan) else 0
-    if len(weights) != expected or not np.isfinite(weights).all():
-        raise PlanError(f"the plan must have {expected} finite weights, got {len(weights)}")
+    except struct.error:
+        raise PlanError("the plan is damaged: it has no length") from None
+    weights = np.frombuffer(body[begin:], "<f4").astype(np.float32)  # a copy: aligned, and the plan's bytes can go
+    weights.flags.writeable = False
+    _check(message, length, weights)
     return message, weights
+
+
+def _check(message: TrainPlan | Halt, length: int, weights: NDArray[np.float32]) -> None:
+    """What both sides hold a message to."""
+    expected = message.parameters if isinstance(message, TrainPlan) else 0
+    if weights.shape != (expected,) or not np.isfinite(weights).all():
+        raise PlanError(f"the plan must have {expected} finite weights, got shape {weights.shape}")
+    if length > MAX_JSON:
+        raise PlanError(f"the plan must have at most {MAX_JSON} bytes of JSON, got {length}")

@@ -222,6 +222,8 @@ class Training(Declared):
             "frozen": as its factory built it; "federated": trained by users too, from how it was built.
         tower_dropout: share of rows that train without the server's side, and of those without the device's, in
             [0, 0.5): what a missing side means is learned by it.
+        upload: how a user's clipped update travels: "float32", or "int8", in 8 bits a weight, rounded by chance and
+            clipped again where it arrives.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 200
@@ -238,6 +240,7 @@ class Training(Declared):
     clip_quantile: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
     server_tower: Literal["central", "frozen", "federated"] = "central"
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
+    upload: Literal["float32", "int8"] = "float32"
 
 
 ServerMissing = Literal["error", "device-only", "constant"]

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from hybrid.spec import Training
+
 
 class TrainingRecord(BaseModel):
     """How a version came to be, and what it cost in privacy. Stored with the version, shown wherever it is.
@@ -19,6 +21,7 @@ class TrainingRecord(BaseModel):
         run: folder name under `runs/`.
         population: name of what it learned from.
         users, examples: how many it learned from (public).
+        settings: of the training; None in records that are older than this field.
         epsilon, delta: spent by this training; None where there was no privacy mechanism.
         noise_multiplier, clip, sampling, rounds: of the mechanism; None where there was none.
         mechanism: in words, with the accountant, e.g. "Gaussian on Poisson samples, PRV accountant".
@@ -35,6 +38,7 @@ class TrainingRecord(BaseModel):
     population: str
     users: int
     examples: int
+    settings: Training | None = None
     epsilon: float | None = None
     delta: float | None = None
     noise_multiplier: float | None = None

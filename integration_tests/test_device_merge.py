@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
-import kafka as kafka_python
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -36,7 +35,7 @@ from hybrid.registry import Registry
 from hybrid.spec import Clear, Serving, load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
-from serving.kafka import PARTITIONS
+from serving.kafka import lying_in
 
 MODEL = """
 from datetime import timedelta
@@ -290,23 +289,10 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     assert [secret for secret in secrets if secret in sent] == []
 
 
-def records(broker, topic):
-    """All values that lie in a topic."""
-    consumer = kafka_python.KafkaConsumer(bootstrap_servers=broker)
-    with contextlib.closing(consumer):
-        partitions = [kafka_python.TopicPartition(topic, p) for p in range(PARTITIONS[topic])]
-        consumer.assign(partitions)
-        consumer.seek_to_beginning()
-        ends, found = consumer.end_offsets(partitions), []
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            found += [r.value for polled in consumer.poll(timeout_ms=200).values() for r in polled]
-    return found
-
-
 def of_model(message_type, broker, name):
-    for value in records(broker, message_type.TOPIC):
+    for record in lying_in(broker, message_type.TOPIC):
         with contextlib.suppress(BadMessage):  # another module's
-            message = message_type.from_bytes(value)
+            message = message_type.from_bytes(record.value)
             if message.model == name:
                 yield message
 

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from benchmarks import accuracy, measure, serving, serving_process, world
 from benchmarks.workload import BATCH, CLIP, EXAMPLES, LR, Contest
 from hybrid.federation import simulation
-from hybrid.federation.local_training import Schedule
+from hybrid.local_training import Schedule
 
 
 @pytest.mark.parametrize(("size", "weights"), [("0.4k", 357), ("6.3k", 6305), ("17k", 16_641), ("200k", 197_377)])

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from device_runtime.store import Rows
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, View
 from hybrid.bundle import Bundle, Manifest, read_bundle, write_bundle
-from hybrid.export.executorch import device_programs
+from hybrid.export import executorch, onnx
 from hybrid.network import Network
 
 
@@ -74,7 +74,8 @@ def bundle_file(
     network: Network, manifest: Manifest, key: Ed25519PrivateKey, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     file = tmp_path_factory.mktemp("bundle") / "meals-7.bundle"
-    write_bundle(file, manifest, device_programs(network), key)
+    programs = executorch.device_programs(network) | onnx.device_programs(network)
+    write_bundle(file, manifest, programs, key)
     return file
 
 

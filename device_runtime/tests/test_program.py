@@ -1,4 +1,8 @@
+import gc
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -6,11 +10,14 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from device_runtime.program import EmbedProgram, open_bundle
+from device_runtime import program as programs
+from device_runtime.program import EmbedProgram, Engine, check_programs, default_engine, open_bundle
 from device_runtime.store import Rows
 from hybrid.bundle import MAX_BYTES, Bundle
 from hybrid.errors import BadRequest, BundleError, ConfigError
 from hybrid.network import Network
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 def public(key: Ed25519PrivateKey, folder: Path) -> Path:
@@ -19,9 +26,10 @@ def public(key: Ed25519PrivateKey, folder: Path) -> Path:
     return folder / "trusted.pub"
 
 
-def test_raw_columns_become_the_tower_s_embeddings(bundle: Bundle, network: Network, rows: Rows):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_raw_columns_become_the_tower_s_embeddings(bundle: Bundle, network: Network, rows: Rows, engine: Engine):
     """Tables, transforms and tower give on the device what NumPy and torch give, missing values included."""
-    program = EmbedProgram(bundle)
+    program = EmbedProgram(bundle, engine)
     inputs = program.inputs(rows.features)
     got = np.concatenate([program.embed(inputs[i : i + 1]) for i in range(3)])
     features = network.model.device_features
@@ -30,9 +38,10 @@ def test_raw_columns_become_the_tower_s_embeddings(bundle: Bundle, network: Netw
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_embeddings_do_not_share_memory(bundle: Bundle, rows: Rows):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_embeddings_do_not_share_memory(bundle: Bundle, rows: Rows, engine: Engine):
     """A second call leaves the first one's answer as it was."""
-    program = EmbedProgram(bundle)
+    program = EmbedProgram(bundle, engine)
     inputs = program.inputs(rows.features)
     first = program.embed(inputs[:1])
     kept = first.copy()
@@ -71,16 +80,105 @@ def test_a_bundle_file_is_read_up_to_its_limit_only(key: Ed25519PrivateKey, tmp_
         open_bundle(tmp_path / "absent.bundle", tmp_path / "trusted.pub")
 
 
-def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle):
-    """Absent, garbage, without its method, or of another size than promised: a BundleError says which program."""
-    with pytest.raises(BundleError, match="must hold a program 'embed.pte', got \\['predict.pte'\\]"):
-        EmbedProgram(Bundle(bundle.manifest, {"predict.pte": b""}))
-    with pytest.raises(BundleError, match="program 'embed.pte' does not load"):
-        EmbedProgram(Bundle(bundle.manifest, {"embed.pte": b"garbage" * 100}))
-    without_method = bundle.programs["embed.pte"].replace(b"forward", b"farward")
-    with pytest.raises(BundleError, match="program 'embed.pte' does not load"):
-        EmbedProgram(Bundle(bundle.manifest, {"embed.pte": without_method}))
+def changed(bundle: Bundle, file: str, program: bytes) -> Bundle:
+    return Bundle(bundle.manifest, bundle.programs | {file: program})
+
+
+@pytest.mark.parametrize(("engine", "file"), [("executorch", "embed.pte"), ("onnx", "embed.onnx")])
+def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle, engine: Engine, file: str):
+    """Absent, garbage, or of another size than promised: a BundleError says which program."""
+    without = {name: data for name, data in bundle.programs.items() if name != file}
+    with pytest.raises(BundleError, match=f"must hold a program {file!r}, got "):
+        EmbedProgram(Bundle(bundle.manifest, without), engine)
+    for garbage in (b"", b"garbage" * 100, bundle.programs[file][:-100]):
+        with pytest.raises(BundleError, match=f"program {file!r} does not load in {engine}"):
+            EmbedProgram(changed(bundle, file, garbage), engine)
     wider = bundle.manifest.model_copy(update={"device_embedding": 5})
-    program = EmbedProgram(Bundle(wider, bundle.programs))
     with pytest.raises(BundleError, match=r"must return \(1, 5\) finite numbers"):
-        program.embed(np.zeros((1, 3), np.float32))
+        EmbedProgram(Bundle(wider, bundle.programs), engine).embed(np.zeros((1, 3), np.float32))
+    with pytest.raises(BundleError, match=r"does not take \(1, 4\) inputs"):
+        EmbedProgram(bundle, engine).embed(np.zeros((1, 4), np.float32))
+
+
+def test_a_program_without_its_method_is_refused(bundle: Bundle):
+    """An ExecuTorch program may hold other methods than the one that is run."""
+    without_method = bundle.programs["embed.pte"].replace(b"forward", b"farward")
+    with pytest.raises(BundleError, match=r"program 'embed\.pte' does not load"):
+        EmbedProgram(changed(bundle, "embed.pte", without_method), "executorch")
+
+
+@pytest.mark.parametrize(
+    ("file", "operator", "unknown"), [("embed.pte", b"aten::tanh", b"aten::tanz"), ("predict.onnx", b"Tanh", b"Tanz")]
+)
+def test_a_bundle_with_an_operator_that_the_engine_lacks_does_not_pass(
+    bundle: Bundle, file: str, operator: bytes, unknown: bytes
+):
+    """Also in a program that an inference of this model does not run."""
+    check_programs(bundle)
+    assert operator in bundle.programs[file]
+    with pytest.raises(BundleError, match=f"program {file!r} does not load"):
+        check_programs(changed(bundle, file, bundle.programs[file].replace(operator, unknown)))
+
+
+def test_a_bundle_whose_program_is_another_one_does_not_pass(bundle: Bundle):
+    """It is run once: a merge in the tower's place takes another input."""
+    with pytest.raises(BundleError, match=r"'embed\.onnx'"):
+        check_programs(changed(bundle, "embed.onnx", bundle.programs["predict.onnx"]))
+    on_device = bundle.manifest.model_copy(update={"merge": "device", "release": None})
+    with pytest.raises(BundleError, match=r"'predict\.pte'"):
+        check_programs(Bundle(on_device, bundle.programs | {"predict.pte": bundle.programs["embed.pte"]}))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_program_outlives_its_bundle(bundle: Bundle, rows: Rows, engine: Engine):
+    """ExecuTorch's methods point into memory of the program and of its bytes, which nobody else holds any more."""
+    own = Bundle(bundle.manifest, {name: bytes(bytearray(data)) for name, data in bundle.programs.items()})
+    program = EmbedProgram(own, engine)
+    inputs = program.inputs(rows.features)[:1]
+    before = program.embed(inputs)
+    del own
+    gc.collect()
+    junk = [bytes(bytearray(b"\xff" * 30_000)) for _ in range(100)]
+    np.testing.assert_array_equal(program.embed(inputs), before)
+    del junk
+
+
+FIRST_INFERENCE = """
+import sys
+from pathlib import Path
+from device_runtime.program import EmbedProgram, open_bundle
+
+opened = open_bundle(*map(Path, sys.argv[1:]))
+program = EmbedProgram(opened, "onnx")
+inputs = program.inputs({name: [None] for name in opened.manifest.features.names})
+assert program.embed(inputs).shape == (1, 4)
+print(*sys.modules)
+"""
+HEAVY = {"executorch", "flwr", "feast", "kafka", "mlflow", "opacus", "pandas", "pyarrow", "torch", "tritonclient"}
+SERVERS = {"aiohttp", "fastapi", "flask", "grpc", "hypercorn", "starlette", "uvicorn", "serving", "feature_store"}
+
+
+def test_an_inference_by_onnx_runtime_brings_neither_torch_nor_a_server(
+    bundle_file: Path, key: Ed25519PrivateKey, tmp_path: Path
+):
+    """Of a process that verified a bundle and ran it once, all modules: no HEAVY one, none of SERVERS, no HTTP."""
+    command = [sys.executable, "-c", FIRST_INFERENCE, str(bundle_file), str(public(key, tmp_path))]
+    loaded = {name.split(".")[0] for name in subprocess.check_output(command, text=True).split()}
+    assert "onnxruntime" in loaded
+    assert not loaded & (HEAVY | SERVERS | {"httpx"})
+
+
+def test_the_engine_is_the_phones_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, bundle: Bundle):
+    """ExecuTorch with torch, else ONNX Runtime; with neither, and where an absent one is asked for, a sentence says."""
+    absent: set[str] = set()
+    found = programs.importlib.util.find_spec
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
+    assert default_engine() == "executorch"
+    absent.add("torch")
+    assert default_engine() == "onnx"
+    assert EmbedProgram(bundle).engine == "onnx"
+    with pytest.raises(ConfigError, match="engine 'executorch' needs executorch and torch"):
+        EmbedProgram(bundle, "executorch")
+    absent.add("onnxruntime")
+    with pytest.raises(ConfigError, match="a device needs ONNX Runtime, or ExecuTorch and torch"):
+        default_engine()

@@ -77,6 +77,9 @@ def train(
     tower_dropout: Annotated[
         float | None, typer.Option(help="Share of rows that train without one side, for each side.")
     ] = None,
+    upload: Annotated[
+        str | None, typer.Option(help="How updates travel: float32, or int8, in 8 bits a weight.")
+    ] = None,
     fleet: Annotated[
         Path | None,
         typer.Option(
@@ -120,6 +123,7 @@ def train(
         "clip_quantile": clip_quantile,
         "server_tower": server_tower,
         "tower_dropout": tower_dropout,
+        "upload": upload,
     }
     from hybrid.network import Network
     from hybrid.registry import Registry

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hybrid.errors import ConfigError
-from hybrid.export.conformance import check, embedding_probes, input_probes, quiet
-from hybrid.network import DeviceProgram, Network
+from hybrid.export.conformance import check, quiet
+from hybrid.export.programs import device_parts
+from hybrid.network import Network
 
 with quiet():
     from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig, MMConfig
@@ -21,18 +22,6 @@ with quiet():
 
 # Matrix products only: XNNPACK's minimum and maximum lose a NaN, which is how a missing value travels.
 PRODUCTS = [AddmmConfig, LinearConfig, MMConfig]
-
-
-class PredictProgram(nn.Module):
-    """The merge on the device: its inputs and the server's embedding -> a probability."""
-
-    def __init__(self, embed: DeviceProgram, head: nn.Module) -> None:
-        super().__init__()
-        self.embed, self.head = embed, head
-
-    def forward(self, inputs: Tensor, server: Tensor) -> Tensor:
-        """(n, device features), (n, server_embedding) -> (n,) in [0, 1]."""
-        return torch.sigmoid(self.head(server, self.embed(inputs)))
 
 
 def device_programs(network: Network) -> dict[str, bytes]:
@@ -46,15 +35,10 @@ def device_programs(network: Network) -> dict[str, bytes]:
         ConfigError: a part cannot be exported, or its export does not give what
             torch gives to 1e-5, missing, infinite and extreme inputs included.
     """
-    inputs = input_probes(network.model.device_features)
-    (server,) = embedding_probes(network.server_embedding)
-    server = server[torch.arange(len(inputs)) % len(server)]
-    embed = network.device_program()
-    predict = PredictProgram(embed, network.head).eval()
     with quiet():
         return {
-            "embed.pte": _pte("embed", embed, [inputs]),
-            "predict.pte": _pte("predict", predict, [inputs, server]),
+            f"{name}.pte": _pte(name, part.program, list(part.probes.values()))
+            for name, part in device_parts(network).items()
         }
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-from hybrid.bundle import Alone, Manifest, signing_key, write_bundle
+from hybrid.bundle import Alone, Keeping, Manifest, TrainProgram, signing_key, write_bundle
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError
-from hybrid.export import executorch, triton
+from hybrid.export import executorch, onnx, triton
+from hybrid.export.training import training_program
 from hybrid.network import Network
 from hybrid.protocol import CONSTANT, DEVICE_ONLY
-from hybrid.spec import HybridModel
+from hybrid.spec import HybridModel, Training
 from hybrid.version import Version
 from hybrid.workspace import Workspace
+
+MINIMUM_RUNTIME = 1  # `device_runtime.RUNTIME` of the first that runs the programs below; older ones refuse the bundle
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,23 @@ class Exported:
         bundle: the device bundle's file.
         manifest: in it.
         sizes: bytes of each Triton model's ONNX file, each device program and the bundle.
+        untrainable: why devices cannot train this version; None: they can.
     """
 
     deployment: Deployment
     bundle: Path
     manifest: Manifest
     sizes: dict[str, int]
+    untrainable: str | None
 
 
 def export_version(
-    version: Version, model: HybridModel, workspace: Workspace, *, backend: triton.Backend = "python"
+    version: Version,
+    model: HybridModel,
+    workspace: Workspace,
+    *,
+    backend: triton.Backend = "python",
+    created_ms: int | None = None,
 ) -> Exported:
     """Exports a trained version to `workspace.triton` and `workspace.bundles`; every export is checked against torch.
 
@@ -43,6 +55,7 @@ def export_version(
         model: the declaration.
         workspace: its signing key signs the bundle.
         backend: which Triton backend runs the ONNX files.
+        created_ms: Unix time in UTC that the bundle says it is from; None: now.
 
     Raises:
         ConfigError: the version cannot be promoted, or a part cannot be exported.
@@ -52,15 +65,17 @@ def export_version(
     network.check_registered(version.definition["network"])
     network.load_weights(version.weights)
     _check_fallbacks(network, f"{model.name}:{version.number}")
-    programs = executorch.device_programs(network)
+    programs, train, untrainable = _device_programs(network, version.training.settings or model.training)
     tower, head = triton.export(network, version.number, workspace.triton, backend=backend)
     bundle = workspace.bundles / f"{model.name}-{version.number}.bundle"
-    manifest = write_bundle(bundle, _manifest(version, network), programs, signing_key(workspace.keys))
+    created_ms = time.time_ns() // 1_000_000 if created_ms is None else created_ms
+    unsigned = _manifest(version, network, train, created_ms)
+    manifest = write_bundle(bundle, unsigned, programs, signing_key(workspace.keys))
     files = {name: workspace.triton / name / str(version.number) / "model.onnx" for name in (tower, head)}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(data) for name, data in programs.items()} | {"bundle": bundle.stat().st_size}
     deployment = deployment_of(network, version.number, version.definition_hash, (tower, head))
-    return Exported(deployment, bundle, manifest, sizes)
+    return Exported(deployment, bundle, manifest, sizes, untrainable)
 
 
 def deployment_of(network: Network, version: int, definition_hash: str, names: tuple[str, str]) -> Deployment:
@@ -120,8 +135,24 @@ def _check_fallbacks(network: Network, name: str) -> None:
             )
 
 
-def _manifest(version: Version, network: Network) -> Manifest:
+def _device_programs(network: Network, settings: Training) -> tuple[dict[str, bytes], TrainProgram | None, str | None]:
+    """What a bundle holds by file name, how its training program is fed, and why it has none.
+
+    A model can be served whose gradient no device can compute; such a bundle predicts, and takes part in no training.
+    """
+    programs = executorch.device_programs(network) | onnx.device_programs(network)
+    try:
+        data, train = training_program(
+            network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0
+        )
+    except ConfigError as error:
+        return programs, None, str(error)
+    return programs | {"train.pte": data}, train, None
+
+
+def _manifest(version: Version, network: Network, train: TrainProgram | None, created_ms: int) -> Manifest:
     model = network.model
+    lifetime = model.on_device.bundle_lifetime
     return Manifest(
         model=model.name,
         version=version.number,
@@ -134,6 +165,25 @@ def _manifest(version: Version, network: Network) -> Manifest:
         release=model.release,
         programs={},
         alone=_alone(network) if model.merge == "device" else None,
+        train=train,
+        keeping=_keeping(model),
+        created_ms=created_ms,
+        expires_ms=None if lifetime is None else created_ms + lifetime // timedelta(milliseconds=1),
+        minimum_runtime=MINIMUM_RUNTIME,
+    )
+
+
+def _keeping(model: HybridModel) -> Keeping:
+    """What devices keep and for how long they wait for a label, in plain units."""
+    label, on_device = model.label, model.on_device
+    return Keeping(
+        label_window_s=None if label.window is None else label.window.total_seconds(),
+        label_absent=label.absent,
+        seconds=on_device.keep.total_seconds(),
+        bytes=round(on_device.keep_mb * (1 << 20)),
+        max_examples=on_device.max_examples,
+        max_seconds=on_device.max_seconds,
+        max_memory_mb=on_device.max_memory_mb,
     )
 
 

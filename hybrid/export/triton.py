@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import onnxruntime
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hybrid.errors import ConfigError
-from hybrid.export.conformance import check, embedding_probes, quiet, slot_probes
+from hybrid.export.conformance import embedding_probes, slot_probes
+from hybrid.export.onnx import MAX_BATCH, onnx_bytes
 from hybrid.network import Network
 
 Backend = Literal["python", "onnxruntime"]
-MAX_BATCH = 4096
 QUEUE_DELAY_US = 200  # how long the dynamic batcher may wait for company
-OPSET = 18  # read by every ONNX Runtime since 1.14
 
 
 @dataclass(frozen=True)
@@ -74,8 +69,8 @@ def export(network: Network, version: int, repository: Path, *, backend: Backend
         head: Tensors({"server": a, "device": b}, "prediction", 1),
     }
     files = {
-        tower: onnx_bytes(tower, network.server_program(), tensors[tower], [slot_probes(slots)]),
-        head: onnx_bytes(head, HeadProgram(network.head).eval(), tensors[head], embedding_probes(a, b)),
+        tower: _onnx(tower, network.server_program(), tensors[tower], slot_probes(slots)),
+        head: _onnx(head, HeadProgram(network.head).eval(), tensors[head], *embedding_probes(a, b)),
     }
     repository.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -83,37 +78,8 @@ def export(network: Network, version: int, repository: Path, *, backend: Backend
     return tower, head
 
 
-def onnx_bytes(name: str, program: nn.Module, tensors: Tensors, probes: Sequence[Tensor]) -> bytes:
-    """A program in ONNX with a dynamic batch, checked against torch on `probes`.
-
-    Raises:
-        ConfigError: it cannot be exported, or does not conform.
-    """
-    rows = torch.export.Dim("n", min=1, max=MAX_BATCH)
-    try:
-        with quiet(), torch.no_grad():
-            traced = torch.export.export(program, tuple(probes), dynamic_shapes=tuple({0: rows} for _ in probes))
-            exported = torch.onnx.export(
-                traced,
-                input_names=list(tensors.inputs),
-                output_names=[tensors.output],
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:  # the exporters have no class of their own for what they cannot trace
-        raise ConfigError(f"{name} cannot be exported to ONNX: {type(error).__name__}: {error}") from error
-    assert exported is not None
-    data: bytes = exported.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-
-    def run(*arrays: NDArray[np.float32]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = session.run(None, dict(zip(tensors.inputs, arrays, strict=True)))[0]
-        return output
-
-    check(name, program, run, probes)
-    check(name, program, run, [probe[-1:] for probe in probes])
-    return data
+def _onnx(name: str, program: nn.Module, tensors: Tensors, *probes: Tensor) -> bytes:
+    return onnx_bytes(name, program, dict(zip(tensors.inputs, probes, strict=True)), tensors.output)
 
 
 def config(name: str, tensors: Tensors, backend: Backend) -> str:

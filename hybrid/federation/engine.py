@@ -18,13 +18,18 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.layers import Chunk, Moves, Scratch, UserModule
-from hybrid.federation.local_training import LocalTraining, Schedule
 from hybrid.federation.population import Examples
+from hybrid.local_training import LocalTraining, Schedule, missing_sides
 from hybrid.network import Network
-from hybrid.privacy.mechanisms import ClippedSum
+from hybrid.privacy.mechanisms import ClippedSum, clip_and_sum
+from hybrid.update import Upload, dequantise, quantise
 
 ROWS_A_PASS = 1 << 16
 CACHED_EMBEDDINGS = 1 << 28  # bytes; more of them are computed as they are needed
+ROUNDED = (
+    1 << 17
+)  # weights that are quantised at once: with more, memory comes fresh from the system, three times slower
+ROUNDING = 1  # tells the stream that rounds quantised updates from that of rows and tower dropout
 STACKED = 4  # several starts fill 1 / 4 of a chunk; measured: with more, memory costs what fewer operations save
 
 
@@ -101,6 +106,7 @@ class Engine:
         embeddings: (n, a) of the frozen tower, where they fit in memory.
         trainer: how a chunk is trained.
         tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
+        upload: how clipped updates travel; those in int8 are clipped again before they are summed.
         chunk_bytes: of one chunk's updates and rows.
         scratch: memory of the chunks.
     """
@@ -113,6 +119,7 @@ class Engine:
     embeddings: Tensor | None = field(repr=False)
     trainer: Trainer = field(repr=False)
     tower_dropout: float
+    upload: Upload
     chunk_bytes: int
     scratch: Scratch = field(repr=False)
 
@@ -125,6 +132,7 @@ class Engine:
         *,
         federate_server_tower: bool = False,
         tower_dropout: float = 0.0,
+        upload: Upload = "float32",
         chunk_bytes: int | None = None,
     ) -> Engine:
         """Prepares what every round needs.
@@ -135,6 +143,7 @@ class Engine:
             local: what each user does.
             federate_server_tower: whether users train the server tower too.
             tower_dropout: in [0, 0.5).
+            upload: how clipped updates travel.
             chunk_bytes: by default what the cache holds: the same on the same machine, so that a seed repeats a run.
 
         Raises:
@@ -155,6 +164,7 @@ class Engine:
             embeddings=embed(frozen, examples.server) if frozen is not None and cached else None,
             trainer=_trainer(side, examples, frozen, scratch),
             tower_dropout=tower_dropout,
+            upload=upload,
             chunk_bytes=chunk_bytes or _chunk_bytes(),
             scratch=scratch,
         )
@@ -169,11 +179,14 @@ class Engine:
     ) -> ClippedSum:
         """What `hybrid.privacy.mechanisms.clip_and_sum` makes of the cohort's updates, without their leaving torch.
 
+        With upload="int8" each clipped update is rounded and read again as `hybrid.update` does it; the sum is what
+        `clip_and_sum` makes of those, and the counts are of the norms before.
+
         Args:
             flat: (p,) the weights to start from.
             users: (k,) distinct, each in [0, self.users).
             clip: largest L2 norm of one user's update.
-            stream: seeds the order of rows and the tower dropout of this round.
+            stream: seeds the order of rows, the tower dropout and the rounding of this round.
         """
         return self.clipped_sums(flat[None], users, [clip], [self.local.lr], stream=stream)[0]
 
@@ -193,9 +206,9 @@ class Engine:
             users: (k,) distinct, each in [0, self.users).
             clips: of each start, largest L2 norm of one user's update.
             lrs: of each start, in place of `local.lr`.
-            stream: seeds the order of rows and the tower dropout of this round.
+            stream: seeds the order of rows, the tower dropout and the rounding of this round.
         """
-        sums = [_Sum(torch.zeros(self.size, dtype=torch.float64), clip) for clip in clips]
+        sums = [self._sum(clip, stream) for clip in clips]
         for first, starts, moves in self._moves(flats, users, lrs, stream):
             parts, square = [], torch.zeros(())
             for begin, columns in moves:  # each is made when it is asked for, and still in the cache
@@ -206,6 +219,11 @@ class Engine:
                 here = slice(place * len(norm), (place + 1) * len(norm))
                 sums[first + place].add(norm, [(where, part[here]) for where, part in parts])
         return [ClippedSum(one.total.numpy(), len(users), one.below, one.above) for one in sums]
+
+    def _sum(self, clip: float, stream: tuple[int, ...]) -> _Sum:
+        """An empty one; each has a generator of its own, so that every start rounds as it would alone."""
+        rounding = None if self.upload == "float32" else np.random.default_rng((*stream, ROUNDING))
+        return _Sum(torch.zeros(self.size, dtype=torch.float64), clip, rounding)
 
     def _in_float64(self, begin: int, columns: Sequence[Tensor]) -> Tensor:
         """Side by side."""
@@ -277,11 +295,8 @@ class Engine:
         rows = torch.from_numpy(self.examples.offsets[users][:, None, None] + schedule.place)
         absent = None
         if self.tower_dropout:
-            # One draw a row and step: the server's side is missing, the device's, or neither; never both.
-            draw = rng.random((len(users), int(schedule.steps.max()), rows.shape[2]))
-            absent = torch.from_numpy(
-                np.stack([draw < self.tower_dropout, draw > 1 - self.tower_dropout], axis=3).astype(np.float32)
-            )
+            shape = len(users), int(schedule.steps.max()), rows.shape[2]
+            absent = torch.from_numpy(missing_sides(shape, self.tower_dropout, rng))
         weight, steps = torch.from_numpy(schedule.weight), torch.from_numpy(schedule.steps)
         return Batches(self, torch.tensor([self.local.lr]), rows, weight, steps, absent)
 
@@ -302,6 +317,7 @@ class _Sum:
 
     total: Tensor
     clip: float
+    rounding: np.random.Generator | None = None  # of updates that travel in 8 bits
     below: int = 0
     above: int = 0
 
@@ -317,8 +333,22 @@ class _Sum:
         self.below += int(np.count_nonzero(norms)) - above
         self.above += above
         scale = torch.from_numpy(self.clip / np.maximum(norms, self.clip))
+        if self.rounding is not None:
+            self._add_rounded(scale, parts, self.rounding)
+            return
         for where, part in parts:
             self.total[where] += torch.mv(part.T, scale)
+
+    def _add_rounded(self, scale: Tensor, parts: Sequence[tuple[slice, Tensor]], rng: np.random.Generator) -> None:
+        """What an aggregator makes of clipped updates that were quantised on their devices."""
+        at_once = max(1, ROUNDED // len(self.total))
+        clipped = np.empty((at_once, len(self.total)), np.float32)
+        for begin in range(0, len(scale), at_once):
+            here = scale[begin : begin + at_once, None]
+            for where, part in parts:
+                clipped[: len(here), where] = part[begin : begin + at_once].mul_(here).numpy()
+            arrived = dequantise(*quantise(clipped[: len(here)], rng))
+            self.total += torch.from_numpy(clip_and_sum([arrived], len(self.total), self.clip).total)
 
 
 @dataclass(frozen=True)

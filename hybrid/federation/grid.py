@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.errors import ConfigError
-from hybrid.federation.local_training import LocalTraining
+from hybrid.local_training import LocalTraining
 from hybrid.spec import HybridModel, Training
 
 MOST = 1000  # configurations of a sweep
@@ -27,6 +27,7 @@ SHARED = (
     "proximal",
     "server_tower",
     "tower_dropout",
+    "upload",
 )
 
 

@@ -22,17 +22,18 @@ from hybrid.federation.central import Fitting, fit_everything, fit_server_side
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide, Engine, predict
 from hybrid.federation.fleet import Fleet, OverSelection, Trace, Work, over_selection, turnout
-from hybrid.federation.local_training import LocalTraining
 from hybrid.federation.metrics import auc, calibration, log_loss
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
+from hybrid.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.privacy.accountant import noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
 from hybrid.spec import HybridModel, Training
+from hybrid.update import length
 from hybrid.version import TrainingRecord
 
 Kind = Literal["federated", "noiseless", "central", "server-only"]
@@ -264,6 +265,7 @@ def engine_for(network: Network, examples: Examples, settings: Training) -> Engi
         LocalTraining.of(settings),
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
+        upload=settings.upload,
     )
 
 
@@ -333,7 +335,8 @@ def _cohort(run: _Run, size: int) -> _Cohort:
         return _Cohort(settings.sampling, settings.sampling * users)
     trace = run.fleet.trace
     steps = settings.local_epochs or settings.local_steps
-    work = Work(steps=steps, download_bytes=4 * size, upload_bytes=4 * size, deadline_s=run.fleet.deadline_s)
+    upload = length(size, settings.upload)
+    work = Work(steps=steps, download_bytes=4 * size, upload_bytes=upload, deadline_s=run.fleet.deadline_s)
     over = over_selection(
         trace,
         users=users,
@@ -431,6 +434,7 @@ def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
         population=run.examples.population,
         users=run.examples.users,
         examples=len(run.examples),
+        settings=run.settings,
         oracle=measured,
         **privacy,
     )

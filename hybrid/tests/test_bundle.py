@@ -1,8 +1,10 @@
 import hashlib
 import io
+import json
 import threading
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hybrid import Categorical, Clear, Noised, Numeric
-from hybrid.bundle import MAX_BYTES, Alone, Manifest, read_bundle, signing_key, trusted_key, write_bundle
+from hybrid.bundle import (
+    MAX_BYTES,
+    Alone,
+    Manifest,
+    head_size,
+    read_bundle,
+    read_head,
+    signing_key,
+    trusted_key,
+    write_bundle,
+)
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
 
@@ -69,12 +81,12 @@ def test_a_device_learns_how_its_embedding_is_released(release: Clear | Noised, 
     assert read_bundle(written(tmp_path, manifest), KEY.public_key()).manifest.release == release
 
 
-def test_what_a_device_answers_alone_comes_back_and_stands_in_no_other_bundle(data: bytes, tmp_path: Path):
-    """Where the device merges; a device of the release before refuses unknown fields, and finds none in its bundles."""
+def test_what_a_device_answers_alone_comes_back(data: bytes, tmp_path: Path):
+    """Where the device merges; elsewhere there is none."""
     alone = Alone(unavailable="device-only", missing_server=(0.5, 1.0, -1.0, 0.25), constant=0.125)
     manifest = MANIFEST.model_copy(update={"merge": "device", "release": None, "alone": alone})
     assert read_bundle(written(tmp_path, manifest), KEY.public_key()).manifest.alone == alone
-    assert b"alone" not in zipfile.ZipFile(io.BytesIO(data)).read("manifest.json")
+    assert read_bundle(data, KEY.public_key()).manifest.alone is None
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,7 @@ def test_a_changed_manifest_is_refused(data: bytes):
 def test_a_swapped_program_is_refused(data: bytes):
     """The manifest's signature covers each program by its hash, under its own name."""
     swapped = rezipped(data, {"embed.pte": PROGRAMS["predict.pte"], "predict.pte": PROGRAMS["embed.pte"]})
-    with pytest.raises(BundleError, match="program 'embed.pte' is not the one that was signed"):
+    with pytest.raises(BundleError, match=r"program 'embed\.pte' is not the one that was signed"):
         read_bundle(swapped, KEY.public_key())
 
 
@@ -175,12 +187,110 @@ def test_a_name_that_comes_twice_is_refused(data: bytes):
         read_bundle(buffer.getvalue(), KEY.public_key())
 
 
-def test_a_manifest_of_another_format_is_refused_though_signed(data: bytes):
-    """A newer control plane's manifest, rightly signed, is not half understood."""
-    text = zipfile.ZipFile(io.BytesIO(data)).read("manifest.json").replace(b'"format":1', b'"format":2')
-    newer = rezipped(data, {"manifest.json": text, "manifest.sig": KEY.sign(text)})
-    with pytest.raises(BundleError, match="another format"):
-        read_bundle(newer, KEY.public_key())
+def signed(data: bytes, change: Callable[[dict], object]) -> bytes:
+    """The bundle with another manifest, rightly signed."""
+    manifest = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("manifest.json"))
+    change(manifest)
+    text = json.dumps(manifest).encode()
+    return rezipped(data, {"manifest.json": text, "manifest.sig": KEY.sign(text)})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"format": 3, "later": 1}, "is of format 3, this app reads 2: the app must be updated"),
+        ({"minimum_runtime": 8, "later": 1}, "needs device runtime 8, this app has 7: the app must be updated"),
+        ({"format": 1}, "is of format 1, this app reads 2: its version must be promoted again"),
+        ({"later": 1}, "of another format: 1 fields differ"),
+        ({"format": "2"}, "of another format: 1 fields differ"),
+        ({"minimum_runtime": None}, "of another format: 1 fields differ"),
+    ],
+)
+def test_a_manifest_that_is_not_understood_is_refused_though_signed(data: bytes, change: dict, why: str):
+    """A newer control plane's is not half understood: the sentence says whether the app must be updated."""
+    with pytest.raises(BundleError, match=why):
+        read_bundle(signed(data, lambda manifest: manifest.update(change)), KEY.public_key(), runtime=7)
+
+
+def test_what_is_not_signed_is_not_read_though_it_says_to_be_newer(data: bytes):
+    """Nobody else can make a device ask for an update of its app."""
+    text = zipfile.ZipFile(io.BytesIO(data)).read("manifest.json").replace(b'"format":2', b'"format":3')
+    with pytest.raises(BundleError, match="not signed"):
+        read_bundle(rezipped(data, {"manifest.json": text}), KEY.public_key())
+
+
+def test_a_bundle_for_this_runtime_is_read(data: bytes):
+    """The runtime that it needs at least, and whatever it needs where nothing will run it."""
+    newer = signed(data, lambda manifest: manifest.update(minimum_runtime=7))
+    assert read_bundle(newer, KEY.public_key(), runtime=7).manifest.minimum_runtime == 7
+    assert read_bundle(newer, KEY.public_key()).manifest.minimum_runtime == 7
+
+
+@pytest.mark.parametrize("text", [b"[]", b"2", b"null", b"{}", b"{", b"\xff", b"", b"[" * 100_000])
+def test_a_signed_manifest_that_is_none_is_refused(data: bytes, text: bytes):
+    """Whatever stands there, of the whole and of the head the answer is a BundleError."""
+    other = rezipped(data, {"manifest.json": text, "manifest.sig": KEY.sign(text)})
+    for read in (read_bundle, read_head):
+        with pytest.raises(BundleError):
+            read(other, KEY.public_key())
+
+
+@pytest.mark.parametrize("name", ["../embed.pte", "/etc/passwd", "embed", "Embed.pte", "a/b.pte", "é.pte", ""])
+def test_a_program_cannot_be_called_like_a_place_elsewhere(name: str):
+    """Names become files' names on some devices."""
+    with pytest.raises(ValidationError, match="String should match pattern"):
+        Manifest.model_validate(MANIFEST.model_dump() | {"programs": {name: {"sha256": "0" * 64, "bytes": 1}}})
+
+
+def test_the_head_tells_where_each_program_lies(data: bytes):
+    """Its bytes alone verify, and say of each program in the file which bytes are its own, and how long the file is."""
+    size = head_size(data[:100])
+    head = read_head(data[:size], KEY.public_key())
+    assert {name: data[r.start : r.stop] for name, r in head.ranges().items()} == PROGRAMS
+    assert head.size == len(data)
+    assert head.manifest == read_bundle(data, KEY.public_key()).manifest
+
+
+def test_the_head_and_the_programs_are_the_file_again(data: bytes):
+    """Bit by bit, so that its entity tag is known without asking."""
+    assert read_head(data, KEY.public_key()).join(PROGRAMS) == data
+
+
+def test_the_head_of_a_bundle_without_programs_is_nearly_all_of_it(tmp_path: Path):
+    """What follows is the zip's directory."""
+    data = written(tmp_path, programs={})
+    head = read_head(data[: head_size(data)], KEY.public_key())
+    assert (head.ranges(), head.size, head.join({})) == ({}, len(data), data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_head_is_refused_or_changes_nothing(data: bytes, place: float, bit: int):
+    """Of the head as of the whole: a BundleError, or the same manifest."""
+    flipped = bytearray(data[: head_size(data)])
+    flipped[int(place * len(flipped))] ^= 1 << bit
+    try:
+        head = read_head(bytes(flipped), KEY.public_key())
+    except BundleError:
+        return
+    assert head == read_head(data, KEY.public_key())
+
+
+@settings(max_examples=100, deadline=None)
+@given(garbage=st.binary(max_size=300), cut=st.integers(0, 1200))
+def test_no_head_is_refused(data: bytes, garbage: bytes, cut: int):
+    """Garbage, and a head that ends early, whatever its lengths say."""
+    for given_ in (garbage, data[: min(cut, head_size(data) - 1)]):
+        with pytest.raises(BundleError):
+            read_head(given_, KEY.public_key())
+
+
+def test_a_head_is_not_larger_than_a_manifest_may_be(data: bytes):
+    """A peer that says 4 GiB is not waited for."""
+    said = bytearray(data[:100])
+    said[18:26] = b"\xff\xff\xff\xff" * 2  # compressed and plain size, APPNOTE 4.3.7
+    with pytest.raises(BundleError, match="at most 4194304 bytes, got 4294967295"):
+        head_size(bytes(said))
 
 
 def test_the_signing_key_is_made_once_and_its_public_half_verifies(tmp_path: Path):

@@ -1,13 +1,15 @@
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hybrid import Serving
-from hybrid.bundle import Alone
+from hybrid import Label, OnDevice, Serving, Training
+from hybrid.bundle import Alone, Keeping
 from hybrid.errors import ConfigError
+from hybrid.export import promote
 from hybrid.export.promote import export_version
 from hybrid.export.tests.conftest import declared, version_of
 from hybrid.network import Network
@@ -100,3 +102,64 @@ def test_a_network_other_than_the_registered_one_is_refused(every, tmp_path: Pat
     other = every.network.model.model_copy(update={"device_tower": deeper})
     with pytest.raises(ConfigError, match="the network of 'every' changed since it was registered"):
         export_version(every.version, other, Workspace(tmp_path))
+
+
+def test_a_device_is_told_what_to_keep_and_until_when_to_install(every, tmp_path: Path):
+    """A window of 6 h is 21,600 s, 2 MB are 2,097,152 bytes, and 30 days after 1,000 ms is 2,592,001,000 ms."""
+    label = Label(column="y", visible_to="device", window=timedelta(hours=6), absent=0)
+    on_device = OnDevice(
+        keep=timedelta(days=2),
+        keep_mb=2,
+        max_examples=64,
+        max_seconds=5,
+        max_memory_mb=100,
+        bundle_lifetime=timedelta(days=30),
+    )
+    model = every.network.model.model_copy(update={"label": label, "on_device": on_device})
+    manifest = export_version(every.version, model, Workspace(tmp_path), created_ms=1000).manifest
+    assert manifest.keeping == Keeping(
+        label_window_s=21600,
+        label_absent=0,
+        seconds=172800,
+        bytes=2097152,
+        max_examples=64,
+        max_seconds=5,
+        max_memory_mb=100,
+    )
+    assert (manifest.created_ms, manifest.expires_ms) == (1000, 2592001000)
+
+
+def test_a_bundle_without_a_declared_lifetime_never_expires(every):
+    """It says when it was made, by the clock, and no end; any runtime there is can run it."""
+    manifest = every.bundle.manifest
+    assert manifest.expires_ms is None
+    assert manifest.created_ms > 1_700_000_000_000
+    assert manifest.minimum_runtime == 1
+
+
+def test_a_bundle_holds_each_program_in_both_forms_and_what_devices_train(every):
+    """For ExecuTorch and for ONNX Runtime; a training program for ExecuTorch alone, and how it is fed."""
+    assert set(every.bundle.programs) == {"embed.pte", "predict.pte", "embed.onnx", "predict.onnx", "train.pte"}
+    train = every.bundle.manifest.train
+    assert (train.server, train.missing, every.exported.untrainable) == (3, False, None)
+
+
+def test_devices_train_what_the_version_s_training_trained(every, tmp_path: Path):
+    """A federated server tower takes 7 slots in place of its embedding; tower dropout trains what is missing."""
+    settings = Training(server_tower="federated", tower_dropout=0.1)
+    version = replace(every.version, training=every.version.training.model_copy(update={"settings": settings}))
+    train = export_version(version, every.network.model, Workspace(tmp_path)).manifest.train
+    assert (train.server, train.missing) == (7, True)
+
+
+def test_a_version_that_no_device_can_train_is_served(every, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its bundle predicts, and says that there is no training program; whoever promotes is told why."""
+
+    def none(*_: object, **__: object):
+        raise ConfigError("the gradient cannot be exported for devices: no such operator")
+
+    monkeypatch.setattr(promote, "training_program", none)
+    exported = export_version(every.version, every.network.model, Workspace(tmp_path))
+    assert exported.manifest.train is None
+    assert set(exported.manifest.programs) == {"embed.pte", "predict.pte", "embed.onnx", "predict.onnx"}
+    assert exported.untrainable == "the gradient cannot be exported for devices: no such operator"

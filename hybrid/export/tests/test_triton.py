@@ -2,12 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import pytest
 import torch
 
-from hybrid.errors import ConfigError
 from hybrid.export.conformance import embedding_probes, slot_probes
-from hybrid.export.triton import MAX_BATCH, Tensors, export, onnx_bytes
+from hybrid.export.triton import MAX_BATCH, export
 from hybrid.network import Network
 
 
@@ -82,17 +80,3 @@ def test_triton_s_own_onnx_backend_needs_no_python(every, tmp_path: Path):
     export(every.network, 1, tmp_path / "triton", backend="onnxruntime")
     assert 'backend: "onnxruntime"' in (tmp_path / "triton" / "every_head" / "config.pbtxt").read_text()
     assert not list((tmp_path / "triton").rglob("*.py"))
-
-
-def test_a_tower_that_cannot_be_exported_is_refused():
-    """A tower that branches on values has no ONNX form, and the message says whose."""
-    tensors = Tensors({"slots": 4}, "embedding", 4)
-    with pytest.raises(ConfigError, match="every_server_tower cannot be exported to ONNX"):
-        onnx_bytes("every_server_tower", Branching(), tensors, [torch.randn(5, 4)])
-
-
-class Branching(torch.nn.Module):
-    """Takes another path for some values: nothing that a traced program can do."""
-
-    def forward(self, columns):
-        return columns if columns.sum() > 1 else -columns

@@ -8,7 +8,7 @@ from torch import nn
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError
 from hybrid.federation.aggregator import PaidMechanism, Round, SimulatedAggregator
 from hybrid.federation.engine import Engine
-from hybrid.federation.local_training import LocalTraining
+from hybrid.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import ClippedSum

@@ -10,9 +10,10 @@ from torch import nn
 
 from hybrid.errors import ConfigError
 from hybrid.federation.engine import AnyTrainer, DeviceSide, Engine, LayerTrainer, predict
-from hybrid.federation.local_training import LocalTraining
+from hybrid.local_training import LocalTraining
 from hybrid.network import Network
-from hybrid.privacy.mechanisms import clip_and_sum
+from hybrid.privacy.mechanisms import clip_and_sum, clip_rows
+from hybrid.update import decode, encode
 
 
 def _one_user_at_a_time(engine, network, flat, place, weight, absent, steps):
@@ -318,3 +319,57 @@ def test_predictions_are_the_networks_own(tiny_model, tiny_examples):
         )
         expected = torch.sigmoid(network.head(*towers)).numpy()
     np.testing.assert_allclose(predict(network, examples), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tower", [None, _wide, _normed], ids=["small", "wide", "layer norm"])
+@pytest.mark.parametrize("clip", [1e-3, 0.05, 10.0])
+def test_quantised_updates_are_those_of_the_wire(tiny_model, tiny_examples, tower, clip):
+    """The engine's sum over 200 users is that of updates clipped, encoded, decoded and clipped again, one by one, but
+    for rounding by chance: within 6 standard errors of the whole sum, each weight's being half a scale at most."""
+    network = Network.build(tiny_model(**{"device_tower": tower} if tower else {}))
+    engine = Engine.build(network, tiny_examples(200), LocalTraining(3, 0.5), upload="int8", chunk_bytes=30_000)
+    users, flat = np.arange(200), engine.side.flat()
+    found = engine.clipped_sum(flat, users, clip)
+    plain = replace(engine, upload="float32").clipped_sum(flat, users, clip)
+    rows = np.concatenate([chunk.copy() for chunk in engine.updates(flat, users)])
+    sent = clip_rows(rows, clip).astype(np.float32)
+    arrived = [decode(encode(row, "int8", np.random.default_rng(n)), engine.size) for n, row in enumerate(sent)]
+    expected = clip_and_sum([np.stack(arrived)], engine.size, clip)
+    largest = np.abs(sent).max(axis=1)  # at least each block's
+    error = np.sqrt(((largest / 127) ** 2).sum()) / 2
+    np.testing.assert_allclose(found.total, expected.total, atol=6 * np.sqrt(2) * error + 0.01 * clip)
+    assert (found.total != plain.total).any()
+    assert (found.received, found.below, found.above) == (plain.received, plain.below, plain.above)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    users=st.integers(1, 12),
+    clip=st.sampled_from([1e-4, 0.01, 0.1, 1.0, 100.0]),
+    scale=st.sampled_from([0.0, 1.0, 30.0, np.inf]),
+    seed=st.integers(0, 1000),
+)
+def test_one_person_moves_a_quantised_sum_by_at_most_the_clip(tiny_model, tiny_examples, users, clip, scale, seed):
+    """With the last person of a cohort or without, the others' rounding being the same: the sums are at most the clip
+    apart, whatever the update was, one that is not finite included."""
+    engine = Engine.build(
+        Network.build(tiny_model()), tiny_examples(12), LocalTraining(2, 0.5), upload="int8", chunk_bytes=1
+    )
+    flat = engine.side.flat() * np.float32(scale)
+    cohort = engine.order(np.arange(users))
+    whole, without = (engine.clipped_sum(flat, some, clip, stream=(seed,)) for some in (cohort, cohort[:-1]))
+    assert np.linalg.norm(whole.total - without.total) <= clip * (1 + 1e-9)
+    assert np.isfinite(whole.total).all()
+
+
+def test_a_seed_repeats_a_quantised_cohort_to_the_last_bit(tiny_model, tiny_examples):
+    """Rounding is drawn from the round's stream too, by another generator than the order of rows."""
+    sums = []
+    for stream, upload in (((1, 2), "int8"), ((1, 2), "int8"), ((1, 3), "int8"), ((1, 2), "float32")):
+        engine = Engine.build(
+            Network.build(tiny_model()), tiny_examples(40), LocalTraining(4, 0.5, batch=2), upload=upload
+        )
+        sums.append(engine.clipped_sum(engine.side.flat(), np.arange(40), 0.1, stream=stream).total)
+    np.testing.assert_array_equal(sums[0], sums[1])
+    assert (sums[0] != sums[2]).any()
+    np.testing.assert_allclose(sums[0], sums[3], atol=40 * 0.1 / 127)

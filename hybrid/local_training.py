@@ -1,4 +1,7 @@
-"""What one user does in a round, and which of its rows it takes in each step: as columns, for many users at once."""
+"""What one user does in a round, and which of its rows it takes in each step: as columns, for many users at once.
+
+A simulation and a device go through the same schedule: with the same generator, one user's is the same on both.
+"""
 
 from __future__ import annotations
 
@@ -109,3 +112,18 @@ class Schedule:
     place: NDArray[np.int64] = field(repr=False)
     weight: NDArray[np.float32] = field(repr=False)
     steps: NDArray[np.int64] = field(repr=False)
+
+
+def missing_sides(shape: tuple[int, ...], share: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Which side each row of each step trains without: the server's, the device's, or neither; never both.
+
+    Args:
+        shape: (users, steps, rows of a step).
+        share: of rows that lack the server's side, and of those that lack the device's; in [0, 0.5).
+        rng: draws once a row and step.
+
+    Returns:
+        (*shape, 2), 1 where the side is missing.
+    """
+    draw = rng.random(shape)
+    return np.stack([draw < share, draw > 1 - share], axis=-1).astype(np.float32)

@@ -1,0 +1,379 @@
+"""Fetches a model's bundle from the gateway, no more of it than is not here.
+
+First the file's head by a range request: once its signature is verified and it may be installed, the ranges of those
+programs whose SHA-256 no installed bundle has; the zip's directory behind them is made anew. What came so far is kept,
+so that a download that broke goes on where it did, as long as the server's entity tag says that it is the same file. A
+server without ranges is asked for all of it. Whatever a server says of lengths, no more is read than was asked for, and
+of a whole file no more than its head promises. The bytes count for nothing before `hybrid.bundle.read_bundle` verified
+them.
+
+Source: RFC 9110, sections 8.8.3 (ETag), 13.1 (conditions) and 14 (ranges).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from device_runtime import RUNTIME
+from device_runtime.access import authorization, refused
+from device_runtime.bundles import Installed, none_halted
+from hybrid.bundle import MAX_BYTES, Head, head_size, read_head
+from hybrid.errors import BundleError, ConfigError, Unauthenticated
+
+FIRST = 16 << 10  # bytes of the file that are asked for first; the heads of most bundles are within
+TOGETHER = 1 << 10  # ranges that lie closer than this are fetched as one
+PART, PLAN = "download", "download.json"  # in the folder: bytes so far, and of which file and where they lie
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d{1,18}|\*)", re.ASCII)
+_TAG = re.compile(r'"[\x21\x23-\x7e]{1,200}"')  # a strong one: a weak one says nothing of bytes
+Outcome = Literal["installed", "unchanged", "refused", "interrupted"]
+_MODEL = re.compile(r"[a-z][a-z0-9_]{0,62}")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one attempt.
+
+    Attributes:
+        outcome: "refused": what the server has may not be installed; "interrupted": it did not come whole, and what
+            came is kept for the next attempt. In both the installed bundle goes on.
+        version: that is installed now; None: none is.
+        bytes: of answers' bodies that were received.
+        reason: why it was refused or interrupted.
+    """
+
+    outcome: Outcome
+    version: int | None
+    bytes: int
+    reason: str | None = None
+
+
+def update(
+    installed: Installed,
+    gateway: str,
+    *,
+    now_ms: int,
+    halted: Callable[[int], bool] = none_halted,
+    api_key: str | None = None,
+    timeout_s: float = 10.0,
+    deadline_s: float = 600.0,
+) -> Update:
+    """Installs what the gateway has for this model, if that is something else.
+
+    Args:
+        installed: where to.
+        gateway: base URL.
+        now_ms: Unix time in UTC.
+        halted: whether a version was, by the kill switch.
+        api_key: see `device_runtime.client.InferenceClient`.
+        timeout_s: for each wait on the network, > 0.
+        deadline_s: for all of it, > 0.
+
+    Raises:
+        ConfigError: the folder, the gateway or a setting is wrong, or another process is at it.
+        Unauthenticated: the gateway does not take the API key, or wants one.
+    """
+    if not _MODEL.fullmatch(installed.model):
+        raise ConfigError(f"model must be a name such as 'coupon', got {installed.model!r}")
+    if not (timeout_s > 0 and deadline_s > 0):
+        raise ConfigError(f"timeout_s and deadline_s must be > 0, got {timeout_s} and {deadline_s}")
+    with (
+        installed.alone(),
+        _Source.of(gateway, installed.model, api_key, timeout_s=timeout_s, deadline_s=deadline_s) as source,
+    ):
+        before = installed.record().current
+        outcome, why = _attempt(_Download(installed, source, now_ms, halted))
+        after = installed.record().current
+        if outcome == "installed" and before and after and before.sha256 == after.sha256:
+            outcome = "unchanged"  # the server calls the same bytes something else
+        return Update(outcome, after.version if after else None, source.received, why)
+
+
+def _attempt(download: _Download) -> tuple[Outcome, str | None]:
+    """What became of it, and why."""
+    installed = download.installed
+    try:
+        fetched = download.fetch()
+        if fetched is None:
+            return "unchanged", None
+        try:
+            data, tag = fetched
+            installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=tag)
+        finally:
+            _discard(installed.folder)
+    except BundleError as error:
+        return "refused", str(error)
+    except _Interrupted as error:
+        return "interrupted", str(error)
+    return "installed", None
+
+
+class _Interrupted(Exception):
+    """The file did not come, or not whole; the text says why."""
+
+
+class _Changed(Exception):
+    """The server has another file than the one whose parts are here."""
+
+
+@dataclass
+class _Source:
+    """The bundle at a gateway: bytes, counted and bounded."""
+
+    http: httpx.Client
+    url: str
+    shown: bool
+    deadline_s: float  # by the monotonic clock
+    received: int = 0
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls, gateway: str, model: str, api_key: str | None, timeout_s: float, deadline_s: float
+    ) -> Iterator[_Source]:
+        if not gateway.startswith(("http://", "https://")):
+            raise ConfigError(f"gateway must be an http:// or https:// URL, got {gateway!r}")
+        shown = authorization(api_key, gateway)
+        # As the inference client: no proxy from the environment, and no other host that an answer names.
+        with httpx.Client(
+            headers=shown | {"Accept-Encoding": "identity"},
+            timeout=timeout_s,
+            trust_env=False,
+            follow_redirects=False,
+        ) as http:
+            yield cls(
+                http, f"{gateway.rstrip('/')}/v2/models/{model}/bundle", bool(shown), time.monotonic() + deadline_s
+            )
+
+    @contextmanager
+    def get(self, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        """One answer, of which nothing was read but its head; with a status that means something here."""
+        try:
+            with self.http.stream("GET", self.url, headers=headers) as response:
+                if response.status_code == Unauthenticated.status:
+                    raise refused(self.shown)
+                if response.status_code not in (200, 206, 304, 412, 416):
+                    raise _Interrupted(f"the gateway answered {response.status_code}")
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise BundleError("the gateway sends the bundle encoded, though it was asked not to")
+                yield response
+        except httpx.HTTPError as error:
+            raise _Interrupted(f"the connection to the gateway broke ({type(error).__name__})") from None
+
+    def read(self, response: httpx.Response, most: int) -> Iterator[bytes]:
+        """The body as it comes.
+
+        Raises:
+            BundleError: it has more than `most` bytes.
+        """
+        for chunk in response.iter_raw():
+            self.received += len(chunk)
+            most -= len(chunk)
+            if most < 0:
+                raise BundleError("the gateway sends more than was asked for")
+            if time.monotonic() > self.deadline_s:
+                raise _Interrupted("the download took too long")
+            yield chunk
+
+    def span(self, span: range, tag: str) -> Iterator[bytes]:
+        """The bytes of the file that has this tag in `span`, or its first ones: a server may send fewer at once.
+
+        Raises:
+            _Changed: the server has another file.
+        """
+        headers = {"Range": f"bytes={span.start}-{span.stop - 1}", "If-Range": tag}
+        with self.get(headers) as response:
+            if response.status_code != 206 or response.headers.get("ETag") != tag:
+                raise _Changed
+            yield from self.read(response, len(_content_range(response, span)))
+
+
+def _content_range(response: httpx.Response, asked: range) -> range:
+    """Which bytes a 206 has; those that were asked for, or the first of them."""
+    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    given = range(int(found[1]), int(found[2]) + 1) if found else range(0)
+    if not given or given.start != asked.start or given.stop > asked.stop:
+        raise BundleError("the gateway sends another range than was asked for")
+    return given
+
+
+@dataclass
+class _Part:
+    """What is here of a file that is being downloaded: `spans` of it, one after another, the last ones not yet.
+
+    Attributes:
+        folder: of the two files.
+        tag: of the file at the server.
+        spans: ascending; the first begins at 0 and holds the head.
+    """
+
+    folder: Path
+    tag: str
+    spans: list[range]
+    here: int = field(default=0)
+
+    @classmethod
+    def begin(cls, folder: Path, tag: str, first: bytes, rest: list[range]) -> _Part:
+        """A new one, in place of any other."""
+        _discard(folder)
+        part = cls(folder, tag, [range(len(first)), *rest])
+        (folder / PLAN).write_text(json.dumps({"tag": tag, "spans": [[s.start, s.stop] for s in part.spans]}))
+        part.append(first)
+        return part
+
+    @classmethod
+    def left(cls, folder: Path) -> _Part | None:
+        """What an attempt before this one left; None: nothing that can be used."""
+        try:
+            plan: dict[str, Any] = json.loads((folder / PLAN).read_bytes())
+            part = cls(folder, str(plan["tag"]), [range(int(a), int(b)) for a, b in plan["spans"]])
+            part.here = (folder / PART).stat().st_size
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        fits = all(len(span) > 0 for span in part.spans) and sum(map(len, part.spans)) <= MAX_BYTES
+        usable = fits and part.spans and len(part.spans[0]) <= part.here <= sum(map(len, part.spans))
+        return part if usable and part.spans[0].start == 0 else None
+
+    def append(self, data: bytes) -> None:
+        with (self.folder / PART).open("ab") as handle:
+            handle.write(data)
+        self.here += len(data)
+
+    def missing(self) -> range | None:
+        """The next bytes to fetch; None: all are here."""
+        here = self.here
+        for span in self.spans:
+            if here < len(span):
+                return span[here:]
+            here -= len(span)
+        return None
+
+    def bytes_at(self, wanted: range) -> bytes | None:
+        """Bytes of the file; None where the spans have not all of them."""
+        data, place = b"", 0
+        with (self.folder / PART).open("rb") as handle:
+            for span in self.spans:
+                at = wanted.start + len(data)
+                if span.start <= at < span.stop:
+                    handle.seek(place + at - span.start)
+                    data += handle.read(min(wanted.stop, span.stop) - at)
+                place += len(span)
+        return data if len(data) == len(wanted) else None
+
+
+def _discard(folder: Path) -> None:
+    for name in (PLAN, PART):
+        (folder / name).unlink(missing_ok=True)
+
+
+@dataclass
+class _Download:
+    """One attempt to have the file that the server has."""
+
+    installed: Installed
+    source: _Source
+    now_ms: int
+    halted: Callable[[int], bool]
+
+    def fetch(self) -> tuple[bytes, str | None] | None:
+        """The file and its tag; None where what is installed is it."""
+        folder = self.installed.folder
+        try:
+            for _ in range(3):  # it may be promoted again while it is fetched
+                try:
+                    part = _Part.left(folder)
+                    # One that was installed before it could be removed says nothing of what the server has now.
+                    return self._rest(part) if part and part.tag != self.installed.tag() else self._anew()
+                except _Changed:
+                    _discard(folder)
+        except BundleError:
+            _discard(folder)
+            raise
+        except OSError as error:
+            _discard(folder)
+            raise BundleError(f"the download cannot be kept: {error.strerror}") from None
+        raise _Interrupted("the gateway's bundle changed while it was fetched, again and again")
+
+    def _anew(self) -> tuple[bytes, str | None] | None:
+        headers = {"Range": f"bytes=0-{FIRST - 1}"}
+        if known := self.installed.tag():
+            headers["If-None-Match"] = known
+        with self.source.get(headers) as response:
+            tag = response.headers.get("ETag", "")
+            tag = tag if _TAG.fullmatch(tag) else ""
+            if response.status_code == 304:
+                return None
+            if response.status_code == 200:
+                return self._whole(response), tag or None
+            if response.status_code != 206 or not tag:
+                raise _Interrupted(f"the gateway answered {response.status_code} without what makes sense of it")
+            first = b"".join(self.source.read(response, len(_content_range(response, range(FIRST)))))
+        while len(first) < (needed := head_size(first)):
+            before = len(first)
+            first += b"".join(self.source.span(range(len(first), needed), tag))
+            if len(first) == before:
+                raise _Interrupted("the gateway sent nothing")
+        head = self._head(first)
+        part = _Part.begin(self.installed.folder, tag, first, self._spans(head, len(first)))
+        return self._rest(part)
+
+    def _whole(self, response: httpx.Response) -> bytes:
+        """Of a server without ranges: all of it, or the part that shows that it may not be installed."""
+        data, limit = bytearray(), MAX_BYTES
+        checked = False
+        for chunk in self.source.read(response, MAX_BYTES):
+            data += chunk
+            if not checked and len(data) >= FIRST and len(data) >= head_size(bytes(data[:FIRST])):
+                limit, checked = self._head(bytes(data)).size, True
+            if len(data) > limit:
+                raise BundleError("the gateway sends more than the bundle's head promises")
+        return bytes(data)
+
+    def _rest(self, part: _Part) -> tuple[bytes, str | None]:
+        """Fetches what is missing, and puts the file together."""
+        head = self._head(part.bytes_at(part.spans[0]) or b"")
+        while (span := part.missing()) is not None:
+            before = part.here
+            for chunk in self.source.span(span, part.tag):
+                part.append(chunk)
+            if part.here == before:
+                raise _Interrupted("the gateway sent nothing")
+        here = self.installed.programs()
+        programs: dict[str, bytes] = {}
+        for name, span in head.ranges().items():
+            data = part.bytes_at(span)
+            data = here.get(head.manifest.programs[name].sha256) if data is None else data
+            if data is None:  # what was here when the spans were chosen is no more
+                raise _Changed
+            programs[name] = data
+        return head.join(programs), part.tag
+
+    def _head(self, data: bytes) -> Head:
+        """Verified, and of a bundle that may be installed as far as can be told by now."""
+        head = read_head(data, self.installed.trusted, runtime=RUNTIME)
+        if head.size > MAX_BYTES:
+            raise BundleError(f"a bundle has at most {MAX_BYTES} bytes, this one {head.size}")
+        self.installed.check(head.manifest, now_ms=self.now_ms, halted=self.halted)
+        return head
+
+    def _spans(self, head: Head, first: int) -> list[range]:
+        """Where the programs lie that are not here, without what came first; close ones as one."""
+        here = self.installed.programs()
+        spans: list[range] = []
+        for name, span in head.ranges().items():
+            wanted = range(max(span.start, first), span.stop)
+            if not wanted or head.manifest.programs[name].sha256 in here:
+                continue
+            if spans and wanted.start - spans[-1].stop < TOGETHER:
+                spans[-1] = range(spans[-1].start, wanted.stop)
+            else:
+                spans.append(wanted)
+        return spans

@@ -1,0 +1,505 @@
+"""One device takes part in training: it asks for a plan, decides, trains, and sends one clipped update, once.
+
+The update is in the store, under a random id of its own, before the first attempt to send it: whatever ends
+the process after that, the same bytes go out under the same id, and are counted once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from device_runtime import RUNTIME
+from device_runtime.aggregator import Reply
+from device_runtime.eligibility import Decision, Reason, both, decide
+from device_runtime.protocol import Event, State, advance
+from hybrid.bundle import Bundle, Manifest
+from hybrid.errors import ConfigError, PlanError
+from hybrid.plan import MAX_JSON, SIGNATURE, CheckIn, Halt, Policy, TrainPlan, open_signed
+from hybrid.update import encode
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from device_runtime.host import Host
+
+Float32 = NDArray[np.float32]
+
+ATTEMPTS = 4  # to send an update, of one session
+BACKOFF_S = 1.0  # before the second attempt at most; doubles
+PATIENCE_S = 30.0  # a session waits no longer than this between attempts: what is asked beyond is the next session's
+ASK_AGAIN_S = 3600.0  # where the aggregator does not say when
+SPREAD = 0.25  # share of a wait by which it is made longer, by chance, so that a cohort does not come back at once
+LOOK_S = 1.0  # how often the host is asked while training
+_RANDOM = secrets.SystemRandom()
+
+
+class Ending(StrEnum):
+    """How a session ended, as one stable word each."""
+
+    UPLOADED = "uploaded"
+    WAITING = "waiting"  # an update is in the store, to be sent by the next session
+    NOTHING = "nothing"  # to do
+    BUSY = "busy"
+    UNREACHABLE = "unreachable"
+    BAD_ANSWER = "bad_answer"
+    BAD_PLAN = "bad_plan"
+    HALTED = "halted"
+    NO_TRAINING = "no_training"
+    OTHER_MODEL = "other_model"
+    OTHER_VERSION = "other_version"
+    OTHER_DEFINITION = "other_definition"
+    EXPIRED = "expired"
+    TOO_LARGE = "too_large"
+    NOT_ELIGIBLE = "not_eligible"
+    NO_CONSENT = "no_consent"
+    FEW_EXAMPLES = "few_examples"
+    TAKEN_PART = "taken_part"
+    NOT_SAMPLED = "not_sampled"
+    INTERRUPTED = "interrupted"
+    GAVE_UP = "gave_up"
+    REFUSED = "refused"
+
+
+class Kept(Protocol):
+    """An update that waits to be sent: see `device_runtime.store.Upload`."""
+
+    @property
+    def plan(self) -> str:
+        """The plan's id."""
+        ...
+
+    @property
+    def upload(self) -> str:
+        """The upload's own."""
+        ...
+
+    @property
+    def body(self) -> bytes:
+        """As it travels."""
+        ...
+
+    @property
+    def expires_ms(self) -> int:
+        """From when on nobody takes it."""
+        ...
+
+
+class Examples(Protocol):
+    """A device's examples: see `device_runtime.store.Examples`."""
+
+    @property
+    def server(self) -> Float32:
+        """(n, a) what the server side contributed."""
+        ...
+
+    @property
+    def features(self) -> Mapping[str, Sequence[Any]]:
+        """Device feature -> (n,) raw values."""
+        ...
+
+    @property
+    def labels(self) -> Float32:
+        """(n,)."""
+        ...
+
+
+class Store(Protocol):
+    """What a participation asks of the device's store: see `device_runtime.store.Store`."""
+
+    def halted(self, version: int) -> str | None:
+        """Why a version may not be used any more; None: it may."""
+        ...
+
+    def halt(self, model: str, versions: Iterable[int], reason: str) -> None:
+        """Remembers the kill switch."""
+        ...
+
+    def history(self, since_ms: int, *, device: int = 0) -> Sequence[int]:
+        """When it took part."""
+        ...
+
+    def begin(self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True) -> bool:
+        """Remembers that a plan was decided on; False: it was before. `takes_part`: whether it is in the history."""
+        ...
+
+    def examples(self, device: int, newest: int, now_ms: int) -> Examples:
+        """The device's newest examples, the oldest of them first."""
+        ...
+
+    def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:
+        """Keeps an update until it is sent, or expires; on the disk once this returns."""
+        ...
+
+    def pending(self, now_ms: int, *, device: int = 0) -> Sequence[Kept]:
+        """Updates that wait and have not expired."""
+        ...
+
+    def uploaded(self, plan_id: str, *, device: int = 0) -> None:
+        """Deletes an update that was taken, or will never be."""
+        ...
+
+
+class Trains(Protocol):
+    """See `device_runtime.trainer.Trainer`."""
+
+    gave_up: str | None
+
+    def train(
+        self,
+        plan: TrainPlan,
+        weights: Float32,
+        server: Float32,
+        inputs: Float32,
+        labels: Float32,
+        *,
+        go_on: Callable[[], bool],
+        rng: np.random.Generator,
+    ) -> Float32 | None:
+        """One clipped update, or None."""
+        ...
+
+
+class Asks(Protocol):
+    """See `device_runtime.aggregator.Aggregator`."""
+
+    async def check_in(self, message: CheckIn, most: int) -> Reply:
+        """Asks for something to do."""
+        ...
+
+    async def upload(self, plan: str, upload: str, body: bytes) -> Reply:
+        """Sends an update."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one session; nothing in it is private.
+
+    Attributes:
+        ending: how it ended.
+        why: the same as a sentence.
+        reasons: of `Ending.NOT_ELIGIBLE`, `INTERRUPTED` and `WAITING`: what spoke against it.
+        path: the states that the participation went through.
+        ask_again_s: in how many seconds to begin another session; None: whenever the device may.
+    """
+
+    ending: Ending
+    why: str
+    reasons: tuple[Reason, ...]
+    path: tuple[State, ...]
+    ask_again_s: float | None
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "ending": str(self.ending),
+            "why": self.why,
+            "reasons": [str(reason) for reason in self.reasons],
+            "path": [str(state) for state in self.path],
+            "ask_again_s": None if self.ask_again_s is None else round(self.ask_again_s, 1),
+        }
+
+
+class _Ended(Exception):
+    def __init__(
+        self, ending: Ending, why: str, *, reasons: Sequence[Reason] = (), ask_again_s: float | None = None
+    ) -> None:
+        super().__init__(why)
+        self.ending, self.why, self.reasons, self.ask_again_s = ending, why, tuple(reasons), ask_again_s
+
+
+@dataclass
+class Participation:
+    """One session of one device: it sends what waits in the store, or else asks for a plan.
+
+    Attributes:
+        bundle: verified; plans for other versions are refused.
+        trainer: of the same bundle; None: it has no training program, and asks for the sake of the kill switch.
+        store: the device's own.
+        host: asked before anything is sent, and again and again while training.
+        aggregator: who is asked.
+        trusted: the host app's public key, which plans are signed by.
+        device: whose examples, where a store holds those of several.
+        own: the host app's own conditions, which hold beside those of a plan.
+        now_ms: Unix time in UTC.
+        clock: seconds that only go forward.
+        sleep: waits so many seconds.
+        toss: in [0, 1), from the operating system's randomness.
+    """
+
+    bundle: Bundle
+    trainer: Trains | None
+    store: Store
+    host: Host
+    aggregator: Asks
+    trusted: Ed25519PublicKey
+    device: int = 0
+    own: Policy = field(default_factory=Policy)
+    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    toss: Callable[[], float] = _RANDOM.random
+    _path: list[State] = field(default_factory=lambda: [State.IDLE], init=False, repr=False)
+
+    async def session(self) -> Outcome:
+        """Takes part once, or says why not; called once.
+
+        Raises:
+            StoreError: the store cannot be read or written. What was begun is not begun again.
+            BundleError: the training program does not do what its manifest says.
+        """
+        try:
+            await self._session()
+        except _Ended as end:
+            if end.ending is not Ending.WAITING:
+                self._move(Event.ENDED)
+            return Outcome(end.ending, end.why, end.reasons, tuple(self._path), end.ask_again_s)
+        return Outcome(Ending.UPLOADED, "the update was counted", (), tuple(self._path), None)
+
+    async def _session(self) -> None:
+        manifest = self.bundle.manifest
+        if not self.host.read().consent:
+            self._withdraw()
+        if (reason := self.store.halted(manifest.version)) is not None:
+            self._forget_uploads()
+            raise _Ended(Ending.HALTED, f"version {manifest.version} was stopped: {reason}")
+        if waiting := self.store.pending(self.now_ms(), device=self.device):
+            self._move(Event.FOUND)
+            await self._send(waiting[0])
+            return
+        self._require(self.own)
+        message, weights = await self._ask()
+        if isinstance(message, Halt):
+            self._halt(message)
+        if found := refusal(message, manifest, self.now_ms()):
+            raise _Ended(*found, ask_again_s=self._later(None))
+        self._move(Event.OFFERED)
+        await self._send(await self._train(message, weights), message.policy)
+
+    async def _ask(self) -> tuple[TrainPlan | Halt, Float32]:
+        """What a verified answer says."""
+        manifest = self.bundle.manifest
+        asked = CheckIn(model=manifest.model, version=manifest.version, runtime=RUNTIME)
+        reply = await self.aggregator.check_in(asked, SIGNATURE + 4 + MAX_JSON + 4 * parameters(manifest))
+        self._move(Event.ASKED)
+        later = self._later(reply.retry_after_s)
+        if reply.status == 0:
+            raise _Ended(Ending.UNREACHABLE, reply.error, ask_again_s=later)
+        if reply.status == 204:
+            raise _Ended(Ending.NOTHING, "the aggregator has nothing to do", ask_again_s=later)
+        if reply.status in (429, 503):
+            raise _Ended(Ending.BUSY, f"the aggregator is busy ({reply.status})", ask_again_s=later)
+        if reply.status != 200:
+            raise _Ended(Ending.BAD_ANSWER, f"the aggregator answered {reply.status}", ask_again_s=later)
+        try:
+            return open_signed(reply.body, self.trusted)
+        except PlanError as error:
+            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=later) from None
+
+    def _halt(self, message: Halt) -> NoReturn:
+        manifest = self.bundle.manifest
+        if message.model != manifest.model:
+            raise _Ended(Ending.OTHER_MODEL, f"what was stopped is {message.model!r}, not {manifest.model!r}")
+        self.store.halt(message.model, message.versions, message.reason)
+        if manifest.version not in message.versions:
+            raise _Ended(Ending.NOTHING, "other versions were stopped", ask_again_s=self._later(None))
+        self._forget_uploads()
+        raise _Ended(Ending.HALTED, f"version {manifest.version} was stopped: {message.reason}")
+
+    async def _train(self, plan: TrainPlan, weights: Float32) -> Kept:
+        """An update that is in the store."""
+        assert self.trainer is not None  # the refusal looked for a training program
+        history = self.store.history(0, device=self.device)
+        self._require(self.own, plan.policy, history=history)
+        newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
+        if len(newest.labels) < plan.examples[0]:
+            raise _Ended(Ending.FEW_EXAMPLES, f"the plan asks for at least {plan.examples[0]} examples")
+        # Whoever loses the toss has decided too: another toss for the same plan would change its odds.
+        takes_part = self.toss() < plan.sampling
+        if not self.store.begin(plan.id, self.now_ms(), device=self.device, takes_part=takes_part):
+            raise _Ended(Ending.TAKEN_PART, "this plan was decided on before", ask_again_s=self._later(None))
+        if not takes_part:
+            raise _Ended(Ending.NOT_SAMPLED, "the toss fell the other way", ask_again_s=self._later(None))
+        self._move(Event.BEGUN)
+        watch = _Watch(self, plan, history)
+        arguments = (newest.server, self.bundle.manifest.features.inputs(newest.features), newest.labels)
+        rng = np.random.default_rng()
+        try:
+            update = await asyncio.to_thread(self.trainer.train, plan, weights, *arguments, go_on=watch.go_on, rng=rng)
+        finally:
+            watch.stop.set()
+        if update is None:
+            self._interrupted(watch)
+        upload = _Upload(plan.id, secrets.token_hex(16), encode(update, plan.upload, rng), plan.expires_ms)
+        self.store.keep_upload(upload.plan, upload.upload, upload.body, upload.expires_ms, device=self.device)
+        self._move(Event.TRAINED)
+        return upload
+
+    def _interrupted(self, watch: _Watch) -> NoReturn:
+        assert self.trainer is not None
+        if Reason.NO_CONSENT in watch.reasons:
+            self._withdraw()
+        if watch.reasons:
+            raise _Ended(Ending.INTERRUPTED, "the device may no longer take part", reasons=watch.reasons)
+        if watch.expired:
+            raise _Ended(Ending.EXPIRED, "the plan expired while training")
+        raise _Ended(Ending.GAVE_UP, self.trainer.gave_up or "training gave no update")
+
+    async def _send(self, upload: Kept, *policies: Policy) -> None:
+        """Sends an update until it is taken, refused, or this session's patience ends."""
+        for attempt in range(ATTEMPTS):
+            self._may_send(upload, *policies)
+            self._move(Event.SENT)
+            reply = await self.aggregator.upload(upload.plan, upload.upload, upload.body)
+            if reply.status == 200:
+                self.store.uploaded(upload.plan, device=self.device)
+                self._move(Event.TAKEN)
+                return
+            if 400 <= reply.status < 500 and reply.status not in (408, 425, 429):
+                self.store.uploaded(upload.plan, device=self.device)
+                raise _Ended(Ending.REFUSED, f"the aggregator does not take the update ({reply.status})")
+            self._move(Event.LOST)
+            wait = self._pause(attempt, reply)
+            if attempt == ATTEMPTS - 1 or wait > PATIENCE_S:
+                why = reply.error or f"the aggregator answered {reply.status}"
+                raise _Ended(Ending.WAITING, why, ask_again_s=wait)
+            await self.sleep(wait)
+
+    def _may_send(self, upload: Kept, *policies: Policy) -> None:
+        now_ms = self.now_ms()
+        if now_ms >= upload.expires_ms:
+            self.store.uploaded(upload.plan, device=self.device)
+            raise _Ended(Ending.EXPIRED, "the plan expired before its update was taken")
+        readings = self.host.read()
+        if not readings.consent:
+            self._withdraw()
+        # How often it takes part was decided when it began.
+        decision = both(*(decide(policy, readings, (), now_ms) for policy in (self.own, *policies)))
+        if not decision.eligible:
+            raise _Ended(Ending.WAITING, "the update is sent when the device may again", reasons=decision.reasons)
+
+    def _require(self, *policies: Policy, history: Sequence[int] | None = None) -> None:
+        past = self.store.history(0, device=self.device) if history is None else history
+        decision = self._decision(policies, past)
+        if Reason.NO_CONSENT in decision.reasons:
+            self._withdraw()
+        if not decision.eligible:
+            raise _Ended(Ending.NOT_ELIGIBLE, "the device may not take part now", reasons=decision.reasons)
+
+    def _decision(self, policies: Sequence[Policy], history: Sequence[int]) -> Decision:
+        readings, now_ms = self.host.read(), self.now_ms()
+        return both(*(decide(policy, readings, history, now_ms) for policy in policies))
+
+    def _withdraw(self) -> NoReturn:
+        """Without consent nothing is sent any more, what is ready included."""
+        self._forget_uploads()
+        raise _Ended(Ending.NO_CONSENT, "the person does not consent", reasons=(Reason.NO_CONSENT,))
+
+    def _forget_uploads(self) -> None:
+        for upload in self.store.pending(self.now_ms(), device=self.device):
+            self.store.uploaded(upload.plan, device=self.device)
+
+    def _pause(self, attempt: int, reply: Reply) -> float:
+        if reply.retry_after_s is not None:
+            return self._later(reply.retry_after_s)
+        return BACKOFF_S * 2.0**attempt * _RANDOM.random()
+
+    def _later(self, asked_s: float | None) -> float:
+        """Never sooner than asked, and not all at once."""
+        return (ASK_AGAIN_S if asked_s is None else asked_s) * (1 + SPREAD * _RANDOM.random())
+
+    def _move(self, event: Event) -> None:
+        self._path.append(advance(self._path[-1], event))
+
+
+@dataclass(frozen=True)
+class _Upload:
+    plan: str
+    upload: str
+    body: bytes = field(repr=False)
+    expires_ms: int
+
+
+class _Watch:
+    """Asks the host, now and again, whether a training may go on; from the training's thread."""
+
+    def __init__(self, session: Participation, plan: TrainPlan, history: Sequence[int]) -> None:
+        self._session, self._plan, self._history = session, plan, history
+        self._looked = session.clock()
+        self.stop = threading.Event()
+        self.reasons: tuple[Reason, ...] = ()
+        self.expired = False
+
+    def go_on(self) -> bool:
+        """Whether it may; once it may not, never again."""
+        now_s = self._session.clock()
+        if not self.stop.is_set() and now_s - self._looked >= LOOK_S:
+            self._looked = now_s
+            self.reasons = self._session._decision((self._session.own, self._plan.policy), self._history).reasons
+            self.expired = self._session.now_ms() >= self._plan.expires_ms
+            if self.reasons or self.expired:
+                self.stop.set()
+        return not self.stop.is_set()
+
+
+def read_policy(file: Path | None) -> Policy:
+    """The host app's own conditions, from JSON; the default of each where it is left out.
+
+    Raises:
+        ConfigError: it cannot be read, or is no policy.
+    """
+    if file is None:
+        return Policy()
+    try:
+        return Policy.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"policy {str(file)!r} cannot be read: {type(error).__name__}") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"{file.name!r} must be a policy as JSON: {faults}") from None
+
+
+def parameters(manifest: Manifest) -> int:
+    """How many weights the bundle's training program has; 0 without one."""
+    return 0 if manifest.train is None else sum(int(np.prod(each.shape)) for each in manifest.train.parameters)
+
+
+def refusal(plan: TrainPlan, manifest: Manifest, now_ms: int) -> tuple[Ending, str] | None:
+    """Why a verified plan is none for this bundle, or asks for more than it allows; None: it is and does not."""
+    keeping = manifest.keeping
+    asked = (
+        ("examples", plan.examples[1], keeping.max_examples),
+        ("seconds", plan.seconds, keeping.max_seconds),
+        ("memory_mb", plan.memory_mb, keeping.max_memory_mb),
+    )
+    too_large = [f"{name} {value:g} of at most {most:g}" for name, value, most in asked if value > most]
+    checks = (
+        (plan.model != manifest.model, Ending.OTHER_MODEL, f"the plan is for model {plan.model!r}"),
+        (plan.version != manifest.version, Ending.OTHER_VERSION, f"the plan is for version {plan.version}"),
+        (
+            plan.definition_hash != manifest.definition_hash,
+            Ending.OTHER_DEFINITION,
+            "the plan is for another definition of the model",
+        ),
+        (manifest.train is None, Ending.NO_TRAINING, "the bundle has no training program"),
+        (
+            plan.parameters != parameters(manifest),
+            Ending.BAD_PLAN,
+            f"the plan has {plan.parameters} weights, the bundle's program {parameters(manifest)}",
+        ),
+        (now_ms >= plan.expires_ms, Ending.EXPIRED, "the plan has expired"),
+        (bool(too_large), Ending.TOO_LARGE, f"the plan asks for more than the bundle allows: {', '.join(too_large)}"),
+    )
+    return next(((ending, why) for refused, ending, why in checks if refused), None)

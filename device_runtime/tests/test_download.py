@@ -1,0 +1,401 @@
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from device_runtime import download
+from device_runtime.bundles import Installed
+from device_runtime.download import FIRST, Update, update
+from hybrid.bundle import MAX_BYTES, Bundle, read_head, write_bundle
+from hybrid.errors import ConfigError, Unauthenticated
+
+NOW = 1_000_000
+Sign = Callable[..., bytes]
+LARGE = 400_000  # bytes of a program that no inference runs, so that there is something to fetch
+
+
+@dataclass
+class Peer:
+    """A server of one file, which keeps to RFC 9110 but for what a test tells it.
+
+    Attributes:
+        file: that it has now.
+        ranges: whether it knows of them.
+        cut: bodies end after so many bytes, and the connection with them; -1: never.
+        extra: bytes sent behind each body, and counted in its length.
+        length: whether it says how long a body is.
+        status: answers everything with it, where it is set.
+        headers: added to each answer.
+        asked: the requests' headers.
+        key: bearer that it wants; None: none.
+        after: called when a request was answered.
+    """
+
+    file: bytes = b""
+    ranges: bool = True
+    cut: int = -1
+    extra: bytes = b""
+    length: bool = True
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    asked: list[dict[str, str]] = field(default_factory=list)
+    key: str | None = None
+    after: Callable[[], None] = lambda: None
+    url: str = ""
+
+    @property
+    def tag(self) -> str:
+        return f'"{hashlib.sha256(self.file).hexdigest()}"'
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        assert handler.path == "/v2/models/meals/bundle"
+        asked = dict(handler.headers)
+        self.asked.append(asked)
+        status, body, headers = self._answer(asked)
+        headers |= self.headers | {"Connection": "close"}
+        body += self.extra
+        handler.send_response(status)
+        if self.length:
+            headers["Content-Length"] = str(len(body))
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        with suppress(ConnectionError):  # the device may have had enough
+            handler.wfile.write(body if self.cut < 0 else body[: self.cut])
+        self.after()
+
+    def _answer(self, asked: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        if self.key and asked.get("Authorization") != f"Bearer {self.key}":
+            return 401, b"", {}
+        if self.status:
+            return self.status, b"", {}
+        if asked.get("If-None-Match") == self.tag:
+            return 304, b"", {"ETag": self.tag}
+        if not self.ranges or "Range" not in asked or asked.get("If-Range", self.tag) != self.tag:
+            return 200, self.file, {"ETag": self.tag}
+        first, last = map(int, asked["Range"].removeprefix("bytes=").split("-"))
+        last = min(last, len(self.file) - 1)
+        said = {"ETag": self.tag, "Content-Range": f"bytes {first}-{last}/{len(self.file)}"}
+        return 206, self.file[first : last + 1], said
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            peer.answer(self)
+
+        def log_message(self, *_: object) -> None:
+            """The tests look at what was asked."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        peer.url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield peer
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def sign(bundle: Bundle, key: Ed25519PrivateKey, tmp_path: Path) -> Sign:
+    """(version, extra programs, and manifest's fields) -> a bundle's file, made at `version` ms."""
+
+    def signed(version: int, extra: dict[str, bytes] | None = None, **fields: object) -> bytes:
+        manifest = bundle.manifest.model_copy(update={"version": version, "created_ms": version} | fields)
+        write_bundle(tmp_path / "signed.bundle", manifest, bundle.programs | (extra or {}), key)
+        return (tmp_path / "signed.bundle").read_bytes()
+
+    return signed
+
+
+@pytest.fixture
+def installed(tmp_path: Path, key: Ed25519PrivateKey) -> Installed:
+    return Installed(tmp_path / "device", "meals", key.public_key(), engine="onnx")
+
+
+def noise(seed: int) -> bytes:
+    return hashlib.shake_128(bytes([seed])).digest(LARGE)
+
+
+def end(file: bytes) -> int:
+    """Where the last program ends: the zip's directory behind it follows from the head, and is not fetched."""
+    return file.rindex(b"PK\x05\x06") - sum(46 + len(name) for name in zipfile.ZipFile(io.BytesIO(file)).namelist())
+
+
+def current(installed: Installed) -> bytes:
+    return (installed.folder / f"{installed.record().current.sha256}.bundle").read_bytes()
+
+
+def test_what_the_gateway_has_is_installed_once(peer: Peer, installed: Installed, sign: Sign):
+    """Each byte comes once; afterwards the server is told what is here, and sends nothing."""
+    peer.file = sign(3)
+    assert update(installed, peer.url, now_ms=NOW) == Update("installed", 3, end(peer.file))
+    assert current(installed) == peer.file
+    assert update(installed, peer.url, now_ms=NOW) == Update("unchanged", 3, 0)
+    assert peer.asked[-1]["If-None-Match"] == peer.tag
+    assert sorted(file.suffix for file in installed.folder.iterdir()) == [".bundle", ".json"]
+
+
+def test_only_programs_that_are_not_here_are_fetched(peer: Peer, installed: Installed, sign: Sign):
+    """Version 4 has one new program of 400 kB beside the large one of version 3: that and the head come, 16 kB more."""
+    peer.file = sign(3, {"old.bin": noise(1)})
+    update(installed, peer.url, now_ms=NOW)
+    peer.file = sign(4, {"new.bin": noise(2), "old.bin": noise(1)})
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert (moved.outcome, moved.version) == ("installed", 4)
+    assert LARGE < moved.bytes <= LARGE + FIRST
+    assert current(installed) == peer.file
+    peer.file = sign(5, {"new.bin": noise(2), "old.bin": noise(1)})  # nothing but the manifest is new
+    assert update(installed, peer.url, now_ms=NOW) == Update("installed", 5, FIRST)
+    assert current(installed) == peer.file
+
+
+def test_a_download_that_broke_goes_on_where_it_did(peer: Peer, installed: Installed, sign: Sign):
+    """Each answer is cut after 50,000 bytes: each attempt keeps what came, and in the end each byte came once."""
+    peer.file, peer.cut = sign(3, {"large.bin": noise(1)}), 50_000
+    total, attempts = 0, 0
+    while (moved := update(installed, peer.url, now_ms=NOW)).outcome == "interrupted":
+        assert "broke" in moved.reason
+        assert moved.version is None
+        total, attempts = total + moved.bytes, attempts + 1
+    assert moved.outcome == "installed"
+    assert attempts > 5
+    assert total + moved.bytes == end(peer.file)
+    assert current(installed) == peer.file
+
+
+def test_a_file_that_changed_meanwhile_is_begun_anew(peer: Peer, installed: Installed, sign: Sign):
+    """Half of version 3, then the server has 4: nothing of 3 is put into it."""
+    peer.file, peer.cut = sign(3, {"large.bin": noise(1)}), 100_000
+    assert update(installed, peer.url, now_ms=NOW).outcome == "interrupted"
+    peer.file, peer.cut = sign(4, {"large.bin": noise(2)}), -1
+    assert update(installed, peer.url, now_ms=NOW).outcome == "installed"
+    assert current(installed) == peer.file
+
+
+def test_a_file_that_changes_again_and_again_is_given_up(peer: Peer, installed: Installed, sign: Sign):
+    """After each answer the server has another version: a few requests, and a sentence."""
+    versions = [sign(version, {"large.bin": noise(version)}) for version in range(3, 12)]
+    peer.file = versions.pop()
+
+    def promote() -> None:
+        peer.file = versions.pop()
+
+    peer.after = promote
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert moved.outcome == "interrupted"
+    assert "again and again" in moved.reason
+    assert len(peer.asked) == 6
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_server_without_ranges_is_asked_for_all(peer: Peer, installed: Installed, sign: Sign, length: bool):
+    """Each byte comes once there too, whether it says how many there are or not."""
+    peer.file, peer.ranges, peer.length = sign(3, {"large.bin": noise(1)}), False, length
+    assert update(installed, peer.url, now_ms=NOW) == Update("installed", 3, len(peer.file))
+    assert current(installed) == peer.file
+    assert update(installed, peer.url, now_ms=NOW) == Update("unchanged", 3, 0)
+
+
+def test_a_bundle_that_may_not_be_installed_is_not_fetched(peer: Peer, installed: Installed, sign: Sign):
+    """Its head tells: 16 kB of 400 come, the reason is told, and the old one goes on."""
+    peer.file = sign(3)
+    update(installed, peer.url, now_ms=NOW)
+    large = {"large.bin": noise(1)}
+    for file, why in (
+        (sign(2, large), "older than version 3"),
+        (sign(4, large, expires_ms=NOW - 1), "expired"),
+        (sign(4, large, model="drinks"), "of model 'drinks'"),
+        (sign(4, large, minimum_runtime=2), "the app must be updated"),
+        (sign(13, large), "halted"),
+        (b"<html>" + bytes(LARGE), "must hold manifest.json first"),
+    ):
+        peer.file = file
+        moved = update(installed, peer.url, now_ms=NOW, halted=lambda version: version == 13)
+        assert (moved.outcome, moved.version, moved.bytes) == ("refused", 3, FIRST)
+        assert why in moved.reason
+        assert sorted(f.suffix for f in installed.folder.iterdir()) == [".bundle", ".json"]
+
+
+def test_a_bundle_signed_by_another_is_not_fetched(peer: Peer, tmp_path: Path, sign: Sign):
+    """A device trusts its host app's key, and reads nothing that another signed."""
+    installed = Installed(tmp_path / "device", "meals", Ed25519PrivateKey.generate().public_key(), engine="onnx")
+    peer.file = sign(3, {"large.bin": noise(1)})
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert (moved.outcome, moved.version, moved.bytes) == ("refused", None, FIRST)
+    assert "not signed by the key this device trusts" in moved.reason
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_program_with_another_s_bytes_is_refused_and_not_kept(
+    peer: Peer, installed: Installed, sign: Sign, ranges: bool
+):
+    """A flip behind the head, of the last program: the whole comes, is refused, and the next attempt begins anew."""
+    peer.ranges, whole = ranges, sign(3, {"large.bin": noise(1)})
+    flip = read_head(whole, installed.trusted).ranges()["large.bin"].stop - 1
+    peer.file = whole[:flip] + bytes([whole[flip] ^ 1]) + whole[flip + 1 :]
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert moved.outcome == "refused"
+    assert "'large.bin' is not the one that was signed" in moved.reason or "damaged" in moved.reason
+    peer.file = whole
+    assert update(installed, peer.url, now_ms=NOW) == Update("installed", 3, end(whole) if ranges else len(whole))
+
+
+@pytest.mark.parametrize(("ranges", "length"), [(True, True), (True, False), (False, True), (False, False)])
+def test_no_more_is_read_than_was_asked_for(peer: Peer, installed: Installed, sign: Sign, ranges: bool, length: bool):
+    """64 MB behind each body, whatever its length says: the connection is left within some buffers."""
+    peer.file, peer.ranges, peer.length = sign(3, {"large.bin": noise(1)}), ranges, length
+    peer.extra = bytes(2 * MAX_BYTES)
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert moved.outcome == "refused"
+    assert "sends more than" in moved.reason
+    assert moved.bytes < len(peer.file) + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("headers", "outcome", "why"),
+    [
+        ({"Content-Range": "bytes 1-16384/900000"}, "refused", "another range"),
+        ({"Content-Range": "bytes 0-99999999/900000"}, "refused", "another range"),
+        ({"Content-Range": "pages 1-2/3"}, "refused", "another range"),
+        ({"Content-Encoding": "gzip"}, "refused", "encoded"),
+        ({"ETag": 'W/"weak"'}, "interrupted", "206 without"),
+        ({"ETag": ""}, "interrupted", "206 without"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_none(
+    peer: Peer, installed: Installed, sign: Sign, headers: dict[str, str], outcome: str, why: str
+):
+    """A sentence, and nothing in the folder."""
+    peer.file, peer.headers = sign(3), headers
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert moved.outcome == outcome
+    assert why in moved.reason
+    assert not list(installed.folder.iterdir())
+
+
+@pytest.mark.parametrize("status", [301, 307, 403, 404, 429, 500, 503])
+def test_a_gateway_that_has_none_is_said_to(peer: Peer, installed: Installed, sign: Sign, status: int):
+    """By the number of its answer; where it points elsewhere, nobody goes there."""
+    peer.status, peer.headers = status, {"Location": "http://127.0.0.1:1/elsewhere"}
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert moved == Update("interrupted", None, 0, f"the gateway answered {status}")
+
+
+def test_a_gateway_that_is_not_there_is_said_to_be(installed: Installed):
+    """Port 1 of this machine: a sentence."""
+    moved = update(installed, "http://127.0.0.1:1", now_ms=NOW)
+    assert moved == Update("interrupted", None, 0, "the connection to the gateway broke (ConnectError)")
+
+
+def test_the_gateway_is_shown_the_api_key(peer: Peer, installed: Installed, sign: Sign):
+    """With each request; without it, the error says what to set."""
+    peer.file, peer.key = sign(3, {"large.bin": noise(1)}), "k" * 43
+    with pytest.raises(Unauthenticated, match="asks for an API key"):
+        update(installed, peer.url, now_ms=NOW)
+    assert update(installed, peer.url, now_ms=NOW, api_key="k" * 43).outcome == "installed"
+    assert [asked.get("Authorization") for asked in peer.asked] == [None, *[f"Bearer {'k' * 43}"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("gateway", "model", "why"),
+    [
+        ("ftp://127.0.0.1", "meals", "must be an http:// or https:// URL"),
+        ("http://127.0.0.1", "../meals", "model must be a name"),
+        ("http://user:word@127.0.0.1", "meals", "without user name"),
+    ],
+)
+def test_a_wrong_setting_is_named(installed: Installed, gateway: str, model: str, why: str):
+    """Before anything is asked."""
+    wrong = Installed(installed.folder, model, installed.trusted)
+    with pytest.raises(ConfigError, match=why):
+        update(wrong, gateway, now_ms=NOW)
+
+
+def test_what_a_damaged_part_holds_is_not_believed(peer: Peer, installed: Installed, sign: Sign):
+    """Of the two files that an interrupted download leaves, each damaged in some way: in the end the right bundle."""
+    peer.file = sign(3, {"large.bin": noise(1)})
+    for name, damage in (
+        (download.PLAN, lambda data: b""),
+        (download.PLAN, lambda data: b"[1]"),
+        (download.PLAN, lambda data: data.replace(b"[[0", b"[[1")),
+        (download.PLAN, lambda data: json.dumps({"tag": peer.tag, "spans": [[0, 10**12]]}).encode()),
+        (download.PART, lambda data: b""),
+        (download.PART, lambda data: data + bytes(MAX_BYTES)),
+        (download.PART, lambda data: data[:FIRST] + bytes(len(data) - FIRST)),
+        (download.PART, lambda data: bytes(len(data))),
+    ):
+        peer.cut = 100_000
+        assert update(installed, peer.url, now_ms=NOW).outcome == "interrupted"
+        file = installed.folder / name
+        file.write_bytes(damage(file.read_bytes()))
+        peer.cut = -1
+        if update(installed, peer.url, now_ms=NOW).outcome != "installed":
+            assert update(installed, peer.url, now_ms=NOW).outcome == "installed"
+        assert current(installed) == peer.file
+        for left in installed.folder.iterdir():
+            left.unlink()
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from device_runtime.bundles import Installed
+from device_runtime.download import update
+from hybrid.bundle import trusted_key
+installed = Installed(Path(sys.argv[1]), "meals", trusted_key(Path(sys.argv[2])), engine="onnx")
+print(update(installed, sys.argv[3], now_ms=1).outcome)
+"""
+
+
+def test_a_process_that_is_killed_while_it_fetches_is_gone_on_from(
+    peer: Peer, installed: Installed, sign: Sign, key: Ed25519PrivateKey, tmp_path: Path
+):
+    """`kill -9` in the middle of the body: the old one runs, and the next process fetches the rest alone."""
+    from device_runtime.tests.test_program import public
+
+    installed.install(sign(2), now_ms=NOW)
+    peer.file = sign(3, {"large.bin": noise(1)})
+    command = [sys.executable, "-c", FETCH, installed.folder, public(key, tmp_path), peer.url]
+    peer.cut, peer.length = 150_000, True
+    hold, reached = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        if len(peer.asked) == 2:  # the range behind the head
+            reached.set()
+            hold.wait(60)
+
+    peer.after = wait
+    with subprocess.Popen(command) as process:
+        assert reached.wait(60)
+        part = installed.folder / download.PART
+        while part.stat().st_size < 100_000:
+            os.sched_yield()
+        process.send_signal(signal.SIGKILL)
+    hold.set()
+    kept = part.stat().st_size
+    assert installed.open().manifest.version == 2
+    peer.cut, peer.after = -1, lambda: None
+    assert subprocess.check_output(command, text=True) == "installed\n"
+    assert installed.open().manifest.version == 3
+    assert peer.asked[-1]["Range"].startswith("bytes=")
+    assert kept >= 100_000
+    assert len(peer.asked) == 3

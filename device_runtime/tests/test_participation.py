@@ -1,0 +1,658 @@
+import asyncio
+import re
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from device_runtime.aggregator import Reply
+from device_runtime.eligibility import Readings, Reason
+from device_runtime.host import ScriptedHost
+from device_runtime.participation import (
+    ASK_AGAIN_S,
+    ATTEMPTS,
+    PATIENCE_S,
+    SPREAD,
+    Ending,
+    Participation,
+    parameters,
+    read_policy,
+    refusal,
+)
+from device_runtime.protocol import NEXT, State
+from hybrid import Clear, Numeric
+from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
+from hybrid.errors import ConfigError, StoreError
+from hybrid.features import Features
+from hybrid.plan import Halt, Local, Policy, TrainPlan, sign
+from hybrid.update import decode
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+NOW = 1_700_000_000_000
+MANIFEST = Manifest(
+    model="meals",
+    version=7,
+    definition_hash="ab" * 32,
+    features=Features.of({"steps": Numeric()}),
+    server_embedding=2,
+    device_embedding=4,
+    merge="server",
+    release=Clear(reason="a test of taking part"),
+    programs={},
+    train=TrainProgram(
+        rows=4,
+        server=2,
+        missing=False,
+        parameters=(Parameter(name="weight", shape=(1, 2)), Parameter(name="bias", shape=(1,))),
+    ),
+    keeping=Keeping(max_examples=64, max_seconds=30, max_memory_mb=256),
+)
+PLAN = TrainPlan(
+    id="0f" * 16,
+    model="meals",
+    version=7,
+    definition_hash="ab" * 32,
+    expires_ms=NOW + 600_000,
+    examples=(2, 64),
+    seconds=30,
+    memory_mb=256,
+    local=Local(steps=1, lr=0.5),
+    clip=10.0,
+    parameters=3,
+)
+WEIGHTS = np.array([1.0, 2.0, 3.0], np.float32)
+UPDATE = np.array([0.5, -0.25, 2.0], np.float32)
+GOOD = Readings(
+    consent=True, charging=True, battery=0.9, idle=True, metered=False, thermal="nominal", free_bytes=1 << 30
+)
+DAY_MS = 86_400_000
+OFTEN = Policy(separation_s=0, participations=99)
+
+
+@dataclass
+class Kept:
+    plan: str
+    upload: str
+    body: bytes
+    expires_ms: int
+
+
+@dataclass
+class Examples:
+    server: np.ndarray
+    features: dict
+    labels: np.ndarray
+
+
+@dataclass
+class MemoryStore:
+    """A device's store in memory; what it holds survives a session, as a file does.
+
+    Attributes:
+        decided: plan -> when, and whether it took part.
+        waiting: plan -> its update.
+        full: whether nothing can be kept any more.
+    """
+
+    rows: int = 5
+    decided: dict = field(default_factory=dict)
+    waiting: dict = field(default_factory=dict)
+    stopped: dict = field(default_factory=dict)
+    full: bool = False
+    kept: list = field(default_factory=list)
+
+    def halted(self, version):
+        return self.stopped.get(version)
+
+    def halt(self, model, versions, reason):
+        self.stopped |= dict.fromkeys(versions, reason)
+
+    def history(self, since_ms, *, device=0):
+        return [at for at, took_part in self.decided.values() if took_part and at >= since_ms]
+
+    def begin(self, plan_id, at_ms, *, device=0, takes_part=True):
+        if plan_id in self.decided:
+            return False
+        self.decided[plan_id] = (at_ms, takes_part)
+        return True
+
+    def examples(self, device, newest, now_ms):
+        n = min(self.rows, newest)
+        return Examples(np.ones((n, 2), np.float32), {"steps": [float(i) for i in range(n)]}, np.ones(n, np.float32))
+
+    def keep_upload(self, plan_id, upload_id, body, expires_ms, *, device=0):
+        if self.full:
+            raise StoreError("no space is left")
+        self.waiting[plan_id] = Kept(plan_id, upload_id, body, expires_ms)
+        self.kept.append(body)
+
+    def pending(self, now_ms, *, device=0):
+        self.waiting = {plan: kept for plan, kept in self.waiting.items() if now_ms < kept.expires_ms}
+        return list(self.waiting.values())
+
+    def uploaded(self, plan_id, *, device=0):
+        self.waiting.pop(plan_id, None)
+
+
+@dataclass
+class Trainer:
+    """Asks whether it may go on `looks` times, then gives an update."""
+
+    world: "World"
+    looks: int = 3
+    update: np.ndarray | None = field(default_factory=lambda: UPDATE)
+    gave_up: str | None = None
+    trained: list = field(default_factory=list)
+
+    def train(self, plan, weights, server, inputs, labels, *, go_on, rng):
+        self.trained.append((plan.id, weights.tolist(), inputs.ravel().tolist()))
+        for _ in range(self.looks):
+            self.world.seconds += 2
+            if not go_on():
+                return None
+        return self.update
+
+
+@dataclass
+class Aggregator:
+    """Answers as it is told, and remembers what it was sent; the last answer stays."""
+
+    checks: list = field(default_factory=lambda: [Reply(200, sign(PLAN, KEY, WEIGHTS))])
+    uploads: list = field(default_factory=lambda: [Reply(200)])
+    asked: list = field(default_factory=list)
+    sent: list = field(default_factory=list)
+
+    async def check_in(self, message, most):
+        self.asked.append((message.model_dump(), most))
+        return self.checks.pop(0) if len(self.checks) > 1 else self.checks[0]
+
+    async def upload(self, plan, upload, body):
+        self.sent.append((plan, upload, body))
+        return self.uploads.pop(0) if len(self.uploads) > 1 else self.uploads[0]
+
+
+@dataclass
+class World:
+    """One device, and the time that passes for it."""
+
+    readings: tuple = (GOOD,)
+    manifest: Manifest = MANIFEST
+    own: Policy = field(default_factory=Policy)
+    toss: float = 0.0
+    now_ms: int = NOW
+    seconds: float = 0.0
+    store: MemoryStore = field(default_factory=MemoryStore)
+    aggregator: Aggregator = field(default_factory=Aggregator)
+    waited: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.trainer = Trainer(self)
+
+    def answers(self, *messages, key=KEY):
+        """The aggregator's, as it signs them."""
+        self.aggregator.checks = [
+            Reply(200, sign(message, key, WEIGHTS if isinstance(message, TrainPlan) else None)) for message in messages
+        ]
+        return self
+
+    async def _sleep(self, seconds):
+        self.waited.append(seconds)
+        self.now_ms += int(seconds * 1000)
+
+    def session(self):
+        """A new process's."""
+        return asyncio.run(
+            Participation(
+                bundle=Bundle(self.manifest, {}),
+                trainer=self.trainer,
+                store=self.store,
+                host=ScriptedHost(self.readings),
+                aggregator=self.aggregator,
+                trusted=KEY.public_key(),
+                own=self.own,
+                now_ms=lambda: self.now_ms,
+                clock=lambda: self.seconds,
+                sleep=self._sleep,
+                toss=lambda: self.toss,
+            ).session()
+        )
+
+
+def changed(**fields):
+    return PLAN.model_copy(update=fields)
+
+
+def test_a_device_trains_from_the_plans_weights_and_sends_one_update():
+    """Its five examples, the plan's weights; the update arrives as it was trained, and nothing waits any more."""
+    world = World()
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons, outcome.ask_again_s) == (Ending.UPLOADED, (), None)
+    assert outcome.path == ("idle", "checked_in", "planned", "training", "ready", "uploading", "done")
+    assert world.trainer.trained == [(PLAN.id, [1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0])]
+    ((plan, upload, body),) = world.aggregator.sent
+    assert (plan, re.fullmatch("[0-9a-f]{32}", upload) is not None) == (PLAN.id, True)
+    np.testing.assert_array_equal(decode(body, 3), UPDATE)
+    assert (world.store.waiting, world.store.history(0)) == ({}, [NOW])
+
+
+def test_a_check_in_says_model_version_and_runtime():
+    """And takes no more than the largest plan of its three weights: a signature, a length, 64 KiB of JSON, 12 bytes."""
+    world = World()
+    world.session()
+    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 1}, 64 + 4 + 65536 + 12)]
+
+
+def test_an_update_is_kept_before_it_is_sent():
+    """A store that cannot keep it: nothing is sent, and the plan is not begun again."""
+    world = World()
+    world.store.full = True
+    with pytest.raises(StoreError):
+        world.session()
+    assert world.aggregator.sent == []
+    world.store.full, world.now_ms = False, NOW + 1
+    world.own = OFTEN
+    world.answers(changed(policy=world.own))
+    assert world.session().ending is Ending.TAKEN_PART
+
+
+@pytest.mark.parametrize(
+    ("fields", "ending"),
+    [
+        ({"model": "other"}, "other_model"),
+        ({"version": 6}, "other_version"),
+        ({"version": 8}, "other_version"),
+        ({"definition_hash": "cd" * 32}, "other_definition"),
+        ({"expires_ms": NOW}, "expired"),
+        ({"examples": (2, 65)}, "too_large"),
+        ({"seconds": 30.5}, "too_large"),
+        ({"memory_mb": 257}, "too_large"),
+        ({"examples": (6, 64)}, "few_examples"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_is_not_for_this_device_is_refused(fields: dict, ending: str):
+    """By one word and a sentence; nothing is trained or sent, and it is not counted as taking part."""
+    world = World().answers(changed(**fields))
+    outcome = world.session()
+    assert (outcome.ending, outcome.path[-1]) == (ending, "dropped")
+    assert (world.trainer.trained, world.aggregator.sent, world.store.decided) == ([], [], {})
+
+
+def test_a_plan_with_other_weights_than_the_program_is_refused():
+    """Two of them; and any, where the bundle cannot train."""
+    world = World()
+    world.aggregator.checks = [Reply(200, sign(changed(parameters=2), KEY, WEIGHTS[:2]))]
+    assert world.session().ending is Ending.BAD_PLAN
+    world = World(manifest=MANIFEST.model_copy(update={"train": None}))
+    assert world.session().ending is Ending.NO_TRAINING
+    assert refusal(PLAN, MANIFEST, NOW) is None
+    assert (parameters(MANIFEST), parameters(world.manifest)) == (3, 0)
+
+
+@pytest.mark.parametrize("body", [b"", b"\0" * 200, sign(PLAN, OTHER, WEIGHTS), sign(PLAN, KEY, WEIGHTS)[:-1]])
+def test_an_answer_that_the_trusted_key_did_not_sign_is_no_plan(body: bytes):
+    """Empty, zeros, another's, cut: the device asks again later, and does nothing else."""
+    world = World()
+    world.aggregator.checks = [Reply(200, body)]
+    outcome = world.session()
+    assert (outcome.ending, outcome.path) == (Ending.BAD_PLAN, ("idle", "checked_in", "dropped"))
+    assert outcome.ask_again_s is not None
+    assert (world.trainer.trained, world.store.decided) == ([], {})
+
+
+def test_a_plan_is_taken_part_in_once():
+    """Offered again to the same device, by a peer that replays it, a day later too."""
+    world = World(own=OFTEN).answers(changed(policy=OFTEN, expires_ms=NOW + 2 * DAY_MS))
+    assert world.session().ending is Ending.UPLOADED
+    for _ in range(2):
+        world.now_ms += DAY_MS // 2
+        assert world.session().ending is Ending.TAKEN_PART
+    assert (len(world.trainer.trained), len(world.aggregator.sent)) == (1, 1)
+
+
+@pytest.mark.parametrize(("toss", "ending"), [(0.249, "uploaded"), (0.25, "not_sampled")])
+def test_a_device_tosses_with_the_plans_probability(toss: float, ending: str):
+    """A quarter: below it takes part."""
+    assert World(toss=toss).answers(changed(sampling=0.25)).session().ending == ending
+
+
+def test_who_lost_the_toss_does_not_toss_again_for_the_same_plan():
+    """Nor has it taken part: the next plan may have it at once."""
+    world = World(toss=0.9).answers(changed(sampling=0.25))
+    assert world.session().ending is Ending.NOT_SAMPLED
+    world.toss = 0.0
+    assert world.session().ending is Ending.TAKEN_PART
+    assert world.store.history(0) == []
+    assert world.answers(changed(id="1e" * 16, sampling=0.25)).session().ending is Ending.UPLOADED
+
+
+def test_the_toss_is_fair():
+    """By the operating system's randomness: 3,000 tosses at 0.3, within five standard deviations of 900."""
+    device = Participation.__dataclass_fields__["toss"].default
+    hits = sum(device() < 0.3 for _ in range(3000))
+    assert abs(hits - 900) < 5 * (3000 * 0.3 * 0.7) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"charging": False}, "not_charging"), ({"idle": None}, "idle_unknown"), ({"metered": True}, "metered")],
+)
+def test_a_device_that_is_not_eligible_asks_nobody(change: dict, reason: str):
+    """The host app's own conditions come before the first request."""
+    world = World(readings=(replace(GOOD, **change),))
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons) == (Ending.NOT_ELIGIBLE, (reason,))
+    assert world.aggregator.asked == []
+
+
+def test_the_plans_conditions_hold_beside_the_devices_own():
+    """90 % of charge is enough for the app, and not for the plan; and the other way round."""
+    world = World().answers(changed(policy=Policy(battery=0.95)))
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons) == (Ending.NOT_ELIGIBLE, (Reason.BATTERY_LOW,))
+    assert world.store.decided == {}
+    world = World(own=Policy(battery=0.95)).answers(changed(policy=Policy(battery=0)))
+    assert world.session().ending is Ending.NOT_ELIGIBLE
+
+
+def test_a_second_participation_waits_for_the_separation():
+    """A day by the plan's policy and the app's: an hour later it asks nobody; a day later it takes part."""
+    world = World()
+    assert world.session().ending is Ending.UPLOADED
+    world.now_ms += 3_600_000
+    world.answers(changed(id="1e" * 16, expires_ms=NOW + 9 * DAY_MS))
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons) == (Ending.NOT_ELIGIBLE, (Reason.TOO_SOON, Reason.TOO_OFTEN))
+    world.now_ms = NOW + DAY_MS
+    assert world.session().ending is Ending.UPLOADED
+
+
+def test_a_clock_that_was_set_back_speaks_against_it():
+    """It took part in what is now the future."""
+    world = World()
+    assert world.session().ending is Ending.UPLOADED
+    world.now_ms = NOW - 1
+    assert world.answers(changed(id="1e" * 16)).session().reasons == (Reason.CLOCK_BEHIND,)
+
+
+LOOKS = 3  # before it trains: consent, the app's conditions, the plan's
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_training_ends_where_a_condition_does(place: int):
+    """Somebody takes the device up at any of three looks: no update, nothing sent, and never again for this plan."""
+    world = World(readings=(GOOD,) * (LOOKS + place) + (replace(GOOD, idle=False), GOOD))
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons) == (Ending.INTERRUPTED, (Reason.IN_USE,))
+    assert outcome.path[-2:] == ("training", "dropped")
+    assert (world.aggregator.sent, world.store.kept, world.store.history(0)) == ([], [], [NOW])
+
+
+def test_the_participation_that_goes_on_does_not_count_against_itself():
+    """It is in the history as begun; the looks while training do not take it for an earlier one."""
+    assert World().answers(changed(policy=Policy(separation_s=1e6))).session().ending is Ending.UPLOADED
+
+
+def test_training_that_gives_no_update_ends_with_the_trainers_reason():
+    """A limit that was passed, say."""
+    world = World()
+    world.trainer.update, world.trainer.gave_up = None, "it took more than 30 s"
+    outcome = world.session()
+    assert (outcome.ending, outcome.why) == (Ending.GAVE_UP, "it took more than 30 s")
+    assert world.aggregator.sent == []
+
+
+def test_training_ends_when_its_plan_does():
+    """The clock passes the plan's end between two looks."""
+    world = World()
+
+    def train(plan, weights, server, inputs, labels, *, go_on, rng):
+        world.now_ms, world.seconds = PLAN.expires_ms, 10.0
+        assert not go_on()
+        assert not go_on()
+
+    world.trainer.train = train
+    assert world.session().ending is Ending.EXPIRED
+    assert world.aggregator.sent == []
+
+
+@pytest.mark.parametrize("place", range(LOOKS + 4))
+def test_consent_withdrawn_at_any_moment_ends_everything(place: int):
+    """At each of the seven times that the host is read in a session: nothing is sent, and nothing waits."""
+    world = World(readings=(GOOD,) * place + (replace(GOOD, consent=False), GOOD))
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons) == (Ending.NO_CONSENT, (Reason.NO_CONSENT,))
+    assert (world.aggregator.sent, world.store.waiting) == ([], {})
+    assert (world.aggregator.asked == []) == (place < 2)
+
+
+def test_consent_withdrawn_deletes_an_update_that_waits():
+    """It is not sent when the person consents anew."""
+    world = World()
+    world.aggregator.uploads = [Reply(0, error="the aggregator cannot be reached")]
+    assert world.session().ending is Ending.WAITING
+    assert len(world.store.waiting) == 1
+    world.readings = (Readings(),)
+    assert world.session().ending is Ending.NO_CONSENT
+    assert world.store.waiting == {}
+
+
+def test_a_lost_answer_is_followed_by_the_same_bytes_under_the_same_id():
+    """In one session, and in the sessions of later processes, until one is answered; then never again."""
+    world = World()
+    world.aggregator.uploads = [Reply(0), Reply(500), Reply(0), Reply(503), Reply(0), Reply(200), Reply(400)]
+    outcome = world.session()
+    assert (outcome.ending, outcome.path[-1]) == (Ending.WAITING, "ready")
+    assert len(world.aggregator.sent) == ATTEMPTS == 4
+    outcome = world.session()
+    assert (outcome.ending, outcome.path) == (
+        Ending.UPLOADED,
+        ("idle", "ready", "uploading", "ready", "uploading", "done"),
+    )
+    assert len(set(world.aggregator.sent)) == 1
+    assert len(world.aggregator.asked) == len(world.trainer.trained) == 1
+    assert world.store.waiting == {}
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 413, 415])
+def test_an_update_that_will_never_be_taken_is_deleted(status: int):
+    """One attempt; it is not sent again."""
+    world = World()
+    world.aggregator.uploads = [Reply(status)]
+    assert world.session().ending is Ending.REFUSED
+    assert (len(world.aggregator.sent), world.store.waiting) == (1, {})
+
+
+@pytest.mark.parametrize("status", [0, 302, 408, 425, 429, 500, 502, 503, 504])
+def test_an_update_that_was_not_taken_is_kept(status: int):
+    """As often as a session has patience; then it waits for the next."""
+    world = World()
+    world.aggregator.uploads = [Reply(status)]
+    outcome = world.session()
+    assert outcome.ending is Ending.WAITING
+    assert (len(world.aggregator.sent), len(world.store.waiting)) == (ATTEMPTS, 1)
+    assert all(wait <= 2**attempt for attempt, wait in enumerate(world.waited))
+
+
+def test_an_expired_update_is_deleted_unsent():
+    """By the clock of the next session, and by that of a session that waits."""
+    world = World()
+    world.aggregator.uploads = [Reply(0)]
+    world.session()
+    world.now_ms = PLAN.expires_ms
+    world.answers(changed(id="1e" * 16, expires_ms=NOW + 9 * DAY_MS))
+    world.own = OFTEN
+    sent = len(world.aggregator.sent)
+    world.session()
+    assert [plan for plan, *_ in world.aggregator.sent[sent:]] == []
+    assert world.store.waiting == {}
+    world = World().answers(changed(expires_ms=NOW + 20_000))
+    world.aggregator.uploads = [Reply(503, retry_after_s=20.0)]
+    assert world.session().ending is Ending.EXPIRED
+    assert (len(world.aggregator.sent), world.store.waiting) == (1, {})
+
+
+def test_an_update_waits_while_the_device_is_in_use():
+    """Trained, then taken up: it is sent by a later session, however soon after the participation."""
+    world = World(readings=(GOOD,) * (LOOKS + 3) + (replace(GOOD, idle=False),))
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons, outcome.path[-1]) == (Ending.WAITING, (Reason.IN_USE,), "ready")
+    assert world.aggregator.sent == []
+    world.readings, world.now_ms = (GOOD,), NOW + 60_000
+    assert world.session().ending is Ending.UPLOADED
+
+
+def test_retry_after_is_honoured_within_a_sessions_patience():
+    """Twenty seconds are waited, a little more by chance; an hour is the next session's."""
+    world = World()
+    world.aggregator.uploads = [Reply(503, retry_after_s=20.0), Reply(429, retry_after_s=3600.0)]
+    outcome = world.session()
+    (waited,) = world.waited
+    assert 20 <= waited <= 20 * (1 + SPREAD) <= PATIENCE_S
+    assert outcome.ask_again_s is not None
+    assert 3600 <= outcome.ask_again_s <= 3600 * (1 + SPREAD)
+
+
+@pytest.mark.parametrize(
+    ("reply", "ending"),
+    [
+        (Reply(204), "nothing"),
+        (Reply(429), "busy"),
+        (Reply(503), "busy"),
+        (Reply(0, error="the aggregator cannot be reached"), "unreachable"),
+        (Reply(404), "bad_answer"),
+        (Reply(302), "bad_answer"),
+        (Reply(500), "bad_answer"),
+    ],
+)
+@pytest.mark.parametrize("asked", [None, 7.0])
+def test_a_device_comes_back_when_it_is_told_and_not_with_all_others(reply: Reply, ending: str, asked: float | None):
+    """In the time that was asked or a quarter more, by chance; an hour where nothing was."""
+    least = ASK_AGAIN_S if asked is None else asked
+    again = []
+    for _ in range(20):
+        world = World()
+        world.aggregator.checks = [replace(reply, retry_after_s=asked)]
+        outcome = world.session()
+        assert (outcome.ending, outcome.path[-1]) == (ending, "dropped")
+        again.append(outcome.ask_again_s)
+    assert all(least <= wait <= least * 1.25 for wait in again)
+    assert len(set(again)) > 15
+
+
+def test_the_kill_switch_stops_a_version_until_there_is_another():
+    """At the check-in; an update that waits is not sent, and nobody is asked again. Version 8 goes on."""
+    world = World()
+    world.aggregator.uploads = [Reply(0)]
+    world.session()
+    world.store.waiting["1e" * 16] = Kept("1e" * 16, "00" * 16, b"", NOW + DAY_MS)
+    halt = Halt(model="meals", versions=(6, 7), reason="it predicts nonsense")
+    halted = World(store=MemoryStore()).answers(halt)
+    outcome = halted.session()
+    assert (outcome.ending, outcome.why) == (Ending.HALTED, "version 7 was stopped: it predicts nonsense")
+    world.store.halt("meals", (6, 7), "it predicts nonsense")
+    sent = len(world.aggregator.sent)
+    assert world.session().ending is Ending.HALTED
+    assert (len(world.aggregator.sent), len(world.aggregator.asked), world.store.waiting) == (sent, 1, {})
+    halted.manifest = MANIFEST.model_copy(update={"version": 8})
+    assert halted.answers(changed(version=8)).session().ending is Ending.UPLOADED
+
+
+def test_a_halt_of_others_stops_nothing_here():
+    """Another model's is not even remembered; another version's is, since it could still be installed."""
+    world = World().answers(Halt(model="other", versions=(7,), reason="x"))
+    assert (world.session().ending, world.store.stopped) == (Ending.OTHER_MODEL, {})
+    world.answers(Halt(model="meals", versions=(6,), reason="x"))
+    assert (world.session().ending, world.store.stopped) == (Ending.NOTHING, {6: "x"})
+    assert world.answers(PLAN).session().ending is Ending.UPLOADED
+
+
+def test_a_halt_that_nobody_signed_stops_nothing():
+    """A peer that lies cannot switch devices off."""
+    world = World().answers(Halt(model="meals", versions=(7,), reason="x"), key=OTHER)
+    assert (world.session().ending, world.store.stopped) == (Ending.BAD_PLAN, {})
+
+
+def test_an_outcome_names_no_example_and_no_weight():
+    """What a host app may log: words, sentences, states and a time."""
+    world = World()
+    world.aggregator.uploads = [Reply(503)]
+    summary = world.session().summary()
+    assert set(summary) == {"ending", "why", "reasons", "path", "ask_again_s"}
+    assert summary["ending"] == "waiting"
+    ((_, upload, _), *_) = world.aggregator.sent
+    assert upload not in str(summary)
+
+
+def test_a_policy_is_read_from_json(tmp_path: Path):
+    """What it leaves out is as strict as by default; what it does not know is refused by name."""
+    assert read_policy(None) == Policy()
+    file = tmp_path / "policy.json"
+    file.write_text('{"charging": false, "participations": 3}')
+    assert read_policy(file) == Policy(charging=False, participations=3)
+    for text, fault in (
+        ('{"chargin": false}', "chargin: Extra"),
+        ('{"battery": 30}', "battery: Input"),
+        ("", ": Invalid"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"'policy.json' must be a policy as JSON: {fault}"):
+            read_policy(file)
+    with pytest.raises(ConfigError, match="cannot be read: IsADirectoryError"):
+        read_policy(tmp_path)
+
+
+replies = st.sampled_from([Reply(status) for status in (0, 200, 204, 302, 404, 429, 500, 503)])
+readings = st.sampled_from(
+    [GOOD, GOOD, GOOD, replace(GOOD, idle=False), replace(GOOD, consent=False), replace(GOOD, charging=None)]
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(readings, min_size=1, max_size=9),
+            st.lists(replies, min_size=1, max_size=6),
+            st.sampled_from(
+                [
+                    changed(policy=OFTEN),
+                    changed(policy=OFTEN, id="1e" * 16),
+                    Halt(model="meals", versions=(6,), reason="x"),
+                ]
+            ),
+            st.integers(0, 400_000),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_happens_each_plan_has_at_most_one_update_and_it_was_kept_first(sessions: list):
+    """Sessions in which anything goes wrong: one upload id and one body a plan, each kept before, steps by the table.
+
+    After consent is withdrawn nothing waits.
+    """
+    world = World(own=OFTEN)
+    for seen, answers, message, passed in sessions:
+        world.answers(message)
+        world.readings, world.aggregator.uploads = tuple(seen), list(answers)
+        before = len(world.aggregator.sent)
+        outcome = world.session()
+        lines = {(state, after) for (state, _), after in NEXT.items()}
+        assert all(step in lines for step in pairwise(outcome.path))
+        assert all(body in world.store.kept for _, _, body in world.aggregator.sent[before:])
+        assert (outcome.ending is Ending.UPLOADED) == (outcome.path[-1] is State.DONE)
+        assert outcome.ending is not Ending.NO_CONSENT or world.store.waiting == {}
+        world.now_ms += passed
+    by_plan = {}
+    for plan, upload, body in world.aggregator.sent:
+        by_plan.setdefault(plan, set()).add((upload, body))
+    assert all(len(uploads) == 1 for uploads in by_plan.values())
+    ids = [plan for plan, *_ in world.trainer.trained]
+    assert len(ids) == len(set(ids))
