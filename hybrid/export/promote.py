@@ -14,8 +14,8 @@ from hybrid.export import executorch, onnx, triton
 from hybrid.export.training import training_program
 from hybrid.network import Network
 from hybrid.protocol import CONSTANT, DEVICE_ONLY
-from hybrid.spec import HybridModel, Training
-from hybrid.version import Version
+from hybrid.spec import HybridModel
+from hybrid.version import TrainingRecord, Version
 from hybrid.workspace import Workspace
 
 MINIMUM_RUNTIME = 1  # `device_runtime.RUNTIME` of the first that runs the programs below; older ones refuse the bundle
@@ -65,7 +65,7 @@ def export_version(
     network.check_registered(version.definition["network"])
     network.load_weights(version.weights)
     _check_fallbacks(network, f"{model.name}:{version.number}")
-    programs, train, untrainable = _device_programs(network, version.training.settings or model.training)
+    programs, train, untrainable = _device_programs(network, version.training)
     tower, head = triton.export(network, version.number, workspace.triton, backend=backend)
     bundle = workspace.bundles / f"{model.name}-{version.number}.bundle"
     created_ms = time.time_ns() // 1_000_000 if created_ms is None else created_ms
@@ -135,12 +135,17 @@ def _check_fallbacks(network: Network, name: str) -> None:
             )
 
 
-def _device_programs(network: Network, settings: Training) -> tuple[dict[str, bytes], TrainProgram | None, str | None]:
+def _device_programs(
+    network: Network, training: TrainingRecord
+) -> tuple[dict[str, bytes], TrainProgram | None, str | None]:
     """What a bundle holds by file name, how its training program is fed, and why it has none.
 
     A model can be served whose gradient no device can compute; such a bundle predicts, and takes part in no training.
     """
     programs = executorch.device_programs(network) | onnx.device_programs(network)
+    settings = training.settings
+    if settings is None:
+        return programs, None, "its record does not say what its users trained, as older ones do not; train again"
     try:
         data, train = training_program(
             network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0

@@ -139,7 +139,7 @@ def test_a_bundle_without_a_declared_lifetime_never_expires(every):
 
 def test_a_bundle_holds_each_program_in_both_forms_and_what_devices_train(every):
     """For ExecuTorch and for ONNX Runtime; a training program for ExecuTorch alone, and how it is fed."""
-    assert set(every.bundle.programs) == {"embed.pte", "predict.pte", "embed.onnx", "predict.onnx", "train.pte"}
+    assert set(every.bundle.programs) == {"device.pte", "embed.onnx", "predict.onnx", "train.pte"}
     train = every.bundle.manifest.train
     assert (train.server, train.missing, every.exported.untrainable) == (3, False, None)
 
@@ -152,14 +152,19 @@ def test_devices_train_what_the_version_s_training_trained(every, tmp_path: Path
     assert (train.server, train.missing) == (7, True)
 
 
-def test_a_version_that_no_device_can_train_is_served(every, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("why", ["train again", "no such operator"])
+def test_a_version_that_no_device_can_train_is_served(every, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str):
     """Its bundle predicts, and says that there is no training program; whoever promotes is told why."""
+    version = every.version
+    if why == "train again":  # its record is of before records said what was trained
+        version = replace(version, training=version.training.model_copy(update={"settings": None}))
+    else:
 
-    def none(*_: object, **__: object):
-        raise ConfigError("the gradient cannot be exported for devices: no such operator")
+        def none(*_: object, **__: object):
+            raise ConfigError("the gradient cannot be exported for devices: no such operator")
 
-    monkeypatch.setattr(promote, "training_program", none)
-    exported = export_version(every.version, every.network.model, Workspace(tmp_path))
+        monkeypatch.setattr(promote, "training_program", none)
+    exported = export_version(version, every.network.model, Workspace(tmp_path))
     assert exported.manifest.train is None
-    assert set(exported.manifest.programs) == {"embed.pte", "predict.pte", "embed.onnx", "predict.onnx"}
-    assert exported.untrainable == "the gradient cannot be exported for devices: no such operator"
+    assert set(exported.manifest.programs) == {"device.pte", "embed.onnx", "predict.onnx"}
+    assert why in exported.untrainable
