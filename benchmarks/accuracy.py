@@ -81,16 +81,11 @@ def main() -> None:
 
 def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The study coach's students."""
-    from examples.study_coach import prepare, submissions
+    from examples.study_coach import prepare
 
     task = bar.add_task("OULAD: preparing", total=1 + seeds * (2 + len(EPSILONS)))
-    workspace = Workspace(folder / ".hybrid")
-    table = prepare.write_population(_made(folder) / "population.parquet", data or submissions.SOURCE)
-    population = import_table(table, user="student", name=prepare.NAME, workspace=workspace)
-    assessments = prepare.catalogue(population)
+    split, population, assessments = prepare_oulad(data, folder)
     declared = load_model(prepare.MODEL)
-    seen = _declared(declared, population.users, visible_to="server")
-    split = _split(seen, population, prepare.exact_counts(population, assessments), assessments, folder / "exact")
     bar.advance(task)
     predictions: Predictions = {"lr": [logistic_regression(split)]}
     times: dict[str, list[float]] = {"central": [], "eps_2": [], "eps_inf": []}
@@ -121,6 +116,27 @@ def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[l
     figures["oulad.time_ratio"] = figures["oulad.eps_2.seconds"] / figures["oulad.central.seconds"]
     figures["oulad.eps_inf.seconds"] = float(np.mean(times["eps_inf"]))
     return rows, figures
+
+
+def prepare_oulad(data: Path | None, folder: Path) -> tuple[Split, Population, Any]:
+    """The students' rows with label rates counted exactly, which the server may where it sees the label.
+
+    Args:
+        data: another table than the one that the example ships.
+        folder: for the files between.
+
+    Returns:
+        The split, the population and the table of assessments that it is from.
+    """
+    from examples.study_coach import prepare, submissions
+
+    workspace = Workspace(folder / ".hybrid")
+    table = prepare.write_population(_made(folder) / "population.parquet", data or submissions.SOURCE)
+    population = import_table(table, user="student", name=prepare.NAME, workspace=workspace)
+    assessments = prepare.catalogue(population)
+    seen = _declared(load_model(prepare.MODEL), population.users, visible_to="server")
+    counts = prepare.exact_counts(population, assessments)
+    return _split(seen, population, counts, assessments, folder / "exact"), population, assessments
 
 
 def coupon(seeds: int, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], dict[str, float]]:

@@ -7,7 +7,10 @@ import asyncio
 import json
 import os
 import sys
-from contextlib import nullcontext
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from device_runtime.answers import Answer
     from device_runtime.program import Engine
+    from device_runtime.store import Store
     from hybrid.bundle import Bundle
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
@@ -30,6 +34,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_infer(commands)
     _add_train(commands)
+    _add_update(commands)
     _add_forget(commands)
     _add_export(commands)
     arguments = vars(parser.parse_args())
@@ -41,7 +46,8 @@ def main() -> None:
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    if summary.get("answered", 0) < summary.get("requests", 0):
+    short = summary.get("answered", 0) < summary.get("requests", 0)
+    if short or summary.get("outcome") in {"refused", "interrupted"}:
         raise SystemExit(1)
 
 
@@ -132,6 +138,40 @@ def _add_train(commands: Any) -> None:
     train.set_defaults(run=_train)
 
 
+def _add_update(commands: Any) -> None:
+    update = commands.add_parser(
+        "update",
+        help="install the bundle that the gateway has",
+        description="Asks the gateway for the model's bundle, fetches of it what is not here, verifies it, tries its "
+        "programs, and makes it the current one; the one before it is kept. Prints as JSON what became of it "
+        "('installed', 'unchanged', 'refused', 'interrupted'), the version that is installed now, the bytes received, "
+        "and why. Where it is refused or interrupted the old one goes on, what came is kept for the next attempt, and "
+        "the exit status is 1.",
+    )
+    update.add_argument("--folder", type=Path, required=True, help="of the model's installed bundles; made if absent")
+    update.add_argument("--model", required=True, help="whose bundle")
+    update.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    update.add_argument("--gateway", required=True, help="for example http://127.0.0.1:8080")
+    update.add_argument("--timeout", type=float, default=10.0, help="seconds for each wait on the network (default 10)")
+    update.add_argument(
+        "--engine",
+        choices=["executorch", "onnx"],
+        default=None,
+        help="in which a new bundle's programs are tried (default: in each that is installed)",
+    )
+    update.add_argument("--store", type=Path, default=None, help="encrypted SQLite file that knows of halted versions")
+    _add_key_file(update)
+    update.add_argument(
+        "--api-key-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600); else "
+        "it may be in the environment variable HYBRID_API_KEY",
+    )
+    update.set_defaults(run=_update)
+
+
 def _add_forget(commands: Any) -> None:
     forget = commands.add_parser(
         "forget",
@@ -163,6 +203,10 @@ def _add_export(commands: Any) -> None:
 
 def _add_store(command: argparse.ArgumentParser) -> None:
     command.add_argument("--store", type=Path, required=True, help="encrypted SQLite file with the devices' rows")
+    _add_key_file(command)
+
+
+def _add_key_file(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--key-file",
         type=Path,
@@ -277,7 +321,51 @@ def _installed(folder: Path | None, model: str | None, trusted: Ed25519PublicKey
     if folder is None or model is None:
         raise ConfigError("--folder needs --model: whose bundles it holds")
     with Store.open(store, key) as kept:
-        return Installed(folder, model, trusted).open(halted=lambda version: kept.halted(version) is not None)
+        return Installed(folder, model, trusted).open(halted=_halted(kept))
+
+
+async def _update(
+    *,
+    folder: Path,
+    model: str,
+    trust: Path,
+    gateway: str,
+    timeout: float,
+    engine: Engine | None,
+    store: Path | None,
+    key_file: Path | None,
+    api_key_file: Path | None,
+) -> dict[str, Any]:
+    from device_runtime.access import read_api_key
+    from device_runtime.bundles import Installed, none_halted
+    from device_runtime.download import update
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+    from hybrid.bundle import trusted_key
+
+    api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
+    installed = Installed(folder, model, trusted_key(trust), engine)
+    with ExitStack() as stack:
+        halted: Callable[[int], bool] = none_halted
+        if store is not None:
+            if not store.is_file():
+                raise ConfigError(f"store {str(store)!r} does not exist: leave --store out where there is none")
+            kept = stack.enter_context(Store.open(store, read_store_key(key_file, os.environ)))
+            halted = _halted(kept)
+        done = update(
+            installed,
+            gateway,
+            now_ms=time.time_ns() // 1_000_000,
+            halted=halted,
+            api_key=api_key,
+            timeout_s=timeout,
+        )
+    return {"model": model, **asdict(done)}
+
+
+def _halted(store: Store) -> Callable[[int], bool]:
+    """Whether the kill switch named a version."""
+    return lambda version: store.halted(version) is not None
 
 
 async def _forget(

@@ -24,7 +24,7 @@ Engine = Literal["executorch", "onnx"]
 # Arrays in the order of the program's inputs -> its outputs, which share no memory with it. RuntimeError: other shapes.
 Run = Callable[..., list[NDArray[np.float32]]]
 _NEEDS: Mapping[Engine, tuple[str, ...]] = {"executorch": ("executorch", "torch"), "onnx": ("onnxruntime",)}
-_FILES: Mapping[Engine, str] = {"executorch": ".pte", "onnx": ".onnx"}
+_ENDINGS: Mapping[Engine, str] = {"executorch": ".pte", "onnx": ".onnx"}
 
 
 def default_engine() -> Engine:
@@ -61,12 +61,12 @@ class DeviceProgram:
 
     Args:
         bundle: verified.
-        name: of the program, without its file's ending: "embed" or "predict".
+        name: "embed" or "predict".
         engine: what runs it; None: `default_engine`.
 
     Attributes:
         engine: that runs it.
-        file: its name in the bundle.
+        label: what messages call it.
 
     Raises:
         BundleError: the program is absent, or the engine does not load it.
@@ -75,9 +75,10 @@ class DeviceProgram:
 
     def __init__(self, bundle: Bundle, name: str, engine: Engine | None = None) -> None:
         self.engine: Engine = default_engine() if engine is None else engine
-        self.file = f"{name}{_FILES[self.engine]}"
+        file = "device.pte" if self.engine == "executorch" else f"{name}.onnx"
+        self.label = f"{file}:{name}" if self.engine == "executorch" else file
         self._features: Features = bundle.manifest.features
-        self._run = load_program(bundle, self.file)
+        self._run = load_program(bundle, file, name)
 
     def inputs(self, columns: Mapping[str, Sequence[Any]]) -> NDArray[np.float32]:
         """Raw device features by name, each (n,) -> (n, features) inputs.
@@ -104,9 +105,9 @@ class EmbedProgram(DeviceProgram):
         try:
             (embedding,) = self._run(inputs)
         except RuntimeError as error:
-            raise BundleError(f"program {self.file!r} does not take {inputs.shape} inputs") from error
+            raise BundleError(f"program {self.label!r} does not take {inputs.shape} inputs") from error
         if embedding.shape != (1, self._size) or not np.isfinite(embedding).all():
-            raise BundleError(f"program {self.file!r} must return (1, {self._size}) finite numbers")
+            raise BundleError(f"program {self.label!r} must return (1, {self._size}) finite numbers")
         return embedding
 
 
@@ -127,9 +128,11 @@ class PredictProgram(DeviceProgram):
         try:
             (prediction,) = self._run(inputs, server)
         except RuntimeError as error:
-            raise BundleError(f"program {self.file!r} does not take (1, {self._size}) numbers of the server") from error
+            raise BundleError(
+                f"program {self.label!r} does not take (1, {self._size}) numbers of the server"
+            ) from error
         if prediction.shape != (1,) or not (np.isnan(prediction[0]) or 0 <= prediction[0] <= 1):
-            raise BundleError(f"program {self.file!r} must return one probability")
+            raise BundleError(f"program {self.label!r} must return one probability")
         return float(prediction[0])
 
 
@@ -154,16 +157,21 @@ def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
     nothing = np.array([None], dtype=object)
     missing = manifest.features.inputs(dict.fromkeys(manifest.features.names, nothing))
     for each in (engine,) if engine else _engines():
-        for file in (name for name in bundle.programs if name.endswith(_FILES[each])):
-            load_program(bundle, file)
+        for file in (name for name in bundle.programs if name.endswith(_ENDINGS[each])):
+            load_program(bundle, file, None)
         if manifest.merge == "server":
             EmbedProgram(bundle, each).embed(missing)
         else:
             PredictProgram(bundle, each).predict(missing, np.zeros((1, manifest.server_embedding), np.float32))
 
 
-def load_program(bundle: Bundle, file: str) -> Run:
+def load_program(bundle: Bundle, file: str, method: str | None = "forward") -> Run:
     """A program in the engine that its file's ending names.
+
+    Args:
+        bundle: verified.
+        file: the program's.
+        method: of an ExecuTorch program, which may have several; None: all are loaded, and the last one returned.
 
     Raises:
         BundleError: it is absent, or does not load.
@@ -171,11 +179,12 @@ def load_program(bundle: Bundle, file: str) -> Run:
     """
     if file not in bundle.programs:
         raise BundleError(f"the bundle must hold a program {file!r}, got {sorted(bundle.programs)}")
-    engine: Engine = "onnx" if file.endswith(_FILES["onnx"]) else "executorch"
+    engine: Engine = "onnx" if file.endswith(_ENDINGS["onnx"]) else "executorch"
     if not _installed(engine):
         raise ConfigError(f"engine {engine!r} needs {' and '.join(_NEEDS[engine])}, which are not installed here")
+    data = bundle.programs[file]
     try:
-        return (_onnx if engine == "onnx" else _executorch)(bundle.programs[file])
+        return _onnx(data) if engine == "onnx" else _executorch(data, method)
     except RuntimeError as error:
         raise BundleError(f"program {file!r} does not load in {engine}: {error}") from None
 
@@ -192,7 +201,7 @@ def _engines() -> list[Engine]:
     return found
 
 
-def _executorch(data: bytes) -> Run:
+def _executorch(data: bytes, name: str | None) -> Run:
     from torch import from_numpy  # first: the next line needs its libraries
 
     # isort: split
@@ -200,7 +209,8 @@ def _executorch(data: bytes) -> Run:
     from executorch.extension.pybindings import _C
 
     program = _C._load_program_from_buffer(data)
-    method = program.load_method("forward")
+    names = [program.get_method_name(i) for i in range(program.num_methods())] if name is None else [name]
+    method = [program.load_method(each) for each in names][-1]
 
     # A method reads memory that its program owns, and the program reads the bytes: they live as long as this function.
     def run(*arrays: NDArray[np.float32], _alive: object = (program, data)) -> list[NDArray[np.float32]]:

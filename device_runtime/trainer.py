@@ -106,14 +106,13 @@ class Trainer:
         """p, the length of the flat vector."""
         return sum(int(np.prod(parameter.shape)) for parameter in self._train.parameters)
 
-    def train(
+    def train(  # noqa: PLR0917  # one thing a column
         self,
         plan: TrainPlan,
         weights: Float32,
         server: Float32,
         inputs: Float32,
         labels: Float32,
-        *,
         go_on: Callable[[], bool],
         rng: np.random.Generator,
     ) -> Float32 | None:

@@ -139,9 +139,9 @@ class Manifest(BaseModel):
         request: request features by name, "text" or "number": sent as they are, with each request.
         server_embedding, device_embedding: sizes.
         merge, release: where the embeddings meet, and how the device's leaves.
-        programs: by file name. "embed.pte" and "embed.onnx": (1, features) -> (1, device_embedding);
-            "predict.pte" and "predict.onnx": (1, features), (1, server_embedding) -> (1,) probability;
-            "train.pte": see `train`. Those in ONNX take any number of rows.
+        programs: by file name. "device.pte" with methods "embed": (1, features) -> (1, device_embedding), and
+            "predict": (1, features), (1, server_embedding) -> (1,) probability; "embed.onnx" and "predict.onnx": the
+            same for any number of rows; "train.pte": see `train`.
         alone: for merge="device", what the device answers by itself; None: nothing.
         train: how its training program is fed; None: it has none.
         keeping: of examples, and limits of plans.

@@ -1,8 +1,14 @@
 """A real gateway's bundles, fetched as a device does: over a connection that breaks, with what it has already."""
 
+import json
+import socket
+import socketserver
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +16,13 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from hybrid.bundle import Manifest, read_bundle, signing_key, trusted_key, write_bundle
+from hybrid.export.onnx import onnx_bytes
 from hybrid.features import Features, Numeric
 from hybrid.local.process import Process, Service, free_ports, http_ok, running
+from hybrid.network import DeviceProgram
 from hybrid.spec import Clear
 from serving.testing import deployment
 
@@ -30,9 +39,13 @@ class Served:
 
     def promote(self, seed: int) -> bytes:
         """Writes the bundle of version 1 in one step, as `hybrid promote` does; its one program is random bytes."""
+        return self.write({"embed.pte": np.random.default_rng(seed).bytes(PROGRAM)}, created_ms=seed)
+
+    def write(self, programs: dict[str, bytes], *, created_ms: int, version: int = 1) -> bytes:
+        """Writes a bundle of these programs in the place of version 1's."""
         manifest = Manifest(
             model="shop",
-            version=1,
+            version=version,
             definition_hash="0" * 64,
             features=Features.of({"mood": Numeric()}),
             server_embedding=2,
@@ -40,11 +53,21 @@ class Served:
             merge="server",
             release=Clear(reason="random bytes in a test"),
             programs={},
+            created_ms=created_ms,
         )
         file = self.folder / "bundles" / "shop-1.bundle"
-        program = np.random.default_rng(seed).bytes(PROGRAM)
-        write_bundle(file, manifest, {"embed.pte": program}, signing_key(self.folder / "keys"))
+        write_bundle(file, manifest, programs, signing_key(self.folder / "keys"))
         return file.read_bytes()
+
+    def update(self, device: Path, gateway: str | None = None) -> dict[str, object]:
+        """What `python -m device_runtime update` prints, in a process of its own."""
+        command = [sys.executable, "-m", "device_runtime", "update", "--folder", str(device), "--model", "shop"]
+        command += ["--trust", str(self.folder / "keys" / "bundle-signing.pub"), "--engine", "onnx"]
+        command += ["--gateway", gateway or self.url.partition("/v2/")[0]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        summary: dict[str, object] = json.loads(done.stdout or "{}")
+        assert done.returncode == (summary.get("outcome") not in ("installed", "unchanged")), done.stderr
+        return summary
 
     def verify(self, downloaded: bytes) -> None:
         """As a device does; raises what `read_bundle` does."""
@@ -137,3 +160,69 @@ def test_a_hundred_downloads_that_are_cut_leave_no_file_open(served: Served) -> 
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert httpx.get(served.url).content == whole
+
+
+@contextmanager
+def breaking(gateway: str, after: int) -> Iterator[str]:
+    """An address whose connections lead to the gateway, and are reset once `after` bytes came back over one of them."""
+    port = int(gateway.rpartition(":")[2])
+
+    class Relay(socketserver.BaseRequestHandler):
+        def ask(self, other: socket.socket) -> None:
+            with suppress(OSError):  # either side may be gone
+                while data := self.request.recv(1 << 16):
+                    other.sendall(data)
+
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as other:
+                threading.Thread(target=self.ask, args=(other,), daemon=True).start()
+                left = after
+                while left > 0 and (data := other.recv(min(left, 1 << 16))):
+                    self.request.sendall(data)
+                    left -= len(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_device_follows_promotions_and_fetches_what_it_lacks(served: Served, tmp_path: Path) -> None:
+    """The command, against the gateway: installed, unchanged for nothing, cut and gone on from, refused.
+
+    Of 12 MB that stay the same nothing is fetched again, and after a break the rest alone.
+    """
+    embed = DeviceProgram(Features.of({"mood": Numeric()}), torch.nn.Linear(2, 2)).eval()
+    small = {"embed.onnx": onnx_bytes("embed", embed, {"inputs": torch.randn(5, 1)}, "embedding")}
+    first, second = (np.random.default_rng(seed).bytes(PROGRAM) for seed in (1, 2))
+    gateway, device = served.url.partition("/v2/")[0], tmp_path / "device"
+
+    served.write(small | {"table.bin": first}, created_ms=1)
+    fetched = served.update(device)
+    assert (fetched["outcome"], fetched["version"]) == ("installed", 1)
+    assert PROGRAM < fetched["bytes"] < PROGRAM + 40_000
+    assert served.update(device) == {"model": "shop", "outcome": "unchanged", "version": 1, "bytes": 0, "reason": None}
+
+    served.write(small | {"table.bin": first}, created_ms=2, version=2)
+    fetched = served.update(device)
+    assert (fetched["outcome"], fetched["version"]) == ("installed", 2)
+    assert fetched["bytes"] < 40_000
+
+    whole = served.write(small | {"table.bin": second}, created_ms=3, version=3)
+    with breaking(gateway, 5 << 20) as bad:
+        broken = served.update(device, bad)
+    assert (broken["outcome"], broken["version"]) == ("interrupted", 2)
+    assert (4 << 20) < broken["bytes"] < PROGRAM
+    fetched = served.update(device)
+    assert (fetched["outcome"], fetched["version"]) == ("installed", 3)
+    assert broken["bytes"] + fetched["bytes"] < PROGRAM + 40_000
+    current = json.loads((device / "installed.json").read_text())["current"]
+    assert (device / f"{current['sha256']}.bundle").read_bytes() == whole
+
+    served.write(small | {"table.bin": first}, created_ms=4, version=2)
+    refused = served.update(device)
+    assert (refused["outcome"], refused["version"]) == ("refused", 3)
+    assert "older than version 3" in refused["reason"]
+    assert refused["bytes"] < 40_000

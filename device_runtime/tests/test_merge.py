@@ -217,9 +217,9 @@ def test_the_program_is_the_one_for_the_bundles_merge(bundle: Bundle, on_device:
 
 def test_a_signed_program_that_does_not_merge_is_refused(bundle: Bundle):
     """The tower's program in its place takes no server embedding, or gives four numbers: a BundleError says which."""
-    swapped = Bundle(bundle.manifest, {"predict.pte": bundle.programs["embed.pte"]})
-    with pytest.raises(BundleError, match=r"program 'predict\.pte'"):
-        PredictProgram(swapped).predict(np.zeros((1, 3), np.float32), np.zeros((1, 2), np.float32))
+    swapped = Bundle(bundle.manifest, {"predict.onnx": bundle.programs["embed.onnx"]})
+    with pytest.raises(BundleError, match=r"program 'predict\.onnx'"):
+        PredictProgram(swapped, "onnx").predict(np.zeros((1, 3), np.float32), np.zeros((1, 2), np.float32))
 
 
 def test_the_contribution_is_asked_for_by_name_and_kept(manifest, bundle, rows, tmp_path):

@@ -84,7 +84,7 @@ def changed(bundle: Bundle, file: str, program: bytes) -> Bundle:
     return Bundle(bundle.manifest, bundle.programs | {file: program})
 
 
-@pytest.mark.parametrize(("engine", "file"), [("executorch", "embed.pte"), ("onnx", "embed.onnx")])
+@pytest.mark.parametrize(("engine", "file"), [("executorch", "device.pte"), ("onnx", "embed.onnx")])
 def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle, engine: Engine, file: str):
     """Absent, garbage, or of another size than promised: a BundleError says which program."""
     without = {name: data for name, data in bundle.programs.items() if name != file}
@@ -102,13 +102,13 @@ def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle, engine: Eng
 
 def test_a_program_without_its_method_is_refused(bundle: Bundle):
     """An ExecuTorch program may hold other methods than the one that is run."""
-    without_method = bundle.programs["embed.pte"].replace(b"forward", b"farward")
-    with pytest.raises(BundleError, match=r"program 'embed\.pte' does not load"):
-        EmbedProgram(changed(bundle, "embed.pte", without_method), "executorch")
+    without_method = bundle.programs["device.pte"].replace(b"embed", b"limbs")
+    with pytest.raises(BundleError, match=r"program 'device\.pte' does not load"):
+        EmbedProgram(changed(bundle, "device.pte", without_method), "executorch")
 
 
 @pytest.mark.parametrize(
-    ("file", "operator", "unknown"), [("embed.pte", b"aten::tanh", b"aten::tanz"), ("predict.onnx", b"Tanh", b"Tanz")]
+    ("file", "operator", "unknown"), [("device.pte", b"aten::tanh", b"aten::tanz"), ("predict.onnx", b"Tanh", b"Tanz")]
 )
 def test_a_bundle_with_an_operator_that_the_engine_lacks_does_not_pass(
     bundle: Bundle, file: str, operator: bytes, unknown: bytes
@@ -125,8 +125,8 @@ def test_a_bundle_whose_program_is_another_one_does_not_pass(bundle: Bundle):
     with pytest.raises(BundleError, match=r"'embed\.onnx'"):
         check_programs(changed(bundle, "embed.onnx", bundle.programs["predict.onnx"]))
     on_device = bundle.manifest.model_copy(update={"merge": "device", "release": None})
-    with pytest.raises(BundleError, match=r"'predict\.pte'"):
-        check_programs(Bundle(on_device, bundle.programs | {"predict.pte": bundle.programs["embed.pte"]}))
+    with pytest.raises(BundleError, match=r"'predict\.onnx'"):
+        check_programs(Bundle(on_device, bundle.programs | {"predict.onnx": bundle.programs["embed.onnx"]}))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -96,6 +96,7 @@ def _json(exported: Exported, model: HybridModel, alias: str, served: Path | Non
         "triton": [deployment.server_tower, deployment.head],
         "bundle": str(exported.bundle),
         "bytes": exported.sizes,
+        "untrainable": exported.untrainable,
         "deployment": str(served) if served else None,
         "release": _release(model),
     }
@@ -119,6 +120,8 @@ def _show(exported: Exported, model: HybridModel, alias: str, served: Path | Non
     console.print(f"Device embeddings are released {_release(model)}.", highlight=False)
     if model.merge == "device" or model.serving.contribution:
         console.print("Callers are given the server tower's embedding of the entities they name.", highlight=False)
+    if exported.untrainable:
+        console.print(f"Devices cannot train this version: {exported.untrainable}", highlight=False, markup=False)
     console.print(f"Serving uses it: {served}" if served else f"Serving is unchanged: only '{PRODUCTION}' is served.")
 
 

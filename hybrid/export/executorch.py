@@ -1,17 +1,16 @@
-"""A network as device programs: `embed` and `predict` for ExecuTorch, checked against torch."""
+"""A network as a device program: methods `embed` and `predict` for ExecuTorch, checked against torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from hybrid.errors import ConfigError
 from hybrid.export.conformance import check, quiet
-from hybrid.export.programs import device_parts
+from hybrid.export.programs import Part, device_parts
 from hybrid.network import Network
 
 with quiet():
@@ -25,56 +24,60 @@ PRODUCTS = [AddmmConfig, LinearConfig, MMConfig]
 
 
 def device_programs(network: Network) -> dict[str, bytes]:
-    """The programs of a device bundle, for one row at a time.
+    """The program of a device bundle, for one row at a time.
 
     Returns:
-        "embed.pte": (1, device features) inputs -> (1, device_embedding), and
-        "predict.pte": (1, device features), (1, server_embedding) -> (1,) probability.
+        "device.pte" with its methods, which share the tower's weights:
+        "embed": (1, device features) inputs -> (1, device_embedding), and
+        "predict": (1, device features), (1, server_embedding) -> (1,) probability.
 
     Raises:
         ConfigError: a part cannot be exported, or its export does not give what
             torch gives to 1e-5, missing, infinite and extreme inputs included.
     """
     with quiet():
-        return {
-            f"{name}.pte": _pte(name, part.program, list(part.probes.values()))
-            for name, part in device_parts(network).items()
-        }
+        return {"device.pte": _pte(device_parts(network))}
 
 
-def _pte(name: str, program: nn.Module, probes: Sequence[Tensor]) -> bytes:
+def _pte(parts: Mapping[str, Part]) -> bytes:
     """Matrix products on XNNPACK where that works and conforms, else ExecuTorch's portable operators alone."""
     try:
-        return _lowered(name, program, probes, [XnnpackPartitioner(configs=PRODUCTS)])
+        return _lowered(parts, [XnnpackPartitioner(configs=PRODUCTS)])
     except Exception:  # whatever the delegate raises, the portable operators decide
-        return _portable(name, program, probes)
+        return _portable(parts)
 
 
-def _portable(name: str, program: nn.Module, probes: Sequence[Tensor]) -> bytes:
+def _portable(parts: Mapping[str, Part]) -> bytes:
     try:
-        return _lowered(name, program, probes, [])
+        return _lowered(parts, [])
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{name} cannot be exported for devices: {type(error).__name__}: {error}") from error
+        names = " and ".join(parts)
+        raise ConfigError(f"{names} cannot be exported for devices: {type(error).__name__}: {error}") from error
 
 
-def _lowered(name: str, program: nn.Module, probes: Sequence[Tensor], partitioners: list[object]) -> bytes:
+def _lowered(parts: Mapping[str, Part], partitioners: list[object]) -> bytes:
     with torch.no_grad():
-        exported = torch.export.export(program, tuple(probe[:1] for probe in probes))
-        data = bytes(to_edge_transform_and_lower(exported, partitioner=partitioners).to_executorch().buffer)
-    check(name, program, _by_row(data), probes)
+        exported = {
+            name: torch.export.export(part.program, tuple(probe[:1] for probe in part.probes.values()))
+            for name, part in parts.items()
+        }
+        lowered = to_edge_transform_and_lower(exported, partitioner=dict.fromkeys(parts, partitioners))
+        data = bytes(lowered.to_executorch().buffer)
+    for name, part in parts.items():
+        check(name, part.program, _by_row(data, name), list(part.probes.values()))
     return data
 
 
-def _by_row(data: bytes) -> Callable[..., NDArray[np.float32]]:
-    """Runs a program of batch 1 on (n, width) arrays, row by row."""
+def _by_row(data: bytes, name: str) -> Callable[..., NDArray[np.float32]]:
+    """Runs a method of batch 1 on (n, width) arrays, row by row."""
     # The program owns the bytes that its methods read: it must outlive them.
     program = Runtime.get().load_program(data)
 
     def run(*arrays: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = zip(*(np.split(array, len(array)) for array in arrays), strict=True)
-        method = program.load_method("forward")
+        method = program.load_method(name)
         outputs = [method.execute([torch.from_numpy(part) for part in row])[0].numpy().copy() for row in rows]
         return np.concatenate(outputs)
 

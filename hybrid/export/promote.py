@@ -11,10 +11,11 @@ from hybrid.bundle import Alone, Keeping, Manifest, TrainProgram, signing_key, w
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError
 from hybrid.export import executorch, onnx, triton
+from hybrid.export.training import training_program
 from hybrid.network import Network
 from hybrid.protocol import CONSTANT, DEVICE_ONLY
 from hybrid.spec import HybridModel
-from hybrid.version import Version
+from hybrid.version import TrainingRecord, Version
 from hybrid.workspace import Workspace
 
 MINIMUM_RUNTIME = 1  # `device_runtime.RUNTIME` of the first that runs the programs below; older ones refuse the bundle
@@ -29,12 +30,14 @@ class Exported:
         bundle: the device bundle's file.
         manifest: in it.
         sizes: bytes of each Triton model's ONNX file, each device program and the bundle.
+        untrainable: why devices cannot train this version; None: they can.
     """
 
     deployment: Deployment
     bundle: Path
     manifest: Manifest
     sizes: dict[str, int]
+    untrainable: str | None
 
 
 def export_version(
@@ -62,7 +65,7 @@ def export_version(
     network.check_registered(version.definition["network"])
     network.load_weights(version.weights)
     _check_fallbacks(network, f"{model.name}:{version.number}")
-    programs, train = _device_programs(network)
+    programs, train, untrainable = _device_programs(network, version.training)
     tower, head = triton.export(network, version.number, workspace.triton, backend=backend)
     bundle = workspace.bundles / f"{model.name}-{version.number}.bundle"
     created_ms = time.time_ns() // 1_000_000 if created_ms is None else created_ms
@@ -72,7 +75,7 @@ def export_version(
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(data) for name, data in programs.items()} | {"bundle": bundle.stat().st_size}
     deployment = deployment_of(network, version.number, version.definition_hash, (tower, head))
-    return Exported(deployment, bundle, manifest, sizes)
+    return Exported(deployment, bundle, manifest, sizes, untrainable)
 
 
 def deployment_of(network: Network, version: int, definition_hash: str, names: tuple[str, str]) -> Deployment:
@@ -132,9 +135,24 @@ def _check_fallbacks(network: Network, name: str) -> None:
             )
 
 
-def _device_programs(network: Network) -> tuple[dict[str, bytes], TrainProgram | None]:
-    """What a bundle holds by file name, and how its training program is fed, where it has one."""
-    return executorch.device_programs(network) | onnx.device_programs(network), None
+def _device_programs(
+    network: Network, training: TrainingRecord
+) -> tuple[dict[str, bytes], TrainProgram | None, str | None]:
+    """What a bundle holds by file name, how its training program is fed, and why it has none.
+
+    A model can be served whose gradient no device can compute; such a bundle predicts, and takes part in no training.
+    """
+    programs = executorch.device_programs(network) | onnx.device_programs(network)
+    settings = training.settings
+    if settings is None:
+        return programs, None, "its record does not say what its users trained, as older ones do not; train again"
+    try:
+        data, train = training_program(
+            network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0
+        )
+    except ConfigError as error:
+        return programs, None, str(error)
+    return programs | {"train.pte": data}, train, None
 
 
 def _manifest(version: Version, network: Network, train: TrainProgram | None, created_ms: int) -> Manifest:

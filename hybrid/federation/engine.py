@@ -26,6 +26,9 @@ from hybrid.update import Upload, dequantise, quantise
 
 ROWS_A_PASS = 1 << 16
 CACHED_EMBEDDINGS = 1 << 28  # bytes; more of them are computed as they are needed
+ROUNDED = (
+    1 << 17
+)  # weights that are quantised at once: with more, memory comes fresh from the system, three times slower
 ROUNDING = 1  # tells the stream that rounds quantised updates from that of rows and tower dropout
 STACKED = 4  # several starts fill 1 / 4 of a chunk; measured: with more, memory costs what fewer operations save
 
@@ -338,11 +341,14 @@ class _Sum:
 
     def _add_rounded(self, scale: Tensor, parts: Sequence[tuple[slice, Tensor]], rng: np.random.Generator) -> None:
         """What an aggregator makes of clipped updates that were quantised on their devices."""
-        clipped = np.empty((len(scale), len(self.total)), np.float32)
-        for where, part in parts:
-            clipped[:, where] = part.mul_(scale[:, None]).numpy()
-        arrived = dequantise(*quantise(clipped, rng))
-        self.total += torch.from_numpy(clip_and_sum([arrived], len(self.total), self.clip).total)
+        at_once = max(1, ROUNDED // len(self.total))
+        clipped = np.empty((at_once, len(self.total)), np.float32)
+        for begin in range(0, len(scale), at_once):
+            here = scale[begin : begin + at_once, None]
+            for where, part in parts:
+                clipped[: len(here), where] = part[begin : begin + at_once].mul_(here).numpy()
+            arrived = dequantise(*quantise(clipped[: len(here)], rng))
+            self.total += torch.from_numpy(clip_and_sum([arrived], len(self.total), self.clip).total)
 
 
 @dataclass(frozen=True)

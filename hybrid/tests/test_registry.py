@@ -12,7 +12,7 @@ import pytest
 
 from hybrid.errors import ConfigError, NotFound
 from hybrid.registry import Registry, parse_selector
-from hybrid.spec import load_model
+from hybrid.spec import Training, load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
 
@@ -49,6 +49,7 @@ TRAINING = TrainingRecord(
     epsilon=3.5,
     delta=1e-5,
     protects="device features",
+    settings=Training(tower_dropout=0.1),
     oracle={"auc": 0.7},
 )
 
@@ -198,6 +199,7 @@ def test_curves_are_in_mlflow(trained: Registry):
     assert [(point.step, point.value) for point in client.get_metric_history(run, "loss")] == [(1, 0.9), (2, 0.8)]
     assert client.get_run(run).data.metrics["oracle.auc"] == 0.7
     assert client.get_run(run).data.params["epsilon"] == "3.5"
+    assert client.get_run(run).data.params["training.tower_dropout"] == "0.1"
 
 
 def test_damaged_weights_are_refused(trained: Registry):

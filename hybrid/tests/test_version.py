@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.spec import Training
 from hybrid.version import TrainingRecord
 
 RECORD = TrainingRecord(
@@ -37,3 +38,13 @@ def test_without_a_mechanism_nothing_is_claimed():
     """A reference has one line, and no epsilon in it."""
     record = TrainingRecord(kind="central", run="r1", population="riders", users=30, examples=90)
     assert record.privacy_lines() == ("none: a reference of a simulation, trained without a mechanism",)
+
+
+def test_a_record_s_settings_are_read_as_they_were_written():
+    """Options of every type included; a record without settings, as they were before, is read too."""
+    settings = Training(server_options={"betas": (0.9, 0.99), "nesterov": True, "momentum": 0.5}, tower_dropout=0.1)
+    record = RECORD.model_copy(update={"settings": settings})
+    read = TrainingRecord.model_validate_json(record.model_dump_json())
+    assert read == record
+    assert read.settings.server_options == {"betas": (0.9, 0.99), "nesterov": True, "momentum": 0.5}
+    assert TrainingRecord.model_validate_json(RECORD.model_dump_json(exclude={"settings"})) == RECORD

@@ -69,7 +69,16 @@ def declared(**changes) -> HybridModel:
 
 
 def version_of(network: Network) -> Version:
-    training = TrainingRecord(kind="federated", run="r", population="p", users=10, examples=100, epsilon=8, delta=1e-5)
+    training = TrainingRecord(
+        kind="federated",
+        run="r",
+        population="p",
+        users=10,
+        examples=100,
+        epsilon=8,
+        delta=1e-5,
+        settings=network.model.training,
+    )
     definition = {"declaration": network.model.definition(), "network": network.description()}
     return Version(network.model.name, 2, "ab" * 32, definition, training, network.weights())
 

@@ -6,20 +6,26 @@ from hybrid import Numeric
 from hybrid.errors import ConfigError
 from hybrid.export import executorch
 from hybrid.export.conformance import input_probes
+from hybrid.export.programs import Part
+from hybrid.export.tests.conftest import declared
 from hybrid.features import Features
-from hybrid.network import Transforms
+from hybrid.network import Network, Transforms
 
 
-def load(data: bytes):
+def load(data: bytes, name: str):
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(data)
-    return lambda *inputs: program.load_method("forward").execute(list(inputs))[0].numpy().copy()
+    return lambda *inputs: program.load_method(name).execute(list(inputs))[0].numpy().copy()
+
+
+def part(program: torch.nn.Module, probe: torch.Tensor) -> dict[str, Part]:
+    return {"part": Part(program.eval(), {"inputs": probe}, "outputs")}
 
 
 def test_embed_is_the_device_tower(either):
     """ExecuTorch gives torch's embedding to 1e-5 for missing, infinite, extreme and ordinary inputs."""
-    embed = load(either.bundle.programs["embed.pte"])
+    embed = load(either.bundle.programs["device.pte"], "embed")
     for row in input_probes(either.network.model.device_features).split(1):
         expected = either.network.device_program()(row).detach().numpy()
         np.testing.assert_allclose(embed(row), expected, rtol=1e-5, atol=1e-5)
@@ -31,7 +37,7 @@ def test_embed_is_the_numpy_reference(either):
     inputs = input_probes(features)
     encoded = features.encode(features.slots(inputs.numpy()))
     expected = either.network.device_tower(torch.from_numpy(encoded)).detach().numpy()
-    embed = load(either.bundle.programs["embed.pte"])
+    embed = load(either.bundle.programs["device.pte"], "embed")
     got = np.concatenate([embed(row) for row in inputs.split(1)])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -42,9 +48,30 @@ def test_predict_merges_on_the_device(either):
     inputs = input_probes(network.model.device_features)[:1]
     server = torch.linspace(-1, 1, network.server_embedding)[None]
     expected = torch.sigmoid(network.head(server, network.device_program()(inputs))).detach().numpy()
-    got = load(either.bundle.programs["predict.pte"])(inputs, server)
+    got = load(either.bundle.programs["device.pte"], "predict")(inputs, server)
     assert got.shape == (1,)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_two_methods_share_the_tower_s_weights():
+    """A tower of 256 x 256 numbers of 4 bytes is in the file once: it is smaller than two of them."""
+    model = declared(
+        device_tower=lambda: torch.nn.Sequential(torch.nn.LazyLinear(256), torch.nn.Linear(256, 256)),
+        head=Beside,
+    )
+    (data,) = executorch.device_programs(Network.build(model)).values()
+    assert 256 * 256 * 4 < len(data) < 2 * 256 * 256 * 4
+
+
+class Beside(torch.nn.Module):
+    """One logit of both embeddings; (n,)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3 + 256, 1)
+
+    def forward(self, server, device):
+        return self.linear(torch.cat([server, device], 1)).squeeze(-1)
 
 
 def test_where_the_delegate_does_not_conform_portable_operators_are_used(monkeypatch: pytest.MonkeyPatch):
@@ -52,21 +79,21 @@ def test_where_the_delegate_does_not_conform_portable_operators_are_used(monkeyp
     monkeypatch.setattr(executorch, "PRODUCTS", None)
     missing = torch.full((1, 5), torch.nan)
     bounded = Transforms(Features.of({name: Numeric() for name in "abcde"})).eval()
-    data = executorch._pte("part", bounded, [missing])
+    data = executorch._pte(part(bounded, missing))
     assert b"XnnpackBackend" not in data
-    assert np.isnan(load(data)(missing)).all()
+    assert np.isnan(load(data, "part")(missing)).all()
 
 
 def test_matrix_products_run_on_the_delegate():
     """A linear layer is XNNPACK's; without that a device with a large tower would wait."""
-    data = executorch._pte("part", torch.nn.Linear(3, 2).eval(), [torch.randn(4, 3)])
+    data = executorch._pte(part(torch.nn.Linear(3, 2), torch.randn(4, 3)))
     assert b"XnnpackBackend" in data
 
 
 def test_a_tower_that_cannot_be_exported_is_refused():
     """A tower that branches on values has no device program, and the message says which program."""
-    with pytest.raises(ConfigError, match="embed cannot be exported for devices"):
-        executorch._pte("embed", Branching(), [torch.randn(5, 4)])
+    with pytest.raises(ConfigError, match="part cannot be exported for devices"):
+        executorch._pte(part(Branching(), torch.randn(5, 4)))
 
 
 class Branching(torch.nn.Module):

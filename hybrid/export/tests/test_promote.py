@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid import Label, OnDevice, Serving
+from hybrid import Label, OnDevice, Serving, Training
 from hybrid.bundle import Alone, Keeping
 from hybrid.errors import ConfigError
+from hybrid.export import promote
 from hybrid.export.promote import export_version
 from hybrid.export.tests.conftest import declared, version_of
 from hybrid.network import Network
@@ -136,6 +137,34 @@ def test_a_bundle_without_a_declared_lifetime_never_expires(every):
     assert manifest.minimum_runtime == 1
 
 
-def test_a_bundle_holds_each_program_in_both_forms(every):
-    """For ExecuTorch and for ONNX Runtime."""
-    assert {"embed.pte", "predict.pte", "embed.onnx", "predict.onnx"} <= set(every.bundle.programs)
+def test_a_bundle_holds_each_program_in_both_forms_and_what_devices_train(every):
+    """For ExecuTorch and for ONNX Runtime; a training program for ExecuTorch alone, and how it is fed."""
+    assert set(every.bundle.programs) == {"device.pte", "embed.onnx", "predict.onnx", "train.pte"}
+    train = every.bundle.manifest.train
+    assert (train.server, train.missing, every.exported.untrainable) == (3, False, None)
+
+
+def test_devices_train_what_the_version_s_training_trained(every, tmp_path: Path):
+    """A federated server tower takes 7 slots in place of its embedding; tower dropout trains what is missing."""
+    settings = Training(server_tower="federated", tower_dropout=0.1)
+    version = replace(every.version, training=every.version.training.model_copy(update={"settings": settings}))
+    train = export_version(version, every.network.model, Workspace(tmp_path)).manifest.train
+    assert (train.server, train.missing) == (7, True)
+
+
+@pytest.mark.parametrize("why", ["train again", "no such operator"])
+def test_a_version_that_no_device_can_train_is_served(every, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str):
+    """Its bundle predicts, and says that there is no training program; whoever promotes is told why."""
+    version = every.version
+    if why == "train again":  # its record is of before records said what was trained
+        version = replace(version, training=version.training.model_copy(update={"settings": None}))
+    else:
+
+        def none(*_: object, **__: object):
+            raise ConfigError("the gradient cannot be exported for devices: no such operator")
+
+        monkeypatch.setattr(promote, "training_program", none)
+    exported = export_version(version, every.network.model, Workspace(tmp_path))
+    assert exported.manifest.train is None
+    assert set(exported.manifest.programs) == {"device.pte", "embed.onnx", "predict.onnx"}
+    assert why in exported.untrainable

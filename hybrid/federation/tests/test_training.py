@@ -69,6 +69,7 @@ def test_the_record_says_what_was_spent_and_what_it_protects(trained, tiny_model
     assert (record.delta, record.unit, record.protects) == (1e-3, "user", "device features")
     assert (record.users, record.rounds, record.sampling) == (USERS, 60, 0.5)
     assert "Poisson" in record.assumption
+    assert record.settings == QUICK
 
 
 @pytest.mark.parametrize("kind", ["central", "noiseless", "server-only"])
@@ -197,6 +198,7 @@ def test_what_a_run_paid_before_is_made_room_for(tiny_model, people, tmp_path):
         {"server_tower": "federated"},
         {"server_tower": "frozen"},
         {"tower_dropout": 0.2},
+        {"upload": "int8"},
     ],
     ids="-".join,
 )
