@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -68,6 +69,7 @@ class Ending(StrEnum):
     TAKEN_PART = "taken_part"
     NOT_SAMPLED = "not_sampled"
     INTERRUPTED = "interrupted"
+    FORGOTTEN = "forgotten"  # the person had something deleted that the update may have been trained with
     GAVE_UP = "gave_up"
     REFUSED = "refused"
 
@@ -136,6 +138,15 @@ class Store(Protocol):
 
     def examples(self, device: int, newest: int, now_ms: int) -> Examples:
         """The device's newest examples, the oldest of them first."""
+        ...
+
+    @property
+    def forgets(self) -> int:
+        """How often the person had something forgotten."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """Calls within are one, and nobody's come between."""
         ...
 
     def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:
@@ -323,6 +334,7 @@ class Participation:
         assert self.trainer is not None  # the refusal looked for a training program
         history = self.store.history(0, device=self.device)
         self._require(self.own, plan.policy, history=history)
+        forgets = self.store.forgets
         newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
         if len(newest.labels) < plan.examples[0]:
             raise _Ended(Ending.FEW_EXAMPLES, f"the plan asks for at least {plan.examples[0]} examples")
@@ -338,12 +350,17 @@ class Participation:
         rng = np.random.default_rng()
         try:
             update = await asyncio.to_thread(self.trainer.train, plan, weights, *arguments, go_on=watch.go_on, rng=rng)
+        except PlanError as error:
+            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=self._later(None)) from None
         finally:
             watch.stop.set()
         if update is None:
             self._interrupted(watch)
         upload = _Upload(plan.id, secrets.token_hex(16), encode(update, plan.upload, rng), plan.expires_ms)
-        self.store.keep_upload(upload.plan, upload.upload, upload.body, upload.expires_ms, device=self.device)
+        with self.store.together():
+            if self.store.forgets != forgets:
+                raise _Ended(Ending.FORGOTTEN, "something was forgotten while training; the update is too")
+            self.store.keep_upload(upload.plan, upload.upload, upload.body, upload.expires_ms, device=self.device)
         self._move(Event.TRAINED)
         return upload
 
@@ -385,6 +402,8 @@ class Participation:
         readings = self.host.read()
         if not readings.consent:
             self._withdraw()
+        if all(kept.plan != upload.plan for kept in self.store.pending(now_ms, device=self.device)):
+            raise _Ended(Ending.FORGOTTEN, "something was forgotten, and the update that waited with it")
         # How often it takes part was decided when it began.
         decision = both(*(decide(policy, readings, (), now_ms) for policy in (self.own, *policies)))
         if not decision.eligible:

@@ -373,6 +373,7 @@ class Store(AbstractContextManager["Store"]):
         """`now_ms`: of the participation that stands for those that are forgotten; None: they are not."""
         with self._db.transaction():
             self._db.run(f"DELETE FROM uploads WHERE {whose}", those)  # noqa: S608
+            self._db.run("INSERT INTO about VALUES ('forgets', '1') ON CONFLICT (name) DO UPDATE SET value = value + 1")
             if now_ms is not None:
                 took_part = self._db.all(f"SELECT DISTINCT device FROM participations WHERE {whose}", those)  # noqa: S608
                 self._db.run(f"DELETE FROM participations WHERE {whose}", those)  # noqa: S608
@@ -430,6 +431,12 @@ class Store(AbstractContextManager["Store"]):
         """When the device took part since then, oldest first."""
         sql = "SELECT at_ms FROM participations WHERE device = ? AND at_ms >= ? AND took_part ORDER BY at_ms"
         return [at_ms for (at_ms,) in self._db.all(sql, (device, since_ms))]
+
+    @property
+    def forgets(self) -> int:
+        """How often something was forgotten: a training that began before it must not be kept after it."""
+        found = self._db.all("SELECT value FROM about WHERE name = 'forgets'")
+        return int(found[0][0]) if found else 0
 
     def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:
         """Keeps an update until it is sent; one of the same plan takes the other's place."""

@@ -141,13 +141,15 @@ class Trainer:
             log.info("plan %s asks for more %s than the bundle allows: %s", plan.id, name, getattr(limits, name))
         newest = slice(max(0, len(labels) - limits.examples), None)
         rows = self._rows(server[newest], inputs[newest], labels[newest])
+        program = _Program(self._data, self._train)
+        # The limits are of the training: what the engine takes to be loaded, torch say, is the app's.
         watch = _Watch(limits, go_on, self._clock, self._resident)
         self.gave_up = None
         try:
             if len(rows) < plan.examples[0]:
                 raise _GivenUp(f"there must be at least {plan.examples[0]} examples")
             schedule = _Schedule.draw(local, len(rows), plan.local.tower_dropout, rng)
-            moved = self._descend(weights, local, rows, schedule, watch)
+            moved = self._descend(program, weights, local, rows, schedule, watch)
             if not np.isfinite(moved).all():
                 raise _GivenUp("the weights left the finite numbers: the plan's lr may be too high")
         except _GivenUp as reason:
@@ -157,11 +159,11 @@ class Trainer:
         clipped: Float32 = clip_rows(moved[None], plan.clip)[0].astype(np.float32)
         return clipped
 
-    def _descend(
-        self, start: Float32, local: LocalTraining, rows: _Rows, schedule: _Schedule, watch: _Watch
+    @staticmethod
+    def _descend(  # noqa: PLR0917  # one thing a column
+        program: _Program, start: Float32, local: LocalTraining, rows: _Rows, schedule: _Schedule, watch: _Watch
     ) -> Float32:
         """(p,) how far gradient descent moves from `start`."""
-        program = _Program(self._data, self._train)
         moved = np.zeros_like(start)
         left, rate = np.float32(1 - local.lr * local.proximal), np.float32(local.lr)
         for step in range(schedule.steps):

@@ -1,5 +1,6 @@
 import asyncio
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +106,7 @@ class MemoryStore:
     waiting: dict = field(default_factory=dict)
     stopped: dict = field(default_factory=dict)
     full: bool = False
+    forgets: int = 0
     kept: list = field(default_factory=list)
 
     def halted(self, version):
@@ -125,6 +127,13 @@ class MemoryStore:
     def examples(self, device, newest, now_ms):
         n = min(self.rows, newest)
         return Examples(np.ones((n, 2), np.float32), {"steps": [float(i) for i in range(n)]}, np.ones(n, np.float32))
+
+    def forget(self):
+        self.forgets += 1
+        self.waiting.clear()
+
+    def together(self):
+        return nullcontext()
 
     def keep_upload(self, plan_id, upload_id, body, expires_ms, *, device=0):
         if self.full:
@@ -441,6 +450,35 @@ def test_consent_withdrawn_deletes_an_update_that_waits():
     world.readings = (Readings(),)
     assert world.session().ending is Ending.NO_CONSENT
     assert world.store.waiting == {}
+
+
+def test_what_is_forgotten_while_training_is_in_no_update():
+    """Another process deletes: nothing is kept, nothing is sent."""
+    world = World()
+    trained = world.trainer.train
+
+    def train(*arguments, **more):
+        world.store.forget()
+        return trained(*arguments, **more)
+
+    world.trainer.train = train
+    assert world.session().ending is Ending.FORGOTTEN
+    assert (world.store.kept, world.aggregator.sent) == ([], [])
+
+
+def test_what_is_forgotten_between_two_attempts_is_not_sent_again():
+    """The update that waited went with it, however much this process still has in memory."""
+    world = World()
+    world.aggregator.uploads = [Reply(0)]
+    sleep = world._sleep
+
+    async def forgetful(seconds):
+        world.store.forget()
+        await sleep(seconds)
+
+    world._sleep = forgetful
+    assert world.session().ending is Ending.FORGOTTEN
+    assert len(world.aggregator.sent) == 1
 
 
 def test_a_lost_answer_is_followed_by_the_same_bytes_under_the_same_id():

@@ -622,6 +622,22 @@ def test_a_device_takes_part_in_a_plan_once(store: Store, file: Path, manifest: 
         assert store.history(NOW + 1) == [NOW + 4]
 
 
+def test_a_lost_toss_is_decided_on_and_no_participation(store: Store):
+    """Neither is a second toss possible, nor does the device wait as if it had taken part; its person can see it."""
+    assert store.begin("a" * 32, NOW, takes_part=False)
+    assert not store.begin("a" * 32, NOW + 1)
+    assert store.history(0) == []
+    assert [found["took_part"] for found in store.export() if found["kind"] == "participation"] == [False]
+
+
+def test_a_training_can_tell_that_something_was_forgotten_meanwhile(store: Store):
+    """By one more for each time, of whatever."""
+    assert store.forgets == 0
+    store.forget(entity="shop-2", now_ms=NOW)
+    store.forget(now_ms=NOW)
+    assert store.forgets == 2
+
+
 def test_an_update_waits_until_it_is_taken_or_expired(store: Store):
     """With its id and bytes as they were; the expired one is deleted from the disk by the next look at what is old."""
     store.keep_upload("a" * 32, "1" * 32, b"first", NOW + HOUR)

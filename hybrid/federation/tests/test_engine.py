@@ -373,3 +373,18 @@ def test_a_seed_repeats_a_quantised_cohort_to_the_last_bit(tiny_model, tiny_exam
     np.testing.assert_array_equal(sums[0], sums[1])
     assert (sums[0] != sums[2]).any()
     np.testing.assert_allclose(sums[0], sums[3], atol=40 * 0.1 / 127)
+
+
+@pytest.mark.parametrize("chunk_bytes", [20_000, 1 << 26], ids=["some together", "all together"])
+def test_quantised_configurations_trained_together_round_as_if_alone(tiny_model, tiny_examples, chunk_bytes):
+    """Three starts: at least 98 % of the weights of each sum are within 1e-5 of its own alone; the rest are those
+    where the last bit of an update decided which way it was rounded. With other draws, most differ."""
+    local = LocalTraining(2, 0.5)
+    engine = Engine.build(Network.build(tiny_model()), tiny_examples(30), local, upload="int8", chunk_bytes=chunk_bytes)
+    flats = engine.side.flat() * np.array([[0.5], [1.0], [1.5]], np.float32)
+    together = engine.clipped_sums(flats, np.arange(30), [0.1, 0.2, 0.3], [0.5] * 3, stream=(7, 2))
+    for one, flat, clip in zip(together, flats, [0.1, 0.2, 0.3], strict=True):
+        alone = engine.clipped_sum(flat, np.arange(30), clip, stream=(7, 2))
+        assert np.mean(np.abs(one.total - alone.total) > 1e-5) <= 0.02
+        other = engine.clipped_sum(flat, np.arange(30), clip, stream=(7, 3))
+        assert np.mean(np.abs(other.total - alone.total) > 1e-5) > 0.5
