@@ -43,7 +43,7 @@ def install(cache: Path, say: Callable[[str], None] = print) -> Path:
         installed = folder / "installed"
         if not installed.is_file() or installed.read_text() != packages:
             installed.unlink(missing_ok=True)
-            say(f"Installing the browser device's packages into {folder} (60 MB to download, 200 MB on disk) ...")
+            say(f"Installing the browser device's packages into {folder} (70 MB to download, 190 MB on disk) ...")
             # No scripts of packages: none of ours needs one, and node need not be on the PATH for them.
             run(folder, "npm", "ci", "--ignore-scripts", "--no-progress", "--loglevel=error")
             installed.write_text(packages)

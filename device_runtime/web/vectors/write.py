@@ -95,6 +95,7 @@ def _eligibility() -> Iterator[dict[str, Any]]:
     ]
     often = Policy(separation_s=3600, participations=3)
     histories = [[now - day], [now - day + 1], [now], [now + 1], [now - day - 5, now - 3600_000, now - 7200_000]]
+    cases: list[tuple[Policy, Readings, list[int]]]
     cases = [(policy, reading, []) for policy in (Policy(), little) for reading in readings]
     cases += [(policy, good, history) for policy in (Policy(), often) for history in histories]
     cases += [(often, good, [now - 3600_000, now - 3600_001, now - 3600_002])]
