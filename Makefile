@@ -1,4 +1,5 @@
 # make demo    the whole product on real data with real servers, in a few minutes
+# make page    a person's device in a browser, with the demo's model: what it predicts, and every byte that leaves it
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
 # make benchmarks   how fast training and serving are, and how good: about 40 minutes
@@ -15,11 +16,14 @@ PACKAGES := hybrid feature_store serving device_runtime
 # Without cached byte code every command would compile its libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check static unit integration servers benchmarks clean
+.PHONY: demo page test check static unit integration servers benchmarks clean
 .DEFAULT_GOAL := demo
 
 demo: servers
 	@$(RUN)python -m examples.coupon.demo
+
+page: servers
+	@HYBRID_HOME=runs/demo/.hybrid $(RUN)hybrid page coupon
 
 test: unit integration
 

@@ -247,7 +247,6 @@ async def _infer(
     manifest = verified.manifest
     if not store.is_file():
         raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
-    program = program_of(verified, engine)
     with (
         from_environment("hybrid-device") or nullcontext() as tracer,
         Store.open(store, read_store_key(key_file, os.environ), manifest) as kept,
@@ -256,7 +255,7 @@ async def _infer(
             raise BundleError(f"{manifest.model}:{manifest.version} was halted, another bundle must come: {reason}")
         async with InferenceClient(
             manifest,
-            program,
+            program_of(verified, engine),
             gateway,
             timeout_s=timeout,
             trace_share=trace,

@@ -192,7 +192,7 @@ class Database:
                 return
         try:
             # Random: a file system that compresses would give no space to zeros.
-            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(os.urandom(RESERVE))
         except OSError:

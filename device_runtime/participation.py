@@ -338,6 +338,8 @@ class Participation:
         rng = np.random.default_rng()
         try:
             update = await asyncio.to_thread(self.trainer.train, plan, weights, *arguments, go_on=watch.go_on, rng=rng)
+        except PlanError as error:
+            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=self._later(None)) from None
         finally:
             watch.stop.set()
         if update is None:

@@ -23,8 +23,8 @@ def enforce(database: Database, keeping: Keeping, now_ms: int) -> int:
         with database.transaction():
             database.run("DELETE FROM uploads WHERE expires_ms < ?", (now_ms,))
             database.shrink()
-    if database.used * PAGE > keeping.bytes:
-        gone += _delete_oldest(database, int(keeping.bytes * HELD) // PAGE)
+    if _used(database) > keeping.bytes:
+        gone += _delete_oldest(database, int(keeping.bytes * HELD))
     return gone
 
 
@@ -66,16 +66,22 @@ def _delete_in_parts(database: Database, condition: str, given: Sequence[object]
             return gone
 
 
-def _delete_oldest(database: Database, pages: int) -> int:
-    """Deletes the oldest events until the file has at most so many pages, or no event is left."""
+def _used(database: Database) -> int:
+    """Bytes of the file, without those of updates that wait: a large one would cost all examples."""
+    (updates,) = database.one("SELECT coalesce(sum(length(body)), 0) FROM uploads")
+    return database.used * PAGE - int(updates)
+
+
+def _delete_oldest(database: Database, most: int) -> int:
+    """Deletes the oldest events until at most so many bytes are used, or no event is left."""
     gone = 0
     oldest = "SELECT id FROM events ORDER BY at_ms, id LIMIT ?"
     with database.transaction():
-        while (used := database.used) > pages:
+        while (used := _used(database)) > most:
             (events,) = database.one("SELECT count(*) FROM events")
             if not events:
                 break
-            part = math.ceil(events * (used - pages) / used)
+            part = math.ceil(events * (used - most) / used)
             gone += database.run(f"DELETE FROM events WHERE id IN ({oldest})", (part,))  # noqa: S608
         database.shrink()
     return gone

@@ -347,6 +347,10 @@ def _text(value: object) -> str | None:
             raise BadRequest("text must be UTF-8") from None
     if not isinstance(value, str):
         raise BadRequest(f"must be text, got {type(value).__name__}")
+    try:
+        value.encode()  # what is hashed; half of a surrogate pair has no UTF-8, and a browser would send another text
+    except UnicodeEncodeError:
+        raise BadRequest("text must be Unicode: it has half of a surrogate pair") from None
     return unicodedata.normalize("NFC", value)
 
 

@@ -1,15 +1,20 @@
 """Real servers for integration tests, and the proof that none of them is left."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
+from benchmarks.browser import CHROMIUMS, chromium
 from hybrid.local import kafka as local_kafka
 from hybrid.local import triton as local_triton
+from hybrid.local import web
 from hybrid.local.process import default_cache, free_ports, running
 
 
@@ -83,3 +88,42 @@ def triton(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
             return TritonServer(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", process.pid)
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def package(cache: Path) -> Path:
+    """The browser device's npm package, built."""
+    return web.install(cache)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The machine's own Chromium."""
+    executable = chromium()
+    if executable is None:
+        why = f"none of {', '.join(CHROMIUMS)} is on the PATH; on Debian: apt-get install chromium"
+        (pytest.fail if os.environ.get("HYBRID_TEST_BROWSER") == "required" else pytest.skip)(why)
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox is not for root
+        launched = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def tab(browser: Browser) -> Callable[..., AbstractContextManager[BrowserContext]]:
+    """A browser context with a profile of its own, in which no error of a page stays unseen but an `expected` one."""
+
+    @contextlib.contextmanager
+    def opened(*, expected: str | None = None, **options: object) -> Iterator[BrowserContext]:
+        errors: list[str] = []
+        context = browser.new_context(**options)
+        context.on("console", lambda message: message.type in ("error", "warning") and errors.append(message.text))
+        context.on("weberror", lambda error: errors.append(str(error.error)))
+        try:
+            yield context
+        finally:
+            context.close()
+        assert [error for error in errors if expected is None or expected not in error] == []
+
+    return opened

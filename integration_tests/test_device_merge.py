@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
-import kafka as kafka_python
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -23,7 +22,8 @@ import torch
 import tritonclient.grpc as triton_grpc
 from typer.testing import CliRunner
 
-from device_runtime.store import Rows, write_rows
+from device_runtime.rows import Rows
+from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
 from hybrid.bundle import read_bundle, signing_key, trusted_key, write_bundle
 from hybrid.cli import app
@@ -35,7 +35,7 @@ from hybrid.registry import Registry
 from hybrid.spec import Clear, Serving, load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
-from serving.kafka import PARTITIONS
+from serving.kafka import lying_in
 
 MODEL = """
 from datetime import timedelta
@@ -83,6 +83,7 @@ LEARNED = np.array([0.5, 0.25, -1.0, 2.0], np.float32)
 TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
 AGE_MS, MAX_AGE_MS = 3_600_000, 30 * 86_400_000
 TRANSPORTS = ("kafka", "direct")
+STORE_KEY = bytes(range(32))
 
 
 @dataclass
@@ -134,11 +135,13 @@ class World:
         store, out = folder / "rows.sqlite", folder / "results.parquet"
         bundle, trust = self.workspace.bundles / f"{name}-1.bundle", self.workspace.keys / "bundle-signing.pub"
         if not store.exists():
-            write_rows(store, self.rows, read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest)
+            manifest = read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest
+            with Store.open(store, STORE_KEY, manifest) as kept:
+                kept.write(self.rows, time.time_ns() // 1_000_000)
         files = ["--bundle", bundle, "--trust", trust, "--store", store, "--out", out]
         url = gateway or f"http://127.0.0.1:{self.gateway}"
         command = [sys.executable, "-m", "device_runtime", "infer", *files, "--gateway", url, *more]
-        environment = os.environ | environment
+        environment = os.environ | {"HYBRID_STORE_KEY": STORE_KEY.hex()} | environment
         options = {"capture_output": True, "text": True, "timeout": 150, "env": environment}
         return subprocess.run([*map(str, command)], check=False, **options), out
 
@@ -286,23 +289,10 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     assert [secret for secret in secrets if secret in sent] == []
 
 
-def records(broker, topic):
-    """All values that lie in a topic."""
-    consumer = kafka_python.KafkaConsumer(bootstrap_servers=broker)
-    with contextlib.closing(consumer):
-        partitions = [kafka_python.TopicPartition(topic, p) for p in range(PARTITIONS[topic])]
-        consumer.assign(partitions)
-        consumer.seek_to_beginning()
-        ends, found = consumer.end_offsets(partitions), []
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            found += [r.value for polled in consumer.poll(timeout_ms=200).values() for r in polled]
-    return found
-
-
 def of_model(message_type, broker, name):
-    for value in records(broker, message_type.TOPIC):
+    for record in lying_in(broker, message_type.TOPIC):
         with contextlib.suppress(BadMessage):  # another module's
-            message = message_type.from_bytes(value)
+            message = message_type.from_bytes(record.value)
             if message.model == name:
                 yield message
 
@@ -319,7 +309,10 @@ def test_what_lies_in_kafka_holds_nothing_of_the_device(world: World, tmp_path: 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, transport, tmp_path: Path):
-    """Beside each prediction the tower's embedding, the learned one where that was used; torch agrees to 1e-5."""
+    """Beside each prediction the tower's embedding, the learned one where that was used; torch agrees to 1e-5.
+
+    The store keeps the tower's.
+    """
     status, summary, results = world.infer(f"giving-{transport}", tmp_path, "--contribution")
     assert (status, summary["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
     server = world.embeddings()
@@ -327,6 +320,9 @@ def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, t
     np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
     assert set(results["merged"]) == {"server"}
     assert results["fallback"].tolist() == ["none"] * 5 + ["device-only"]
+    with Store.open(tmp_path / "rows.sqlite", STORE_KEY) as kept:  # what a fallback answered is no example
+        contributed = [event["inference"]["server"] for event in kept.export()]
+    assert contributed == [*(row.tolist() for row in results["server_embedding"][:-1]), []]
     _, _, results = world.infer(f"giving-{transport}", tmp_path)
     assert [len(row) for row in results["server_embedding"]] == [0] * 6
     np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)

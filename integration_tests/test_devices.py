@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,8 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from device_runtime.store import Rows, write_rows
+from device_runtime.rows import Rows
+from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
 from hybrid.bundle import read_bundle, signing_key, trusted_key
 from hybrid.cli import app
@@ -34,6 +36,7 @@ COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 OFFERS = {"Bar/1d": ("Bar", "1d", 0.4), "Coffee House/2h": ("Coffee House", "2h", 0.5)}
 TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
 DEVICES = 40
+STORE_KEY = bytes(range(32))
 
 
 @dataclass
@@ -112,7 +115,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[P
     registry.create_version("coupon", weights=network.weights(), training=TRAINING, curves={}, expected_hash=digest)
     apply(model, workspace.feast)
     materialize(model, workspace.feast, datetime.now(UTC))
-    environment = {"HYBRID_HOME": str(workspace.root), "HYBRID_CACHE": str(cache)}
+    environment = {"HYBRID_HOME": str(workspace.root), "HYBRID_CACHE": str(cache), "HYBRID_STORE_KEY": STORE_KEY.hex()}
     project = Project(workspace, network, rows_of(network), environment)
     yield project
     project.run("hybrid", "down")
@@ -137,11 +140,12 @@ def gateway(project: Project, promoted: dict) -> str:
 
 @pytest.fixture(scope="module")
 def store(project: Project, promoted: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The devices' rows in one SQLite file."""
+    """The devices' rows in one encrypted file."""
     trusted = trusted_key(project.workspace.keys / "bundle-signing.pub")
     manifest = read_bundle(Path(promoted["bundle"]).read_bytes(), trusted).manifest
     file = tmp_path_factory.mktemp("store") / "rows.sqlite"
-    write_rows(file, project.rows, manifest)
+    with Store.open(file, STORE_KEY, manifest) as store:
+        store.write(project.rows, time.time_ns() // 1_000_000)
     return file
 
 
@@ -197,6 +201,9 @@ def test_devices_get_the_predictions_that_torch_gives(project: Project, gateway:
     np.testing.assert_allclose(predicted["prediction"], project.offline()[:-2], atol=1e-5)
     assert set(refused["status"]) == {"unknown_entity"}
     assert set(refused["http_status"]) == {404}
+    with Store.open(store, STORE_KEY) as kept:
+        found = [event.get("inference", {}) for event in kept.export()]
+    assert [each.get("prediction") for each in found] == [*predicted["prediction"], None, None]
 
 
 def test_promotion_on_a_running_stack_finds_its_triton(project: Project, gateway: str):

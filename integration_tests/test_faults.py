@@ -44,7 +44,7 @@ from hybrid.local.process import Process, Service, free_ports, http_ok, log_has
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.network import Network
 from hybrid.sealing import generate
-from serving.kafka import GROUP, PARTITIONS
+from serving.kafka import GROUP, lying_in
 
 SIZE = 4
 SHOPS = {f"shop-{number}": float(number) for number in range(8)}
@@ -223,15 +223,7 @@ class Plant:
 
     def records(self, topic):
         """All that lies in a topic."""
-        consumer = kafka_python.KafkaConsumer(bootstrap_servers=self.broker, isolation_level="read_committed")
-        with contextlib.closing(consumer):
-            partitions = [kafka_python.TopicPartition(topic, p) for p in range(PARTITIONS[topic])]
-            consumer.assign(partitions)
-            consumer.seek_to_beginning()
-            ends, found = consumer.end_offsets(partitions), []
-            while any(consumer.position(p) < end for p, end in ends.items()):
-                found += [record for records in consumer.poll(timeout_ms=200).values() for record in records]
-            return found
+        return list(lying_in(self.broker, topic))
 
     def right(self, outcome):
         """Whether an answer is what torch says offline of the version it names, to 1e-4: its own and nobody else's."""

@@ -24,7 +24,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 
-from device_runtime.store import Rows, write_rows
+from device_runtime.rows import Rows
+from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
 from hybrid.bundle import Manifest, signing_key, write_bundle
 from hybrid.export.executorch import device_programs
@@ -40,6 +41,7 @@ from serving import kafka as serving_kafka
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 OFFER = "Bar/1d"
+STORE_KEY = bytes(range(32))
 TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
 FEATURES = ["coupon", "expiration", "acceptance_rate"]
 STAGES = ["decode", "features", "forward", "encode", "send"]
@@ -116,9 +118,10 @@ class Serving:
         files = ("--bundle", self.folder / "coupon-1.bundle", "--trust", self.folder / "keys" / "bundle-signing.pub")
         store = ("--store", self.folder / "rows.sqlite", "--devices", f"0:{number}", "--out", self.folder / "out")
         command = ["infer", *files, *store, "--gateway", self.url, "--trace", "1", "--concurrency", number]
+        environment = {"OTEL_TRACES_SAMPLER": "always_on", "HYBRID_STORE_KEY": STORE_KEY.hex()}
         done = subprocess.run(
             [sys.executable, "-m", "device_runtime", *map(str, command)],
-            env={**os.environ, **self.collector.environment, "OTEL_TRACES_SAMPLER": "always_on"},
+            env=os.environ | self.collector.environment | environment,
             capture_output=True,
             check=False,
             text=True,
@@ -222,7 +225,8 @@ def write_devices(folder, network):
     )
     features = {name: [None] * n for name in model.device}
     rows = Rows(np.arange(n), np.zeros(n, int), [OFFER] * n, {"time": ["6PM"] * n}, features)
-    write_rows(folder / "rows.sqlite", rows, manifest)
+    with Store.open(folder / "rows.sqlite", STORE_KEY, manifest) as store:
+        store.write(rows, time.time_ns() // 1_000_000)
 
 
 def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):

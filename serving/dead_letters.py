@@ -19,12 +19,11 @@ from pydantic import BaseModel, ConfigDict
 from hybrid.errors import Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.sealing import CannotOpen, OpeningKey
-from serving.kafka import REPLAYS, Outbox
+from serving.kafka import REPLAYS, Outbox, lying_in
 
 log = logging.getLogger(__name__)
 
 SOURCES = (DeviceEmbeddings.TOPIC, Predictions.TOPIC)
-POLL_MS = 500
 Outcome = Literal["replayed", "would_replay", "already_replayed", "not_kept", "cannot_open"]
 
 
@@ -92,8 +91,8 @@ def find(bootstrap: str, wanted: Filter) -> Iterator[Found]:
         if wanted.topic not in (None, topic):
             continue
         dead, partitions = DeadLetter.topic_for(topic), _partitions(bootstrap, topic)
-        for value, at_ms in _values(bootstrap, dead):
-            letter = _letter(value)
+        for record in lying_in(bootstrap, dead):
+            letter, at_ms = _letter(record.value or b""), record.timestamp
             # One that names another place was not written by us, and must not choose where bytes go.
             if letter is None or letter.topic != topic or letter.partition not in partitions:
                 log.warning("a record of %s is not a dead letter", dead)
@@ -157,9 +156,9 @@ def replay(
 def _replays(bootstrap: str) -> dict[tuple[str, str], int]:
     """(topic, sha256) -> when it was last replayed."""
     found = {}
-    for value, _ in _values(bootstrap, REPLAYS):
+    for record in lying_in(bootstrap, REPLAYS):
         try:
-            note = Replay.model_validate_json(value)
+            note = Replay.model_validate_json(record.value or b"")
         except ValueError:
             log.warning("a record of %s is not a replay", REPLAYS)
             continue
@@ -178,20 +177,5 @@ def _partitions(bootstrap: str, topic: str) -> set[int]:
     try:
         with closing(kafka.KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)) as consumer:
             return set(consumer.partitions_for_topic(topic) or ())
-    except KafkaError as error:
-        raise Unavailable(f"Kafka does not answer: {type(error).__name__}") from None
-
-
-def _values(bootstrap: str, topic: str) -> Iterator[tuple[bytes, int]]:
-    """What lies in a topic now, with its time; nothing if there is no such topic."""
-    try:
-        with closing(kafka.KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)) as consumer:
-            partitions = [kafka.TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or ())]
-            consumer.assign(partitions)
-            ends = consumer.end_offsets(partitions) if partitions else {}
-            consumer.seek_to_beginning(*partitions)
-            while any(consumer.position(partition) < end for partition, end in ends.items()):
-                for records in consumer.poll(timeout_ms=POLL_MS).values():
-                    yield from ((r.value or b"", r.timestamp) for r in records)
     except KafkaError as error:
         raise Unavailable(f"Kafka does not answer: {type(error).__name__}") from None

@@ -11,8 +11,8 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -43,6 +43,7 @@ TOPIC_CONFIG = {"retention.ms": "3600000", "segment.ms": "600000", "message.time
 # Letters wait for somebody to mend what was wrong, for a week; a flood of poison must not fill the disk meanwhile.
 DEAD_CONFIG = TOPIC_CONFIG | {"retention.ms": "604800000", "segment.ms": "86400000", "retention.bytes": str(1 << 30)}
 SEND_TIMEOUT_MS = 5_000
+LISTING_POLL_MS = 500
 COMMIT_S = 0.1  # between two commits; a killed worker's rows of that time are answered twice
 RECONNECT_MS = 1_000  # the longest pause between two tries; with the default, 30 s, an outage lasts as much longer
 PRODUCER: dict[str, Any] = {  # settings of every producer: what was sent is in Kafka, or is known not to be, in time
@@ -127,6 +128,29 @@ def create_topics(bootstrap: str) -> None:
                 log.info("topic %s was created meanwhile", topic)
     finally:
         admin.close()
+
+
+def lying_in(bootstrap: str, topic: str) -> Iterator[Any]:
+    """kafka-python's records that lie in a topic now, without those of transactions that are not committed.
+
+    Yields nothing where there is no such topic.
+
+    Raises:
+        Unavailable: Kafka does not answer.
+    """
+    try:
+        with closing(
+            kafka.KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed")
+        ) as consumer:
+            partitions = [kafka.TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or ())]
+            consumer.assign(partitions)
+            ends = consumer.end_offsets(partitions) if partitions else {}
+            consumer.seek_to_beginning(*partitions)
+            while any(consumer.position(partition) < end for partition, end in ends.items()):
+                for records in consumer.poll(timeout_ms=LISTING_POLL_MS).values():
+                    yield from records
+    except KafkaError as error:
+        raise Unavailable(f"Kafka does not answer: {type(error).__name__}") from None
 
 
 class GroupInbox:

@@ -109,7 +109,7 @@ def run(demo: Demo) -> None:
         demo.say("People's devices ask: two processes, each with its share of fold 1's unseen users")
         answers = devices.ask(demo.workspace, served.number, prepared[0].held_out, demo.folder)
         servers = devices.servers(demo.workspace)
-        demo.say(f"{answers.answered} of {answers.requests} requests answered")
+        demo.say(f"{answers.answered} of {answers.requests} requests answered; {answers.examples} examples are kept")
     finish(demo, outcome, answers, servers, served)
 
 
@@ -135,6 +135,7 @@ def finish(
         "requests": answers.requests,
         "answered": answers.answered,
         "predicted": len(answers.row),
+        "examples_on_devices": answers.examples,
         "max_abs_difference": float(np.abs(answers.prediction - offline).max()) if len(offline) else None,
         "latency_ms": {
             "p50": float(np.percentile(answers.latency_ms, 50)),
@@ -190,6 +191,9 @@ def show(demo: Demo, findings: report.Findings) -> None:
     )
     console.print("Look at its models: HYBRID_HOME=runs/demo/.hybrid .venv/bin/hybrid models", highlight=False)
     demo.say(f"Done. The report: {(demo.folder / 'report.html').relative_to(Path.cwd())}")
+    console.print(
+        "Be a person's device, in your browser, and see every byte that leaves it: make page", highlight=False
+    )
 
 
 if __name__ == "__main__":

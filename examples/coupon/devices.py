@@ -1,4 +1,4 @@
-"""People as devices: their rows in one SQLite file, and processes of devices that ask the gateway.
+"""People as devices: their rows in one encrypted store, and processes of devices that ask the gateway.
 
 `python -m examples.coupon.devices` asks for the people of one fold, of the promoted version.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import secrets
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +28,9 @@ from hybrid.cli import command_line
 from hybrid.errors import StackError
 from hybrid.federation.population import Population, parse_fold
 from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from device_runtime.store import Store
 
 PROCESSES = 2
 CONCURRENCY = 4  # requests in flight of one process: people's devices ask now and then, they do not saturate a server
@@ -39,6 +45,7 @@ class Answers:
         row: (p,) of the predicted ones: place among the rows asked about.
         prediction: (p,) as served.
         latency_ms: (requests,) from a row's inputs to its answer.
+        examples: how many the devices' store holds afterwards, to train with.
     """
 
     requests: int
@@ -46,11 +53,12 @@ class Answers:
     row: NDArray[np.int64]
     prediction: NDArray[np.float64]
     latency_ms: NDArray[np.float64]
+    examples: int
 
 
-def store_rows(file: Path, population: Population, users: NDArray[np.bool_], manifest: Manifest) -> int:
+def store_rows(store: Store, population: Population, users: NDArray[np.bool_], manifest: Manifest) -> int:
     """Writes the rows of some users as devices would hold them, device u = u-th of these users; returns how many."""
-    from device_runtime.store import Rows, write_rows
+    from device_runtime.rows import Rows
 
     counts = np.diff(population.offsets)
     mine = np.repeat(users, counts)
@@ -61,35 +69,59 @@ def store_rows(file: Path, population: Population, users: NDArray[np.bool_], man
         request={name: population.column(name)[mine].tolist() for name in manifest.request},
         features={name: population.column(name)[mine].tolist() for name in manifest.features.names},
     )
-    write_rows(file, rows, manifest)
+    store.write(rows, _now_ms())
     return len(rows)
 
 
+def store_labels(store: Store, population: Population, users: NDArray[np.bool_]) -> int:
+    """Joins to each answered row whether its driver took the coupon; returns to how many, which are examples then."""
+    counts = np.diff(population.offsets)
+    taken = population.column("Y")[np.repeat(users, counts)]
+    device = np.repeat(np.arange(users.sum()), counts[users])
+    now_ms, joined = _now_ms(), 0
+    with store.together():
+        for row in range(len(taken)):
+            inference = store.id_of(int(device[row]), row)
+            if inference is not None and store.label(int(taken[row]), now_ms, inference=inference) is not None:
+                joined += 1
+    return joined
+
+
 def ask(workspace: Workspace, version: int, users: NDArray[np.bool_], folder: Path) -> Answers:
-    """Stores some users' rows as their devices would, and asks the gateway about each from processes of devices.
+    """Stores some users' rows as their devices would, asks about each from processes of devices, and stores what came.
+
+    Afterwards the store holds examples: what the server contributed, and whether the coupon was taken.
 
     Args:
         workspace: whose local stack is up.
         version: promoted; its bundle is verified as a device would.
         users: (users,) of the population whose devices ask.
-        folder: for the store and the results.
+        folder: for the store, its key and the results.
 
     Raises:
         StackError: a device process failed; the message is what it said.
     """
+    from device_runtime.store import Store
+
     bundle = workspace.bundles / f"coupon-{version}.bundle"
     trust = workspace.keys / "bundle-signing.pub"
     manifest = read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest
-    store = folder / "devices.sqlite"
-    store_rows(store, Population.open("coupon", workspace), users, manifest)
+    file, key_file = folder / "devices.sqlite", folder / "devices.key"
+    key = store_key(key_file)
+    population = Population.open("coupon", workspace)
+    with Store.open(file, key, manifest) as store:
+        store_rows(store, population, users, manifest)
     gateway = f"http://127.0.0.1:{ports(workspace)['gateway']}"
-    infer = [sys.executable, "-m", "device_runtime", "infer", "--bundle", bundle, "--trust", trust, "--store", store]
+    infer = [sys.executable, "-m", "device_runtime", "infer", "--bundle", bundle, "--trust", trust, "--store", file]
+    infer += ["--key-file", key_file, "--contribution"]
     cuts = np.linspace(0, users.sum(), PROCESSES + 1).astype(int).tolist()
     results = [folder / f"results-{part}.parquet" for part in range(PROCESSES)]
     summaries = run_together(
         [*infer, "--gateway", gateway, "--concurrency", str(CONCURRENCY), "--out", out, "--devices", f"{first}:{end}"]
         for out, first, end in zip(results, cuts[:-1], cuts[1:], strict=True)
     )
+    with Store.open(file, key, manifest) as store:
+        examples = store_labels(store, population, users)
     table = pd.concat([pd.read_parquet(file) for file in results])
     predicted = table[table.status == "ok"]
     return Answers(
@@ -98,7 +130,23 @@ def ask(workspace: Workspace, version: int, users: NDArray[np.bool_], folder: Pa
         row=predicted.row.to_numpy(),
         prediction=predicted.prediction.to_numpy(),
         latency_ms=table.latency_ms.to_numpy(),
+        examples=examples,
     )
+
+
+def store_key(file: Path) -> bytes:
+    """The key of the devices' store, made at first use; on a phone the system's keystore has it."""
+    from device_runtime.secret import read_store_key
+
+    if not file.exists():
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as handle:
+            handle.write(secrets.token_hex(32))
+    return read_store_key(file, {})
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def run_together(commands: Iterable[Sequence[str | Path]]) -> list[dict[str, Any]]:
@@ -171,7 +219,7 @@ def main() -> None:
     p50, p99 = np.percentile(answers.latency_ms, [50, 99])
     print(
         f"{answers.requests} requests from {users.sum()} devices, {answers.answered} answered, {len(answers.row)} "
-        f"predicted; latency p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+        f"predicted; latency p50 {p50:.0f} ms, p99 {p99:.0f} ms; the devices keep {answers.examples} examples"
     )
 
 

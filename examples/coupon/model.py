@@ -6,7 +6,7 @@ questionnaire, never computed from people's rows.
 
 from datetime import timedelta
 
-from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, Training, View
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, Serving, Training, View
 
 HABIT = Categorical(vocabulary=("never", "less1", "1~3", "4~8", "gt8"))
 EMBEDDING = 16
@@ -95,5 +95,6 @@ model = HybridModel(
     privacy=Privacy(epsilon=8, delta=9e-4, clip=1.0, unit="user"),
     merge="server",
     release=Clear(reason="a demonstration on a public survey, whose answers are published anyway"),
+    serving=Serving(contribution=True),  # devices keep it, to train with
     training=Training(rounds=200, sampling=0.5, local_lr=2.0, server_optimizer="Adam", server_lr=0.005),
 )

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,17 +98,18 @@ def test_a_filter_takes_what_has_all_that_it_names(wanted, takes):
 
 
 def test_what_anybody_put_among_the_letters_is_passed_over(monkeypatch, caplog):
-    """No JSON, another topic's letter, one of a partition that is not there: they choose no place to send bytes to."""
+    """No JSON, nothing, another topic's letter, one of no partition: they choose no place to send bytes to."""
     good = found(b"a", None).letter
     other = good.model_copy(update={"topic": "hybrid.predictions.v1"})
     beyond = good.model_copy(update={"partition": 99})
     note = Replay(topic=TOPIC, partition=3, sha256=good.sha256, replayed_ms=9).model_dump_json().encode()
     topics = {
-        f"{TOPIC}.dead": [(letter.model_dump_json().encode(), 5) for letter in (other, beyond, good)] + [(b"{", 6)],
-        REPLAYS: [(b"junk", 1), (note, 2)],
+        f"{TOPIC}.dead": [*(letter.model_dump_json().encode() for letter in (other, beyond, good)), b"{", None],
+        REPLAYS: [b"junk", note],
     }
-    monkeypatch.setattr(dead_letters, "_values", lambda _, topic: topics.get(topic, []))
+    lying = {topic: [SimpleNamespace(value=v, timestamp=5) for v in values] for topic, values in topics.items()}
+    monkeypatch.setattr(dead_letters, "lying_in", lambda _, topic: lying.get(topic, []))
     monkeypatch.setattr(dead_letters, "_partitions", lambda *_: {0, 1, 2, 3})
     assert list(find("127.0.0.1:1", Filter())) == [Found(good, 5, 9)]
-    assert caplog.text.count("is not a dead letter") == 3
+    assert caplog.text.count("is not a dead letter") == 4
     assert caplog.text.count("is not a replay") == 1
