@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from device_runtime.program import load_program
 from hybrid.bundle import Bundle, Keeping, TrainProgram
 from hybrid.errors import BundleError, ConfigError, PlanError
 from hybrid.local_training import LocalTraining, missing_sides
@@ -98,7 +98,7 @@ class Trainer:
         if bundle.manifest.train is None or PROGRAM not in bundle.programs:
             raise BundleError(f"the bundle must hold a training program {PROGRAM!r} to train, got none")
         self._manifest, self._train = bundle.manifest, bundle.manifest.train
-        self._data, self._clock, self._resident = bundle.programs[PROGRAM], clock, resident
+        self._bundle, self._clock, self._resident = bundle, clock, resident
         self.gave_up: str | None = None
 
     @property
@@ -141,7 +141,7 @@ class Trainer:
             log.info("plan %s asks for more %s than the bundle allows: %s", plan.id, name, getattr(limits, name))
         newest = slice(max(0, len(labels) - limits.examples), None)
         rows = self._rows(server[newest], inputs[newest], labels[newest])
-        program = _Program(self._data, self._train)
+        program = _Program(self._bundle, self._train)
         # The limits are of the training: what the engine takes to be loaded, torch say, is the app's.
         watch = _Watch(limits, go_on, self._clock, self._resident)
         self.gave_up = None
@@ -308,30 +308,16 @@ class _Watch:
 class _Program:
     """The training program, loaded in ExecuTorch."""
 
-    def __init__(self, data: bytes, train: TrainProgram) -> None:
-        self._data, self._size = data, sum(int(np.prod(parameter.shape)) for parameter in train.parameters)
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # the chatter of ExecuTorch's imports
-        try:
-            from executorch.runtime import Runtime
-
-            # The program owns the bytes that its method reads, so it is kept as long as the method.
-            self._program = Runtime.get().load_program(data)
-            self._method = self._program.load_method("forward")
-        except (RuntimeError, KeyError) as error:
-            raise BundleError(f"program {PROGRAM!r} does not load in ExecuTorch: {error!r}") from None
-        finally:
-            logging.disable(disabled)
+    def __init__(self, bundle: Bundle, train: TrainProgram) -> None:
+        self._size = sum(int(np.prod(parameter.shape)) for parameter in train.parameters)
+        self._run = load_program(bundle, PROGRAM)
 
     def gradient(self, weights: Float32, batch: tuple[Float32, ...]) -> Float32:
-        """(p,) of the batch's loss at `weights`; valid until the next call."""
-        from torch import from_numpy
-
+        """(p,) of the batch's loss at `weights`."""
         try:
-            outputs: list[Any] = self._method.execute([from_numpy(array) for array in (weights, *batch)])
+            outputs = self._run(weights, *batch)
         except RuntimeError as error:
             raise BundleError(f"program {PROGRAM!r} does not take what its manifest says") from error
-        if len(outputs) != 2 or tuple(outputs[1].shape) != (self._size,):
+        if len(outputs) != 2 or outputs[1].shape != (self._size,):
             raise BundleError(f"program {PROGRAM!r} must return a loss and a gradient of {self._size} numbers")
-        gradient: Float32 = outputs[1].numpy()
-        return gradient
+        return outputs[1]

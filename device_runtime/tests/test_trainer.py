@@ -300,7 +300,7 @@ def test_a_bundle_without_a_training_program_does_not_train(coupon):
         Trainer(Bundle(coupon.manifest.model_copy(update={"train": None}), coupon.bundle.programs))
     with pytest.raises(BundleError, match=r"must hold a training program 'train.pte'"):
         Trainer(Bundle(coupon.manifest, {}))
-    with pytest.raises(BundleError, match="does not load in ExecuTorch"):
+    with pytest.raises(BundleError, match="does not load in executorch"):
         coupon.train(trainer=Trainer(Bundle(coupon.manifest, {"train.pte": b"garbage" * 100})))
 
 
