@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from hybrid.local import web
 from hybrid.local.page import PageServer
 from hybrid.local.process import default_cache
 
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 _MEASURE = """
 async ({ bundle, trust, blocks }) => {
     const begun = performance.now();
@@ -39,11 +37,6 @@ async ({ bundle, trust, blocks }) => {
 """
 
 
-def chromium() -> str | None:
-    """The machine's Chromium on the PATH; None: it has none."""
-    return next(filter(None, map(shutil.which, CHROMIUMS)), None)
-
-
 def browser_inference(bundle: bytes, trust: str, *, blocks: int = 50, cache: Path | None = None) -> dict[str, Any]:
     """Measures one row through "embed.onnx" and "predict.onnx" in a tab.
 
@@ -63,9 +56,9 @@ def browser_inference(bundle: bytes, trust: str, *, blocks: int = 50, cache: Pat
     """
     from playwright.sync_api import sync_playwright
 
-    executable = chromium()
+    executable = web.chromium()
     if executable is None:
-        raise ConfigError(f"one of {', '.join(CHROMIUMS)} must be on the PATH; on Debian: apt-get install chromium")
+        raise ConfigError(f"one of {', '.join(web.CHROMIUMS)} must be on the PATH; on Debian: apt-get install chromium")
     dist = web.install(cache or default_cache(), print) / "dist"
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox is not for root
     given = {"bundle": base64.b64encode(bundle).decode(), "trust": trust, "blocks": blocks}

@@ -249,9 +249,10 @@ def sizes(device: Device, rows: Rows, figures: Figures) -> None:
 
 def browser(device: Device, rows: Rows, figures: Figures) -> None:
     """Where there is one."""
-    from benchmarks.browser import browser_inference, chromium
+    from benchmarks.browser import browser_inference
+    from hybrid.local import web
 
-    if chromium() is None:
+    if web.chromium() is None:
         console.print("  no Chromium on the PATH: left out")
         return
     found = browser_inference(device.file.read_bytes(), device.trust.read_text())

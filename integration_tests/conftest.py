@@ -11,7 +11,6 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
-from benchmarks.browser import CHROMIUMS, chromium
 from hybrid.local import kafka as local_kafka
 from hybrid.local import triton as local_triton
 from hybrid.local import web
@@ -99,9 +98,9 @@ def package(cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """The machine's own Chromium."""
-    executable = chromium()
+    executable = web.chromium()
     if executable is None:
-        why = f"none of {', '.join(CHROMIUMS)} is on the PATH; on Debian: apt-get install chromium"
+        why = f"none of {', '.join(web.CHROMIUMS)} is on the PATH; on Debian: apt-get install chromium"
         (pytest.fail if os.environ.get("HYBRID_TEST_BROWSER") == "required" else pytest.skip)(why)
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox is not for root

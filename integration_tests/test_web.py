@@ -3,9 +3,10 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from benchmarks.browser import browser_inference
 from hybrid import Categorical, Hash, HybridModel, Log1p
 from hybrid.bundle import Keeping, Manifest, signing_key, write_bundle
 from hybrid.export import onnx
@@ -24,7 +24,8 @@ from hybrid.local.page import PageServer
 from hybrid.network import Network
 from hybrid.spec import load_model
 
-COUPON = Path(__file__).parents[1] / "examples/coupon/model.py"
+ROOT = Path(__file__).parents[1]
+COUPON = ROOT / "examples/coupon/model.py"
 Tab = AbstractContextManager[BrowserContext]
 
 
@@ -369,11 +370,11 @@ def test_what_lies_in_indexeddb_says_nothing_without_the_key_and_is_gone_once_fo
     assert got["left"] == []
 
 
-def test_one_inference_takes_well_under_a_millisecond(package: Path, browser: Browser, signed: Signed):
-    """The coupon example's towers, at the median, as `benchmarks` measures them; the JavaScript is below 200 kB."""
-    with ThreadPoolExecutor(1) as other:  # Playwright runs once in a thread, and its fixture has this one
-        given = {"blocks": 5, "cache": package.parent}
-        measured = other.submit(browser_inference, signed.bundle(), signed.trust, **given).result()
-    assert 0 < measured["embed_us"]["p50"] < 1000
-    assert 0 < measured["predict_us"]["p50"] < 1000
-    assert measured["javascript_bytes"] < 200_000
+def test_the_benchmark_measures_inference_in_a_browser(package: Path, browser: Browser, tmp_path: Path):
+    """It gives microseconds of both programs, and the sizes that a page loads: less than 200 kB of JavaScript."""
+    words = [sys.executable, "-m", "benchmarks.device", "--only", "browser", "--json", tmp_path / "found.json"]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["figures"]["browser_embed_us"] > 0
+    assert found["figures"]["browser_predict_us"] > 0
+    assert 0 < found["rows"][1]["javascript_bytes"] < 200_000

@@ -19,7 +19,13 @@ from pathlib import Path
 from hybrid.errors import StackError
 
 SOURCES = Path(str(files("device_runtime"))) / "web"
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 _BUILT = {"node_modules", "dist"}
+
+
+def chromium() -> str | None:
+    """The machine's Chromium on the PATH; None: it has none."""
+    return next(filter(None, map(shutil.which, CHROMIUMS)), None)
 
 
 def install(cache: Path, say: Callable[[str], None] = print) -> Path:
