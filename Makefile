@@ -2,7 +2,7 @@
 # make page    a person's device in a browser, with the demo's model: what it predicts, and every byte that leaves it
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
-# make benchmarks   how fast training and serving are, and how good: about 40 minutes
+# make benchmarks   how fast training, serving and devices are, and how good: about 50 minutes
 # make clean   removes everything these made
 #
 # Set UV_TORCH_BACKEND=cpu to install torch's CPU build from its own index instead of the CUDA one.
@@ -47,6 +47,7 @@ benchmarks: servers
 	$(RUN)python -m benchmarks.training --json build/training.json
 	$(RUN)python -m benchmarks.accuracy --json build/accuracy.json
 	$(RUN)python -m benchmarks.serving --json build/serving.json
+	$(RUN)python -m benchmarks.device --json build/device.json
 
 # Kafka's JARs, and Triton in an environment of its own (its Python backend needs NumPy 1).
 servers: .venv/installed
