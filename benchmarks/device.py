@@ -9,7 +9,7 @@ bytes       the bundle's, and what goes up and down: bodies, without HTTP's head
 browser     a row in this machine's Chromium, where it has one
 quantised   what updates in 8 bits cost in AUC on OULAD (oracle: measured on pooled data), of three seeds
 
-Contestants take turns, and a ratio is of the same turn. Takes about eight minutes, five of them the last part.
+Contestants take turns, and a ratio is of the same turn. Takes about five minutes, four of them the last part.
 """
 
 from __future__ import annotations

@@ -86,6 +86,9 @@ def test_the_walkthrough_and_operating_do_what_they_say(type_commands):
     assert len(counts) == 2
     for requests, answered, predicted in counts:
         assert int(requests) == int(answered) == int(predicted) > 2000
+    assert re.findall(r'"outcome": "(\w+)"', printed) == ["installed", "unchanged"]
+    written, forgotten = re.findall(r'{"(?:written|forgotten)": (\d+)}', printed)
+    assert int(written) == int(forgotten) > 0, "all that was kept of a person is told, and then goes"
     assert "'name': 'coupon'" in printed, "a plain client reads the model's metadata"
     counted = {name: float(value) for name, value in re.findall(r'^(hybrid_\w+){.*code="ok".*} (\S+)$', printed, re.M)}
     assert counted == dict.fromkeys(("hybrid_gateway_requests_total", "hybrid_merge_rows_total"), float(requests))

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from hybrid.bundle import Manifest, read_bundle, trusted_key
 from hybrid.cli import command_line
-from hybrid.errors import StackError
+from hybrid.errors import ConfigError, StackError
 from hybrid.federation.population import Population, parse_fold
 from hybrid.workspace import Workspace
 
@@ -204,18 +205,39 @@ def broker_records(bootstrap: str) -> int:
     return found
 
 
+@contextmanager
+def kept(folder: Path | None) -> Iterator[Path]:
+    """A new folder to keep, or one that goes.
+
+    Raises:
+        ConfigError: it is there already.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory() as gone:
+            yield Path(gone)
+        return
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"--keep must be a folder that can be made, got {str(folder)!r}: {error.strerror}") from None
+    yield folder
+
+
 def main() -> None:
     """Reads the command line."""
     from hybrid.registry import Registry
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fold", default="1/5", help="K/N: whose devices ask (default %(default)s)")
-    held_out = parser.parse_args().fold
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="new folder for the devices' store, key and results"
+    )
+    arguments = parser.parse_args()
     workspace = Workspace.current()
     served = Registry(workspace).version("coupon", "production")
-    users = Population.open("coupon", workspace).fold(*parse_fold(held_out))
-    with tempfile.TemporaryDirectory() as folder:
-        answers = ask(workspace, served.number, users, Path(folder))
+    users = Population.open("coupon", workspace).fold(*parse_fold(arguments.fold))
+    with kept(arguments.keep) as folder:
+        answers = ask(workspace, served.number, users, folder)
     p50, p99 = np.percentile(answers.latency_ms, [50, 99])
     print(
         f"{answers.requests} requests from {users.sum()} devices, {answers.answered} answered, {len(answers.row)} "
