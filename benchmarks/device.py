@@ -225,7 +225,7 @@ def sizes(device: Device, rows: Rows, figures: Figures) -> None:
     answers = oip.Answers(np.array([0.7301], np.float32), np.array([86_400_000]), ["ok"], ["none"])
     told, _ = oip.encode(oip.decode(asked, str(header), device.deployment), answers, device.deployment)
     assert manifest.train is not None
-    size = sum(int(np.prod(parameter.shape)) for parameter in manifest.train.parameters)
+    size = manifest.train.size
     plan = TrainPlan(
         id="0" * 32,
         model=manifest.model,

@@ -233,7 +233,6 @@ async def _infer(
     contribution: bool,
     api_key_file: Path | None,
 ) -> dict[str, Any]:
-    from device_runtime.access import read_api_key
     from device_runtime.answers import Results
     from device_runtime.client import InferenceClient
     from device_runtime.program import open_bundle, program_of
@@ -241,12 +240,10 @@ async def _infer(
     from device_runtime.secret import read_store_key
     from device_runtime.store import Store
 
-    # Never an argument: everyone on the machine reads those.
-    api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
+    api_key = _api_key(api_key_file)
     verified = open_bundle(bundle, trust)
     manifest = verified.manifest
-    if not store.is_file():
-        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
+    _check_written(store)
     with (
         from_environment("hybrid-device") or nullcontext() as tracer,
         Store.open(store, read_store_key(key_file, os.environ), manifest) as kept,
@@ -298,8 +295,7 @@ async def _train(
 
     asked, own, trusted = Aggregator(aggregator), read_policy(policy), trusted_key(trust)
     key = read_store_key(key_file, os.environ)
-    if not store.is_file():
-        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
+    _check_written(store)
     opened = open_bundle(bundle, trust) if bundle else _installed(folder, model, trusted, store, key)
     agrees = consent.is_file
     host = ScriptedHost.open(readings, agrees) if readings else LinuxHost(store.parent, agrees)
@@ -335,14 +331,13 @@ async def _update(
     key_file: Path | None,
     api_key_file: Path | None,
 ) -> dict[str, Any]:
-    from device_runtime.access import read_api_key
     from device_runtime.bundles import Installed, none_halted
     from device_runtime.download import update
     from device_runtime.secret import read_store_key
     from device_runtime.store import Store
     from hybrid.bundle import trusted_key
 
-    api_key = read_api_key(api_key_file) if api_key_file else os.environ.get(API_KEY_VARIABLE) or None
+    api_key = _api_key(api_key_file)
     installed = Installed(folder, model, trusted_key(trust), engine)
     with ExitStack() as stack:
         halted: Callable[[int], bool] = none_halted
@@ -360,6 +355,18 @@ async def _update(
             timeout_s=timeout,
         )
     return {"model": model, **asdict(done)}
+
+
+def _api_key(file: Path | None) -> str | None:
+    """Never an argument: everyone on the machine reads those."""
+    from device_runtime.access import read_api_key
+
+    return read_api_key(file) if file else os.environ.get(API_KEY_VARIABLE) or None
+
+
+def _check_written(store: Path) -> None:
+    if not store.is_file():
+        raise ConfigError(f"store {str(store)!r} does not exist: the app writes its rows first")
 
 
 def _halted(store: Store) -> Callable[[int], bool]:

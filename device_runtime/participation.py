@@ -492,7 +492,7 @@ def read_policy(file: Path | None) -> Policy:
 
 def parameters(manifest: Manifest) -> int:
     """How many weights the bundle's training program has; 0 without one."""
-    return 0 if manifest.train is None else sum(int(np.prod(each.shape)) for each in manifest.train.parameters)
+    return 0 if manifest.train is None else manifest.train.size
 
 
 def refusal(plan: TrainPlan, manifest: Manifest, now_ms: int) -> tuple[Ending, str] | None:

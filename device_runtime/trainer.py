@@ -104,7 +104,7 @@ class Trainer:
     @property
     def parameters(self) -> int:
         """p, the length of the flat vector."""
-        return sum(int(np.prod(parameter.shape)) for parameter in self._train.parameters)
+        return self._train.size
 
     def train(  # noqa: PLR0917  # one thing a column
         self,
@@ -309,7 +309,7 @@ class _Program:
     """The training program, loaded in ExecuTorch."""
 
     def __init__(self, bundle: Bundle, train: TrainProgram) -> None:
-        self._size = sum(int(np.prod(parameter.shape)) for parameter in train.parameters)
+        self._size = train.size
         self._run = load_program(bundle, PROGRAM)
 
     def gradient(self, weights: Float32, batch: tuple[Float32, ...]) -> Float32:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import struct
 import tempfile
@@ -81,6 +82,11 @@ class TrainProgram(BaseModel):
     server: Annotated[int, Field(ge=0)]
     missing: bool
     parameters: tuple[Parameter, ...]
+
+    @property
+    def size(self) -> int:
+        """p, the length of the flat vector."""
+        return sum(math.prod(parameter.shape) for parameter in self.parameters)
 
 
 class Keeping(BaseModel):
