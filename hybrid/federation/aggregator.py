@@ -44,6 +44,9 @@ class Round:
         planned_cohort: expected number of participants; for an adaptive clip.
         matrix: correlates the noise of rounds in which users take part by a schedule, not by coins: `sampling` is
             then 1, which claims nothing of it. None: each round's noise is its own.
+
+    Raises:
+        ConfigError: the clip would adapt, and the noise spans rounds.
     """
 
     sampling: float
@@ -53,6 +56,10 @@ class Round:
     quantile: float | None = None
     planned_cohort: float | None = None
     matrix: Matrix | None = None
+
+    def __post_init__(self) -> None:
+        if self.matrix is not None and self.quantile is not None:
+            raise ConfigError("quantile must be None with a matrix: noise that spans the rounds is drawn for one clip")
 
     @property
     def event(self) -> Event:

@@ -243,7 +243,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "clip": clip,
         "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
-        "mechanism": f"{_mechanism(settings)}, zero-out adjacency; accountant: {spent.method}",
+        "mechanism": f"{_mechanism(settings, rounds)}, zero-out adjacency; accountant: {spent.method}",
         "assumption": _assumption(rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
@@ -444,8 +444,8 @@ def round_settings(
     )
 
 
-def _mechanism(settings: Training) -> str:
-    if settings.noise != "independent":
+def _mechanism(settings: Training, rounds: Round) -> str:
+    if rounds.matrix is not None and settings.noise != "independent":
         return f"{_NAMES[settings.noise]} on sums of clipped updates"
     if settings.clip_quantile is None:
         return "Gaussian noise on sums of clipped updates"

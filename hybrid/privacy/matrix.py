@@ -167,7 +167,7 @@ class Buffered:
         """See `Factor`.
 
         Source:
-            Dvijotham et al. 2024, algorithm 1, solved for the row.
+            Dvijotham et al. 2024 (multiplication by a BLT in a stream), solved for the row.
         """
         row = fresh - np.asarray(self.scales) @ buffers
         return row, np.asarray(self.decays)[:, None] * buffers + row
@@ -186,8 +186,9 @@ def sensitivity(factor: Factor, participation: Participation) -> float:
 
     Source:
         Kalinin and Lampert, NeurIPS 2024, theorem 2, whose condition (Toeplitz, never ascending, never
-        negative) every `Factor` meets. https://arxiv.org/abs/2405.13763. That the same vector is worst:
-        Choquette-Choo et al., ICML 2023, corollary 2.1 (C^T C has no negative entry). https://arxiv.org/abs/2211.06530
+        negative) every `Factor` meets. https://arxiv.org/abs/2405.13763. That the same vector is worst, since
+        no two columns have a negative product: Choquette-Choo et al., ICML 2023, section 2.
+        https://arxiv.org/abs/2211.06530
 
     >>> sensitivity(Banded((1.0, 0.75)), Participation(rounds=8, separation=2))
     2.5
@@ -240,8 +241,9 @@ def banded(participation: Participation, bands: int, momentum: float = 0.0) -> B
         ConfigError: an argument is outside its range.
 
     Source:
-        Choquette-Choo et al., NeurIPS 2023, section 3 (banded), restricted to Toeplitz as in McKenna 2024,
-        https://arxiv.org/abs/2405.15913. Start: Fichtenberger, Henzinger and Upadhyay, ICML 2023, equation 1.
+        Choquette-Choo et al., NeurIPS 2023 (banded, optimised), https://arxiv.org/abs/2306.08153; McKenna 2024
+        (Toeplitz), https://arxiv.org/abs/2405.15913; Kalinin and Lampert, NeurIPS 2024 (the square root with
+        momentum), https://arxiv.org/abs/2405.13763. Found by L-BFGS on the ratios of one coefficient to the last.
     """
     _check(momentum, bands=bands)
     bands = min(bands, participation.rounds)
@@ -271,8 +273,8 @@ def buffered(participation: Participation, buffers: int, momentum: float = 0.0) 
         ConfigError: an argument is outside its range.
 
     Source:
-        McMahan, Xu and Zhang 2024, section 4; parameterised here by the logits of the decays and of the scales'
-        shares of 1, so that every step meets the conditions. https://arxiv.org/abs/2408.08868
+        McMahan, Xu and Zhang 2024, https://arxiv.org/abs/2408.08868. Found by L-BFGS on the logits of the decays
+        and of the scales' shares of 1, so that every step meets the conditions.
     """
     _check(momentum, buffers=buffers)
     rounds = participation.rounds
