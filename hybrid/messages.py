@@ -129,6 +129,7 @@ class DeviceEmbeddings(BatchMessage):
             models that merge on the device.
         event_ms: (n,) Unix time in UTC, the gateway's clock.
         wants_server: (n,) whether the answer is to hold the server's embedding.
+        wants_slots: (n,) whether it is to hold the server's and the request's slots.
         deadline_ms: (n,) Unix time in UTC, the gateway's clock, after which nobody waits for the answer; `NO_DEADLINE`
             where that is not known.
     """
@@ -142,10 +143,12 @@ class DeviceEmbeddings(BatchMessage):
         "event_ms": "int64",
         "wants_server": "bool",
         "deadline_ms": "int64",
+        "wants_slots": "bool",
     }
     LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {
         "wants_server": lambda n: np.zeros(n, bool),
         "deadline_ms": lambda n: np.full(n, NO_DEADLINE),
+        "wants_slots": lambda n: np.zeros(n, bool),
     }
 
     request_id: NDArray[np.void]
@@ -155,6 +158,7 @@ class DeviceEmbeddings(BatchMessage):
     event_ms: NDArray[np.int64]
     wants_server: NDArray[np.bool_] = None  # type: ignore[assignment]  # see LATER
     deadline_ms: NDArray[np.int64] = None  # type: ignore[assignment]
+    wants_slots: NDArray[np.bool_] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,8 @@ class Predictions(BatchMessage):
         expires_ms: (n,) Unix time in UTC at which they are as old as the model allows; -1 where the answer is of none.
         server_embedding: (n, a) the server's side of the merge, NaN where there is none or it was not asked for;
             (n, 0) where no row asked.
+        server_slots: (n, s + r) server and request features as they went into the server tower, NaN where a value is
+            missing, and throughout where no tower was asked or they were not asked for; (n, 0) where no row asked.
     """
 
     TOPIC: ClassVar[str] = "hybrid.predictions.v1"
@@ -184,10 +190,12 @@ class Predictions(BatchMessage):
         "feature_age_ms": "int64",
         "expires_ms": "int64",
         "server_embedding": "vector",
+        "server_slots": "vector",
     }
     LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {
         "expires_ms": lambda n: np.full(n, -1),
         "server_embedding": lambda n: np.empty((n, 0), np.float32),
+        "server_slots": lambda n: np.empty((n, 0), np.float32),
     }
 
     request_id: NDArray[np.void]
@@ -197,6 +205,7 @@ class Predictions(BatchMessage):
     feature_age_ms: NDArray[np.int64]
     expires_ms: NDArray[np.int64] = None  # type: ignore[assignment]  # see LATER
     server_embedding: NDArray[np.float32] = None  # type: ignore[assignment]
+    server_slots: NDArray[np.float32] = None  # type: ignore[assignment]
 
 
 class DeadLetter(BaseModel):
