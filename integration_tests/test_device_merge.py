@@ -277,11 +277,11 @@ def world(kafka, triton, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("device-merge")
     workspace, network = promoted(folder, {"HYBRID_HOME": str(folder / ".hybrid"), "HYBRID_CACHE": str(cache)})
     declared = network.model.serving
-    publish(workspace, "stall-direct", "device", declared.model_copy(update={"transport": "direct"}), "slots")
+    publish(workspace, "stall_direct", "device", declared.model_copy(update={"transport": "direct"}), "slots")
     for transport in TRANSPORTS:
         giving = Serving(transport=transport, contribution=True, missing_entity="device-only")
         publish(workspace, f"giving-{transport}", "server", giving, "embedding")
-        publish(workspace, f"sharing-{transport}", "server", giving, "slots")
+        publish(workspace, f"sharing_{transport}", "server", giving, "slots")
     publish(workspace, "silent", "server", Serving(), "embedding")
     models = ["--feast", str(workspace.feast), "--triton", triton(workspace.triton).grpc]
     port, grpc, closed = free_ports(3)
@@ -315,7 +315,7 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     What the devices sent has entity and budget, and neither the name, the text nor a number of a device feature, nor an
     embedding.
     """
-    name = {"kafka": "stall", "direct": "stall-direct"}[transport]
+    name = {"kafka": "stall", "direct": "stall_direct"}[transport]
     asked_ms = time.time_ns() // 1_000_000
     with Recorder(world.gateway) as recorder:
         status, summary, results = world.infer(name, tmp_path, gateway=recorder.url)
@@ -383,7 +383,7 @@ def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, t
     np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
 
 
-SLOTS_OF = ["sharing-kafka", "sharing-direct", "stall", "stall-direct"]
+SLOTS_OF = ["sharing_kafka", "sharing_direct", "stall", "stall_direct"]
 
 
 @pytest.mark.parametrize("name", SLOTS_OF)
@@ -438,7 +438,7 @@ def test_slots_are_given_to_those_who_ask_by_name(world: World):
         for tensor, values in zip(inputs, (entity, budget), strict=True):
             tensor.set_data_from_numpy(values)
         wanted = [triton_grpc.InferRequestedOutput("server_slots")]
-        for name in ("stall", "stall-direct"):
+        for name in ("stall", "stall_direct"):
             answer = client.infer(name, inputs, outputs=wanted)
             np.testing.assert_array_equal(answer.as_numpy("server_slots"), world.slots()[:3])
             assert client.infer(name, inputs).as_numpy("server_slots") is None
@@ -471,7 +471,7 @@ def test_an_embedding_sent_by_mistake_is_refused_and_not_echoed(world: World):
     assert {"name": "server_embedding", "datatype": "FP32", "shape": [-1, 4]} in metadata["outputs"]
 
 
-@pytest.mark.parametrize("name", ["stall", "stall-direct"])
+@pytest.mark.parametrize("name", ["stall", "stall_direct"])
 def test_a_plain_client_of_the_protocol_gets_server_embeddings_over_grpc(world: World, name):
     """tritonclient.grpc: three rows of one request, as matrix; torch agrees to 1e-5."""
     with contextlib.closing(triton_grpc.InferenceServerClient(f"127.0.0.1:{world.grpc}")) as client:
