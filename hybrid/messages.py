@@ -45,7 +45,7 @@ class BatchMessage:
     """Rows of one (model, version), columnar: Arrow IPC, schema-versioned by the topic's name.
 
     Subclasses list their columns in `COLUMNS`; scalars travel as schema metadata. A column that came later stands
-    in `LATER` too, with what a record without it means.
+    in `LATER` too, with what a record without it means; one that says no more than that is left out.
     """
 
     TOPIC: ClassVar[str]
@@ -72,16 +72,22 @@ class BatchMessage:
         """One Arrow IPC stream with one record batch."""
         import pyarrow as pa
 
-        arrays = [_to_arrow(kind, getattr(self, name)) for name, kind in self.COLUMNS.items()]
+        written = {name: kind for name, kind in self.COLUMNS.items() if name not in self.LATER or self._says(name)}
+        arrays = [_to_arrow(kind, getattr(self, name)) for name, kind in written.items()]
         scalars = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in self.COLUMNS}
         schema = pa.schema(
-            [pa.field(name, array.type, nullable=False) for name, array in zip(self.COLUMNS, arrays, strict=True)],
+            [pa.field(name, array.type, nullable=False) for name, array in zip(written, arrays, strict=True)],
             metadata=scalars,
         )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    def _says(self, name: str) -> bool:
+        """Whether a later column differs from its absence: a wish that no row has, and no numbers, do not."""
+        values = getattr(self, name)
+        return bool(values.any()) if self.COLUMNS[name] == "bool" else values.size > 0
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -94,11 +100,12 @@ class BatchMessage:
 
         try:
             batch = _only_batch(data)
+            present = batch.schema.names
             metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
             columns: dict[str, Any] = {
                 name: _from_arrow(kind, batch.column(name))
                 for name, kind in cls.COLUMNS.items()
-                if name not in cls.LATER or name in batch.schema.names
+                if name not in cls.LATER or name in present
             }
             scalars: dict[str, Any] = {
                 f.name: int(metadata[f.name]) if f.type == "int" else metadata[f.name]
