@@ -165,7 +165,7 @@ class Engine:
             trainer=_trainer(side, examples, frozen, scratch),
             tower_dropout=tower_dropout,
             upload=upload,
-            chunk_bytes=chunk_bytes or _chunk_bytes(),
+            chunk_bytes=chunk_bytes or chunk_size(),
             scratch=scratch,
         )
 
@@ -509,7 +509,7 @@ def _trainer(side: DeviceSide, examples: Examples, frozen: nn.Module | None, scr
     return LayerTrainer(module) if module and module.does_what(side, *probe) else AnyTrainer(deepcopy(side))
 
 
-def _chunk_bytes() -> int:
+def chunk_size() -> int:
     """Twice the last cache: with less, starting operations takes longest; with more, memory is waited for."""
     caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # Linux tells; elsewhere a common size
     sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches]
