@@ -568,21 +568,21 @@ def check_delta(model: HybridModel, users: int) -> None:
 def _config(run: _Run, budget: float | None, about: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides what a training gives, as JSON values."""
     model, parts, fleet = run.network.model, run.network.parts.items(), run.fleet
-    config = {
+    return {
         "model": model.name,
         "kind": run.kind,
         "seed": run.seed,
         "population": run.examples.population,
-        "users": run.examples.users,
-        "examples": len(run.examples),
         **about,
+        **({} if budget is None else {"epsilon": budget, "privacy": model.privacy.model_dump(mode="json")}),
+        "training": run.settings.model_dump(mode="json"),
+        "fleet": None if fleet is None else asdict(fleet) | {"trace": fleet.trace.model_dump(mode="json")},
         "definition": definition_hash(model.definition() | {"parts": {part: str(module) for part, module in parts}}),
         "data": _data(run.examples),
         "held_out_data": None if run.test is None else _data(run.test),
-        "training": run.settings.model_dump(mode="json"),
-        "fleet": None if fleet is None else asdict(fleet) | {"trace": fleet.trace.model_dump(mode="json")},
+        "users": run.examples.users,
+        "examples": len(run.examples),
     }
-    return config if budget is None else config | {"epsilon": budget, "privacy": model.privacy.model_dump(mode="json")}
 
 
 def _data(examples: Examples) -> str:

@@ -1,16 +1,17 @@
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from hybrid import Privacy, Training
+from hybrid import Numeric, Training
 from hybrid.errors import BudgetExceeded, ConfigError, NotFound
 from hybrid.federation import checkpoint, resume, training
 from hybrid.federation.aggregator import PaidMechanism, Round
@@ -22,7 +23,7 @@ from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import ClippedSum
 
 ROUNDS = 20
-QUICK = Training(rounds=ROUNDS, sampling=0.5, local_lr=2.0, server_lr=0.05)
+QUICK = Training(rounds=ROUNDS, sampling=1.0, local_lr=2.0, server_lr=0.05)  # its noise is quickly worked out
 FLEET = OnFleet(Trace.load(PHONES), deadline_s=60.0)
 
 # Where a process may be killed: (owner, name) of what it calls, and before or after the call.
@@ -34,6 +35,11 @@ POINTS = {
     "before-the-checkpoints-rename": (checkpoint.os, "replace", "before"),
     "after-the-checkpoints-rename": (checkpoint.os, "replace", "after"),
 }
+OUTSIDE = {
+    "after-the-reservation": (Ledger, "reserve", "after"),
+    "before-the-servers-fit": (training, "fit_server_side", "before"),
+    "after-the-rounds": (training, "_finish", "before"),
+}
 WAYS = {
     "fedavg": {"server_optimizer": "SGD", "server_lr": 1.0, "server_options": {"momentum": 0.9}},
     "adam": {"server_optimizer": "Adam"},
@@ -43,7 +49,8 @@ WAYS = {
     "federated-tower": {"server_tower": "federated"},
     "frozen-tower": {"server_tower": "frozen"},
     "dropout-int8": {"tower_dropout": 0.2, "upload": "int8", "local_steps": 2, "local_batch": 3},
-    "fleet": {"fleet": FLEET},
+    "poisson": {"sampling": 0.5},
+    "fleet": {"sampling": 0.3, "fleet": FLEET},
     "noiseless": {"kind": "noiseless"},
 }
 
@@ -55,28 +62,52 @@ def people(tiny_examples):
 
 @pytest.fixture(scope="module")
 def start(tiny_model, people):
-    """(folder, resume=False, **changes) -> trains in `folder`; fields of Training among the changes are settings."""
-
-    def run(folder, *, resume=False, **changes):
-        fields = {name: changes.pop(name) for name in list(changes) if name in Training.model_fields}
-        settings = QUICK.model_copy(update=fields)
-        return train(tiny_model(), *people, run_dir=folder, settings=settings, resume=resume, **changes)
-
-    return run
+    """(folder, **changes) -> trains in `folder`; fields of Training among the changes are settings."""
+    return partial(_start, tiny_model(), people)
 
 
-def _killed(work, point, call, share=1.0):
-    """Runs `work` in a process of its own, which is killed at the call of that number of a point. -> whether it was."""
-    child = os.fork()
-    if child == 0:
-        try:
-            _die_at(POINTS.get(point, point), call)
-            training.Checkpoints = partial(Checkpoints, share=share)
-            work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+@pytest.fixture(scope="module")
+def killed(tiny_model, people):
+    """(folder, point, call, share=1.0, elsewhere=False, **changes) -> whether it was killed there.
+
+    Trains like `start`, in a process of its own that SIGKILL ends at a call of that number.
+    """
+    processes = multiprocessing.get_context("forkserver")  # a fork of this one could not train, once this one has
+    processes.set_forkserver_preload([__name__])
+
+    def kill(folder, point, call, **changes):
+        arguments = (tiny_model(), people, folder, point, call)
+        process = processes.Process(target=_start_and_die, args=arguments, kwargs=changes)
+        process.start()
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    return kill
+
+
+def _start(model, people, folder, *, resume=False, **changes):
+    fields = {name: changes.pop(name) for name in list(changes) if name in Training.model_fields}
+    settings = QUICK.model_copy(update=fields)
+    return train(model, *people, run_dir=folder, settings=settings, resume=resume, **changes)
+
+
+def _start_and_die(model, people, folder, point, call, *, share=1.0, elsewhere=False, noisier=False, **changes):
+    _die_at((POINTS | OUTSIDE)[point], call)
+    training.Checkpoints = partial(Checkpoints, share=share)
+    with ExitStack() as stack:
+        stack.enter_context(ELSEWHERE if elsewhere else nullcontext())
+        stack.enter_context(_twice_the_noise() if noisier else nullcontext())
+        _start(model, people, folder, **changes)
+
+
+ELSEWHERE = patch.object(resume, "machine", lambda: {"processor": "another"})
+
+
+def _twice_the_noise():
+    """So that the budget has room for rounds that are charged again."""
+    real = training._noise_multiplier
+    return patch.object(training, "_noise_multiplier", lambda run, *rest: (2 - bool(run.begun)) * real(run, *rest))
 
 
 def _die_at(point, call):
@@ -121,23 +152,23 @@ def _assert_same(resumed, whole, folder, whole_folder):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_training_killed_anywhere_goes_on_to_the_same_bits(start, tmp_path, way):
+def test_a_training_killed_anywhere_goes_on_to_the_same_bits(start, killed, tmp_path, way):
     """Killed with SIGKILL at every kind of point, one after another, until it ends by itself."""
     rng = random.Random(way)
     whole = start(tmp_path / "whole", **WAYS[way])
     folder, points = tmp_path / "killed", [point for point in POINTS if way != "noiseless" or "spend" not in point]
     for number, point in enumerate(rng.sample(points, len(points))):
-        work = partial(start, folder, resume=number > 0, **WAYS[way])
-        _killed(work, point, rng.randint(1, 6), share=rng.choice([0.02, 0.3, 1.0]))
+        changes = {"share": rng.choice([0.02, 0.3, 1.0]), "resume": number > 0, **WAYS[way]}
+        killed(folder, point, rng.randint(1, 6), **changes)
     _assert_same(start(folder, resume=True, **WAYS[way]), whole, folder, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("call", [1, 2, 9, ROUNDS])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_kill_at_each_point_costs_no_entry_and_no_bit(start, whole, tmp_path, point, call):
+def test_a_kill_at_each_point_costs_no_entry_and_no_bit(start, killed, whole, tmp_path, point, call):
     """At the first, second, ninth and last call; where there are not so many, it ends, and can be resumed."""
     folder = tmp_path / "killed"
-    assert _killed(partial(start, folder), point, call) or "rename" in point
+    assert killed(folder, point, call) or "rename" in point
     if "rename" not in point:
         done = call - 1 if point == "before-spend" else call
         assert len(_entries(folder)) == done
@@ -151,19 +182,19 @@ def whole(start, tmp_path_factory):
     return start(folder), folder
 
 
-@pytest.mark.parametrize("point", [(training, "fit_server_side", "before"), (training, "_finish", "before")])
-def test_a_kill_outside_the_rounds_is_resumed_too(start, whole, tmp_path, point):
+@pytest.mark.parametrize("point", ["before-the-servers-fit", "after-the-rounds"])
+def test_a_kill_outside_the_rounds_is_resumed_too(start, killed, whole, tmp_path, point):
     """While the server tower is fitted, when nothing is spent, and when all rounds are done."""
     folder = tmp_path / "killed"
-    assert _killed(partial(start, folder), point, 1)
-    assert len(_entries(folder)) == (0 if point[1] == "fit_server_side" else ROUNDS)
+    assert killed(folder, point, 1)
+    assert len(_entries(folder)) == (0 if point == "before-the-servers-fit" else ROUNDS)
     _assert_same(start(folder, resume=True), whole[0], folder, whole[1])
 
 
-def test_a_kill_before_anything_was_started_leaves_a_run_that_can_be_started(start, whole, tmp_path):
+def test_a_kill_before_anything_was_started_leaves_a_run_that_can_be_started(start, killed, whole, tmp_path):
     """Not resumed, and told so; the ledger it opened is as good as new."""
     folder = tmp_path / "killed"
-    assert _killed(partial(start, folder), (Ledger, "reserve", "after"), 1)
+    assert killed(folder, "after-the-reservation", 1)
     with pytest.raises(NotFound, match="start it again"):
         start(folder, resume=True)
     _assert_same(start(folder), whole[0], folder, whole[1])
@@ -179,10 +210,10 @@ def test_a_training_that_ended_is_resumed_to_itself(start, whole, tmp_path):
 
 
 @pytest.fixture
-def interrupted(start, tmp_path):
+def interrupted(killed, tmp_path):
     """A run killed after it spent its twelfth round, with its last checkpoint some rounds before."""
     folder = tmp_path / "interrupted"
-    assert _killed(partial(start, folder), "after-spend", 12)
+    assert killed(folder, "after-spend", 12)
     return folder
 
 
@@ -209,7 +240,7 @@ def test_a_run_that_would_go_on_otherwise_is_refused(start, interrupted, changes
 
 
 def test_other_rows_or_another_declaration_are_refused(tiny_model, people, interrupted, tiny_examples):
-    """One label of one row is enough; so are other held-out rows, a tower more, and a clip."""
+    """One label of one row is enough; so are other held-out rows, and the mean of one feature."""
     one = tiny_examples(300)
     one.labels[0] = 1 - one.labels[0]
     common = {"run_dir": interrupted, "settings": QUICK, "resume": True}
@@ -217,9 +248,8 @@ def test_other_rows_or_another_declaration_are_refused(tiny_model, people, inter
         train(tiny_model(), one, people[1], **common)
     with pytest.raises(ConfigError, match="the held-out rows changed"):
         train(tiny_model(), people[0], one, **common)
-    wider = Privacy(epsilon=8, delta=1e-3, clip=2.0, unit="user")
     with pytest.raises(ConfigError, match="the model's declaration changed"):
-        train(tiny_model(privacy=wider), *people, **common)
+        train(tiny_model(device={"age": Numeric(mean=31, std=10)}), *people, **common)
 
 
 def test_an_interrupted_training_is_not_overwritten(start, interrupted):
@@ -236,11 +266,11 @@ def test_a_reference_on_pooled_data_is_not_resumed(start, tmp_path):
         start(tmp_path, kind="server-only", resume=True)
 
 
-def test_the_checkpoint_of_another_training_in_the_run_is_not_taken(start, whole, tmp_path):
+def test_the_checkpoint_of_another_training_in_the_run_is_not_taken(start, killed, whole, tmp_path):
     """Noiseless rounds ended in it; the private training, killed before its first checkpoint, begins at the start."""
     folder = tmp_path / "run"
     start(folder, kind="noiseless")
-    assert _killed(partial(start, folder), "before-the-checkpoints-rename", 1)
+    assert killed(folder, "before-the-checkpoints-rename", 1)
     resumed = start(folder, resume=True)
     for name, value in whole[0].weights.items():
         np.testing.assert_array_equal(resumed.weights[name], value)
@@ -256,10 +286,10 @@ def test_a_damaged_checkpoint_is_refused(start, interrupted):
     assert len(_entries(interrupted)) == 12
 
 
-def test_a_ledger_that_shows_less_than_the_checkpoint_is_refused(start, tmp_path):
+def test_a_ledger_that_shows_less_than_the_checkpoint_is_refused(start, killed, tmp_path):
     """Of a run killed right after a checkpoint, the ledger of a fresh run is put in its place."""
     folder = tmp_path / "run"
-    assert _killed(partial(start, folder), "after-the-checkpoints-rename", 4)
+    assert killed(folder, "after-the-checkpoints-rename", 4)
     spent = Checkpoint.read(folder).step
     assert spent > 0
     (folder / "ledger.jsonl").unlink()
@@ -267,9 +297,6 @@ def test_a_ledger_that_shows_less_than_the_checkpoint_is_refused(start, tmp_path
         ConfigError, match=f"must hold at least the {spent} releases that its checkpoint knows of, got 0"
     ):
         start(folder, resume=True)
-
-
-ELSEWHERE = patch.object(resume, "machine", lambda: {"processor": "another"})
 
 
 def test_on_another_machine_no_round_is_repeated_with_the_same_noise(start, interrupted):
@@ -280,29 +307,23 @@ def test_on_another_machine_no_round_is_repeated_with_the_same_noise(start, inte
     assert len(_entries(interrupted)) == 12
 
 
-def test_on_another_machine_with_budget_left_a_repeated_round_is_a_new_attempt(start, tmp_path):
+def test_on_another_machine_with_budget_left_a_repeated_round_is_a_new_attempt(start, killed, tmp_path):
     """Each entry after the checkpoint gets a second attempt; one who is killed there repeats those, and only those."""
     folder = tmp_path / "run"
-    roomy = partial(training._noise_multiplier)  # calibrated to twice the rounds, so that the budget has room
-
-    def double(run, budget, ledger, cohort):
-        return 2 * roomy(run, budget, ledger, cohort) if run.begun is None else roomy(run, budget, ledger, cohort)
-
-    with patch.object(training, "_noise_multiplier", double):
-        assert _killed(partial(start, folder), "after-spend", 12, share=0.02)
-        done = Checkpoint.read(folder).step
-        with ELSEWHERE:
-            assert _killed(partial(start, folder, resume=True), "after-spend", 3, share=0.02)
-            start(folder, resume=True)
+    assert killed(folder, "after-spend", 12, share=0.02, noisier=True)
+    done = Checkpoint.read(folder).step
+    assert killed(folder, "after-spend", 3, share=0.02, elsewhere=True, resume=True)
+    with ELSEWHERE:
+        start(folder, resume=True)
     attempts = {(entry.round, entry.attempt) for entry in _entries(folder)}
     assert attempts == {(number, 1) for number in range(1, ROUNDS + 1)} | {(n, 2) for n in range(done + 1, 13)}
     assert len(_entries(folder)) == len(attempts)
 
 
-def test_a_run_that_moved_right_after_a_checkpoint_needs_no_second_entry(start, tmp_path):
+def test_a_run_that_moved_right_after_a_checkpoint_needs_no_second_entry(start, killed, tmp_path):
     """Nothing was spent after it: every round has one entry, of attempt 1."""
     folder = tmp_path / "run"
-    assert _killed(partial(start, folder), "after-the-checkpoints-rename", 4)
+    assert killed(folder, "after-the-checkpoints-rename", 4)
     with ELSEWHERE:
         start(folder, resume=True)
     assert [(entry.round, entry.attempt) for entry in _entries(folder)] == [(n, 1) for n in range(1, ROUNDS + 1)]
