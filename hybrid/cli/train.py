@@ -95,6 +95,9 @@ def train(
     deadline: Annotated[
         float | None, typer.Option(help="With --fleet: seconds after which a round closes; 60 by default.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where users of federated rounds are trained, as torch names it: cpu, cuda, cuda:1.")
+    ] = "cpu",
     run: Annotated[
         str | None,
         typer.Option(
@@ -180,6 +183,7 @@ def train(
             progress=progress,
             fleet=order.fleet,
             about={"fold": order.fold, "registered": digest},
+            device=device,
             resume=resume,
         )
         version = registry.create_version(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from hybrid.errors import ConfigError, NotFound
 from hybrid.federation.aggregator import PURPOSE
 from hybrid.federation.checkpoint import Checkpoint, machine
@@ -98,16 +100,17 @@ class Process:
     noise; being the same number, its release tells nobody anything new, and is
     paid for by the entry that is there. That holds only where the sum is the
     same to the last bit: the same noise on two sums that differ by a rounding
-    error would show the difference. So the machine must be the same; where it
-    is not, each such round is a new attempt, with other noise and an entry of
-    its own, as it always is on a fleet.
+    error would show the difference. So the machine must be the same, and train
+    on its CPU: a GPU's sums may differ from call to call. Where it is not, each
+    such round is a new attempt, with other noise and an entry of its own, as it
+    always is on a fleet.
 
     Attributes:
         config: hash of the run's config.
         noise_multiplier: of every round.
         left: rounds that are to be done, repeated ones included.
         machine: what decides the last bit of a sum.
-        moved: whether the run came from another machine.
+        moved: whether the run came from another machine, or need not compute what it did to the last bit.
         ledger: that pays; None for an oracle.
         since: place of the ledger's first entry that may be repeated on this machine.
         repeats: entries of rounds that are computed again, to the same releases.
@@ -132,6 +135,7 @@ class Process:
         *,
         rounds: int,
         noise_multiplier: float,
+        device: str = "cpu",
     ) -> Self:
         """This process.
 
@@ -142,13 +146,14 @@ class Process:
             ledger: that pays; None for an oracle.
             rounds: of the training, those that are done included.
             noise_multiplier: of every round.
+            device: where users are trained, as torch names it.
 
         Raises:
             ConfigError: the ledger does not hold what the checkpoint's rounds spent.
         """
-        here = machine() | {"chunk": str(chunk_size())}
+        here = machine() | {"device": device, "chunk": str(chunk_size(torch.device("cpu")))}
         before, done = (None, 0) if begun is None else (begun.state[PROCESS], begun.step)
-        moved = before is not None and before["machine"] != here
+        moved = before is not None and (before["machine"] != here or device != "cpu")
         entries = [] if ledger is None else ledger.entries
         if before is not None and ledger is not None:
             _check_ledger(run_dir, before["entries"], moved=moved)

@@ -21,7 +21,7 @@ from hybrid.federation.aggregator import PURPOSE, Attended, Round, SimulatedAggr
 from hybrid.federation.central import Fitting, fit_everything, fit_server_side
 from hybrid.federation.checkpoint import Checkpoint, Checkpoints, Stateful, digest
 from hybrid.federation.client_app import client_app
-from hybrid.federation.engine import DeviceSide, Engine, predict
+from hybrid.federation.engine import DeviceSide, Engine, device_named, predict
 from hybrid.federation.fleet import Fleet, OverSelection, Trace, Work, over_selection, turnout
 from hybrid.federation.metrics import auc, calibration, log_loss
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
@@ -85,6 +85,7 @@ def train(
     settings: Training | None = None,
     progress: Progress | None = None,
     fleet: OnFleet | None = None,
+    device: str = "cpu",
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> Trained:
@@ -117,13 +118,15 @@ def train(
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
         fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
+        device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
+            on the same one only.
         about: what else tells this run from another, as JSON values: kept in config.json, and the same to resume.
         resume: goes on with the training in `run_dir`, of a kind in `BY_ROUNDS`; everything else must be as it was.
             That the code of towers and head is, too, is the caller's to know.
 
     Raises:
         NotFound: (resume) no training began in the run directory.
-        ConfigError: the budget, delta, optimiser or label does not allow this training; the run directory
+        ConfigError: the budget, delta, optimiser, label or device does not allow this training; the run directory
             holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
@@ -133,8 +136,9 @@ def train(
         check_delta(model, examples_train.users)
     if kind in BY_ROUNDS:
         optimizer_for(settings, np.zeros(2, np.float32))
+        device_named(device)
     network = Network.build(model, seed=seed)
-    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet)
+    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device)
     config = _config(run, budget, about or {})
     begun = latest(run_dir, config) if resume else None
     if not resume:
@@ -198,6 +202,7 @@ class _Run:
     settings: Training
     progress: Progress | None
     fleet: OnFleet | None = None
+    device: str = "cpu"
     config: Mapping[str, Any] = field(default_factory=dict)
     begun: Checkpoint | None = None
     curves: Curves = field(default_factory=dict)
@@ -294,12 +299,16 @@ def _prepared(run: _Run) -> _Ready:
         run.network.load_weights(run.begun.weights)  # the server tower as it was fitted
     elif run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
-    engine = engine_for(run.network, run.examples, run.settings)
+    engine = engine_for(run.network, run.examples, run.settings, run.device)
     return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
 
 
-def engine_for(network: Network, examples: Examples, settings: Training) -> Engine:
-    """Trains users as the settings say."""
+def engine_for(network: Network, examples: Examples, settings: Training, device: str = "cpu") -> Engine:
+    """Trains users as the settings say, on the device.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     return Engine.build(
         network,
         examples,
@@ -307,6 +316,7 @@ def engine_for(network: Network, examples: Examples, settings: Training) -> Engi
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
         upload=settings.upload,
+        device=device,
     )
 
 
@@ -327,6 +337,7 @@ def _process(run: _Run, rounds: Round, ledger: Ledger | None) -> Process:
         ledger,
         rounds=run.settings.rounds,
         noise_multiplier=rounds.noise_multiplier,
+        device=run.device,
     )
 
 
