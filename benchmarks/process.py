@@ -41,7 +41,7 @@ def peak_mb() -> float:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, object]:
-    """The whole product: Flower's apps over the in-process grid, the mechanism, noise, ledger and checkpoints on disk."""
+    """The whole product: Flower's apps over the in-process grid, the mechanism, noise, ledger, checkpoints on disk."""
     from benchmarks.workload import BATCH, CLIP, LR, STEPS, examples, network
     from hybrid.features import Float32
     from hybrid.federation.aggregator import Round, SimulatedAggregator
