@@ -79,8 +79,8 @@ def interrupted(runs: Path, model: str, name: str | None, registry: Registry) ->
     if name is not None:
         folder = run_of(runs, name)
         config = started(folder)
-        if config["model"] != model:
-            raise ConfigError(f"run {name!r} is of model {config['model']!r}, not of {model!r}")
+        if config.get("model") != model:
+            raise ConfigError(f"run {name!r} is of model {config.get('model')!r}, not of {model!r}")
         version = versions.get((name, config.get("kind")))
         if version is not None:
             raise ConfigError(f"run {name!r} is finished: it is {model}:{version}")
@@ -89,7 +89,7 @@ def interrupted(runs: Path, model: str, name: str | None, registry: Registry) ->
     found = {
         folder: config
         for folder, config in every.items()
-        if config["model"] == model
+        if config.get("model") == model
         and config.get("kind") in BY_ROUNDS
         and (folder.name, config["kind"]) not in versions
     }

@@ -218,11 +218,11 @@ class _Order:
         from hybrid.spec import Training
 
         config = started(run)
-        fleet = config["fleet"]
+        fleet = config.get("fleet")
         return cls(
             config["kind"],
             config["population"],
-            config["fold"],
+            config.get("fold"),
             config.get("epsilon"),
             config["seed"],
             Training(**config["training"]),

@@ -73,7 +73,7 @@ def killed(tiny_model, people):
     Trains like `start`, in a process of its own that SIGKILL ends at a call of that number.
     """
     processes = multiprocessing.get_context("forkserver")  # a fork of this one could not train, once this one has
-    processes.set_forkserver_preload([__name__])
+    processes.set_forkserver_preload([__name__, "opacus.accountants.analysis.prv", "opacus.accountants.analysis.rdp"])
 
     def kill(folder, point, call, **changes):
         arguments = (tiny_model(), people, folder, point, call)
