@@ -41,7 +41,7 @@ from hybrid.spec import HybridModel, Training
 CANARIES = 4096  # of one training, at most: a sum of so many is still short beside its noise
 TOGETHER = 64  # trainings in one batch: each has a ledger open
 AT_ONCE = 64  # canaries that are clipped together, so that their rows stay in the cache
-CANARY = 4  # a stream of one seed, beside those of `hybrid.federation.aggregator`
+CANARY = 16  # a stream of one seed, beside those of `hybrid.federation.aggregator`
 
 
 @dataclass

@@ -59,6 +59,7 @@ LONG = 1000.0  # of a canary's update before it is clipped, in clips: a clip tha
 WITHIN = 1.0 - 1e-9  # of one that must not count as longer than the clip
 COUNT = 10.0  # examples that a canary says it has, of which others have one: they must not matter
 CHOOSING = 4  # one trial in so many chooses the threshold, the others count
+CAUTION = 20.0  # times less error is allowed where the threshold is chosen: luck in a thin tail is no good threshold
 THRESHOLDS = 200
 RUN, NOISE = 0, 1  # streams of one seed
 
@@ -266,6 +267,12 @@ def poisson(sampling: float, rounds: int) -> Attendance:
     return lambda rng, canaries: rng.random((rounds, canaries)) < sampling
 
 
+def every(separation: int, rounds: int) -> Attendance:
+    """Each canary takes part in the first round and in every `separation`-th after it."""
+    taking = np.arange(rounds) % separation == 0
+    return lambda rng, canaries: np.repeat(taking[:, None], canaries, axis=1)
+
+
 def likelihood(sums: Scores, noise_multiplier: float, sampling: float) -> Scores:
     """The logarithm of the likelihood ratio of Gaussian sums in which a canary takes part by an unseen coin.
 
@@ -283,7 +290,7 @@ def likelihood(sums: Scores, noise_multiplier: float, sampling: float) -> Scores
     return ratios
 
 
-def _gaussian_ratio(value: Scores, shift: float, sd: float) -> Scores:
+def _gaussian_ratio(value: Scores, shift: Scores | float, sd: float) -> Scores:
     """Logarithm of N(value; shift, sd^2) / N(value; 0, sd^2)."""
     ratio: Scores = (value - shift / 2.0) * shift / sd**2
     return ratio
@@ -377,9 +384,61 @@ def adaptive(
     )
 
 
+def correlated_likelihood(sums: Scores, noise_multiplier: float, column: Scores, taking: NDArray[np.bool_]) -> Scores:
+    """As `likelihood`, of sums whose noise is C^-1 Z: C times the sums has independent noise again.
+
+    Args:
+        sums: along each canary's direction, over the clip, shape (rounds, canaries).
+        noise_multiplier: standard deviation of Z over the clip; > 0.
+        column: the first one of C, lower triangular and Toeplitz, shape (rounds,).
+        taking: in which rounds each canary takes part, shape (rounds, canaries).
+
+    Returns:
+        Shape (canaries,).
+    """
+    lag = np.subtract.outer(np.arange(len(column)), np.arange(len(column)))
+    c = np.where(lag >= 0, column[lag], 0.0)
+    ratios: Scores = _gaussian_ratio(c @ sums, c @ taking.astype(np.float64), noise_multiplier).sum(axis=0)
+    return ratios
+
+
 def sampled(sampling: float) -> str:
     """For names: who takes part in a round."""
     return "everybody" if sampling == 1.0 else f"sampled {sampling:g}"
+
+
+def correlated(
+    name: str,
+    aggregation: Aggregation,
+    *,
+    column: Scores,
+    separation: int,
+    noise_multiplier: float,
+    epsilon: float,
+    delta: float,
+) -> Audited:
+    """A matrix mechanism: Gaussian sums whose noise is C^-1 Z, with C lower triangular and Toeplitz.
+
+    Args:
+        name: for people.
+        aggregation: the real one.
+        column: the first one of C, one number for each round of the horizon, none of them negative.
+        separation: a canary takes part in as many rounds as this lets it, with the same update.
+        noise_multiplier: standard deviation of Z over the clip; > 0.
+        epsilon: claimed, for the whole horizon.
+        delta: likewise.
+    """
+    attendance = every(separation, len(column))
+    taking = attendance(np.random.default_rng(0), 1)
+    return Audited(
+        name=name,
+        aggregation=aggregation,
+        rounds=len(column),
+        attendance=attendance,
+        score=lambda seen: correlated_likelihood(seen.sums, noise_multiplier, column, taking)[None],
+        epsilon=epsilon,
+        delta=delta,
+    )
 
 
 def planted(*, epsilon: float, delta: float, rounds: int, sampling: float) -> tuple[Audited, ...]:
@@ -478,12 +537,13 @@ class _Choice:
 
 def _chosen(within: Scores, without: Scores, delta: float, confidence: float) -> _Choice:
     """What makes the bound the highest on these trials."""
+    careful = 1.0 - (1.0 - confidence) / CAUTION
     tail = np.geomspace(1.0 / min(within.shape[1], without.shape[1]), 0.5, THRESHOLDS // 2)
     choices: list[tuple[float, _Choice]] = []
     for look, (here, there) in enumerate(zip(within, without, strict=True)):
         thresholds = np.quantile(np.concatenate([here, there]), np.concatenate([tail, 1.0 - tail]))
         for guess in GUESSES:
-            bounds = _bounds(guess, here, there, thresholds, delta=delta, confidence=confidence)[2]
+            bounds = _bounds(guess, here, there, thresholds, delta=delta, confidence=careful)[2]
             best = int(np.argmax(bounds))
             choices.append((float(bounds[best]), _Choice(look, guess, float(thresholds[best]))))
     return max(choices, key=lambda choice: choice[0])[1]

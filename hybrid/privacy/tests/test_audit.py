@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ import pytest
 from hybrid.errors import ConfigError
 from hybrid.privacy.accountant import noise_multiplier_for
 from hybrid.privacy.audit import (
-    Audited,
     adaptive,
     alike,
     at_least,
     at_most,
     audit,
+    correlated,
     each_of,
     gaussian,
     likelihood,
@@ -32,40 +33,41 @@ SAMPLED = {**CLAIM, "rounds": 10, "sampling": 0.5}
 ADAPTIVE = {**CLAIM, "rounds": 2, "lr": 0.2}
 
 
-def correlated(epsilon, delta, rounds):
-    """A mechanism that no builder of ours makes: its noise of one round takes back half of that of the round before.
+def halves(rounds, noise_share=1.0):
+    """A matrix mechanism of our own: C has ones on its diagonal and halves below it.
 
-    Round t releases x_t + n_t with n = C^-1 z, where C has ones on its diagonal and halves below it, so that
-    n_t = z_t - n_(t-1) / 2. A canary that is in round 1 alone moves C x by (1, 1/2, 0, ...), of norm sqrt(1.25).
+    Its noise n = C^-1 z is n_t = z_t - n_(t-1) / 2. A canary in rounds 1 and 4 moves C x by (1, 1/2, 0, 1, 1/2, ...),
+    of norm sqrt(2.5).
     """
-    noise_multiplier = math.sqrt(1.25) * noise_multiplier_for(epsilon, delta, 1.0, 1)
-    memory = {}
-
-    def init(size):
-        memory["last"] = np.zeros(size)
-        return AggregationState(round=0, size=size, clip=1.0)
+    noise_multiplier = math.sqrt(2.5) * noise_multiplier_for(1.0, DELTA, 1.0, 1)
 
     def step(state, cohort, noise):
-        memory["last"] = noise.gaussian(state.size, sd=noise_multiplier) - memory["last"] / 2
-        clipped = cohort(state.clip)
-        return replace(state, round=state.round + 1), Release(
-            clipped.total + memory["last"], clipped.received, state.clip
+        before, last = state
+        row = noise.gaussian(before.size, sd=noise_share * noise_multiplier) - last / 2
+        clipped = cohort(before.clip)
+        return State(replace(before, round=before.round + 1), row), Release(
+            clipped.total + row, clipped.received, before.clip
         )
 
-    def score(seen):
-        whitened = seen.sums.copy()
-        whitened[1:] += seen.sums[:-1] / 2
-        return (whitened[0] + whitened[1] / 2)[None]
-
-    return Audited(
-        name="correlated",
-        aggregation=Aggregation(init, step),
-        rounds=rounds,
-        attendance=lambda rng, canaries: np.arange(rounds)[:, None] == np.zeros(canaries),
-        score=score,
-        epsilon=epsilon,
-        delta=delta,
+    return correlated(
+        "halves",
+        Aggregation(lambda size: State(AggregationState(0, size, 1.0), np.zeros(size)), step),
+        column=np.array([1.0, 0.5] + [0.0] * (rounds - 2)),
+        separation=3,
+        noise_multiplier=noise_multiplier,
+        **CLAIM,
     )
+
+
+class State(NamedTuple):
+    """What `halves` carries on."""
+
+    before: AggregationState
+    last: np.ndarray
+
+    @property
+    def clip(self):
+        return self.before.clip
 
 
 SOUND = {
@@ -75,7 +77,7 @@ SOUND = {
     "few in each of many rounds": (gaussian(**CLAIM, rounds=200, sampling=0.05), 50_000),
     "an adaptive clip": (adaptive(**ADAPTIVE, sampling=0.5, quantile=0.5), 20_000),
     "an adaptive clip that seeks a low quantile": (adaptive(**ADAPTIVE, sampling=1.0, quantile=0.2), 20_000),
-    "noise of a round that depends on the last": (correlated(1.0, DELTA, rounds=4), 50_000),
+    "noise of a round that depends on the last": (halves(rounds=6), 50_000),
 }
 
 
@@ -99,6 +101,11 @@ def test_a_clip_that_does_not_clip_is_refuted():
     sound = gaussian(**SAMPLED)
     loose = replace(sound, summing=lambda updates, counts, clip: alike(updates, counts, 3.0 * clip))
     assert audit(loose, trials=20_000, seed=1, confidence=0.99).refuted
+
+
+def test_correlated_noise_that_is_too_little_is_refuted():
+    """Half of what the matrix mechanism asks for."""
+    assert audit(halves(rounds=6, noise_share=0.5), trials=20_000, seed=1, confidence=0.99).refuted
 
 
 @pytest.mark.parametrize("quantile", [0.2, 0.5])
