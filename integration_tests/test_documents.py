@@ -68,12 +68,12 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
 
 
 def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands):
-    """At a claimed epsilon of 1 the bounds of four mechanisms lie in [0.4, 1), those of three bugs above it."""
+    """At a claimed epsilon of 1 the bounds of six mechanisms lie in [0.4, 1), those of three bugs above it."""
     printed = type_commands("\n".join(commands(AUDIT)))
     rows = re.findall(r"│ (.+?) +│ +\d+ │ +(\d\.\d{3}) │.*│ +([\w ]+?) │", printed)
-    assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 4 + ["seen"] * 3, printed
-    assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:4]), printed
-    assert all(float(bound) > 1 for _, bound, _ in rows[4:]), printed
+    assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 6 + ["seen"] * 3, printed
+    assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:6]), printed
+    assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
 
 
 def test_the_walkthrough_and_operating_do_what_they_say(type_commands):

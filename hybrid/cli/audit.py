@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ app = typer.Typer()
 group = typer.Typer(help="What models and mechanisms give away, measured by attacking them.", no_args_is_help=True)
 app.add_typer(group, name="audit")
 
+TURNS = 3  # of a canary in the rounds of a matrix mechanism, where the model declares no separation
 STEPS = 1000  # of the progress bar, for each mechanism
 FOUND, BUG = "mechanisms", "planted_bugs"
 NO_PROOF = (
@@ -68,9 +69,9 @@ def membership(
     often the guesses are right follows a lower bound on epsilon, with
     confidence: one above the claim is a bug.
 
-    Audited are Gaussian sums of everybody, those of sampled people, and those
-    with a clip that adapts; then the model's own training on its population,
-    with canaries in its cohorts. Three mechanisms with planted bugs show that
+    Audited are Gaussian sums of everybody, those of sampled people, those with
+    a clip that adapts, and those with noise that spans rounds; then the
+    model's own training on its population, with canaries in its cohorts. Three mechanisms with planted bugs show that
     a bug would be seen: half the noise, updates weighed by their number of
     examples, and sums divided by replies.
 
@@ -120,6 +121,27 @@ def mechanisms(model: HybridModel, epsilon: float, rounds: int) -> tuple[Audited
     return (
         *(gaussian(**claim, sampling=share, clip=clip) for share in sorted({sampling, 1.0}, reverse=True)),
         adaptive(**claim, sampling=sampling, quantile=quantile, lr=ADAPTATION, clip=clip),
+        *(_correlated(kind, model, epsilon, rounds) for kind in ("banded", "blt")),
+    )
+
+
+def _correlated(kind: Literal["banded", "blt"], model: HybridModel, epsilon: float, rounds: int) -> Audited:
+    """A matrix mechanism whose canaries take part as often as they may."""
+    from hybrid.privacy.accountant import noise_multiplier_for
+    from hybrid.privacy.audit import correlated
+    from hybrid.privacy.matrix import matrix_sum, optimised
+
+    separation, delta = model.training.separation or -(-rounds // TURNS), model.privacy.delta
+    matrix = optimised(kind, rounds, separation)
+    noise = matrix.sensitivity * noise_multiplier_for(epsilon, delta, 1.0, 1)
+    return correlated(
+        f"{kind} noise, every {separation} rounds",
+        matrix_sum(clip_norm=model.privacy.clip, noise_multiplier=noise, minimum=0, matrix=matrix),
+        column=matrix.factor.column(rounds),
+        separation=separation,
+        noise_multiplier=noise,
+        epsilon=epsilon,
+        delta=delta,
     )
 
 

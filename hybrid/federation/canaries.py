@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.features import Float32
-from hybrid.federation.aggregator import PaidMechanism, Round, coins, local_stream
+from hybrid.federation.aggregator import PaidMechanism, Round, local_stream, takes_part
 from hybrid.federation.central import fit_server_side
 from hybrid.federation.engine import Engine
 from hybrid.federation.population import Examples
@@ -27,13 +27,25 @@ from hybrid.federation.training import (
     check_allowed,
     check_delta,
     engine_for,
+    least_noise,
     optimizer_for,
+    planned_cohort,
     round_settings,
     threads_for,
 )
 from hybrid.network import Network
-from hybrid.privacy.accountant import noise_multiplier_for
-from hybrid.privacy.audit import LONG, Finding, Scores, canary_updates, likelihood, lower_bound, poisson, sampled
+from hybrid.privacy.audit import (
+    LONG,
+    Finding,
+    Scores,
+    canary_updates,
+    correlated_likelihood,
+    every,
+    likelihood,
+    lower_bound,
+    poisson,
+    sampled,
+)
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import ClippedSum, clip_and_sum, quantile_noise_for, update_noise_multiplier
 from hybrid.spec import HybridModel, Training
@@ -120,8 +132,8 @@ def audit_training(
     settings, delta = model.training, model.privacy.delta
     check_allowed(model, "federated", epsilon, settings)
     check_delta(model, examples.users)
-    noise_multiplier = noise_multiplier_for(epsilon, delta, settings.sampling, settings.rounds)
-    planned = settings.sampling * examples.users
+    noise_multiplier = least_noise(settings, epsilon, delta, sampling=settings.sampling)
+    planned = planned_cohort(settings, examples.users)
     rounds = round_settings(model, settings, noise_multiplier, sampling=settings.sampling, planned=planned)
     network = Network.build(model, seed=seed)
     trainings: list[_Training] = []
@@ -136,47 +148,62 @@ def audit_training(
                 batch = []
                 for number in range(first, min(first + TOGETHER, total)):
                     ledger = stack.enter_context(Ledger.open(folder / str(number), budget_epsilon=epsilon, delta=delta))
-                    ledger.reserve([replace(rounds.event, count=settings.rounds)])
+                    ledger.reserve([rounds.of(settings.rounds)])
                     batch.append(_start(engine, rounds, ledger, settings, seed=seed + number, canaries=canaries))
                 for number in range(1, settings.rounds + 1):
-                    _round(number, engine, batch, settings, seed + first)
+                    _round(number, engine, batch, rounds, lr=settings.local_lr, seed=seed + first)
                     if progress:
                         progress(len(trainings) * settings.rounds + len(batch) * number, total * settings.rounds)
             trainings += batch
-    noise = _noise_of_sums(rounds)
-    scores = np.concatenate([likelihood(np.array(one.sums), noise, settings.sampling) for one in trainings])
+    scores = np.concatenate([_score(one, rounds) for one in trainings])
     members = np.concatenate([one.members for one in trainings])
     bound = lower_bound(scores[None, members], scores[None, ~members], delta=delta, confidence=confidence)
-    clip = "" if rounds.quantile is None else "adaptive clip, "
-    name = f"a training on {examples.population}: Gaussian, {clip}{sampled(settings.sampling)}"
-    return Finding(name, epsilon, delta, settings.rounds, bound)
+    return Finding(f"a training on {examples.population}: {_named(settings)}", epsilon, delta, settings.rounds, bound)
 
 
 def _start(engine: Engine, rounds: Round, ledger: Ledger, settings: Training, *, seed: int, canaries: int) -> _Training:
     rng = np.random.default_rng([seed, CANARY])
     flat = engine.side.flat()
+    attendance = poisson(rounds.sampling, settings.rounds)
+    if rounds.matrix is not None:
+        attendance = every(rounds.matrix.participation.separation, settings.rounds)
     return _Training(
         mechanism=PaidMechanism(rounds, ledger, seed=seed, size=engine.size),
-        strategy=NoisedSum(settings.sampling * engine.users, optimizer_for(settings, flat)),
+        strategy=NoisedSum(planned_cohort(settings, engine.users), optimizer_for(settings, flat)),
         flat=flat,
         members=rng.random(canaries) < 0.5,
-        attends=poisson(settings.sampling, settings.rounds)(rng, canaries),
+        attends=attendance(rng, canaries),
     )
 
 
-def _round(number: int, engine: Engine, trainings: Sequence[_Training], settings: Training, seed: int) -> None:
+def _round(number: int, engine: Engine, trainings: Sequence[_Training], rounds: Round, *, lr: float, seed: int) -> None:
     """The same people for all, who train from the weights of each; the canaries of each beside them."""
     attempt = trainings[0].mechanism.next_attempt(number)
-    users = np.flatnonzero(coins(seed, number, attempt, engine.users) < settings.sampling)
+    step = trainings[0].mechanism.released
+    users = takes_part(rounds, engine.users, seed=seed, number=number, attempt=attempt, step=step)
     sums = engine.clipped_sums(
         np.stack([training.flat for training in trainings]),
         users,
         [training.mechanism.clip for training in trainings],
-        [settings.local_lr] * len(trainings),
+        [lr] * len(trainings),
         stream=local_stream(seed, number, attempt),
     )
     for training, people in zip(trainings, sums, strict=True):
         training.step(number, attempt, people)
+
+
+def _score(training: _Training, rounds: Round) -> Scores:
+    sums = np.array(training.sums)
+    if rounds.matrix is not None:
+        column = rounds.matrix.factor.column(len(sums))
+        return correlated_likelihood(sums, rounds.noise_multiplier, column, training.attends)
+    return likelihood(sums, _noise_of_sums(rounds), rounds.sampling)
+
+
+def _named(settings: Training) -> str:
+    if settings.separation is not None:
+        return f"{settings.noise} noise, every {settings.separation} rounds"
+    return f"Gaussian, {'' if settings.clip_quantile is None else 'adaptive clip, '}{sampled(settings.sampling)}"
 
 
 def _noise_of_sums(rounds: Round) -> float:

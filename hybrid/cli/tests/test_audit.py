@@ -16,12 +16,14 @@ MEMBERSHIP = ("audit", "membership", "taxi", "--epsilon", "1", "--rounds", "1")
 
 
 def test_sound_mechanisms_are_not_refuted_and_every_planted_bug_is_seen(project, tmp_path):
-    """The model samples everybody: two mechanisms, then three bugs, each with a bound above 1; drawn into a file."""
+    """The model samples everybody: four mechanisms, then three bugs, each with a bound above 1; drawn into a file."""
     words = ("--trials", "20000", "--no-training", "--json", "--plot", str(tmp_path / "audit.svg"))
     shown = json.loads(project(*MEMBERSHIP, *words))
     assert [found["name"] for found in shown["mechanisms"]] == [
         "Gaussian, everybody",
         "Gaussian, adaptive clip, everybody",
+        "banded noise, every 1 rounds",
+        "blt noise, every 1 rounds",
     ]
     assert all(0.3 < found["epsilon_at_least"] < 1 == found["epsilon_claimed"] for found in shown["mechanisms"])
     assert [found["epsilon_at_least"] > 1 for found in shown["planted_bugs"]] == [True] * 3

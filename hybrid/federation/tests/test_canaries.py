@@ -33,10 +33,14 @@ def audited(tiny_model, tiny_examples, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("quantile", [None, 0.5])
-def test_a_training_keeps_its_claim_and_gives_away_more_than_a_smaller_one(audited, quantile):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"clip_quantile": 0.5}, {"separation": 3, "noise": "banded", "server_optimizer": "SGD"}],
+    ids=["by coins", "adaptive clip", "by turns"],
+)
+def test_a_training_keeps_its_claim_and_gives_away_more_than_a_smaller_one(audited, changes):
     """At epsilon 8 the bound is below 8; had it claimed 1 for the same releases, the audit would refute it."""
-    finding = audited(8.0, clip_quantile=quantile)
+    finding = audited(8.0, **changes)
     assert not finding.refuted
     assert replace(finding, epsilon=1.0).refuted
     assert finding.rounds == 8
