@@ -74,9 +74,9 @@ SOUND = {
     "one release of everybody": (gaussian(**CLAIM, rounds=1, sampling=1.0), 50_000),
     "everybody in each of ten rounds": (gaussian(**CLAIM, rounds=10, sampling=1.0), 50_000),
     "half of the people in each round": (gaussian(**SAMPLED), 50_000),
-    "few in each of many rounds": (gaussian(**CLAIM, rounds=200, sampling=0.05), 50_000),
-    "an adaptive clip": (adaptive(**ADAPTIVE, sampling=0.5, quantile=0.5), 20_000),
-    "an adaptive clip that seeks a low quantile": (adaptive(**ADAPTIVE, sampling=1.0, quantile=0.2), 20_000),
+    "few in each of many rounds": (gaussian(**CLAIM, rounds=100, sampling=0.05), 50_000),
+    "an adaptive clip": (adaptive(**ADAPTIVE, sampling=0.5, quantile=0.5), 50_000),
+    "an adaptive clip that seeks a low quantile": (adaptive(**ADAPTIVE, sampling=1.0, quantile=0.2), 50_000),
     "noise of a round that depends on the last": (halves(rounds=6), 50_000),
 }
 
