@@ -135,7 +135,7 @@ def _correlated(kind: Literal["banded", "blt"], model: HybridModel, epsilon: flo
     matrix = optimised(kind, rounds, separation)
     noise = matrix.sensitivity * noise_multiplier_for(epsilon, delta, 1.0, 1)
     return correlated(
-        f"{kind} noise, every {separation} rounds",
+        f"{kind} noise, separation {separation}",
         matrix_sum(clip_norm=model.privacy.clip, noise_multiplier=noise, minimum=0, matrix=matrix),
         column=matrix.factor.column(rounds),
         separation=separation,

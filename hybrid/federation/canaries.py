@@ -202,7 +202,7 @@ def _score(training: _Training, rounds: Round) -> Scores:
 
 def _named(settings: Training) -> str:
     if settings.separation is not None:
-        return f"{settings.noise} noise, every {settings.separation} rounds"
+        return f"{settings.noise} noise, separation {settings.separation}"
     return f"Gaussian, {'' if settings.clip_quantile is None else 'adaptive clip, '}{sampled(settings.sampling)}"
 
 

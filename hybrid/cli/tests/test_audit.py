@@ -22,8 +22,8 @@ def test_sound_mechanisms_are_not_refuted_and_every_planted_bug_is_seen(project,
     assert [found["name"] for found in shown["mechanisms"]] == [
         "Gaussian, everybody",
         "Gaussian, adaptive clip, everybody",
-        "banded noise, every 1 rounds",
-        "blt noise, every 1 rounds",
+        "banded noise, separation 1",
+        "blt noise, separation 1",
     ]
     assert all(0.3 < found["epsilon_at_least"] < 1 == found["epsilon_claimed"] for found in shown["mechanisms"])
     assert [found["epsilon_at_least"] > 1 for found in shown["planted_bugs"]] == [True] * 3
