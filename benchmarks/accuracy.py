@@ -2,7 +2,9 @@
 
 OULAD (examples/study_coach; FILE is another table with its columns) and coupon
 (examples/coupon), five seeds: central training on pooled data against federated
-training at epsilon infinity (an oracle: no noise), 8, 2 and 1. OULAD is tested on
+training at epsilon infinity (an oracle: no noise), 8, 2 and 1. OULAD also has epsilon 2
+without any claim of sampling, its students taking turns: with noise that is correlated
+between rounds (ftrl) and with noise that is not (plain_unamplified). OULAD is tested on
 the last fifth of each student's submissions, coupon on one fold of five of its
 people per seed. Architectures and settings were chosen on validation rows: for
 OULAD the last fifth of each student's training rows, with label rates counted
@@ -19,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,12 +37,17 @@ from hybrid.federation.metrics import Compared, auc, calibration, compare, log_l
 from hybrid.federation.population import Examples, Population, examples, import_table
 from hybrid.federation.training import Trained, train
 from hybrid.privacy.mechanisms import SeededNoise
-from hybrid.spec import HybridModel, load_model
+from hybrid.spec import HybridModel, Training, load_model
 from hybrid.workspace import Workspace
 
 EPSILONS = (math.inf, 8.0, 2.0, 1.0)
 NEAR_BEST = 0.0005  # of central's best AUC: when it counts as trained
 TARGET = 0.008  # below central's AUC, at epsilon 2: when federated training counts as trained
+# At epsilon 2, without sampling: every student in each eighth round. Each has the server step that suited it best.
+TURNS: Mapping[str, dict[str, Any]] = {
+    "ftrl_eps_2": {"separation": 8, "noise": "banded", "server_optimizer": "SGD", "server_lr": 3.0},
+    "plain_unamplified_eps_2": {"separation": 8, "server_optimizer": "SGD", "server_lr": 1.0},
+}
 COUNTS = 4  # stream of a seed that noises label counts
 
 
@@ -83,7 +91,7 @@ def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[l
     """The study coach's students."""
     from examples.study_coach import prepare
 
-    task = bar.add_task("OULAD: preparing", total=1 + seeds * (2 + len(EPSILONS)))
+    task = bar.add_task("OULAD: preparing", total=1 + seeds * (2 + len(EPSILONS) + len(TURNS)))
     split, population, assessments = prepare_oulad(data, folder)
     declared = load_model(prepare.MODEL)
     bar.advance(task)
@@ -99,6 +107,8 @@ def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[l
             _keep(predictions, name, trained)
             if name in times:
                 times[name].append(_seconds_to(trained, central.record.oracle["auc"] - TARGET))
+        for name, changes in TURNS.items():
+            _keep(predictions, name, _train(split, folder, seed, bar, task, epsilon=2.0, name=name, changes=changes))
         hidden = _declared(declared, population.users, visible_to="device")
         run = folder / "runs" / f"label-private-{seed}"
         noise = SeededNoise(seed, COUNTS)
@@ -108,7 +118,7 @@ def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[l
     rows = _rows("OULAD", [split.test] * seeds, predictions)
     found = {row["trained"]: row for row in rows}
     figures = {f"oulad.{name}.auc": found[name]["AUC"] for name in ("central", "lr")}
-    for name in ("eps_inf", "eps_8", "eps_2", "eps_1", "eps_2_label_private"):
+    for name in ("eps_inf", "eps_8", "eps_2", "eps_1", "eps_2_label_private", *TURNS):
         figures[f"oulad.{name}.gap"] = found["central"]["AUC"] - found[name]["AUC"]
     figures["oulad.eps_2.log_loss_gap"] = found["eps_2"]["log-loss"] / found["central"]["log-loss"] - 1
     figures["oulad.central.seconds"] = float(np.mean(times["central"]))
@@ -199,15 +209,25 @@ def _split(model: HybridModel, population: Population, counts: Any, assessments:
 
 
 def _train(
-    split: Split, folder: Path, seed: int, bar: Progress, task: Any, *, kind: str = "federated", epsilon: float = 0.0
+    split: Split,
+    folder: Path,
+    seed: int,
+    bar: Progress,
+    task: Any,
+    *,
+    kind: str = "federated",
+    epsilon: float = 0.0,
+    name: str | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Trained:
-    """One training, as `hybrid train` does it."""
-    name = kind if kind != "federated" else f"epsilon {epsilon:g}"
+    """One training, as `hybrid train` does it, with `changes` of how the model declares it."""
+    name = name or (kind if kind != "federated" else f"epsilon {epsilon:g}")
     bar.update(task, description=f"{split.model.name}: seed {seed}, {name}")
     run = folder if (folder / "ledger.jsonl").exists() else folder / "runs" / f"{name}-{seed}".replace(" ", "-")
     settings: dict[str, Any] = {"kind": kind}
     if kind == "federated":
         settings = {"kind": "noiseless"} if epsilon == math.inf else {"epsilon": epsilon}
+        settings["settings"] = Training(**split.model.training.model_dump() | changes)
     trained = train(split.model, split.train, split.test, seed=seed, run_dir=run, **settings)
     bar.advance(task)
     return trained

@@ -217,6 +217,13 @@ class Training(Declared):
         server_options: its other settings, e.g. {"betas": (0.9, 0.99)}.
         average_last: the model is the mean of its weights after about this share of the rounds, the last ones;
             0: those after the last round alone.
+        separation: b: users take part by a schedule, each in every b-th round, in place of by coins (`sampling` is
+            then of no account): no amplification is claimed, only that nobody takes part oftener or sooner again;
+            None: by coins.
+        noise: of the rounds: "independent"; or correlated between them, so that later rounds take back part of the
+            noise of earlier ones, which needs a separation: "banded", or "blt", which remembers less.
+        noise_memory: vectors that correlated noise remembers from round to round: bands - 1, or buffers of "blt";
+            None: separation - 1, at most 31, or 4.
         clip_quantile: of the updates' norms that the clip follows, from privacy.clip on; None: it stays privacy.clip.
         server_tower: "central": fitted where its data is, on the label that the server sees, then frozen;
             "frozen": as its factory built it; "federated": trained by users too, from how it was built.
@@ -237,10 +244,25 @@ class Training(Declared):
     server_lr: Annotated[FiniteFloat, Field(gt=0)] = 0.01
     server_options: dict[str, FiniteFloat | bool | tuple[FiniteFloat, FiniteFloat]] = {}
     average_last: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    separation: Annotated[int, Field(ge=1)] | None = None
+    noise: Literal["independent", "banded", "blt"] = "independent"
+    noise_memory: Annotated[int, Field(ge=1, le=1000)] | None = None
     clip_quantile: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
     server_tower: Literal["central", "frozen", "federated"] = "central"
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
     upload: Literal["float32", "int8"] = "float32"
+
+    @model_validator(mode="after")
+    def _noise(self) -> Self:
+        if self.noise != "independent" and self.separation is None:
+            raise ValueError(f"separation must be given with noise={self.noise!r}: how soon again a user may take part")
+        if self.noise == "independent" and self.noise_memory is not None:
+            raise ValueError("noise_memory must be left out with noise='independent', which remembers nothing")
+        if self.separation is not None and self.clip_quantile is not None:
+            raise ValueError(
+                "clip_quantile must be left out with a separation: noise that spans the rounds is drawn for one clip"
+            )
+        return self
 
 
 ServerMissing = Literal["error", "device-only", "constant"]

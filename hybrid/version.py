@@ -23,7 +23,8 @@ class TrainingRecord(BaseModel):
         users, examples: how many it learned from (public).
         settings: of the training; None in records that are older than this field.
         epsilon, delta: spent by this training; None where there was no privacy mechanism.
-        noise_multiplier, clip, sampling, rounds: of the mechanism; None where there was none.
+        noise_multiplier, clip, sampling, rounds: of the mechanism; None where there was none, and where nobody is
+            sampled.
         mechanism: in words, with the accountant, e.g. "Gaussian on Poisson samples, PRV accountant".
         assumption: what the claim rests on, in words.
         unit: "user" or "device".
@@ -62,6 +63,8 @@ class TrainingRecord(BaseModel):
             return ("none: a reference of a simulation, trained without a mechanism",)
         said = {name: "?" if value is None else value for name, value in self.model_dump().items()}
         sampling = "everybody in each" if self.sampling == 1 else "each person in each with probability {sampling}"
+        if self.settings is not None and self.settings.separation is not None:
+            sampling = f"each person at most once in any {self.settings.separation} of them"
         lines = (
             f"epsilon {self.epsilon:.3f} at delta {{delta}} per {{unit}}; protects the {{protects}}",
             f"{{mechanism}}; {{rounds}} rounds, {sampling}",

@@ -15,6 +15,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 OPERATING = ROOT / "docs" / "operating.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
+AUDIT = ROOT / "docs" / "audit.md"
 
 
 def commands(document: Path) -> list[str]:
@@ -23,7 +24,7 @@ def commands(document: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, STUDY_COACH)], ids=lambda d: d.name
+    "document", [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, STUDY_COACH, AUDIT)], ids=lambda d: d.name
 )
 def test_documents_name_only_make_targets_that_exist(document):
     """Outside the walkthroughs a document's commands are `make TARGET`, and make knows each target."""
@@ -64,6 +65,15 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
     assert "protects the device features and label" in printed
     assert "label-rates" in printed
     assert re.search(r"epsilon (1\.99\d|2\.000) at delta 2\.3e-05 per user", printed), printed
+
+
+def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands):
+    """At a claimed epsilon of 1 the bounds of six mechanisms lie in [0.4, 1), those of three bugs above it."""
+    printed = type_commands("\n".join(commands(AUDIT)))
+    rows = re.findall(r"│ (.+?) +│ +\d+ │ +(\d\.\d{3}) │.*│ +([\w ]+?) │", printed)
+    assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 6 + ["seen"] * 3, printed
+    assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:6]), printed
+    assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
 
 
 def test_the_walkthrough_and_operating_do_what_they_say(type_commands):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +15,8 @@ from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.privacy.accountant import GaussianEvent, Spent
-    from hybrid.privacy.ledger import Account, Entry
+    from hybrid.privacy.accountant import Spent
+    from hybrid.privacy.ledger import Account, AnyEntry
     from hybrid.version import TrainingRecord
 
 app = typer.Typer()
@@ -165,26 +165,31 @@ def _run_json(run: _Run) -> dict[str, Any]:
 def _spent_on(account: Account) -> list[dict[str, Any]]:
     """The releases by what they have in common, each kind with what it would cost alone."""
     from hybrid.privacy.accountant import epsilon
+    from hybrid.privacy.ledger import costs
 
-    def kind(entry: Entry) -> tuple[str, str, float, float]:
-        return entry.purpose, entry.mechanism, entry.noise_multiplier, entry.sampling
+    def kind(entry: AnyEntry) -> tuple[str, ...]:
+        return entry.purpose, entry.mechanism, *(f"{value!r}" for value in _kind(entry).values())
 
     shown = []
-    for (purpose, mechanism, noise_multiplier, sampling), entries in groupby(sorted(account.entries, key=kind), kind):
+    for (purpose, mechanism, *_), entries in groupby(sorted(account.entries, key=kind), kind):
         same = list(entries)
         clips = [entry.clip for entry in same]
         shown.append(
             {
                 "purpose": purpose,
                 "mechanism": mechanism,
-                "noise_multiplier": noise_multiplier,
-                "sampling": sampling,
+                **_kind(same[0]),
                 "releases": len(same),
                 "clip": [min(clips), max(clips)],
-                "epsilon_alone": epsilon([entry.event for entry in same], account.delta).epsilon,
+                "epsilon_alone": epsilon(costs(same), account.delta).epsilon,
             }
         )
     return shown
+
+
+def _kind(entry: AnyEntry) -> dict[str, float]:
+    """What releases of one kind have in common: what their event says, but for how many they are."""
+    return {name: value for name, value in asdict(entry.event).items() if name != "count"}
 
 
 def _composed(runs: Sequence[_Run]) -> dict[str, Any] | None:
@@ -246,12 +251,21 @@ def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
 def _spend_line(spend: Mapping[str, Any]) -> str:
     low, high = spend["clip"]
     clip = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-    sampling = spend["sampling"]
-    who = "everybody in each" if sampling == 1 else f"each person in each with probability {sampling:g}"
     return (
         f"{spend['purpose']}: {_many(spend['releases'], 'release')}, {spend['mechanism']} noise "
-        f"{spend['noise_multiplier']:.4g} x clip {clip}, {who}; alone epsilon {spend['epsilon_alone']:.3f}"
+        f"{spend['noise_multiplier']:.4g} x clip {clip}, {_who(spend)}; alone epsilon {spend['epsilon_alone']:.3f}"
     )
+
+
+def _who(spend: Mapping[str, Any]) -> str:
+    """Who takes part in the releases of a kind."""
+    if spend["mechanism"] == "matrix":
+        return (
+            f"charged for all {spend['rounds']} rounds of its horizon, each person at most once in any "
+            f"{spend['separation']} of them"
+        )
+    sampling = spend["sampling"]
+    return "everybody in each" if sampling == 1 else f"each person in each with probability {sampling:g}"
 
 
 def _many(count: int, noun: str) -> str:
@@ -294,8 +308,10 @@ def _draw(file: Path, model: str, runs: Sequence[_Run]) -> None:
 def _curve(account: Account, points: int) -> Iterator[tuple[int, float]]:
     """(releases, epsilon of the first so many); lost ones come first, since nobody knows when they were made."""
     from hybrid.privacy.accountant import epsilon
+    from hybrid.privacy.ledger import costs
 
-    events: list[GaussianEvent] = account.events()
-    stops = sorted({round(place * len(events) / points) for place in range(points + 1)} | {0, len(events)})
+    lost, releases = len(account.lost), len(account.lost) + len(account.entries)
+    stops = sorted({round(place * releases / points) for place in range(points + 1)} | {0, releases})
     for stop in stops:
-        yield stop, epsilon(events[:stop], account.delta).epsilon
+        events = [*account.lost[:stop], *costs(account.entries[: max(0, stop - lost)])]
+        yield stop, epsilon(events, account.delta).epsilon

@@ -73,6 +73,16 @@ def train(
     average_last: Annotated[
         float | None, typer.Option(help="Share of the rounds, the last ones, whose weights are averaged.")
     ] = None,
+    separation: Annotated[
+        int | None, typer.Option(help="Users take part in every so-manieth round, by a schedule, not by --sampling.")
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt."),
+    ] = None,
+    noise_memory: Annotated[
+        int | None, typer.Option(help="Vectors that correlated noise remembers: bands - 1, or buffers of blt.")
+    ] = None,
     clip_quantile: Annotated[
         float | None, typer.Option(help="Let the clip follow this quantile of the updates' norms, privately.")
     ] = None,
@@ -142,6 +152,9 @@ def train(
         "server_lr": server_lr,
         "server_options": _options(server_options) if server_options else None,
         "average_last": average_last,
+        "separation": separation,
+        "noise": noise,
+        "noise_memory": noise_memory,
         "clip_quantile": clip_quantile,
         "server_tower": server_tower,
         "tower_dropout": tower_dropout,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from hybrid.features import Float32
 from hybrid.federation.checkpoint import values_of, with_values
 from hybrid.federation.engine import Engine
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
-from hybrid.privacy.accountant import GaussianEvent
-from hybrid.privacy.ledger import Entry, Ledger
+from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent
+from hybrid.privacy.ledger import AnyEntry, Entry, Ledger
+from hybrid.privacy.matrix import Matrix, matrix_sum
 from hybrid.privacy.mechanisms import (
     Aggregation,
     Cohort,
@@ -28,7 +30,7 @@ from hybrid.privacy.mechanisms import (
 )
 
 PURPOSE = "train"
-COHORT, NOISE, LOCAL = 0, 1, 3  # independent streams of one seed; the fleet's is 2
+COHORT, NOISE, LOCAL, SCHEDULE = 0, 1, 3, 4  # independent streams of one seed; the fleet's is 2
 ADAPTATION = 0.2  # of the clip's logarithm a round, as in Andrew et al.
 
 
@@ -43,6 +45,11 @@ class Round:
         minimum: fewest participants of a round that is released.
         quantile: of the updates' norms that an adaptive clip seeks; None: it stays.
         planned_cohort: expected number of participants; for an adaptive clip.
+        matrix: correlates the noise of rounds in which users take part by a schedule, not by coins: `sampling` is
+            then 1, which claims nothing of it. None: each round's noise is its own.
+
+    Raises:
+        ConfigError: the clip would adapt, and the noise spans rounds.
     """
 
     sampling: float
@@ -51,14 +58,33 @@ class Round:
     minimum: int
     quantile: float | None = None
     planned_cohort: float | None = None
+    matrix: Matrix | None = None
+
+    def __post_init__(self) -> None:
+        if self.matrix is not None and self.quantile is not None:
+            raise ConfigError("quantile must be None with a matrix: noise that spans the rounds is drawn for one clip")
 
     @property
-    def event(self) -> GaussianEvent:
-        """What one round costs."""
+    def event(self) -> Event:
+        """What one round costs; with a matrix, what all its rounds do together."""
+        if self.matrix is not None:
+            return self.matrix.event(self.noise_multiplier)
         return GaussianEvent(self.noise_multiplier, self.sampling)
+
+    def of(self, rounds: int) -> Event:
+        """What so many rounds cost: what to reserve."""
+        event = self.event
+        return event if isinstance(event, MatrixEvent) else replace(event, count=rounds)
 
     def aggregation(self) -> Aggregation:
         """The mechanism."""
+        if self.matrix is not None:
+            return matrix_sum(
+                clip_norm=self.clip,
+                noise_multiplier=self.noise_multiplier,
+                minimum=self.minimum,
+                matrix=self.matrix,
+            )
         if self.quantile is None or self.planned_cohort is None:
             return gaussian_sum(clip_norm=self.clip, noise_multiplier=self.noise_multiplier, minimum=self.minimum)
         return adaptive_gaussian_sum(
@@ -110,7 +136,7 @@ class PaidMechanism:
     """
 
     def __init__(
-        self, settings: Round, ledger: Ledger | None, *, seed: int, size: int, repeats: Iterable[Entry] = ()
+        self, settings: Round, ledger: Ledger | None, *, seed: int, size: int, repeats: Iterable[AnyEntry] = ()
     ) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
@@ -132,6 +158,11 @@ class PaidMechanism:
         """The L2 norm that the next round clips to."""
         return self._state.clip
 
+    @property
+    def released(self) -> int:
+        """How many rounds it has released: with a matrix, steps of the horizon that are used up."""
+        return self._state.round
+
     def next_attempt(self, number: int) -> int:
         """At round `number`: a new one, with noise and a ledger entry of its own, unless the round is a repetition.
 
@@ -146,11 +177,12 @@ class PaidMechanism:
         paid = self._repeated(number)
         return self._ledger.next_attempt(PURPOSE, number) if paid is None else paid.attempt
 
-    def _repeated(self, number: int) -> Entry | None:
+    def _repeated(self, number: int) -> AnyEntry | None:
         """What paid for round `number`, where this round is that one again."""
         entry = self._repeats.get(number)
-        same = entry is not None and (entry.event, entry.clip) == (self._settings.event, self._state.clip)
-        return entry if same else None
+        if entry is None or (entry.event, entry.clip) != (self._settings.event, self._state.clip):
+            return None
+        return entry if isinstance(entry, Entry) or entry.step == self._state.round + 1 else None
 
     def release(self, number: int, attempt: int, cohort: Cohort) -> Release:
         """The noised sum of a round's cohort.
@@ -163,13 +195,13 @@ class PaidMechanism:
         Raises:
             BudgetExceeded, CohortTooSmall: nothing is spent.
         """
-        clip, paid = self._state.clip, self._repeated(number)
+        clip, event, paid = self._state.clip, self._settings.event, self._repeated(number)
+        step = self._state.round + 1 if isinstance(event, MatrixEvent) else None
 
         def pay() -> None:
             self._repeats.pop(number, None)  # a second release in this process is a new attempt in any case
             if self._ledger is not None and (paid is None or attempt != paid.attempt):
-                event = self._settings.event
-                self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
+                self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt, step=step)
 
         noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
         self._state, release = self._mechanism.step(self._state, cohort, noise)
@@ -179,6 +211,35 @@ class PaidMechanism:
 def coins(seed: int, number: int, attempt: int, users: int) -> NDArray[np.float64]:
     """(users,) in [0, 1): who takes part in a round are those below its sampling."""
     return np.random.default_rng([seed, COHORT, number, attempt]).random(users)
+
+
+@lru_cache(maxsize=4)
+def groups(seed: int, users: int, separation: int) -> NDArray[np.int64]:
+    """(users,) in [0, separation): the group of each user, of equal sizes but for one, in a seeded order.
+
+    The groups take turns, so that each user takes part once in any `separation`
+    steps. Who is in which may be known to everybody: no privacy rests on it.
+    """
+    drawn = np.random.default_rng([seed, SCHEDULE]).permutation(users) % separation
+    drawn.flags.writeable = False
+    return drawn
+
+
+def takes_part(settings: Round, users: int, *, seed: int, number: int, attempt: int, step: int) -> NDArray[np.int64]:
+    """Who is asked in a round, ascending: those whose coin fell, or, with a matrix, the group whose turn it is.
+
+    Args:
+        settings: of the round.
+        users: of the population.
+        seed: of the run.
+        number: of the round, from 1.
+        attempt: at it, from 1.
+        step: of the horizon, from 0, with a matrix.
+    """
+    if settings.matrix is None:
+        return np.flatnonzero(coins(seed, number, attempt, users) < settings.sampling)
+    separation = settings.matrix.participation.separation
+    return np.flatnonzero(groups(seed, users, separation) == step % separation)
 
 
 def local_stream(seed: int, number: int, attempt: int) -> tuple[int, ...]:
@@ -206,7 +267,7 @@ class SimulatedAggregator:
         *,
         seed: int,
         fleet: Attended | None = None,
-        repeats: Iterable[Entry] = (),
+        repeats: Iterable[AnyEntry] = (),
     ) -> None:
         self._engine, self._settings, self._seed, self._fleet = engine, settings, seed, fleet
         self._mechanism = PaidMechanism(settings, ledger, seed=seed, size=engine.size, repeats=repeats)
@@ -238,10 +299,11 @@ class SimulatedAggregator:
         )
 
     def _cohort(self, number: int, attempt: int) -> NDArray[np.int64]:
-        """Whose coin fell, and, on a fleet, who of them was there and answered in time."""
-        tossed = coins(self._seed, number, attempt, self._engine.users)
+        """Who is asked, and, on a fleet, who of them was there and answered in time."""
+        users, step = self._engine.users, self._mechanism.released
         if self._fleet is None:
-            return np.flatnonzero(tossed < self._settings.sampling)
+            return takes_part(self._settings, users, seed=self._seed, number=number, attempt=attempt, step=step)
+        tossed = coins(self._seed, number, attempt, users)
         attendance = self._fleet.fleet.round(
             number,
             tossed,

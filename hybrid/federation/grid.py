@@ -21,6 +21,7 @@ OWN = ("epsilon", "clip", "seed")  # fields that are not of `Training`
 SHARED = (
     "rounds",
     "sampling",
+    "separation",
     "local_steps",
     "local_epochs",
     "local_batch",

@@ -12,14 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrid.features import Float32
-from hybrid.federation.aggregator import PaidMechanism, coins, local_stream
+from hybrid.federation.aggregator import PaidMechanism, local_stream, takes_part
 from hybrid.federation.central import fit_everything, fit_server_side
 from hybrid.federation.engine import DeviceSide, Engine, predict
 from hybrid.federation.grid import Configuration
@@ -32,15 +32,17 @@ from hybrid.federation.training import (
     check_delta,
     engine_for,
     fallbacks,
+    least_noise,
     optimizer_for,
     oracle,
+    planned_cohort,
     round_settings,
     threads_for,
     write_json,
 )
 from hybrid.network import Network
-from hybrid.privacy.accountant import GaussianEvent, Spent, epsilon, noise_multiplier_for
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.accountant import Event, Spent, epsilon
+from hybrid.privacy.ledger import Ledger, costs
 from hybrid.privacy.mechanisms import ClippedSum
 from hybrid.spec import HybridModel
 
@@ -126,7 +128,7 @@ def sweep(
     total = sum(each.settings.rounds for each in configurations)
     done = 0
     results: dict[int, Result] = {}
-    events: list[GaussianEvent] = []
+    events: list[Event] = []
     for places in _groups(configurations):
         named = {_name(place, len(configurations)): configurations[place] for place in places}
 
@@ -201,6 +203,7 @@ class _Run:
         weights: (p,) what its model is.
         mechanism: its own.
         noise_multiplier: of it.
+        rounds: what each of its rounds is.
         ledger: that pays; None for an oracle.
     """
 
@@ -208,19 +211,17 @@ class _Run:
         self, configuration: Configuration, model: HybridModel, users: int, start: Float32, ledger: Ledger | None
     ) -> None:
         settings = configuration.settings
-        planned, delta = settings.sampling * users, model.privacy.delta
+        planned, delta = planned_cohort(settings, users), model.privacy.delta
         self.configuration, self.ledger, self.flat, self.weights = configuration, ledger, start, start
         self.noise_multiplier = (
-            0.0
-            if ledger is None
-            else noise_multiplier_for(configuration.epsilon, delta, settings.sampling, settings.rounds)
+            0.0 if ledger is None else least_noise(settings, configuration.epsilon, delta, sampling=settings.sampling)
         )
-        rounds = round_settings(
+        self.rounds = round_settings(
             configuration.of(model), settings, self.noise_multiplier, sampling=settings.sampling, planned=planned
         )
         if ledger is not None:
-            ledger.reserve([replace(rounds.event, count=settings.rounds)])
-        self.mechanism = PaidMechanism(rounds, ledger, seed=configuration.seed, size=len(start))
+            ledger.reserve([self.rounds.of(settings.rounds)])
+        self.mechanism = PaidMechanism(self.rounds, ledger, seed=configuration.seed, size=len(start))
         self._strategy = NoisedSum(planned, optimizer_for(settings, start))
         self._average = TailAverage(settings.average_last)
 
@@ -239,7 +240,7 @@ class _Group:
     named: Mapping[str, Configuration]
     folder: Path
 
-    def run(self, on_round: Callable[[], None]) -> tuple[list[Result], list[GaussianEvent]]:
+    def run(self, on_round: Callable[[], None]) -> tuple[list[Result], list[Event]]:
         """Trains and measures them; returns what each of them spent too."""
         began = time.perf_counter()
         configurations, examples = list(self.named.values()), self.people.examples
@@ -258,7 +259,7 @@ class _Group:
                 on_round()
             measured = [self._measure(run, engine.side, network) for run in runs]
             spent = [math.inf if ledger is None else ledger.spent().epsilon for ledger in ledgers]
-            events = [entry.event for ledger in ledgers if ledger is not None for entry in ledger.entries]
+            events = [event for ledger in ledgers if ledger is not None for event in costs(ledger.entries)]
         engine.side.load_flat(start)
         seconds = (time.perf_counter() - began) / len(runs)
         found = zip(self.named.items(), spent, runs, measured, strict=True)
@@ -268,10 +269,10 @@ class _Group:
 
     def _round(self, number: int, engine: Engine, runs: Sequence[_Run]) -> None:
         seed, attempt = runs[0].configuration.seed, runs[0].mechanism.next_attempt(number)
-        tossed = coins(seed, number, attempt, engine.users)
+        settings, step = runs[0].rounds, runs[0].mechanism.released
         sums = engine.clipped_sums(
             np.stack([run.flat for run in runs]),
-            np.flatnonzero(tossed < runs[0].configuration.settings.sampling),
+            takes_part(settings, engine.users, seed=seed, number=number, attempt=attempt, step=step),
             [run.mechanism.clip for run in runs],
             [run.configuration.settings.local_lr for run in runs],
             stream=local_stream(seed, number, attempt),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,8 +33,9 @@ from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
-from hybrid.privacy.accountant import noise_multiplier_for
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.accountant import Event, noise_multiplier_for
+from hybrid.privacy.ledger import Ledger, costs
+from hybrid.privacy.matrix import Matrix, optimised
 from hybrid.spec import HybridModel, Training, definition_hash
 from hybrid.update import length
 from hybrid.version import TrainingRecord
@@ -47,6 +49,10 @@ SMALL = 100_000  # parameters below which a second thread costs more than it bri
 SAMPLED = (
     "each round the server tosses an independent coin for each user (Poisson), and nobody sees who, or how many, "
     "took part"
+)
+SCHEDULED = (
+    "each user takes part at most once in any {separation} rounds one after another and at most {most} times, in a "
+    "fixed horizon of {rounds} rounds; who takes part may be known: no sampling is assumed"
 )
 SIMULATED = (
     "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's config.json); "
@@ -132,6 +138,8 @@ def train(
     """
     settings = settings or model.training
     budget = check_allowed(model, kind, epsilon, settings)
+    if fleet is not None and settings.separation is not None:
+        raise ConfigError(f"separation must be left out on a simulated fleet, got {settings.separation}")
     if budget is not None:
         check_delta(model, examples_train.users)
     if kind in BY_ROUNDS:
@@ -267,8 +275,8 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         cohort = _cohort(run)
         rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
         process = _process(run, rounds, ledger)
-        if process.unpaid:
-            ledger.reserve([replace(rounds.event, count=process.unpaid)])
+        if due := process.due(rounds.event):
+            ledger.reserve(due)
         write_json(run.folder / CONFIG, run.config)  # what was refused changes no file
         clip, released = _simulate(run, process, cohort, rounds)
         spent = ledger.spent()
@@ -277,13 +285,21 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "delta": model.privacy.delta,
         "noise_multiplier": rounds.noise_multiplier,
         "clip": clip,
-        "sampling": rounds.sampling,
+        "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
-        "mechanism": f"{_mechanism(settings)}, zero-out adjacency; accountant: {spent.method}",
-        "assumption": SIMULATED if rounds.sampling == 1 else f"{SAMPLED}; {SIMULATED}",
+        "mechanism": f"{_mechanism(settings, rounds)}, zero-out adjacency; accountant: {spent.method}",
+        "assumption": _assumption(rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
+
+
+def _assumption(rounds: Round) -> str:
+    if rounds.matrix is not None:
+        people = rounds.matrix.participation
+        said = SCHEDULED.format(separation=people.separation, most=people.most, rounds=people.rounds)
+        return f"{said}; {SIMULATED}"
+    return SIMULATED if rounds.sampling == 1 else f"{SAMPLED}; {SIMULATED}"
 
 
 @dataclass(frozen=True)
@@ -400,10 +416,10 @@ class _Cohort:
 
 
 def _cohort(run: _Run) -> _Cohort:
-    """Everybody whose coin falls; on a fleet more are asked, so that as many as are wanted answer in time."""
+    """Those whose coin falls, or whose turn it is; on a fleet more are asked, so that as many as are wanted answer."""
     settings, users = run.settings, run.examples.users
     if run.fleet is None:
-        return _Cohort(settings.sampling, settings.sampling * users)
+        return _Cohort(settings.sampling, planned_cohort(settings, users))
     trace, size = run.fleet.trace, _size(run)
     steps = settings.local_epochs or settings.local_steps
     upload = length(size, settings.upload)
@@ -430,9 +446,48 @@ def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort)
     if run.begun is not None:
         return float(run.begun.state[PROCESS]["noise_multiplier"])
     # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
-    besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
-    delta, rounds = run.network.model.privacy.delta, run.settings.rounds
-    return noise_multiplier_for(budget, delta, cohort.sampling, rounds, besides=besides)
+    besides = costs(entry for entry in ledger.entries if entry.purpose != PURPOSE)
+    return least_noise(run.settings, budget, run.network.model.privacy.delta, sampling=cohort.sampling, besides=besides)
+
+
+def least_noise(
+    settings: Training, epsilon: float, delta: float, *, sampling: float, besides: Sequence[Event] = ()
+) -> float:
+    """The least noise multiplier with which all rounds of a training, and what is besides, stay within a budget.
+
+    Args:
+        settings: of the training.
+        epsilon: of the budget; finite, > 0.
+        delta: in (0, 1).
+        sampling: probability that a user is asked, where it is by coins.
+        besides: other releases on the same people, which the budget pays for too.
+
+    Raises:
+        ConfigError, BudgetExceeded: as `noise_multiplier_for`.
+    """
+    matrix = matrix_of(settings)
+    if matrix is None:
+        return noise_multiplier_for(epsilon, delta, sampling, settings.rounds, besides=besides)
+    return matrix.sensitivity * noise_multiplier_for(epsilon, delta, 1.0, 1, besides=besides)
+
+
+def matrix_of(settings: Training) -> Matrix | None:
+    """The matrix mechanism of a training whose users take part by a schedule; None: they do by coins."""
+    if settings.separation is None:
+        return None
+    momentum = settings.server_options.get("momentum", 0.0)
+    return optimised(
+        settings.noise,
+        settings.rounds,
+        settings.separation,
+        memory=settings.noise_memory,
+        momentum=float(momentum) if isinstance(momentum, int | float) else 0.0,
+    )
+
+
+def planned_cohort(settings: Training, users: int) -> float:
+    """Expected number of participants of a round: what sums are divided by."""
+    return users * settings.sampling if settings.separation is None else users / settings.separation
 
 
 def _round(run: _Run, noise_multiplier: float, cohort: _Cohort) -> Round:
@@ -457,17 +512,32 @@ def round_settings(
         sampling: probability that a user is asked.
         planned: expected number of participants.
     """
-    quantile = settings.clip_quantile
-    return Round(sampling, model.privacy.clip, noise_multiplier, minimum=0, quantile=quantile, planned_cohort=planned)
+    return Round(
+        sampling=sampling if settings.separation is None else 1.0,
+        clip=model.privacy.clip,
+        noise_multiplier=noise_multiplier,
+        minimum=0,
+        quantile=settings.clip_quantile,
+        planned_cohort=planned,
+        matrix=matrix_of(settings),
+    )
 
 
-def _mechanism(settings: Training) -> str:
+def _mechanism(settings: Training, rounds: Round) -> str:
+    if rounds.matrix is not None and settings.noise != "independent":
+        return f"{_NAMES[settings.noise]} on sums of clipped updates"
     if settings.clip_quantile is None:
         return "Gaussian noise on sums of clipped updates"
     return (
         "Gaussian noise on sums of updates, clipped at a norm that follows their "
         f"{settings.clip_quantile:g} quantile, and on that quantile, as one release"
     )
+
+
+_NAMES = {
+    "banded": "Gaussian noise correlated by a banded Toeplitz matrix",
+    "blt": "Gaussian noise correlated by a buffered linear Toeplitz matrix",
+}
 
 
 def _rounds(
@@ -555,6 +625,12 @@ def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, setting
         raise ConfigError(
             "server_tower must be 'federated' or 'frozen' where label.visible_to is 'device': "
             "the server has no label to fit it on, got 'central'"
+        )
+    if rounds and settings.noise != "independent" and settings.server_optimizer != "SGD":
+        warnings.warn(
+            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
+            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
+            stacklevel=2,
         )
     if kind != "federated":
         return None

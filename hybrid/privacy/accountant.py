@@ -57,6 +57,52 @@ class GaussianEvent:
 
 
 @dataclass(frozen=True)
+class MatrixEvent:
+    """All releases of one matrix mechanism: sums of a fixed number of rounds, with correlated noise.
+
+    They cost together as much as one Gaussian release, whatever was sampled; see
+    `hybrid.privacy.matrix`. It holds for people who take part at most once in any
+    `separation` rounds one after another.
+
+    Attributes:
+        noise_multiplier: standard deviation of the independent noise, before it is correlated, over what
+            one person moves one sum by at most; finite, >= 0.
+        sensitivity: of all rounds together, in L2, where one person moves each sum by at most 1; finite, > 0.
+        rounds: the horizon; >= 1.
+        separation: >= 1.
+
+    Raises:
+        ConfigError: an attribute is outside its range.
+    """
+
+    noise_multiplier: float
+    sensitivity: float
+    rounds: int
+    separation: int
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "separation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if not 0 < self.sensitivity < math.inf:
+            raise ConfigError(f"sensitivity must be finite and > 0, got {self.sensitivity!r}")
+        assert self.gaussian.count == 1  # and its checks
+
+    @property
+    def gaussian(self) -> GaussianEvent:
+        """The one release that costs as much."""
+        return GaussianEvent(self.noise_multiplier / self.sensitivity)
+
+    @property
+    def participations(self) -> int:
+        """In how many rounds one person takes part, at most."""
+        return -(-self.rounds // self.separation)
+
+
+Event = GaussianEvent | MatrixEvent
+
+
+@dataclass(frozen=True)
 class Spent:
     """What releases cost together.
 
@@ -69,7 +115,7 @@ class Spent:
     method: str
 
 
-def epsilon(events: Iterable[GaussianEvent], delta: float) -> Spent:
+def epsilon(events: Iterable[Event], delta: float) -> Spent:
     """Composes releases on one person: the least of the bounds that apply.
 
     Args:
@@ -102,7 +148,7 @@ def _epsilon(composed: tuple[GaussianEvent, ...], delta: float) -> Spent:
 
 
 def noise_multiplier_for(
-    epsilon_target: float, delta: float, sampling: float, rounds: int, *, besides: Iterable[GaussianEvent] = ()
+    epsilon_target: float, delta: float, sampling: float, rounds: int, *, besides: Iterable[Event] = ()
 ) -> float:
     """The least noise multiplier with which `rounds` releases stay within a budget.
 
@@ -231,10 +277,11 @@ def _prv_upper(
     return float(upper) if math.isfinite(upper) else math.inf
 
 
-def _compose(events: Iterable[GaussianEvent]) -> list[GaussianEvent]:
+def _compose(events: Iterable[Event]) -> list[GaussianEvent]:
     """Adds equal releases up, in one order: the same releases cost the same to the last bit."""
     counts: Counter[tuple[float, float]] = Counter()
-    for event in events:
+    for each in events:
+        event = each.gaussian if isinstance(each, MatrixEvent) else each
         counts[event.noise_multiplier, event.sampling] += event.count
     return [GaussianEvent(*kind, count) for kind, count in sorted(counts.items())]
 

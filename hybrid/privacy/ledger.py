@@ -12,16 +12,16 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hybrid.errors import BudgetExceeded, ConfigError, NotFound
-from hybrid.privacy.accountant import GaussianEvent, Spent, epsilon
+from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent, Spent, epsilon
 
 FILE = "ledger.jsonl"
 
@@ -53,7 +53,7 @@ class Reserved(Line):
     """
 
     kind: Literal["reserved"] = "reserved"
-    events: tuple[GaussianEvent, ...]
+    events: tuple[Annotated[MatrixEvent | GaussianEvent, Field(union_mode="left_to_right")], ...]
     time: AwareDatetime
 
 
@@ -86,6 +86,79 @@ class Entry(Line):
         return GaussianEvent(self.noise_multiplier, self.sampling)
 
 
+class MatrixEntry(Line):
+    """One step of a matrix mechanism, released or not. The first costs what all of them do, the others nothing more.
+
+    Attributes:
+        purpose: what was released, e.g. "train".
+        mechanism: that made it.
+        noise_multiplier, sensitivity, rounds, separation: of the whole, see `MatrixEvent`.
+        step: of the horizon, from 1.
+        clip: L2 norm that one person moves one sum by, at most.
+        round, attempt: which release of this purpose it was.
+        time: when it was written.
+    """
+
+    kind: Literal["matrix"] = "matrix"
+    purpose: str
+    mechanism: Literal["matrix"] = "matrix"
+    noise_multiplier: float
+    sensitivity: float
+    rounds: int
+    separation: int
+    step: int
+    clip: float
+    round: int
+    attempt: int
+    time: AwareDatetime
+
+    @property
+    def event(self) -> MatrixEvent:
+        """What all steps cost together."""
+        return MatrixEvent(self.noise_multiplier, self.sensitivity, self.rounds, self.separation)
+
+
+AnyEntry = Entry | MatrixEntry
+
+
+def costs(entries: Iterable[AnyEntry]) -> list[Event]:
+    """What releases cost: each plain one its own, the steps of one matrix mechanism theirs once.
+
+    The steps of a mechanism ascend. One that does not is of another mechanism, or
+    was done again with other noise: either way all of it is counted again.
+
+    Args:
+        entries: in the order in which they were written.
+    """
+    found: list[Event] = []
+    last = _Steps()
+    for entry in entries:
+        if not last.paid(entry):
+            found.append(entry.event)
+        last.note(entry)
+    return found
+
+
+class _Steps:
+    """The last step of each matrix mechanism, by purpose and event."""
+
+    def __init__(self, entries: Iterable[AnyEntry] = ()) -> None:
+        self._last: dict[tuple[str, MatrixEvent], int] = {}
+        for entry in entries:
+            self.note(entry)
+
+    def paid(self, entry: AnyEntry) -> bool:
+        """Whether it is one more step of a mechanism that is paid for."""
+        if isinstance(entry, Entry):
+            return False
+        return 0 < self._last.get((entry.purpose, entry.event), 0) < entry.step
+
+    def note(self, entry: AnyEntry) -> None:
+        """It is in the ledger."""
+        if isinstance(entry, MatrixEntry):
+            self._last[entry.purpose, entry.event] = entry.step
+
+
 @dataclass(frozen=True)
 class Lost:
     """A stretch of the file that cannot be read.
@@ -99,9 +172,8 @@ class Lost:
 
 SHORTEST_ENTRY = 155  # bytes of a line of an `Entry` with a purpose of one letter, its end included
 
-_LINE: TypeAdapter[Opened | Reserved | Entry] = TypeAdapter(
-    Annotated[Opened | Reserved | Entry, Field(discriminator="kind")]
-)
+AnyLine = Opened | Reserved | Entry | MatrixEntry
+_LINE: TypeAdapter[AnyLine] = TypeAdapter(Annotated[AnyLine, Field(discriminator="kind")])
 
 
 @dataclass(frozen=True)
@@ -116,12 +188,12 @@ class Account:
 
     budget_epsilon: float
     delta: float
-    entries: tuple[Entry, ...]
-    lost: tuple[GaussianEvent, ...] = ()
+    entries: tuple[AnyEntry, ...]
+    lost: tuple[Event, ...] = ()
 
-    def events(self) -> list[GaussianEvent]:
-        """What every release costs: first what was lost, then the entries in order."""
-        return [*self.lost, *(entry.event for entry in self.entries)]
+    def events(self) -> list[Event]:
+        """What all releases cost: first those that were lost, then the entries, see `costs`."""
+        return [*self.lost, *costs(self.entries)]
 
     def spent(self) -> Spent:
         """What all releases cost together, at `delta`."""
@@ -140,14 +212,15 @@ class Ledger:
         entries: every release so far, in order.
     """
 
-    def __init__(self, descriptor: int, lines: Sequence[Opened | Reserved | Entry | Lost], opened: Opened) -> None:
+    def __init__(self, descriptor: int, lines: Sequence[AnyLine | Lost], opened: Opened) -> None:
         account = _account(opened, lines)
         self.budget_epsilon, self.delta = account.budget_epsilon, account.delta
         self.entries = list(account.entries)
         self._descriptor = descriptor
         self._lost = account.lost
         self._attempts = {(entry.purpose, entry.round): entry.attempt for entry in self.entries}
-        self._reserved: Counter[tuple[float, float]] = Counter()
+        self._steps = _Steps(self.entries)
+        self._reserved: Counter[Event] = Counter()  # keys count one release, or one mechanism
 
     @classmethod
     def open(cls, folder: Path, *, budget_epsilon: float, delta: float) -> Ledger:
@@ -204,14 +277,16 @@ class Ledger:
         opened, lines = _lines(content, folder)
         return _account(opened, lines)
 
-    def reserve(self, events: Iterable[GaussianEvent]) -> None:
+    def reserve(self, events: Iterable[Event]) -> None:
         """Sets releases aside, all or none: what is reserved can be spent without asking again.
+
+        A matrix mechanism is set aside whole.
 
         Raises:
             BudgetExceeded: with what is spent and reserved they would pass the budget. Nothing was written.
         """
         events = tuple(events)
-        outstanding = [GaussianEvent(*kind, count) for kind, count in (+self._reserved).items()]
+        outstanding = [each for event, count in (+self._reserved).items() for each in _times(event, count)]
         total = epsilon([*self._spent_events(), *outstanding, *events], self.delta)
         if total.epsilon > self.budget_epsilon:
             raise BudgetExceeded(
@@ -221,9 +296,19 @@ class Ledger:
             )
         self._append(Reserved(events=events, time=datetime.now(UTC)))
         for event in events:
-            self._reserved[event.noise_multiplier, event.sampling] += event.count
+            one = event if isinstance(event, MatrixEvent) else replace(event, count=1)
+            self._reserved[one] += 1 if isinstance(event, MatrixEvent) else event.count
 
-    def spend(self, event: GaussianEvent, *, purpose: str, clip: float, round_number: int, attempt: int = 1) -> None:
+    def spend(
+        self,
+        event: Event,
+        *,
+        purpose: str,
+        clip: float,
+        round_number: int,
+        attempt: int = 1,
+        step: int | None = None,
+    ) -> None:
         """Writes one release to the disk. Call it before the noise is drawn; release only if it returns.
 
         Args:
@@ -232,31 +317,26 @@ class Ledger:
             clip: L2 norm that one person moves the sum by, at most.
             round_number: of the purpose.
             attempt: at the round, from 1: see `next_attempt`.
+            step: of the horizon of a `MatrixEvent`, from 1; None for a `GaussianEvent`. The first is charged for
+                all; each later one is free, and one that does not come after the last is charged for all again.
 
         Raises:
             BudgetExceeded: it was not reserved and would pass the budget. Nothing was written.
-            ConfigError: the attempt is in the ledger already, or the event counts more than one release.
+            ConfigError: the attempt is in the ledger already, the event counts more than one release, or the
+                step is outside the horizon.
         """
-        if event.count != 1:
-            raise ConfigError(f"count must be 1, one entry for each release, got {event.count}")
+        entry = _entry(event, step, purpose=purpose, clip=clip, round=round_number, attempt=attempt)
         if attempt < self.next_attempt(purpose, round_number):
             raise ConfigError(
                 f"attempt {attempt} at {purpose} round {round_number} is in the ledger already: it needs a new one"
             )
-        kind = event.noise_multiplier, event.sampling
-        if not self._reserved[kind]:
+        paid = self._steps.paid(entry)
+        if not paid and not self._reserved[event]:
             self.reserve([event])
-        entry = Entry(
-            purpose=purpose,
-            noise_multiplier=event.noise_multiplier,
-            sampling=event.sampling,
-            clip=clip,
-            round=round_number,
-            attempt=attempt,
-            time=datetime.now(UTC),
-        )
         self._append(entry)
-        self._reserved[kind] -= 1
+        if not paid:
+            self._reserved[event] -= 1
+        self._steps.note(entry)
         self._attempts[purpose, round_number] = attempt
         self.entries.append(entry)
 
@@ -280,8 +360,8 @@ class Ledger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _spent_events(self) -> list[GaussianEvent]:
-        return [*self._lost, *(entry.event for entry in self.entries)]
+    def _spent_events(self) -> list[Event]:
+        return [*self._lost, *costs(self.entries)]
 
     def _append(self, line: Line) -> None:
         try:
@@ -291,6 +371,23 @@ class Ledger:
             raise
 
 
+def _entry(event: Event, step: int | None, **about: Any) -> AnyEntry:
+    """Raises: ConfigError: the event is of more than one release, or the step is not of its horizon."""
+    about["time"] = datetime.now(UTC)
+    if isinstance(event, GaussianEvent):
+        assert step is None
+        if event.count != 1:
+            raise ConfigError(f"count must be 1, one entry for each release, got {event.count}")
+        return Entry(noise_multiplier=event.noise_multiplier, sampling=event.sampling, **about)
+    if step is None or not 1 <= step <= event.rounds:
+        raise ConfigError(f"step must be in [1, {event.rounds}], the horizon that is paid for, got {step!r}")
+    return MatrixEntry(**asdict(event), step=step, **about)
+
+
+def _times(event: Event, count: int) -> list[Event]:
+    return [event] * count if isinstance(event, MatrixEvent) else [replace(event, count=count)]
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -298,7 +395,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise ConfigError(f"the ledger of run {folder.name!r} is open in another process: wait for it to end") from None
 
 
-def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened | Reserved | Entry | Lost]:
+def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[AnyLine | Lost]:
     content = _read(descriptor)
     if not content:
         _write(descriptor, wanted)
@@ -316,7 +413,7 @@ def _start_or_read(descriptor: int, folder: Path, wanted: Opened) -> list[Opened
     return lines
 
 
-def _lines(content: bytes, folder: Path) -> tuple[Opened, list[Opened | Reserved | Entry | Lost]]:
+def _lines(content: bytes, folder: Path) -> tuple[Opened, list[AnyLine | Lost]]:
     """The budget, and all lines.
 
     Raises:
@@ -329,31 +426,32 @@ def _lines(content: bytes, folder: Path) -> tuple[Opened, list[Opened | Reserved
     return opened, lines
 
 
-def _account(opened: Opened, lines: Sequence[Opened | Reserved | Entry | Lost]) -> Account:
+def _account(opened: Opened, lines: Sequence[AnyLine | Lost]) -> Account:
     """Raises: ConfigError: something was lost, and no line tells what it may have cost."""
-    entries = tuple(line for line in lines if isinstance(line, Entry))
+    entries = tuple(line for line in lines if isinstance(line, AnyEntry))
     lost = sum(line.releases for line in lines if isinstance(line, Lost))
     return Account(opened.budget_epsilon, opened.delta, entries, (_costliest(lines),) * lost if lost else ())
 
 
-def _parse(line: bytes) -> Opened | Reserved | Entry | Lost:
+def _parse(line: bytes) -> AnyLine | Lost:
     try:
         return _LINE.validate_json(line)
     except (ValidationError, ConfigError):
         return Lost(1 if len(line) < 2 * SHORTEST_ENTRY else math.ceil((len(line) + 1) / SHORTEST_ENTRY))
 
 
-def _costliest(lines: Sequence[Opened | Reserved | Entry | Lost]) -> GaussianEvent:
+def _costliest(lines: Sequence[AnyLine | Lost]) -> GaussianEvent:
     """The least noise and the highest sampling of any release that a lost line may have been.
 
     Raises:
         ConfigError: no line tells.
     """
-    events = [line.event for line in lines if isinstance(line, Entry)]
+    events: list[Event] = [line.event for line in lines if isinstance(line, AnyEntry)]
     events += [event for line in lines if isinstance(line, Reserved) for event in line.events]
     if not events:
         raise ConfigError("the ledger is damaged, and no line of it says what its releases cost: start another run")
-    return GaussianEvent(min(e.noise_multiplier for e in events), max(e.sampling for e in events))
+    plain = [event.gaussian if isinstance(event, MatrixEvent) else event for event in events]
+    return GaussianEvent(min(e.noise_multiplier for e in plain), max(e.sampling for e in plain))
 
 
 def _read(descriptor: int) -> bytes:

@@ -234,10 +234,10 @@ def gaussian_sum(*, clip_norm: float, noise_multiplier: float, minimum: int) -> 
     """
     if not 0 < clip_norm < math.inf:
         raise ConfigError(f"clip_norm must be finite and > 0, got {clip_norm!r}")
-    _check_release(noise_multiplier, minimum)
+    check_release(noise_multiplier, minimum)
 
     def step(state: AggregationState, cohort: Cohort, noise: NoiseSource) -> tuple[AggregationState, Release]:
-        clipped = _answered(state, cohort, minimum)
+        clipped = answered(state, cohort, minimum)
         noisy = clipped.total + noise.gaussian(state.size, sd=noise_multiplier * state.clip)
         return replace(state, round=state.round + 1), Release(noisy, clipped.received, state.clip)
 
@@ -304,12 +304,12 @@ def adaptive_gaussian_sum(
         raise ConfigError(f"lr must be finite and > 0, got {lr!r}")
     if not 0 < planned_cohort < math.inf:
         raise ConfigError(f"planned_cohort must be finite and > 0, got {planned_cohort!r}")
-    _check_release(noise_multiplier, minimum)
+    check_release(noise_multiplier, minimum)
     z_update = update_noise_multiplier(noise_multiplier, quantile_noise)
     count_noise = 2.0 * max(quantile, 1.0 - quantile) * quantile_noise
 
     def step(state: AggregationState, cohort: Cohort, noise: NoiseSource) -> tuple[AggregationState, Release]:
-        clipped = _answered(state, cohort, minimum)
+        clipped = answered(state, cohort, minimum)
         draw = noise.gaussian(state.size + 1, sd=1.0)  # one draw: the two are paid for as one release
         noisy = clipped.total + z_update * state.clip * draw[:-1]
         count = (1.0 - quantile) * clipped.below - quantile * clipped.above
@@ -355,7 +355,7 @@ def quantile_noise_for(noise_multiplier: float, planned_cohort: float) -> float:
     return max(planned_cohort / 20.0, 2.0 * noise_multiplier)
 
 
-def _answered(state: AggregationState, cohort: Cohort, minimum: int) -> ClippedSum:
+def answered(state: AggregationState, cohort: Cohort, minimum: int) -> ClippedSum:
     """The round's sum at the state's clip norm.
 
     Raises:
@@ -375,7 +375,8 @@ def _moved(clip: float, by: float, *, around: float) -> float:
     return math.exp(min(max(math.log(clip) + by, low), high))
 
 
-def _check_release(noise_multiplier: float, minimum: int) -> None:
+def check_release(noise_multiplier: float, minimum: int) -> None:
+    """Raises: ConfigError: a setting of a mechanism is outside its range."""
     if not 0 <= noise_multiplier < math.inf:
         raise ConfigError(f"noise_multiplier must be finite and >= 0, got {noise_multiplier!r}")
     if minimum < 0:

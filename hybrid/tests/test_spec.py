@@ -348,3 +348,19 @@ def test_how_a_model_is_served_is_not_part_of_its_definition():
     """A fallback can be declared for a trained version: its definition's hash stays."""
     plain = declare()
     assert declare(serving=Serving(missing_entity="constant", constant=0.1)).definition() == plain.definition()
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"noise": "banded"}, "separation must be given with noise='banded'"),
+        ({"noise": "blt"}, "separation must be given with noise='blt'"),
+        ({"noise": "blt", "separation": 0}, "separation: Input should be greater than or equal to 1"),
+        ({"noise": "pink"}, "noise: Input should be 'independent', 'banded' or 'blt'"),
+        ({"separation": 4, "noise_memory": 3}, "noise_memory must be left out with noise='independent'"),
+        ({"separation": 4, "clip_quantile": 0.5}, "clip_quantile must be left out with a separation"),
+    ],
+)
+def test_noise_that_spans_rounds_needs_to_know_who_comes_back_when(training: dict[str, Any], message: str):
+    """And one clip for all rounds."""
+    refused(lambda: Training(**training), message)

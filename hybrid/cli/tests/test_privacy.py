@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from hybrid.cli import app
 from hybrid.errors import ConfigError, NotFound
-from hybrid.privacy.accountant import GaussianEvent, epsilon
+from hybrid.privacy.accountant import GaussianEvent, MatrixEvent, epsilon
 from hybrid.privacy.ledger import Ledger
 from hybrid.registry import Registry
 from hybrid.spec import load_model
@@ -111,6 +111,33 @@ def test_a_run_shows_what_was_spent_on_what_and_what_is_left(project):
         "per run; repeats and tuning not composed",
     ):
         assert part in text
+
+
+def test_a_matrix_mechanism_is_shown_as_one_charge_for_its_horizon(project):
+    """Two of forty steps and a query: the steps cost 3 / 15, as four releases of z = 10, and the text says for what."""
+    matrix = MatrixEvent(noise_multiplier=15.0, sensitivity=3.0, rounds=40, separation=5)
+    with Ledger.open(Workspace.current().runs / "turns", budget_epsilon=4.0, delta=1e-5) as ledger:
+        ledger.spend(QUERY, purpose="label-rates", clip=6.0, round_number=1)
+        for place in (1, 2):
+            ledger.spend(matrix, purpose="train", clip=0.5, round_number=place, step=place)
+    (run,) = json.loads(hybrid("taxi", "--json"))["runs"]
+    assert run["epsilon"] == epsilon([matrix, QUERY], 1e-5).epsilon
+    assert run["spent_on"][1] == {
+        "purpose": "train",
+        "mechanism": "matrix",
+        "noise_multiplier": 15.0,
+        "sensitivity": 3.0,
+        "rounds": 40,
+        "separation": 5,
+        "releases": 2,
+        "clip": [0.5, 0.5],
+        "epsilon_alone": epsilon([matrix], 1e-5).epsilon,
+    }
+    assert (
+        "train: 2 releases, matrix noise 15 x clip 0.5, charged for all 40 rounds of its horizon, "
+        "each person at most once in any 5 of them; alone epsilon"
+    ) in hybrid("taxi", "--plot", str(project / "turns.svg"))
+    assert (project / "turns.svg").stat().st_size > 1000
 
 
 def test_runs_are_counted_once_and_composed_for_those_in_all_of_them(project):

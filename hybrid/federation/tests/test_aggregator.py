@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError
-from hybrid.federation.aggregator import PaidMechanism, Round, SimulatedAggregator
+from hybrid.federation.aggregator import PaidMechanism, Round, SimulatedAggregator, groups, takes_part
 from hybrid.federation.engine import Engine
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
+from hybrid.privacy.accountant import epsilon
 from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.matrix import optimised
 from hybrid.privacy.mechanisms import ClippedSum
 
 USERS = 40
@@ -142,3 +144,75 @@ def test_each_user_takes_part_by_its_own_coin(aggregator):
     received = [one.run_round(number, flat).received for number in range(1, 61)]
     assert np.mean(received) == pytest.approx(20, abs=1.6)
     assert np.var(received) == pytest.approx(10, abs=7)
+
+
+MATRIX = optimised("banded", 8, 3)
+
+
+def test_users_take_turns_so_that_nobody_comes_back_too_soon():
+    """40 users, every third step: groups of 13 or 14, in three steps each user once, and the fourth is the first."""
+    settings = Round(sampling=1.0, clip=1.0, noise_multiplier=1.0, minimum=0, matrix=MATRIX)
+    asked = [takes_part(settings, USERS, seed=5, number=s + 1, attempt=1, step=s) for s in range(4)]
+    assert sorted(len(users) for users in asked[:3]) == [13, 13, 14]
+    assert sorted(np.concatenate(asked[:3])) == list(range(USERS))
+    np.testing.assert_array_equal(asked[3], asked[0])
+    assert (groups(5, USERS, 3) != groups(6, USERS, 3)).any()
+
+
+def test_a_clip_cannot_adapt_with_noise_that_spans_rounds():
+    """Earlier rounds' noise was drawn for another clip."""
+    with pytest.raises(ConfigError, match="quantile must be None with a matrix"):
+        Round(sampling=1.0, clip=1.0, noise_multiplier=1.0, minimum=0, quantile=0.5, matrix=MATRIX)
+
+
+@pytest.mark.parametrize("kind", ["independent", "banded", "blt"])
+def test_one_user_moves_all_rounds_together_by_at_most_the_sensitivity(aggregator, tiny_examples, kind):
+    """Without noise, with each of 40 users dropped: C times all sums moves by clip times sensitivity at most, and the
+    one who moves it most comes within a tenth of that.
+    """
+    matrix, whole = optimised(kind, 8, 3), tiny_examples(USERS)
+    c = np.array([np.roll(matrix.factor.column(8), place) for place in range(8)]).T
+    moved = []
+    with_all = _noiseless_run(*aggregator(whole, folder="whole", noise_multiplier=0.0, matrix=matrix)[:2])
+    for user in range(USERS):
+        without = whole.with_labels(whole.user_of_row != user)
+        one, flat, _ = aggregator(without, folder=f"without-{user}", noise_multiplier=0.0, matrix=matrix)
+        moved.append(np.linalg.norm(np.tril(c) @ (_noiseless_run(one, flat) - with_all)))
+    assert max(moved) <= 0.1 * matrix.sensitivity * (1 + 1e-6)
+    assert max(moved) > 0.9 * 0.1 * matrix.sensitivity
+
+
+def _noiseless_run(aggregator, flat):
+    """(8, p): all sums before noise, from the same weights each time."""
+    aggregator._mechanism._ledger.spend = lambda *_, **__: None
+    return np.array([aggregator.run_round(number, flat).sum for number in range(1, 9)])
+
+
+def test_a_whole_horizon_is_paid_once_and_written_step_by_step(aggregator):
+    """Eight rounds are eight entries that cost one mechanism; a ninth is refused."""
+    one, flat, ledger = aggregator(matrix=MATRIX)
+    for number in range(1, 9):
+        one.run_round(number, flat)
+    assert [(entry.step, entry.round, entry.attempt) for entry in ledger.entries] == [(s, s, 1) for s in range(1, 9)]
+    assert ledger.spent() == epsilon([MATRIX.event(1.0)], 1e-3)
+    with pytest.raises(BudgetExceeded, match="rounds must be at most the 8"):
+        one.run_round(9, flat)
+
+
+def test_a_round_tried_again_is_the_next_step_of_the_horizon(aggregator):
+    """Its cohort is the next group, its noise a new row, and the ledger charges nothing more."""
+    one, flat, ledger = aggregator(matrix=MATRIX)
+    first, second = one.run_round(1, flat).sum, one.run_round(1, flat).sum
+    assert [(entry.step, entry.round, entry.attempt) for entry in ledger.entries] == [(1, 1, 1), (2, 1, 2)]
+    assert (first != second).all()
+    assert ledger.spent() == epsilon([MATRIX.event(1.0)], 1e-3)
+
+
+def test_a_matrix_mechanism_repeats_with_its_seed(aggregator):
+    """The same eight sums to the last bit; with another seed none."""
+    sums = []
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        one, flat, _ = aggregator(folder=folder, seed=seed, matrix=MATRIX)
+        sums.append(np.array([one.run_round(number, flat).sum for number in range(1, 9)]))
+    np.testing.assert_array_equal(sums[0], sums[1])
+    assert (sums[0] != sums[2]).all()

@@ -37,8 +37,12 @@ def _trained_alone(model, each, people, folder):
         ({"seed": (3, 4), "average_last": (0.0, 0.5)}, {"tower_dropout": 0.2}),
         ({"clip_quantile": (0.3, 0.5), "server_lr": (0.01, 0.1)}, {"server_tower": "federated", "server_lr": None}),
         ({"sampling": (0.2, 1.0), "proximal": (0.0, 0.5)}, {"server_tower": "frozen"}),
+        (
+            {"noise": ("independent", "banded", "blt"), "separation": (2, 4)},
+            {"server_optimizer": "SGD", "server_lr": 2.0},
+        ),
     ],
-    ids=["clip, noise, rates, optimiser", "seed, average", "adaptive clip, both towers", "no two alike"],
+    ids=["clip, noise, rates, optimiser", "seed, average", "adaptive clip, both towers", "no two alike", "turns"],
 )
 def test_each_configuration_is_what_training_it_alone_gives(tiny_model, people, tmp_path, lists, fixed):
     """Metrics on held-out users to 1e-5, epsilon and noise to the last bit."""

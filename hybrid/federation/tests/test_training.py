@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.federation.fleet import PHONES, Trace
 from hybrid.federation.training import OnFleet, train
 from hybrid.network import Network
-from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.accountant import GaussianEvent, epsilon, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.matrix import optimised
 
 USERS = 500
+MOMENTUM = {"momentum": 0.9}
 QUICK = Training(rounds=60, sampling=0.5, local_lr=2.0, server_lr=0.05)
 
 
@@ -199,6 +202,9 @@ def test_what_a_run_paid_before_is_made_room_for(tiny_model, people, tmp_path):
         {"server_tower": "frozen"},
         {"tower_dropout": 0.2},
         {"upload": "int8"},
+        {"separation": 2},
+        {"separation": 4, "noise": "banded", "server_optimizer": "SGD", "server_lr": 1.0},
+        {"separation": 4, "noise": "blt", "server_optimizer": "SGD", "server_lr": 0.3, "server_options": MOMENTUM},
     ],
     ids="-".join,
 )
@@ -220,6 +226,70 @@ def test_an_adaptive_clip_moves_and_says_so(tiny_model, people, tmp_path):
     assert clips[0] == 100.0
     assert record.clip < clips[-1] < 10.0
     assert "0.5 quantile" in record.mechanism
+
+
+@pytest.mark.parametrize("noise", ["independent", "banded", "blt"])
+def test_where_users_take_turns_no_sampling_is_claimed(tiny_model, people, tmp_path, noise):
+    """20 rounds, 3 apart: seven participations, charged as one exact Gaussian, and each line of the claim says so."""
+    settings = Training(rounds=20, separation=3, noise=noise, server_optimizer="SGD", server_lr=1.0)
+    record = train(tiny_model(), *people, run_dir=tmp_path, settings=settings).record
+    matrix = optimised(noise, 20, 3)
+    assert record.epsilon == epsilon([matrix.event(record.noise_multiplier)], 1e-3).epsilon
+    assert 0.99 * 8 < record.epsilon <= 8
+    assert record.noise_multiplier == pytest.approx(matrix.sensitivity * noise_multiplier_for(8.0, 1e-3, 1.0, 1))
+    assert record.sampling is None
+    assert "exact Gaussian" in record.mechanism
+    assert ("correlated" in record.mechanism) == (noise != "independent")
+    assert record.assumption.startswith(
+        "each user takes part at most once in any 3 rounds one after another and at most 7 times, in a fixed horizon "
+        "of 20 rounds; who takes part may be known: no sampling is assumed"
+    )
+    assert "20 rounds, each person at most once in any 3 of them" in record.privacy_lines()[1]
+    (reserved,) = (json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()[1:2])
+    assert [(event["rounds"], event["separation"]) for event in reserved["events"]] == [(20, 3)]
+
+
+def test_a_training_with_matrix_noise_repeats_with_its_seed(tiny_model, people, tmp_path):
+    """Bit by bit; another seed does not."""
+    settings = Training(rounds=10, separation=3, noise="banded", server_optimizer="SGD", server_lr=1.0)
+    one, again, other = (
+        train(tiny_model(), people[0], run_dir=tmp_path / name, settings=settings, seed=seed).weights
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    )
+    name = "device_tower.0.weight"
+    np.testing.assert_array_equal(one[name], again[name])
+    assert (one[name] != other[name]).any()
+
+
+def test_what_a_run_paid_before_leaves_less_for_a_matrix_mechanism(tiny_model, people, tmp_path):
+    """A query of mu 1/2 beside it: together they are within the declared 8, and the noise is more than alone."""
+    settings = Training(rounds=10, separation=3, noise="banded", server_optimizer="SGD", server_lr=1.0)
+    alone = train(tiny_model(), people[0], run_dir=tmp_path / "alone", settings=settings).record
+    with Ledger.open(tmp_path / "beside", budget_epsilon=8, delta=1e-3) as ledger:
+        ledger.spend(GaussianEvent(2.0), purpose="label-rates", clip=1.0, round_number=1)
+    beside = train(tiny_model(), people[0], run_dir=tmp_path / "beside", settings=settings).record
+    assert 0.99 * 8 < beside.epsilon <= 8
+    assert beside.noise_multiplier > 1.005 * alone.noise_multiplier
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "Yogi"])
+def test_a_server_optimizer_that_is_not_linear_is_warned_of(tiny_model, people, tmp_path, optimizer):
+    """Correlated noise cancels in SGD's steps, with or without momentum, and not in those that are rescaled."""
+    quick = Training(rounds=2, separation=2, noise="banded", server_optimizer=optimizer)
+    with pytest.warns(UserWarning, match=f"server_optimizer should be 'SGD' with noise='banded'.*{optimizer}"):
+        train(tiny_model(), people[0], run_dir=tmp_path / optimizer, settings=quick)
+    linear = quick.model_copy(update={"server_optimizer": "SGD", "server_options": {"momentum": 0.5}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tiny_model(), people[0], run_dir=tmp_path / "SGD", settings=linear)
+
+
+def test_users_who_take_turns_are_not_on_a_fleet(tiny_model, people, tmp_path):
+    """Refused before anything is spent: the simulated fleet tosses coins."""
+    settings = Training(rounds=2, separation=2)
+    with pytest.raises(ConfigError, match="separation must be left out on a simulated fleet, got 2"):
+        train(tiny_model(), people[0], run_dir=tmp_path, settings=settings, fleet=OnFleet(Trace.load(PHONES), 60.0))
+    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 def test_on_a_fleet_more_are_asked_than_answer_and_the_more_are_charged(tiny_model, people, tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hybrid.errors import BudgetExceeded, ConfigError
-from hybrid.privacy.accountant import GaussianEvent, Spent, epsilon, noise_multiplier_for, rdp_epsilon
+from hybrid.privacy.accountant import GaussianEvent, MatrixEvent, Spent, epsilon, noise_multiplier_for, rdp_epsilon
 
 
 def test_two_plain_releases_cost_the_exact_gaussian():
@@ -145,3 +145,44 @@ def test_a_setting_outside_its_range_is_named(wrong, setting):
     """The error names the setting and what it got."""
     with pytest.raises(ConfigError, match=setting):
         wrong()
+
+
+def matrix(**changes):
+    return MatrixEvent(**{"noise_multiplier": 6.0, "sensitivity": 1.5, "rounds": 30, "separation": 4} | changes)
+
+
+def test_a_matrix_mechanism_costs_its_sensitivity_over_its_noise():
+    """1.5 / 6 is mu = 1/4, as one plain release of z = 4 or four of z = 8, however many rounds it has."""
+    for event in (matrix(), matrix(rounds=9000)):
+        assert epsilon([event], 1e-6) == epsilon([GaussianEvent(4.0)], 1e-6)
+    assert epsilon([matrix()], 1e-6).epsilon == pytest.approx(epsilon([GaussianEvent(8.0, count=4)], 1e-6).epsilon)
+
+
+def test_a_matrix_mechanism_composes_with_what_is_besides():
+    """With plain releases by the squared mu; with sampled ones by PRV or RDP, as the plain release it costs."""
+    together = epsilon([matrix(), matrix(), GaussianEvent(8.0)], 1e-6)
+    assert together.method == "exact Gaussian"
+    assert together.epsilon == pytest.approx(epsilon([GaussianEvent(8.0, count=9)], 1e-6).epsilon)
+    sampled = GaussianEvent(2.0, 0.01, 500)
+    assert epsilon([sampled, matrix()], 1e-6) == epsilon([sampled, GaussianEvent(4.0)], 1e-6)
+
+
+def test_a_matrix_mechanism_takes_part_as_often_as_its_separation_lets_it():
+    """30 rounds, 4 apart: in rounds 1, 5, ..., 29, which are eight."""
+    assert matrix().participations == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sensitivity": 0.0}, "sensitivity must be finite and > 0, got 0.0"),
+        ({"sensitivity": math.inf}, "sensitivity must be"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier must be"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"separation": 0}, "separation must be at least 1, got 0"),
+    ],
+)
+def test_a_matrix_event_out_of_range_is_refused(changes, message):
+    """The message names the attribute and what it got."""
+    with pytest.raises(ConfigError, match=message):
+        matrix(**changes)

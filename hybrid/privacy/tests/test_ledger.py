@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import hybrid.privacy.ledger
 from hybrid.errors import BudgetExceeded, ConfigError, NotFound
-from hybrid.privacy.accountant import GaussianEvent, epsilon
-from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
+from hybrid.privacy.accountant import GaussianEvent, MatrixEvent, epsilon
+from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger, MatrixEntry, costs
 
 DELTA = 1e-6
 PLAIN = GaussianEvent(10.0)
@@ -249,7 +249,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from hybrid.privacy.accountant import GaussianEvent
-from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
+from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger, MatrixEntry, costs
 
 ledger = Ledger.open(Path(sys.argv[1]), budget_epsilon=float(sys.argv[2]), delta=float(sys.argv[3]))
 ledger.reserve([GaussianEvent(10.0, count=5)])
@@ -278,7 +278,7 @@ FULL_DISK = """
 import os, resource, sys
 from pathlib import Path
 from hybrid.privacy.accountant import GaussianEvent
-from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger
+from hybrid.privacy.ledger import SHORTEST_ENTRY, Entry, Ledger, MatrixEntry, costs
 
 folder = Path(sys.argv[1])
 ledger = Ledger.open(folder, budget_epsilon=float(sys.argv[2]), delta=float(sys.argv[3]))
@@ -332,3 +332,131 @@ def test_no_history_passes_the_budget_or_is_forgotten(tmp_path_factory, steps):
         assert ledger.spent() == epsilon(released, DELTA)
         assert ledger.spent().epsilon <= TEN_PLAIN
     ledger.close()
+
+
+MATRIX = MatrixEvent(noise_multiplier=15.0, sensitivity=3.0, rounds=40, separation=5)  # as four of PLAIN
+
+
+def step(ledger, number, attempt=1, *, place=None, event=MATRIX):
+    ledger.spend(
+        event, purpose="train", clip=0.5, round_number=number, attempt=attempt, step=number if place is None else place
+    )
+
+
+def fours(count):
+    """What so many whole matrix mechanisms cost."""
+    return epsilon([MATRIX] * count, DELTA)
+
+
+def test_a_matrix_mechanism_is_charged_whole_with_its_first_step(tmp_path):
+    """After one step of forty as after twenty: 3 / 15 is mu = 1/5, as four releases of z = 10."""
+    with opened(tmp_path) as ledger:
+        ledger.reserve([MATRIX])
+        assert ledger.spent().epsilon == 0
+        for number in range(1, 21):
+            step(ledger, number)
+            assert ledger.spent() == fours(1)
+        assert fours(1).epsilon == pytest.approx(epsilon([GaussianEvent(10.0, count=4)], DELTA).epsilon)
+    account = Ledger.read(tmp_path)
+    assert account.spent() == fours(1)
+    assert [(e.mechanism, e.step, e.event) for e in account.entries] == [("matrix", s, MATRIX) for s in range(1, 21)]
+
+
+def test_its_later_steps_go_on_after_it_was_closed(tmp_path):
+    """Two processes, one mechanism: it is charged once, and reserved no more."""
+    with opened(tmp_path, fours(1).epsilon) as ledger:
+        ledger.reserve([MATRIX])
+        step(ledger, 1)
+    with opened(tmp_path, fours(1).epsilon) as ledger:
+        step(ledger, 2)
+        step(ledger, 7)
+        assert ledger.spent() == fours(1)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_step_that_is_made_again_is_charged_for_all(tmp_path, place):
+    """Steps 1 to 3, then one of them once more: its noise may be other, so it costs as a mechanism of its own."""
+    with opened(tmp_path) as ledger:
+        for number in (1, 2, 3):
+            step(ledger, number)
+        step(ledger, place, attempt=2)
+        assert ledger.spent() == fours(2)
+        step(ledger, 4)
+        assert ledger.spent() == fours(2)
+    assert Ledger.read(tmp_path).spent() == fours(2)
+
+
+def test_an_attempt_that_uses_up_a_step_of_its_own_costs_nothing_more(tmp_path):
+    """Round 2 failed after its step was written: its second attempt is step 3, within the horizon that is paid for."""
+    with opened(tmp_path, fours(1).epsilon) as ledger:
+        step(ledger, 1)
+        step(ledger, 2)
+        step(ledger, 2, attempt=2, place=3)
+        assert ledger.spent() == fours(1)
+
+
+def test_a_second_mechanism_is_refused_where_the_budget_is_of_one(tmp_path):
+    """Reserved whole or not at all: nothing is written."""
+    with opened(tmp_path, 1.01 * fours(1).epsilon) as ledger:
+        ledger.reserve([MATRIX])
+        step(ledger, 1)
+        written = (tmp_path / "ledger.jsonl").read_bytes()
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve([MATRIX])
+        with pytest.raises(BudgetExceeded):
+            step(ledger, 1, attempt=2)
+        with pytest.raises(BudgetExceeded):
+            spend(ledger, 9)
+        assert (tmp_path / "ledger.jsonl").read_bytes() == written
+
+
+def test_what_is_reserved_for_a_matrix_mechanism_is_its_own(tmp_path):
+    """A budget of ten plain releases: with the four it costs reserved, six are left."""
+    with opened(tmp_path) as ledger:
+        ledger.reserve([MATRIX])
+        for number in range(1, 7):
+            spend(ledger, number)
+        with pytest.raises(BudgetExceeded):
+            spend(ledger, 7)
+        step(ledger, 8, place=1)
+
+
+@pytest.mark.parametrize("place", [0, 41, None])
+def test_a_step_outside_the_horizon_is_refused(tmp_path, place):
+    """Forty are paid for: they are 1 to 40."""
+    with opened(tmp_path) as ledger, pytest.raises(ConfigError, match=r"step must be in \[1, 40\]"):
+        ledger.spend(MATRIX, purpose="train", clip=0.5, round_number=1, step=place)
+
+
+def test_a_lost_line_beside_a_matrix_mechanism_counts_as_all_of_it(tmp_path):
+    """It may have been the first of another one."""
+    with opened(tmp_path, 10.0) as ledger:
+        step(ledger, 1)
+        step(ledger, 2)
+    file = tmp_path / "ledger.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    with opened(tmp_path, 10.0) as ledger:
+        assert ledger.spent().epsilon == pytest.approx(fours(2).epsilon)
+
+
+def test_one_torn_line_of_a_matrix_mechanism_is_one_loss():
+    """The longest that is likely, with 17 digits a number, is shorter than what counts as two."""
+    time = datetime(2026, 1, 1, 1, 1, 1, 123456, tzinfo=UTC)
+    digits = 12.345678901234567
+    about = {"purpose": "train", "noise_multiplier": digits, "sensitivity": digits, "rounds": 10_000, "separation": 100}
+    longest = MatrixEntry(**about, step=9999, clip=digits, round=9999, attempt=11, time=time)
+    assert SHORTEST_ENTRY < len(longest.model_dump_json()) < 2 * SHORTEST_ENTRY
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(1, 6)), max_size=12))
+def test_no_step_is_ever_drawn_twice_for_one_charge(steps):
+    """Whatever the order of two purposes' steps: each step was written at most as often as its purpose is charged."""
+    time = datetime(2026, 1, 1, tzinfo=UTC)
+    about = {"noise_multiplier": 15.0, "sensitivity": 3.0, "rounds": 40, "separation": 5, "clip": 1.0, "time": time}
+    entries = [MatrixEntry(purpose=purpose, step=place, round=1, attempt=1, **about) for purpose, place in steps]
+    for purpose in ("a", "b"):
+        own = [entry for entry in entries if entry.purpose == purpose]
+        written = [entry.step for entry in own]
+        assert len(costs(own)) >= max((written.count(place) for place in written), default=0)
+    assert len(costs(entries)) == sum(len(costs([e for e in entries if e.purpose == p])) for p in ("a", "b"))
