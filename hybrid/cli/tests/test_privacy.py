@@ -120,6 +120,7 @@ def test_a_matrix_mechanism_is_shown_as_one_charge_for_its_horizon(project):
         ledger.spend(QUERY, purpose="label-rates", clip=6.0, round_number=1)
         for place in (1, 2):
             ledger.spend(matrix, purpose="train", clip=0.5, round_number=place, step=place)
+        version("turns", ledger.spent().epsilon)
     (run,) = json.loads(hybrid("taxi", "--json"))["runs"]
     assert run["epsilon"] == epsilon([matrix, QUERY], 1e-5).epsilon
     assert run["spent_on"][1] == {

@@ -201,6 +201,17 @@ def test_independent_noise_costs_each_participation(separation):
     assert matrix.participation.most == {3: 8, 8: 3, 100: 1}[separation]
 
 
+@pytest.mark.parametrize("kind", ["independent", "banded", "blt"])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("separation", [1, 2, 5])
+def test_the_shortest_horizons_have_their_mechanism_too(kind, rounds, separation):
+    """Its factor meets the conditions and leaves no more than independent noise, or by a hair."""
+    matrix, people = optimised(kind, rounds, separation), Participation(rounds, separation)
+    assert matrix.sensitivity == sensitivity(matrix.factor, people)
+    plain = prefix_error(Banded((1.0,)), people).mean
+    assert prefix_error(matrix.factor, people).mean <= plain * 1.001
+
+
 def test_memory_is_what_was_asked_for_or_follows_the_separation():
     """Bands of a memory and 1; by default as many as the separation, at most 32; buffers, by default 4."""
     bands = [len(optimised("banded", 200, b, memory=m).factor.coefficients) for b, m in ((8, 2), (8, None), (90, None))]
