@@ -8,6 +8,7 @@ torch: seconds and half a gigabyte. "onnx" is ONNX Runtime, which needs neither;
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +105,8 @@ class EmbedProgram(DeviceProgram):
         """
         try:
             (embedding,) = self._run(inputs)
-        except RuntimeError as error:
-            raise BundleError(f"program {self.label!r} does not take {inputs.shape} inputs") from error
+        except RuntimeError:  # of its text nothing: an index that a table lacks is in it, and that is a feature
+            raise BundleError(f"program {self.label!r} does not take {inputs.shape} inputs") from None
         if embedding.shape != (1, self._size) or not np.isfinite(embedding).all():
             raise BundleError(f"program {self.label!r} must return (1, {self._size}) finite numbers")
         return embedding
@@ -127,10 +128,8 @@ class PredictProgram(DeviceProgram):
         assert server.shape == (1, self._size)
         try:
             (prediction,) = self._run(inputs, server)
-        except RuntimeError as error:
-            raise BundleError(
-                f"program {self.label!r} does not take (1, {self._size}) numbers of the server"
-            ) from error
+        except RuntimeError:  # as in `EmbedProgram.embed`
+            raise BundleError(f"program {self.label!r} does not take (1, {self._size}) numbers of the server") from None
         if prediction.shape != (1,) or not (np.isnan(prediction[0]) or 0 <= prediction[0] <= 1):
             raise BundleError(f"program {self.label!r} must return one probability")
         return float(prediction[0])
@@ -226,6 +225,9 @@ def _onnx(data: bytes) -> Run:
     # One row of a small tower: threads would cost more than they compute, and spin while they wait.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong is raised, and is ours to word
+    # Constants may lie in files beside the program. It has no files: else it could read those of the device, from the
+    # working directory on, and what it computes of them would leave as an embedding.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its classes share no base of their own

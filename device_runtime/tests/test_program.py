@@ -1,10 +1,12 @@
 import gc
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
@@ -98,6 +100,44 @@ def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle, engine: Eng
         EmbedProgram(Bundle(wider, bundle.programs), engine).embed(np.zeros((1, 3), np.float32))
     with pytest.raises(BundleError, match=r"does not take \(1, 4\) inputs"):
         EmbedProgram(bundle, engine).embed(np.zeros((1, 4), np.float32))
+
+
+def onnx_program(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> bytes:
+    """x (n, 3) -> y (n, 4), as the bundle's tower."""
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])
+    graph = onnx.helper.make_graph(nodes, "tower", [x], [y], constants)
+    opset = onnx.helper.make_opsetid("", 17)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+
+
+def test_a_signed_program_reads_no_file_of_the_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ONNX lets constants lie in files; one of the app's own, read as weights, would leave as the embedding."""
+    monkeypatch.chdir(tmp_path)
+    Path("photo.raw").write_bytes(np.arange(12, dtype="<f4").tobytes())
+    weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[3, 4], data_location="EXTERNAL")
+    for name, value in {"location": "photo.raw", "offset": "0", "length": "48"}.items():
+        weights.external_data.add(key=name, value=value)
+    program = onnx_program([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], [weights])
+    with pytest.raises(BundleError, match=r"'embed\.onnx' does not load in onnx"):
+        EmbedProgram(changed(bundle, "embed.onnx", program), "onnx")
+
+
+def test_an_engine_s_error_does_not_tell_a_feature(bundle: Bundle):
+    """ONNX Runtime names an index that a table lacks, which is the feature; neither the error nor what caused it does."""
+    table = onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [3, 4], [0.0] * 12)
+    first = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
+    nodes = [
+        onnx.helper.make_node("Gather", ["x", "i"], ["column"], axis=1),
+        onnx.helper.make_node("Cast", ["column"], ["index"], to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("GatherND", ["t", "index"], ["y"]),
+    ]
+    program = EmbedProgram(changed(bundle, "embed.onnx", onnx_program(nodes, [table, first])), "onnx")
+    assert program.embed(np.array([[2, 0, 0]], np.float32)).shape == (1, 4)
+    absent = np.array([[4711, 0, 0]], np.float32)
+    with pytest.raises(BundleError, match="does not take") as caught:
+        program.embed(absent)
+    assert "4711" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_program_without_its_method_is_refused(bundle: Bundle):
