@@ -4,7 +4,8 @@ First the file's head by a range request: once its signature is verified and it 
 programs whose SHA-256 no installed bundle has; the zip's directory behind them is made anew. What came so far is kept,
 so that a download that broke goes on where it did, as long as the server's entity tag says that it is the same file. A
 server without ranges is asked for all of it. Whatever a server says of lengths, no more is read than was asked for, and
-of a whole file no more than its head promises. The bytes count for nothing before `hybrid.bundle.read_bundle` verified
+of a whole file no more than its head promises. A tag is shown again only where it is the SHA-256 of the bytes, as the
+gateway's is: any other could be made for one device, and tell it apart. The bytes count for nothing before `hybrid.bundle.read_bundle` verified
 them.
 
 Source: RFC 9110, sections 8.8.3 (ETag), 13.1 (conditions) and 14 (ranges).
@@ -12,6 +13,7 @@ Source: RFC 9110, sections 8.8.3 (ETag), 13.1 (conditions) and 14 (ranges).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -106,7 +108,9 @@ def _attempt(download: _Download) -> tuple[Outcome, str | None]:
             return "unchanged", None
         try:
             data, tag = fetched
-            installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=tag)
+            # A tag of another kind could be this device's own, and tell it apart at each update from now on.
+            own = tag if tag == f'"{hashlib.sha256(data).hexdigest()}"' else None
+            installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=own)
         finally:
             _discard(installed.folder)
     except BundleError as error:

@@ -302,6 +302,9 @@ def test_the_store_survives_a_reload_takes_a_label_and_is_empty_once_forgotten(w
         visit.page.get_by_text("All is forgotten").wait_for()
         assert export_of(visit.page) == []
         assert visit.page.locator("#records").inner_text() == ""
+        # The key that was deleted is this model's alone: another one's page of this origin still reads what it kept.
+        names = visit.page.evaluate("async () => (await indexedDB.databases()).map(({ name }) => name)")
+        assert [name for name in names if "key" in name] == ["hybrid-page-key-stall"]
 
 
 def answering(refusal: tuple | None):

@@ -42,6 +42,7 @@ class Peer:
         asked: the requests' headers.
         key: bearer that it wants; None: none.
         after: called when a request was answered.
+        own_tag: in place of the file's SHA-256.
     """
 
     file: bytes = b""
@@ -55,10 +56,11 @@ class Peer:
     key: str | None = None
     after: Callable[[], None] = lambda: None
     url: str = ""
+    own_tag: str = ""
 
     @property
     def tag(self) -> str:
-        return f'"{hashlib.sha256(self.file).hexdigest()}"'
+        return self.own_tag or f'"{hashlib.sha256(self.file).hexdigest()}"'
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         assert handler.path == "/v2/models/meals/bundle"
@@ -180,6 +182,19 @@ def test_a_download_that_broke_goes_on_where_it_did(peer: Peer, installed: Insta
     assert attempts > 5
     assert total + moved.bytes == end(peer.file)
     assert current(installed) == peer.file
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_tag_that_could_be_this_devices_own_is_not_shown_again(
+    peer: Peer, installed: Installed, sign: Sign, ranges: bool
+):
+    """A gateway that gives each device a tag of its own would know it by that; at the price of a head each time."""
+    peer.file, peer.ranges, peer.own_tag = sign(3, {"large.bin": noise(1)}), ranges, '"device-4711"'
+    assert update(installed, peer.url, now_ms=NOW).outcome == "installed"
+    peer.asked.clear()
+    again = update(installed, peer.url, now_ms=NOW)
+    assert (again.outcome, again.bytes) == ("unchanged", FIRST if ranges else len(peer.file))
+    assert not any("4711" in value for asked in peer.asked for value in asked.values())
 
 
 def test_a_file_that_changed_meanwhile_is_begun_anew(peer: Peer, installed: Installed, sign: Sign):

@@ -233,7 +233,8 @@ function refused(shown: boolean): Unauthenticated {
 /**
  * The bundle of a model's default version from its gateway; null where it is still the one with `etag`.
  *
- * A download that breaks off is resumed from where it was, as long as the gateway has the same bytes.
+ * A download that breaks off is resumed from where it was, as long as the gateway has the same bytes. Only a tag that is
+ * the bytes' SHA-256 is given, as the gateway's is: one that says more could tell devices apart at their next download.
  *
  * @throws BundleError it cannot be had, or is too large.
  */
@@ -264,12 +265,19 @@ export async function download(
         }
         chunks.push(read.value);
       }
-      return { data: joined(chunks, got), etag: tag };
+      const data = joined(chunks, got);
+      return { data, etag: (await tagOf(data)) === tag ? tag : null };
     } catch (error) {
       if (error instanceof BundleError) throw error;
       if (attempt === ATTEMPTS) throw new BundleError("the bundle cannot be fetched: the gateway cannot be reached");
     }
   }
+}
+
+/** A gateway's tag of these bytes. Another kind of tag could be this device's own: it is not kept, nor shown again. */
+async function tagOf(data: Uint8Array<ArrayBuffer>): Promise<string> {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
+  return `"${Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("")}"`;
 }
 
 async function unfetched(response: Response): Promise<BundleError> {
