@@ -4,9 +4,9 @@ First the file's head by a range request: once its signature is verified and it 
 programs whose SHA-256 no installed bundle has; the zip's directory behind them is made anew. What came so far is kept,
 so that a download that broke goes on where it did, as long as the server's entity tag says that it is the same file. A
 server without ranges is asked for all of it. Whatever a server says of lengths, no more is read than was asked for, and
-of a whole file no more than its head promises. A tag is shown again only where it is the SHA-256 of the bytes, as the
-gateway's is: any other could be made for one device, and tell it apart. The bytes count for nothing before `hybrid.bundle.read_bundle` verified
-them.
+of a whole file no more than its head promises. The bytes count for nothing before `hybrid.bundle.read_bundle` verified
+them. A tag is shown again only where it is the SHA-256 of the bytes, as the gateway's is: any other could be made for
+one device, and tell it apart.
 
 Source: RFC 9110, sections 8.8.3 (ETag), 13.1 (conditions) and 14 (ranges).
 """

@@ -26,6 +26,7 @@ from torch import nn
 
 from device_runtime.bundles import Installed
 from device_runtime.eligibility import Reason
+from device_runtime.protocol import Upload
 from device_runtime.rows import Rows
 from device_runtime.store import Served, Store
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, View
@@ -574,7 +575,7 @@ def test_withdrawn_consent_ends_training_and_deletes_what_waits(world: World, pe
         (slow.parent / "consent").unlink()
         (ended,) = said(process)["sessions"]
         assert (ended["ending"], ended["path"][-2:]) == ("no_consent", ["training", "dropped"])
-        store.keep_upload("ab" * 16, "cd" * 16, b"update", now_ms() + 600_000)
+        store.keep_upload(Upload("ab" * 16, "cd" * 16, b"update", now_ms() + 600_000, 4))
         ended = world.session(slow, peer.url, readings=[GOOD | {"consent": False}])
         assert (ended["ending"], store.pending(now_ms())) == ("no_consent", [])
     assert (peer.attempts, len(peer.check_ins)) == (0, 1)

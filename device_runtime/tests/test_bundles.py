@@ -116,7 +116,7 @@ def test_a_version_that_was_promoted_again_is_newer(installed: Installed, sign: 
 
 
 def test_the_same_promotion_in_another_file_does_not_push_out_the_one_before(installed: Installed, sign: Sign):
-    """What a zip says of times is not signed: whoever serves the bundle could else leave a device nothing to go back to."""
+    """What a zip says of times is not signed: whoever serves it could else leave a device nothing to go back to."""
     for version in (4, 5):
         installed.install(sign(version), now_ms=NOW)
     data = bytearray(sign(5))

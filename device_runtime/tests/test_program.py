@@ -124,7 +124,7 @@ def test_a_signed_program_reads_no_file_of_the_device(bundle: Bundle, tmp_path: 
 
 
 def test_an_engine_s_error_does_not_tell_a_feature(bundle: Bundle):
-    """ONNX Runtime names an index that a table lacks, which is the feature; neither the error nor what caused it does."""
+    """ONNX Runtime names an index that a table lacks, which is the feature; the error with all its causes does not."""
     table = onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [3, 4], [0.0] * 12)
     first = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
     nodes = [
