@@ -2,10 +2,13 @@ import hashlib
 import io
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -257,6 +260,28 @@ def test_a_bundle_signed_by_another_is_not_fetched(peer: Peer, tmp_path: Path, s
     moved = update(installed, peer.url, now_ms=NOW)
     assert (moved.outcome, moved.version, moved.bytes) == ("refused", None, FIRST)
     assert "not signed by the key this device trusts" in moved.reason
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 206 Partial Content\r\n"])
+def test_an_answer_that_comes_drop_by_drop_ends_with_the_time_that_it_may_take(installed: Installed, head: bytes):
+    """A byte now and again is enough for each wait on the network, and not for all of them together."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(head)
+                while not select.select([connection], [], [], 0.05)[0] or connection.recv(4096):
+                    connection.sendall(b"X")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url, begun = f"http://127.0.0.1:{server.getsockname()[1]}", time.monotonic()
+        moved = update(installed, url, now_ms=NOW, timeout_s=1.0, deadline_s=0.5)
+        thread.join(10)
+    assert (moved.outcome, moved.reason) == ("interrupted", "the download took too long")
+    assert time.monotonic() - begun < 5
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
