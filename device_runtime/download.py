@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,9 +154,16 @@ class _Source:
             trust_env=False,
             follow_redirects=False,
         ) as http:
-            yield cls(
-                http, f"{gateway.rstrip('/')}/v2/models/{model}/bundle", bool(shown), time.monotonic() + deadline_s
-            )
+            # A server that sends a byte now and again keeps to every timeout: in the end its connection is closed.
+            deadline = time.monotonic() + deadline_s
+            end = threading.Timer(deadline_s, http.close)
+            end.daemon = True
+            end.start()
+            try:
+                url = f"{gateway.rstrip('/')}/v2/models/{model}/bundle"
+                yield cls(http, url, bool(shown), deadline)
+            finally:
+                end.cancel()
 
     @contextmanager
     def get(self, headers: dict[str, str]) -> Iterator[httpx.Response]:
@@ -169,7 +177,11 @@ class _Source:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
                     raise BundleError("the gateway sends the bundle encoded, though it was asked not to")
                 yield response
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # a client that was closed raises the latter
+            if time.monotonic() > self.deadline_s:
+                raise _Interrupted("the download took too long") from None
+            if isinstance(error, RuntimeError):
+                raise
             raise _Interrupted(f"the connection to the gateway broke ({type(error).__name__})") from None
 
     def read(self, response: httpx.Response, most: int) -> Iterator[bytes]:
