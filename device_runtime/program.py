@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from hybrid.features import Features
 Engine = Literal["executorch", "onnx"]
 # Arrays in the order of the program's inputs -> its outputs, which share no memory with it. RuntimeError: other shapes.
 Run = Callable[..., list[NDArray[np.float32]]]
+TRIAL_S = 10.0  # of the one inference that a bundle makes before it is installed
 _NEEDS: Mapping[Engine, tuple[str, ...]] = {"executorch": ("executorch", "torch"), "onnx": ("onnxruntime",)}
 _ENDINGS: Mapping[Engine, str] = {"executorch": ".pte", "onnx": ".onnx"}
 
@@ -64,6 +67,7 @@ class DeviceProgram:
         bundle: verified.
         name: "embed" or "predict".
         engine: what runs it; None: `default_engine`.
+        limit_s: of one run, in ONNX Runtime; ExecuTorch's cannot be ended. None: none.
 
     Attributes:
         engine: that runs it.
@@ -74,12 +78,14 @@ class DeviceProgram:
         ConfigError: the engine is not installed.
     """
 
-    def __init__(self, bundle: Bundle, name: str, engine: Engine | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str, engine: Engine | None = None, *, limit_s: float | None = None
+    ) -> None:
         self.engine: Engine = default_engine() if engine is None else engine
         file = "device.pte" if self.engine == "executorch" else f"{name}.onnx"
         self.label = f"{file}:{name}" if self.engine == "executorch" else file
         self._features: Features = bundle.manifest.features
-        self._run = load_program(bundle, file, name)
+        self._run = load_program(bundle, file, name, limit_s=limit_s)
 
     def inputs(self, columns: Mapping[str, Sequence[Any]]) -> NDArray[np.float32]:
         """Raw device features by name, each (n,) -> (n, features) inputs.
@@ -93,8 +99,8 @@ class DeviceProgram:
 class EmbedProgram(DeviceProgram):
     """The device tower. See `DeviceProgram`."""
 
-    def __init__(self, bundle: Bundle, engine: Engine | None = None) -> None:
-        super().__init__(bundle, "embed", engine)
+    def __init__(self, bundle: Bundle, engine: Engine | None = None, *, limit_s: float | None = None) -> None:
+        super().__init__(bundle, "embed", engine, limit_s=limit_s)
         self._size = bundle.manifest.device_embedding
 
     def embed(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -115,8 +121,8 @@ class EmbedProgram(DeviceProgram):
 class PredictProgram(DeviceProgram):
     """The merge on the device: device tower, then head over the server's embedding. See `DeviceProgram`."""
 
-    def __init__(self, bundle: Bundle, engine: Engine | None = None) -> None:
-        super().__init__(bundle, "predict", engine)
+    def __init__(self, bundle: Bundle, engine: Engine | None = None, *, limit_s: float | None = None) -> None:
+        super().__init__(bundle, "predict", engine, limit_s=limit_s)
         self._size = bundle.manifest.server_embedding
 
     def predict(self, inputs: NDArray[np.float32], server: NDArray[np.float32]) -> float:
@@ -148,8 +154,8 @@ def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
         engine: whose programs; None: of each that is installed. Nothing here runs the others'.
 
     Raises:
-        BundleError: one does not load, for an operator that its engine lacks for example, or does not give what
-            its manifest says.
+        BundleError: one does not load, for an operator that its engine lacks for example, does not give what its
+            manifest says, or takes longer than `TRIAL_S`.
         ConfigError: no engine is installed, or this one is not.
     """
     manifest = bundle.manifest
@@ -159,18 +165,20 @@ def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
         for file in (name for name in bundle.programs if name.endswith(_ENDINGS[each])):
             load_program(bundle, file, None)
         if manifest.merge == "server":
-            EmbedProgram(bundle, each).embed(missing)
+            EmbedProgram(bundle, each, limit_s=TRIAL_S).embed(missing)
         else:
-            PredictProgram(bundle, each).predict(missing, np.zeros((1, manifest.server_embedding), np.float32))
+            server = np.zeros((1, manifest.server_embedding), np.float32)
+            PredictProgram(bundle, each, limit_s=TRIAL_S).predict(missing, server)
 
 
-def load_program(bundle: Bundle, file: str, method: str | None = "forward") -> Run:
+def load_program(bundle: Bundle, file: str, method: str | None = "forward", *, limit_s: float | None = None) -> Run:
     """A program in the engine that its file's ending names.
 
     Args:
         bundle: verified.
         file: the program's.
         method: of an ExecuTorch program, which may have several; None: all are loaded, and the last one returned.
+        limit_s: see `DeviceProgram`; a run that takes longer raises BundleError.
 
     Raises:
         BundleError: it is absent, or does not load.
@@ -183,7 +191,7 @@ def load_program(bundle: Bundle, file: str, method: str | None = "forward") -> R
         raise ConfigError(f"engine {engine!r} needs {' and '.join(_NEEDS[engine])}, which are not installed here")
     data = bundle.programs[file]
     try:
-        return _onnx(data) if engine == "onnx" else _executorch(data, method)
+        return _onnx(file, data, limit_s) if engine == "onnx" else _executorch(data, method)
     except RuntimeError as error:
         raise BundleError(f"program {file!r} does not load in {engine}: {error}") from None
 
@@ -218,7 +226,7 @@ def _executorch(data: bytes, name: str | None) -> Run:
     return run
 
 
-def _onnx(data: bytes) -> Run:
+def _onnx(file: str, data: bytes, limit_s: float | None) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -235,12 +243,28 @@ def _onnx(data: bytes) -> Run:
     names = [tensor.name for tensor in session.get_inputs()]
 
     def run(*arrays: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        asked = onnxruntime.RunOptions()
         try:
-            return list(session.run(None, dict(zip(names, arrays, strict=True))))
+            with nullcontext() if limit_s is None else _ended(asked, limit_s):
+                return list(session.run(None, dict(zip(names, arrays, strict=True)), asked))
         except Exception as error:
+            if asked.terminate:
+                raise BundleError(f"program {file!r} takes more than {limit_s:g} s for one row") from None
             raise RuntimeError(_first_line(error)) from None
 
     return run
+
+
+@contextmanager
+def _ended(asked: Any, limit_s: float) -> Iterator[None]:
+    """Within, a run with these options ends with an error once so many seconds have passed."""
+    timer = threading.Timer(limit_s, setattr, (asked, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _first_line(error: Exception) -> str:

@@ -140,6 +140,32 @@ def test_an_engine_s_error_does_not_tell_a_feature(bundle: Bundle):
     assert "4711" not in "".join(traceback.format_exception(caught.value))
 
 
+def test_a_bundle_whose_program_does_not_end_does_not_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    """Signed as it is, it would keep the folder's lock for ever, and with it the bundle that mends it."""
+    monkeypatch.setattr(programs, "TRIAL_S", 0.2)
+    helper, kind = onnx.helper, onnx.TensorProto
+    values = [helper.make_tensor_value_info(name, kind.FLOAT, ["n", 4]) for name in ("a", "b")]
+    truths = [helper.make_tensor_value_info(name, kind.BOOL, []) for name in ("c", "d")]
+    number = helper.make_tensor_value_info("i", kind.INT64, [])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Tanh", ["a"], ["b"])],
+        "body",
+        [number, truths[0], values[0]],
+        [truths[1], values[1]],
+    )
+    constants = [
+        helper.make_tensor("times", kind.INT64, [], [2**62]),
+        helper.make_tensor("true", kind.BOOL, [], [True]),
+        helper.make_tensor("w", kind.FLOAT, [3, 4], [0.5] * 12),
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["first"]),
+        helper.make_node("Loop", ["times", "true", "first"], ["y"], body=body),
+    ]
+    with pytest.raises(BundleError, match=r"'embed\.onnx' takes more than 0\.2 s for one row"):
+        check_programs(changed(bundle, "embed.onnx", onnx_program(nodes, constants)), "onnx")
+
+
 def test_a_program_without_its_method_is_refused(bundle: Bundle):
     """An ExecuTorch program may hold other methods than the one that is run."""
     without_method = bundle.programs["device.pte"].replace(b"embed", b"limbs")
