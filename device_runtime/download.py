@@ -254,6 +254,8 @@ class _Part:
             part.here = (folder / PART).stat().st_size
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        if not _TAG.fullmatch(part.tag):  # no server is asked with what a damaged file holds
+            return None
         fits = all(len(span) > 0 for span in part.spans) and sum(map(len, part.spans)) <= MAX_BYTES
         usable = fits and part.spans and len(part.spans[0]) <= part.here <= sum(map(len, part.spans))
         return part if usable and part.spans[0].start == 0 else None

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from device_runtime.host import Host
+    from device_runtime.trainer import Trainer
 
 Float32 = NDArray[np.float32]
 
@@ -138,26 +139,6 @@ class Store(Protocol):
         ...
 
 
-class Trains(Protocol):
-    """See `device_runtime.trainer.Trainer`."""
-
-    gave_up: str | None
-
-    def train(
-        self,
-        plan: TrainPlan,
-        weights: Float32,
-        server: Float32,
-        inputs: Float32,
-        labels: Float32,
-        *,
-        go_on: Callable[[], bool],
-        rng: np.random.Generator,
-    ) -> Float32 | None:
-        """One clipped update, or None."""
-        ...
-
-
 class Asks(Protocol):
     """See `device_runtime.aggregator.Aggregator`."""
 
@@ -227,7 +208,7 @@ class Participation:
     """
 
     bundle: Bundle
-    trainer: Trains | None
+    trainer: Trainer | None
     store: Store
     host: Host
     aggregator: Asks
@@ -298,7 +279,8 @@ class Participation:
     def _halt(self, message: Halt) -> NoReturn:
         manifest = self.bundle.manifest
         if message.model != manifest.model:
-            raise _Ended(Ending.OTHER_MODEL, f"what was stopped is {message.model!r}, not {manifest.model!r}")
+            why = f"what was stopped is {message.model!r}, not {manifest.model!r}"
+            raise _Ended(Ending.OTHER_MODEL, why, ask_again_s=self._later(None))
         self.store.halt(message.model, message.versions, message.reason)
         if manifest.version not in message.versions:
             raise _Ended(Ending.NOTHING, "other versions were stopped", ask_again_s=self._later(None))
@@ -313,7 +295,8 @@ class Participation:
         forgets = self.store.forgets
         newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
         if len(newest.labels) < plan.examples[0]:
-            raise _Ended(Ending.FEW_EXAMPLES, f"the plan asks for at least {plan.examples[0]} examples")
+            why = f"the plan asks for at least {plan.examples[0]} examples"
+            raise _Ended(Ending.FEW_EXAMPLES, why, ask_again_s=self._later(None))
         # Whoever loses the toss has decided too: another toss for the same plan would change its odds.
         takes_part = self.toss() < plan.sampling
         with self.store.together():

@@ -378,6 +378,8 @@ def test_what_a_damaged_part_holds_is_not_believed(peer: Peer, installed: Instal
         (download.PLAN, lambda data: b"[1]"),
         (download.PLAN, lambda data: data.replace(b"[[0", b"[[1")),
         (download.PLAN, lambda data: json.dumps({"tag": peer.tag, "spans": [[0, 10**12]]}).encode()),
+        (download.PLAN, lambda data: data.replace(b'{"tag": "', b'{"tag": "\\n')),
+        (download.PLAN, lambda data: data.replace(b'{"tag": "', b'{"tag": "\\u20ac')),
         (download.PART, lambda data: b""),
         (download.PART, lambda data: data + bytes(MAX_BYTES)),
         (download.PART, lambda data: data[:FIRST] + bytes(len(data) - FIRST)),

@@ -652,6 +652,12 @@ def test_a_halt_of_others_stops_nothing_here():
     assert world.answers(PLAN).session().ending is Ending.UPLOADED
 
 
+def test_who_finds_nothing_to_do_comes_back_later():
+    """A peer that replays another model's halt, or a plan that asks for too many examples, is not asked at once."""
+    for message in (Halt(model="other", versions=(7,), reason="x"), changed(examples=(6, 64))):
+        assert World().answers(message).session().ask_again_s >= ASK_AGAIN_S
+
+
 def test_a_halt_that_nobody_signed_stops_nothing():
     """A peer that lies cannot switch devices off."""
     world = World().answers(Halt(model="meals", versions=(7,), reason="x"), key=OTHER)
