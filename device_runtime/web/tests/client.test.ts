@@ -141,3 +141,21 @@ test("only a tag that every device of these bytes is given is kept", async () =>
     server.closeAllConnections();
   }
 });
+
+test("a gateway that says nothing, or nothing more, is given up", { timeout: 20_000 }, async () => {
+  let asked = 0;
+  const server = createServer((_, response) => {
+    if (++asked > 3) response.writeHead(200, { "Content-Length": 100 }).write("PK");
+  });
+  await once(server.listen(0, "127.0.0.1"), "listening");
+  try {
+    const gateway = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+    for (const requests of [3, 6]) {
+      await assert.rejects(download(gateway, "meals", null, 100), /the gateway cannot be reached/);
+      assert.equal(asked, requests);
+    }
+  } finally {
+    server.closeAllConnections();
+    server.close();
+  }
+});
