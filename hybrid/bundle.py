@@ -45,7 +45,7 @@ _ENTRY = struct.Struct("<4s5H3L2H")  # a local file header of a zip, APPNOTE 4.3
 _DIRECTORY_ENTRY, _DIRECTORY_END = 46, 22  # 4.3.12 and 4.3.16, without names
 
 Size = Annotated[int, Field(ge=0, le=1 << 16)]  # of an embedding, or rows of a call: what a device can hold
-Seconds = Annotated[FiniteFloat, Field(gt=0, le=1e10)]  # three centuries: as milliseconds exact everywhere
+Seconds = Annotated[FiniteFloat, Field(gt=0, le=1e14)]  # `timedelta.max` is less, and fits a store as milliseconds
 ProgramName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z]{1,8}$")]
 
 
