@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,17 @@ from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.federation.training import Kind, OnFleet
+    from hybrid.federation.training import Federation, Kind, OnFleet
     from hybrid.spec import HybridModel, Training
     from hybrid.version import TrainingRecord
 
 app = typer.Typer()
+
+
+class Where(StrEnum):
+    """Where federated rounds run, if not in this process."""
+
+    LOCAL = "local"
 
 
 @app.command()
@@ -87,6 +94,10 @@ def train(
         ),
     ] = None,
     deadline: Annotated[float, typer.Option(help="With --fleet: seconds after which a round closes.")] = 60.0,
+    federation: Annotated[
+        Where | None,
+        typer.Option(help="local: over a real Flower SuperLink, two SuperNodes and two aggregators, started for it."),
+    ] = None,
     run: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +162,7 @@ def train(
             settings=settings,
             progress=progress,
             fleet=None if fleet is None else _fleet(fleet, deadline),
+            federation=None if federation is None else _local_flower(registry.model(model).file),
         )
     version = registry.create_version(
         model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest
@@ -197,6 +209,12 @@ def _fleet(trace: Path, deadline: float) -> OnFleet:
     from hybrid.federation.training import OnFleet
 
     return OnFleet(Trace.load(PHONES if trace == Path("phones") else trace), deadline)
+
+
+def _local_flower(file: Path) -> Federation:
+    from hybrid.local.flower import LocalFlower
+
+    return LocalFlower(file, say=lambda text: typer.echo(text, err=True))
 
 
 def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from hybrid.privacy.mechanisms import (
     PaidNoise,
     Release,
     SeededNoise,
+    SystemNoise,
     adaptive_gaussian_sum,
     gaussian_sum,
     quantile_noise_for,
@@ -90,19 +91,22 @@ class PaidMechanism:
     Args:
         settings: of every round.
         ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
-        seed: of the noise.
+        seed: of the noise; None: the operating system's, which nobody can repeat.
         size: p, the length of a flat update.
 
     Raises:
         ConfigError: noise is drawn, and there is no ledger to pay for what it covers.
     """
 
-    def __init__(self, settings: Round, ledger: Ledger | None, *, seed: int, size: int) -> None:
+    def __init__(self, settings: Round, ledger: Ledger | None, *, seed: int | None, size: int) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
         self._settings, self._ledger, self._seed = settings, ledger, seed
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(size)
+        made = [] if ledger is None else [entry for entry in ledger.entries if entry.purpose == PURPOSE]
+        if made and seed is None:  # a process that takes over: an adaptive clip goes on from about where it was
+            self._state = replace(self._state, clip=made[-1].clip)
 
     @property
     def clip(self) -> float:
@@ -131,7 +135,8 @@ class PaidMechanism:
                 event = self._settings.event
                 self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
 
-        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
+        source = SystemNoise() if self._seed is None else SeededNoise(self._seed, NOISE, number, attempt)
+        noise = PaidNoise(source, pay)
         self._state, release = self._mechanism.step(self._state, cohort, noise)
         return release
 

@@ -13,7 +13,12 @@ from hybrid.federation.strategy import NoisedSum, flat_array, flat_record
 
 
 def server_app(
-    strategy: NoisedSum, initial: Float32, rounds: int, on_round: Callable[[int, Float32], None]
+    strategy: NoisedSum,
+    initial: Float32,
+    rounds: int,
+    on_round: Callable[[int, Float32], None],
+    *,
+    timeout_s: float = 3600.0,
 ) -> ServerApp:
     """Builds the app.
 
@@ -22,6 +27,7 @@ def server_app(
         initial: (p,) the weights to start from.
         rounds: how many.
         on_round: called with the round's number and the weights after it, (p,); first with 0 and `initial`.
+        timeout_s: after which a round goes on without the nodes that did not answer.
     """
     app = ServerApp()
 
@@ -31,6 +37,8 @@ def server_app(
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        strategy.start(grid=grid, initial_arrays=flat_record(initial), num_rounds=rounds, evaluate_fn=evaluate)
+        strategy.start(
+            grid=grid, initial_arrays=flat_record(initial), num_rounds=rounds, timeout=timeout_s, evaluate_fn=evaluate
+        )
 
     return app

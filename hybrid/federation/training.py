@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -83,8 +83,9 @@ def train(
     settings: Training | None = None,
     progress: Progress | None = None,
     fleet: OnFleet | None = None,
+    federation: Federation | None = None,
 ) -> Trained:
-    """Trains a model, in one process, on a population it can see whole: a simulation.
+    """Trains a model on a population it can see whole: a simulation, in one process but for a `federation`.
 
     "federated": where server_tower is "central", it and the head are fitted on the
     label that the server sees; then device tower and head, and the server tower where the settings say
@@ -108,9 +109,12 @@ def train(
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
         fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
+        federation: runs the federated rounds in place of this process.
 
     Raises:
-        ConfigError: the budget, delta, optimiser or label does not allow this training.
+        FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger.
+        ConfigError: the budget, delta, optimiser or label does not allow this training, or a fleet is given to a
+            federation.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
@@ -119,7 +123,9 @@ def train(
         check_delta(model, examples_train.users)
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
-    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet)
+    if federation is not None and (fleet is not None or kind not in ("federated", "noiseless")):
+        raise ConfigError("federation must be left out with a fleet, and where there are no federated rounds")
+    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, federation)
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -138,6 +144,69 @@ class OnFleet:
     trace: Trace
     deadline_s: float
     expected_examples: float = 20.0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Federated rounds that run elsewhere.
+
+    Attributes:
+        network: as it is before the first round.
+        examples: of everybody.
+        settings: how users train and the server steps.
+        round: how one is sampled, clipped and noised.
+        initial: (p,) the weights to start from.
+        planned_cohort: expected number of participants of a round.
+        seed: of coins.
+        delta: of the account; None: without noise and privacy.
+        attempts_before: at any round, at most, by earlier trainings of the run.
+        folder: of the run.
+    """
+
+    network: Network
+    examples: Examples
+    settings: Training
+    round: Round
+    initial: Float32 = field(repr=False)
+    planned_cohort: float
+    seed: int
+    delta: float | None
+    attempts_before: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How rounds that ran elsewhere ended.
+
+    Attributes:
+        clip: the L2 norm that the last of them clipped to, the largest where aggregators differ.
+        failed_rounds: in which no node answered.
+    """
+
+    clip: float
+    failed_rounds: int
+
+
+class Federation(Protocol):
+    """Where rounds run, if not in this process."""
+
+    assumption: str  # what its randomness is like and what is not composed, for the record
+
+    def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
+        """Runs them all.
+
+        Every release must be of an aggregator that has no more of them than rounds, each with noise of its own
+        for people of its own: then what the run's ledger was charged before the first round covers everybody.
+
+        Args:
+            rounds: what to run.
+            after: called with each round's number and the weights after it; first with 0 and the initial ones.
+
+        Raises:
+            FederationError: it ended before the last round.
+        """
+        ...
 
 
 @dataclass
@@ -171,6 +240,7 @@ class _Run:
     settings: Training
     progress: Progress | None
     fleet: OnFleet | None = None
+    federation: Federation | None = None
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
     watch: _Watch = field(default_factory=_Watch)
@@ -236,7 +306,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "sampling": rounds.sampling,
         "rounds": released,
         "mechanism": f"{_mechanism(settings)}, zero-out adjacency; accountant: {spent.method}",
-        "assumption": SIMULATED if rounds.sampling == 1 else f"{SAMPLED}; {SIMULATED}",
+        "assumption": _assumption(run, rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
@@ -280,6 +350,8 @@ def optimizer_for(settings: Training, flat: Float32) -> ServerOptimizer:
 
 def _simulate(run: _Run, ready: _Ready, cohort: _Cohort, rounds: Round, ledger: Ledger | None) -> tuple[float, int]:
     """All rounds, through Flower's apps; returns the last clip and how many rounds were released."""
+    if run.federation is not None:
+        return _elsewhere(run, ready, rounds, cohort.planned, ledger)
     total = run.settings.rounds
     aggregator = SimulatedAggregator(ready.engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
     strategy = NoisedSum(cohort.planned, ready.optimizer)
@@ -288,6 +360,37 @@ def _simulate(run: _Run, ready: _Ready, cohort: _Cohort, rounds: Round, ledger: 
     simulate(server_app(strategy, side.flat(), total, after), {1: client_app(aggregator)})
     run.oracle.update(cohort.oracle(run))
     return aggregator.clip, total - strategy.failed_rounds
+
+
+def _elsewhere(run: _Run, ready: _Ready, rounds: Round, planned: float, ledger: Ledger | None) -> tuple[float, int]:
+    """All rounds, on other processes; returns as `_simulate`.
+
+    The run's ledger is charged for all of them before the first: aggregators keep ledgers of their own, and what
+    they hold when this process dies must not be missing here. People of different aggregators are different
+    people, so that what one aggregator's cost is what each is charged, not their sum.
+    """
+    assert run.federation is not None
+    before = 0
+    if ledger is not None:
+        before = max((entry.attempt for entry in ledger.entries if entry.purpose == PURPOSE), default=0)
+        for number in range(1, run.settings.rounds + 1):
+            attempt = ledger.next_attempt(PURPOSE, number)
+            ledger.spend(rounds.event, purpose=PURPOSE, clip=rounds.clip, round_number=number, attempt=attempt)
+    side = ready.engine.side
+    task = Rounds(
+        network=run.network,
+        examples=run.examples,
+        settings=run.settings,
+        round=rounds,
+        initial=side.flat(),
+        planned_cohort=planned,
+        seed=run.seed,
+        delta=None if ledger is None else ledger.delta,
+        attempts_before=before,
+        folder=run.folder,
+    )
+    outcome = run.federation.train(task, _rounds(run, side, TailAverage(run.settings.average_last)))
+    return outcome.clip, run.settings.rounds - outcome.failed_rounds
 
 
 _TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {
@@ -389,6 +492,12 @@ def _mechanism(settings: Training) -> str:
         "Gaussian noise on sums of updates, clipped at a norm that follows their "
         f"{settings.clip_quantile:g} quantile, and on that quantile, as one release"
     )
+
+
+def _assumption(run: _Run, rounds: Round) -> str:
+    """Under which the record's epsilon holds."""
+    drawn = SIMULATED if run.federation is None else run.federation.assumption
+    return drawn if rounds.sampling == 1 else f"{SAMPLED}; {drawn}"
 
 
 def _rounds(run: _Run, side: DeviceSide, average: TailAverage) -> Callable[[int, Float32], None]:
