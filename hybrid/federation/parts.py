@@ -46,8 +46,8 @@ class Budget(Declared):
     rounds: Annotated[int, Field(ge=1)]
 
     def epsilon(self, event: GaussianEvent) -> float:
-        """What so many releases cost, each an `event`."""
-        return epsilon([event] * self.rounds, self.delta).epsilon
+        """What so many releases cost, each an `event`; above 0, as a ledger's budget must be."""
+        return max(epsilon([event] * self.rounds, self.delta).epsilon, 1e-12)
 
 
 class Part(Declared):
@@ -164,7 +164,7 @@ def aggregate(part: Part) -> None:
     with np.load(part.folder / "network.npz") as weights:
         network.load_weights(dict(weights))
     engine = engine_for(network, Examples.open(part.folder / "examples"), part.training)
-    ledger = _ledger(part)
+    ledger = open_ledger(part)
     mechanism = PaidMechanism(part.round, ledger, seed=None, size=engine.size)
     app = control_app(
         PartAggregator(part, engine, mechanism),
@@ -178,8 +178,12 @@ def aggregate(part: Part) -> None:
         ledger.close()
 
 
-def _ledger(part: Part) -> Ledger | None:
-    """Its account, with what is left of the training reserved: also after a crash, nothing beyond is ever spent."""
+def open_ledger(part: Part) -> Ledger | None:
+    """Its account, with what is left of the training reserved: also after a crash, nothing beyond is ever spent.
+
+    Raises:
+        ConfigError: another process has it open, or it is of another training.
+    """
     if part.budget is None:
         return None
     event = part.round.event
