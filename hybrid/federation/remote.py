@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import json
 import os
 import re
 import secrets
@@ -81,6 +82,7 @@ class Rounds:
     Args:
         aggregator: whose rounds.
         folder: keeps the latest sum, which is noised, for a process that takes over; made where it is missing.
+            One process at a time.
     """
 
     def __init__(self, aggregator: Aggregator, folder: Path) -> None:
@@ -90,11 +92,12 @@ class Rounds:
         self._latest: tuple[Key, Future[bytes]] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         if self._kept.exists():
-            name, _, released = self._kept.read_bytes().partition(b"\n")
-            run, number, attempt = name.decode().split("/")
+            named, _, released = self._kept.read_bytes().partition(b"\n")
+            about = json.loads(named)
+            self._ended.update(about["ended"])
             kept: Future[bytes] = Future()
             kept.set_result(released)
-            self._latest = Key(run, int(number), int(attempt)), kept
+            self._latest = Key(*about["key"]), kept
 
     @property
     def _kept(self) -> Path:
@@ -128,7 +131,8 @@ class Rounds:
         released = self._aggregator.run_round(key.number, flat).sum.astype(_SUM).tobytes()
         draft = self._folder / "draft"
         with draft.open("wb") as file:
-            file.write(f"{key.run}/{key.number}/{key.attempt}\n".encode() + released)
+            about = {"key": key, "ended": sorted(self._ended)}
+            file.write(json.dumps(about).encode() + b"\n" + released)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self._kept)

@@ -34,7 +34,8 @@ from hybrid.privacy.ledger import FILE as LEDGER
 from hybrid.privacy.ledger import Ledger
 
 CONNECTION = "local"  # its name in Flower's own config
-RESTARTS = 5  # of one server
+RESTARTS = 9  # of one server
+LONGEST_WAIT_S = 15.0  # before one
 START_TIMEOUT_S = 120.0
 ROUND_TIMEOUT_S = 180.0
 _COMMAND_TIMEOUT_S = 60.0
@@ -292,7 +293,8 @@ class _Keeper:
     def __init__(self, servers: _Servers, say: Callable[[str], None]) -> None:
         self._servers, self._say = servers, say
         self._processes: dict[str, Process] = {}
-        self._restarts: dict[str, int] = {}
+        self._deaths: dict[str, int] = {}
+        self._due: dict[str, float] = {}  # of those that are down: when to start them
 
     def start(self, stage: Sequence[Service]) -> None:
         """Returns when all of the stage is ready."""
@@ -302,22 +304,29 @@ class _Keeper:
             self._processes[service.name].wait_ready()
 
     def check(self) -> None:
-        """Starts again what died.
+        """Starts again what died, later each time: a SuperLink takes a SuperNode for alive a minute longer.
 
         Raises:
             StackError: it dies again and again.
         """
-        for name, process in list(self._processes.items()):
-            if process.exit_status() is None:
-                continue
-            told = process.obituary()
-            self._restarts[name] = self._restarts.get(name, 0) + 1
-            if self._restarts[name] > RESTARTS:
-                raise StackError(told)
-            process.stop()  # what it started, too
-            self._say(f"{told.splitlines()[0].rstrip(';:')}; it is started again")
-            process.log.rename(process.log.with_name(f"{name}.{self._restarts[name]}.log"))
-            self._processes[name] = Process(process.service, self._servers.logs)
+        for name, process in self._processes.items():
+            if name in self._due:
+                if time.monotonic() >= self._due[name]:
+                    del self._due[name]
+                    self._processes[name] = Process(process.service, self._servers.logs)
+            elif process.exit_status() is not None:
+                self._died(name, process)
+
+    def _died(self, name: str, process: Process) -> None:
+        told = process.obituary()
+        deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
+        if deaths > RESTARTS:
+            raise StackError(told)
+        process.stop()  # what it started, too
+        process.log.rename(process.log.with_name(f"{name}.{deaths}.log"))
+        wait_s = min(2.0 ** (deaths - 1), LONGEST_WAIT_S)
+        self._due[name] = time.monotonic() + wait_s
+        self._say(f"{told.split(';')[0]}; it is started again in {wait_s:g} s")
 
     def stop(self) -> None:
         """Last started first."""
