@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -154,7 +155,6 @@ def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
         folder.mkdir(mode=0o700)
     _write_certificates(servers.keys)
     for index in range(servers.count):
-        _write_node_key(servers.keys / f"supernode-{index + 1}")
         _write_part(servers, rounds, flower, index)
     for name in ("superlink", *(f"supernode-{index + 1}" for index in range(servers.count))):
         _write_secret(servers.keys / f"{name}.secret", secrets.token_bytes(32))
@@ -261,7 +261,22 @@ def _supernode(servers: _Servers, index: int) -> Service:
         ready=log_has(".*SuperNode ID: .*"),
         ports={"runtime": port},
         environment=servers.environment(),
+        prepare=lambda: _register(servers, name),
     )
+
+
+def _register(servers: _Servers, name: str) -> None:
+    """Gives a SuperNode a key that the SuperLink knows.
+
+    A new one at each start: one that died is taken for alive for a minute, in which its key is refused and each
+    round waits for it; so it is unregistered, and its round goes on without it.
+    """
+    for log in servers.logs.glob(f"{name}.*.log"):
+        for node in re.findall(r"SuperNode ID: (\d+)", log.read_text(errors="replace")):
+            _flwr(servers, "supernode", "unregister", node, CONNECTION)
+        log.rename(log.with_suffix(".old"))
+    _write_node_key(servers.keys / name)
+    _flwr(servers, "supernode", "register", str(servers.keys / f"{name}.pub"), CONNECTION)
 
 
 def _superexec(servers: _Servers, whose: str, port: int) -> Service:
@@ -342,8 +357,6 @@ def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[_Keeper]
         first, second, third = _stages(servers)
         say(f"Starting a SuperLink, {servers.count} aggregators and their SuperNodes; logs: {servers.logs}")
         keeper.start(first)
-        for index in range(servers.count):
-            _flwr(servers, "supernode", "register", str(servers.keys / f"supernode-{index + 1}.pub"), CONNECTION)
         keeper.start(second)
         keeper.start(third)
         job = f"job={json.dumps(str(servers.job / 'job.json'))}"
@@ -491,6 +504,6 @@ def _write_node_key(file: Path) -> None:
 
 def _write_secret(file: Path, content: bytes) -> None:
     """For its owner only."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as out:
         out.write(content)
