@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,7 @@ class Progress:
 @server.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Runs the job's rounds."""
+    _end_with_parent()
     from hybrid.federation.server_app import server_app
     from hybrid.federation.strategy import NoisedSum
     from hybrid.federation.training import optimizer_for
@@ -162,6 +164,18 @@ def _wait_for_nodes(grid: Grid, job: Job) -> None:
         time.sleep(_POLL_S)
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: Flower's own way waits for a SuperLink to answer."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @client.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Opens the round at the node's aggregator.
@@ -169,6 +183,7 @@ def train(message: Message, context: Context) -> Message:
     Raises:
         ConfigError: the node's config does not say where that is.
     """
+    _end_with_parent()
     node = context.node_config
     if not {"aggregator", "token"} <= set(node):
         raise ConfigError(f"--node-config must give aggregator (a URL) and token (a file), got {sorted(node)}")

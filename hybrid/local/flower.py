@@ -327,21 +327,30 @@ class _Keeper:
         for name, process in self._processes.items():
             if name in self._due:
                 if time.monotonic() >= self._due[name]:
-                    del self._due[name]
-                    self._processes[name] = Process(process.service, self._servers.logs)
+                    self._start_again(name, process.service)
             elif process.exit_status() is not None:
-                self._died(name, process)
+                told = process.obituary()
+                process.stop()  # what it started, too
+                self._put_off(name, told)
 
-    def _died(self, name: str, process: Process) -> None:
-        told = process.obituary()
+    def _start_again(self, name: str, service: Service) -> None:
+        log = self._servers.logs / f"{name}.log"
+        if log.exists():
+            log.rename(log.with_name(f"{name}.{self._deaths[name]}.log"))
+        try:
+            self._processes[name] = Process(service, self._servers.logs)
+        except StackError as error:  # what it needs may itself be down for a moment
+            self._put_off(name, str(error))
+        else:
+            del self._due[name]
+
+    def _put_off(self, name: str, told: str) -> None:
         deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
         if deaths > RESTARTS:
             raise StackError(told)
-        process.stop()  # what it started, too
-        process.log.rename(process.log.with_name(f"{name}.{deaths}.log"))
         wait_s = min(2.0 ** (deaths - 1), LONGEST_WAIT_S)
         self._due[name] = time.monotonic() + wait_s
-        self._say(f"{told.split(';')[0]}; it is started again in {wait_s:g} s")
+        self._say(f"{told.split(';', maxsplit=1)[0]}; it is started again in {wait_s:g} s")
 
     def stop(self) -> None:
         """Last started first."""
