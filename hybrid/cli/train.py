@@ -98,6 +98,9 @@ def train(
         Where | None,
         typer.Option(help="local: over a real Flower SuperLink, two SuperNodes and two aggregators, started for it."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where users of federated rounds are trained, as torch names it: cpu, cuda, cuda:1.")
+    ] = "cpu",
     run: Annotated[
         str | None,
         typer.Option(
@@ -163,6 +166,7 @@ def train(
             progress=progress,
             fleet=None if fleet is None else _fleet(fleet, deadline),
             federation=None if federation is None else _local_flower(registry.model(model).file),
+            device=device,
         )
     version = registry.create_version(
         model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest

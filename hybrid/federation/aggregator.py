@@ -91,7 +91,7 @@ class PaidMechanism:
     Args:
         settings: of every round.
         ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
-        seed: of the noise; None: the operating system's, which nobody can repeat.
+        seed: of the noise; None: it is the operating system's, as people's is.
         size: p, the length of a flat update.
 
     Raises:
@@ -104,14 +104,15 @@ class PaidMechanism:
         self._settings, self._ledger, self._seed = settings, ledger, seed
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(size)
-        made = [] if ledger is None else [entry for entry in ledger.entries if entry.purpose == PURPOSE]
-        if made and seed is None:  # a process that takes over: an adaptive clip goes on from about where it was
-            self._state = replace(self._state, clip=made[-1].clip)
 
     @property
     def clip(self) -> float:
         """The L2 norm that the next round clips to."""
         return self._state.clip
+
+    def go_on(self, clip: float) -> None:
+        """Goes on with an adaptive clip where a process before left it: at the norm of its last release."""
+        self._state = replace(self._state, clip=clip)
 
     def next_attempt(self, number: int) -> int:
         """At round `number`."""
@@ -135,7 +136,8 @@ class PaidMechanism:
                 event = self._settings.event
                 self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
 
-        source = SystemNoise() if self._seed is None else SeededNoise(self._seed, NOISE, number, attempt)
+        seed = self._seed
+        source = SystemNoise() if seed is None else SeededNoise(seed, NOISE, number, attempt)
         noise = PaidNoise(source, pay)
         self._state, release = self._mechanism.step(self._state, cohort, noise)
         return release

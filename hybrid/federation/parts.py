@@ -61,6 +61,7 @@ class Part(Declared):
         seed: of coins and local order.
         attempts_before: at any round, at most, by earlier trainings of the run: their coins are not tossed again.
         training: how users train.
+        device: where, as torch names it.
         sampling, clip, noise_multiplier, quantile, planned_cohort: see `hybrid.federation.aggregator.Round`.
         budget: None: without noise, privacy and ledger.
         port: TCP, on loopback.
@@ -75,6 +76,7 @@ class Part(Declared):
     seed: Index
     attempts_before: Index
     training: Training
+    device: str = "cpu"
     sampling: float
     clip: float
     noise_multiplier: float
@@ -163,11 +165,10 @@ def aggregate(part: Part) -> None:
     network = Network.build(model, seed=part.seed)
     with np.load(part.folder / "network.npz") as weights:
         network.load_weights(dict(weights))
-    engine = engine_for(network, Examples.open(part.folder / "examples"), part.training)
+    engine = engine_for(network, Examples.open(part.folder / "examples"), part.training, part.device)
     ledger = open_ledger(part)
-    mechanism = PaidMechanism(part.round, ledger, seed=None, size=engine.size)
     app = control_app(
-        PartAggregator(part, engine, mechanism),
+        PartAggregator(part, engine, paid_mechanism(part, ledger, engine.size)),
         read_token(part.folder / "token"),
         size=engine.size,
         folder=part.folder / "release",
@@ -176,6 +177,20 @@ def aggregate(part: Part) -> None:
         serve(app, host="127.0.0.1", port=part.port, certificate=part.certificate, key=part.key)
     if ledger is not None:
         ledger.close()
+
+
+def paid_mechanism(part: Part, ledger: Ledger | None, size: int) -> PaidMechanism:
+    """Its mechanism; an adaptive clip goes on from about where a process before left it.
+
+    Args:
+        part: its settings.
+        ledger: of `open_ledger`.
+        size: p, the length of a flat update.
+    """
+    mechanism = PaidMechanism(part.round, ledger, seed=None, size=size)
+    if ledger is not None and ledger.entries:
+        mechanism.go_on(ledger.entries[-1].clip)
+    return mechanism
 
 
 def open_ledger(part: Part) -> Ledger | None:

@@ -84,6 +84,7 @@ def train(
     progress: Progress | None = None,
     fleet: OnFleet | None = None,
     federation: Federation | None = None,
+    device: str = "cpu",
 ) -> Trained:
     """Trains a model on a population it can see whole: a simulation, in one process but for a `federation`.
 
@@ -110,11 +111,13 @@ def train(
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
         fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
         federation: runs the federated rounds in place of this process.
+        device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
+            on the same one only.
 
     Raises:
         FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger.
-        ConfigError: the budget, delta, optimiser or label does not allow this training, or a fleet is given to a
-            federation.
+        ConfigError: the budget, delta, optimiser, label or device does not allow this training, or a fleet is
+            given to a federation.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
@@ -125,7 +128,9 @@ def train(
     network = Network.build(model, seed=seed)
     if federation is not None and (fleet is not None or kind not in ("federated", "noiseless")):
         raise ConfigError("federation must be left out with a fleet, and where there are no federated rounds")
-    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, federation)
+    run = _Run(
+        kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device, federation
+    )
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -158,6 +163,7 @@ class Rounds:
         initial: (p,) the weights to start from.
         planned_cohort: expected number of participants of a round.
         seed: of coins.
+        device: where users are trained, as torch names it.
         delta: of the account; None: without noise and privacy.
         attempts_before: at any round, at most, by earlier trainings of the run.
         folder: of the run.
@@ -170,6 +176,7 @@ class Rounds:
     initial: Float32 = field(repr=False)
     planned_cohort: float
     seed: int
+    device: str
     delta: float | None
     attempts_before: int
     folder: Path
@@ -240,6 +247,7 @@ class _Run:
     settings: Training
     progress: Progress | None
     fleet: OnFleet | None = None
+    device: str = "cpu"
     federation: Federation | None = None
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
@@ -323,12 +331,16 @@ class _Ready:
 def _prepared(run: _Run) -> _Ready:
     if run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
-    engine = engine_for(run.network, run.examples, run.settings)
+    engine = engine_for(run.network, run.examples, run.settings, run.device)
     return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
 
 
-def engine_for(network: Network, examples: Examples, settings: Training) -> Engine:
-    """Trains users as the settings say."""
+def engine_for(network: Network, examples: Examples, settings: Training, device: str = "cpu") -> Engine:
+    """Trains users as the settings say, on the device.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     return Engine.build(
         network,
         examples,
@@ -336,6 +348,7 @@ def engine_for(network: Network, examples: Examples, settings: Training) -> Engi
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
         upload=settings.upload,
+        device=device,
     )
 
 
@@ -385,6 +398,7 @@ def _elsewhere(run: _Run, ready: _Ready, rounds: Round, planned: float, ledger: 
         initial=side.flat(),
         planned_cohort=planned,
         seed=run.seed,
+        device=run.device,
         delta=None if ledger is None else ledger.delta,
         attempts_before=before,
         folder=run.folder,

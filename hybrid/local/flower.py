@@ -189,6 +189,7 @@ def _write_part(servers: _Servers, rounds: Rounds, flower: LocalFlower, index: i
         seed=rounds.seed,
         attempts_before=rounds.attempts_before,
         training=rounds.settings,
+        device=rounds.device,
         sampling=how.sampling,
         clip=how.clip,
         noise_multiplier=how.noise_multiplier,

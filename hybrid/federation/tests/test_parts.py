@@ -3,9 +3,9 @@ import pytest
 
 from hybrid import Training
 from hybrid.errors import BudgetExceeded, ConfigError, FederationError
-from hybrid.federation.aggregator import PaidMechanism, Round, SimulatedAggregator
+from hybrid.federation.aggregator import Round, SimulatedAggregator
 from hybrid.federation.client_app import client_app
-from hybrid.federation.parts import Budget, Part, PartAggregator, open_ledger, write_rows
+from hybrid.federation.parts import Budget, Part, PartAggregator, open_ledger, paid_mechanism, write_rows
 from hybrid.federation.population import Examples
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
@@ -49,7 +49,7 @@ def part(tiny_model, tiny_examples, tmp_path):
         write_rows(folder, everybody, index, of)
         engine = engine_for(network, Examples.open(folder / "examples"), BATCHES)
         ledgers.append(open_ledger(settings))
-        mechanism = PaidMechanism(settings.round, ledgers[-1], seed=None, size=engine.size)
+        mechanism = paid_mechanism(settings, ledgers[-1], engine.size)
         return PartAggregator(settings, engine, mechanism), engine.side.flat(), ledgers[-1]
 
     yield build
