@@ -35,8 +35,9 @@ from hybrid.privacy.ledger import FILE as LEDGER
 from hybrid.privacy.ledger import Ledger
 
 CONNECTION = "local"  # its name in Flower's own config
-RESTARTS = 9  # of one server
-LONGEST_WAIT_S = 15.0  # before one
+RESTARTS = 9  # of a server that does not live for long
+SETTLED_S = 30.0  # after which it did
+LONGEST_WAIT_S = 15.0  # before a restart
 START_TIMEOUT_S = 120.0
 ROUND_TIMEOUT_S = 180.0
 _COMMAND_TIMEOUT_S = 60.0
@@ -309,13 +310,14 @@ class _Keeper:
     def __init__(self, servers: _Servers, say: Callable[[str], None]) -> None:
         self._servers, self._say = servers, say
         self._processes: dict[str, Process] = {}
-        self._deaths: dict[str, int] = {}
+        self._since: dict[str, float] = {}
+        self._deaths: dict[str, int] = {}  # since it last lived for long
         self._due: dict[str, float] = {}  # of those that are down: when to start them
 
     def start(self, stage: Sequence[Service]) -> None:
         """Returns when all of the stage is ready."""
         for service in stage:
-            self._processes[service.name] = Process(service, self._servers.logs)
+            self._start(service)
         for service in stage:
             self._processes[service.name].wait_ready()
 
@@ -332,14 +334,20 @@ class _Keeper:
             elif process.exit_status() is not None:
                 told = process.obituary()
                 process.stop()  # what it started, too
+                if time.monotonic() - self._since[name] > SETTLED_S:
+                    self._deaths[name] = 0
                 self._put_off(name, told)
+
+    def _start(self, service: Service) -> None:
+        self._processes[service.name] = Process(service, self._servers.logs)
+        self._since[service.name] = time.monotonic()
 
     def _start_again(self, name: str, service: Service) -> None:
         log = self._servers.logs / f"{name}.log"
         if log.exists():
-            log.rename(log.with_name(f"{name}.{self._deaths[name]}.log"))
+            log.rename(log.with_name(f"{name}.{len(list(self._servers.logs.glob(f'{name}.*')))}.log"))
         try:
-            self._processes[name] = Process(service, self._servers.logs)
+            self._start(service)
         except StackError as error:  # what it needs may itself be down for a moment
             self._put_off(name, str(error))
         else:
