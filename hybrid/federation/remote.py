@@ -210,8 +210,8 @@ def _guarded(handler: Handler, token: str) -> Handler:
             return await handler(request)
         except StaleRound as error:
             refused = _Refused(410, "stale", str(error))
-        except CohortTooSmall as error:
-            refused = _Refused(409, "cohort_too_small", str(error))
+        except CohortTooSmall:  # not its text: it says how many did
+            refused = _Refused(409, "cohort_too_small", "fewer answered than may be released together")
         except BudgetExceeded as error:
             refused = _Refused(403, "budget_exceeded", str(error))
         except _Refused as error:
