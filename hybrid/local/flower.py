@@ -63,6 +63,7 @@ class LocalFlower:
     aggregators: int = 2
     say: Callable[[str], None] = field(default=lambda _: None, repr=False)
     round_timeout_s: float = ROUND_TIMEOUT_S
+    name = "local"
     assumption = (
         "simulated devices, whose coins repeat with the seed (it is in the run's config.json); noise is from the "
         "operating system, of each aggregator for its own people, so that the largest of their epsilons is "

@@ -152,7 +152,7 @@ def test_a_part_is_read_as_it_was_written(part, tmp_path):
 class InThisProcess:
     """A federation of two parts without servers; notes what the run's ledger says when it begins."""
 
-    assumption = "as a test says"
+    name, assumption = "test", "as a test says"
 
     def __init__(self, part, fails_after=None):
         self.part, self.fails_after = part, fails_after
