@@ -5,12 +5,13 @@ from hybrid import Training
 from hybrid.errors import BudgetExceeded, ConfigError, FederationError
 from hybrid.federation.aggregator import Round, SimulatedAggregator
 from hybrid.federation.client_app import client_app
+from hybrid.federation.fleet import PHONES, Trace
 from hybrid.federation.parts import Budget, Part, PartAggregator, open_ledger, paid_mechanism, write_rows
 from hybrid.federation.population import Examples
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
-from hybrid.federation.training import Outcome, engine_for, optimizer_for, train
+from hybrid.federation.training import OnFleet, Outcome, engine_for, optimizer_for, train
 from hybrid.network import Network
 from hybrid.privacy.ledger import Ledger
 
@@ -189,6 +190,37 @@ def test_a_federation_that_ends_early_costs_all_that_it_may_have_released(part, 
     with pytest.raises(FederationError):
         train(tiny_model(training=BATCHES), tiny_examples(USERS), run_dir=tmp_path / "run", federation=federation)
     assert len(Ledger.read(tmp_path / "run").entries) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"resume": True}, "resume must be left out with a federation"),
+        ({"kind": "central"}, "federation must be left out"),
+        ({"fleet": OnFleet(Trace.load(PHONES), 60.0)}, "federation must be left out with a fleet"),
+    ],
+)
+def test_a_federation_is_refused_with_what_it_cannot_do(part, tiny_model, tiny_examples, tmp_path, given, told):
+    """Before anything is written."""
+    with pytest.raises(ConfigError, match=told):
+        train(
+            tiny_model(training=BATCHES),
+            tiny_examples(USERS),
+            run_dir=tmp_path / "run",
+            federation=InThisProcess(part),
+            **given,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_federation_is_not_resumed_in_one_process(part, tiny_model, tiny_examples, tmp_path):
+    """Its noise was drawn elsewhere: the run's config says so, and what it was charged stays."""
+    model, people, run = tiny_model(training=BATCHES), tiny_examples(USERS), tmp_path / "run"
+    with pytest.raises(FederationError):
+        train(model, people, run_dir=run, federation=InThisProcess(part, fails_after=1))
+    with pytest.raises(ConfigError, match="federation of run 'run' must stay 'test' to resume it, got None"):
+        train(model, people, run_dir=run, resume=True)
+    assert len(Ledger.read(run).entries) == 4
 
 
 def test_a_second_training_of_a_run_is_charged_besides_the_first(part, tiny_model, tiny_examples, tmp_path):
