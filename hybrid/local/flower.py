@@ -74,10 +74,10 @@ class LocalFlower:
         """See `hybrid.federation.training.Federation`."""
         folder = _new_folder(rounds.folder)
         servers = _Servers(folder, self.aggregators)
-        _prepare(servers, rounds, self)
         try:
-            with _running(servers, self.say) as keeper:
-                failed = _follow(servers, keeper, after)
+            _prepare(servers, rounds, self)
+            with _running(servers, self.say) as (keeper, run):
+                failed = _follow(servers, keeper, run, after)
             return Outcome(_last_clip(servers, rounds), failed)
         except StackError as error:
             raise FederationError(str(error)) from None
@@ -369,8 +369,8 @@ class _Keeper:
 
 
 @contextmanager
-def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[_Keeper]:
-    """All servers, ready, with a run begun on them."""
+def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[tuple[_Keeper, str]]:
+    """All servers, ready, and the id of a run that was begun on them."""
     keeper = _Keeper(servers, say)
     try:
         first, second, third = _stages(servers)
@@ -379,13 +379,16 @@ def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[_Keeper]
         keeper.start(second)
         keeper.start(third)
         job = f"job={json.dumps(str(servers.job / 'job.json'))}"
-        _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
-        yield keeper
+        told = _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
+        run = re.search(r"started run (\d+)", told)
+        if run is None:
+            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
+        yield keeper, run[1]
     finally:
         keeper.stop()
 
 
-def _follow(servers: _Servers, keeper: _Keeper, after: Callable[[int, Float32], None]) -> int:
+def _follow(servers: _Servers, keeper: _Keeper, run: str, after: Callable[[int, Float32], None]) -> int:
     """Hands on the weights after each round; returns in how many rounds no node answered.
 
     Raises:
@@ -401,18 +404,20 @@ def _follow(servers: _Servers, keeper: _Keeper, after: Callable[[int, Float32], 
         if failed is not None:
             return failed
         if process is not None and not runs:
-            raise FederationError(f"the ServerApp ended before its last round; {_told(servers)}")
+            raise FederationError(f"the ServerApp ended before its last round; {_told(servers, run)}")
         if process is None and time.monotonic() > deadline:
-            raise FederationError(f"the ServerApp did not start within {START_TIMEOUT_S:g} s; {_told(servers)}")
+            raise FederationError(f"the ServerApp did not start within {START_TIMEOUT_S:g} s; {_told(servers, run)}")
         keeper.check()
         time.sleep(_POLL_S)
 
 
-def _told(servers: _Servers) -> str:
+def _told(servers: _Servers, run: str) -> str:
     """The end of what the ServerApp logged."""
-    log = servers.logs / "superlink-apps.log"
-    lines = log.read_text(errors="replace").splitlines()[-15:] if log.exists() else []
-    return "\n".join([f"the last lines of {log}:", *(f"  {line}" for line in lines)])
+    try:
+        lines = _flwr(servers, "log", run, CONNECTION, "--show").splitlines()[-15:]
+    except StackError as error:
+        return str(error)
+    return "\n".join(["its last lines:", *(f"  {line}" for line in lines)])
 
 
 def _flwr(servers: _Servers, *words: str) -> str:
@@ -458,7 +463,7 @@ def _remove_private(servers: _Servers) -> None:
     for file in servers.folder.glob("superlink.db*"):
         file.unlink()
     for index in range(servers.count):
-        for item in servers.aggregator(index).iterdir():
+        for item in servers.aggregator(index).glob("*"):
             if item.is_dir():
                 shutil.rmtree(item, ignore_errors=True)
             elif item.name != LEDGER:
