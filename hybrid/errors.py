@@ -47,6 +47,14 @@ class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 
 
+class AggregatorError(HybridError):
+    """An aggregator cannot be reached, or does not do what it is asked."""
+
+
+class FederationError(HybridError):
+    """The servers of a federated training could not start, or died; it ended before its last round."""
+
+
 class ServingError(HybridError):
     """One inference request cannot be answered with a prediction.
 

@@ -24,6 +24,7 @@ from hybrid.privacy.mechanisms import (
     PaidNoise,
     Release,
     SeededNoise,
+    SystemNoise,
     adaptive_gaussian_sum,
     gaussian_sum,
     quantile_noise_for,
@@ -127,7 +128,7 @@ class PaidMechanism:
     Args:
         settings: of every round.
         ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
-        seed: of the noise.
+        seed: of the noise; None: it is the operating system's, as people's is.
         size: p, the length of a flat update.
         repeats: entries of rounds that are only computed again, after a restart: see `next_attempt`.
 
@@ -136,7 +137,13 @@ class PaidMechanism:
     """
 
     def __init__(
-        self, settings: Round, ledger: Ledger | None, *, seed: int, size: int, repeats: Iterable[AnyEntry] = ()
+        self,
+        settings: Round,
+        ledger: Ledger | None,
+        *,
+        seed: int | None,
+        size: int,
+        repeats: Iterable[AnyEntry] = (),
     ) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
@@ -162,6 +169,10 @@ class PaidMechanism:
     def released(self) -> int:
         """How many rounds it has released: with a matrix, steps of the horizon that are used up."""
         return self._state.round
+
+    def go_on(self, clip: float) -> None:
+        """Goes on with an adaptive clip where a process before left it: at the norm of its last release."""
+        self._state = replace(self._state, clip=clip)
 
     def next_attempt(self, number: int) -> int:
         """At round `number`: a new one, with noise and a ledger entry of its own, unless the round is a repetition.
@@ -203,7 +214,9 @@ class PaidMechanism:
             if self._ledger is not None and (paid is None or attempt != paid.attempt):
                 self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt, step=step)
 
-        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
+        seed = self._seed
+        source = SystemNoise() if seed is None else SeededNoise(seed, NOISE, number, attempt)
+        noise = PaidNoise(source, pay)
         self._state, release = self._mechanism.step(self._state, cohort, noise)
         return release
 
