@@ -19,6 +19,7 @@ from hybrid.privacy.mechanisms import (
     PaidNoise,
     Release,
     SeededNoise,
+    SystemNoise,
     adaptive_gaussian_sum,
     gaussian_sum,
     quantile_noise_for,
@@ -90,14 +91,14 @@ class PaidMechanism:
     Args:
         settings: of every round.
         ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
-        seed: of the noise.
+        seed: of the noise; None: it is the operating system's, as people's is.
         size: p, the length of a flat update.
 
     Raises:
         ConfigError: noise is drawn, and there is no ledger to pay for what it covers.
     """
 
-    def __init__(self, settings: Round, ledger: Ledger | None, *, seed: int, size: int) -> None:
+    def __init__(self, settings: Round, ledger: Ledger | None, *, seed: int | None, size: int) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
         self._settings, self._ledger, self._seed = settings, ledger, seed
@@ -131,7 +132,9 @@ class PaidMechanism:
                 event = self._settings.event
                 self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
 
-        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
+        seed = self._seed
+        source = SystemNoise() if seed is None else SeededNoise(seed, NOISE, number, attempt)
+        noise = PaidNoise(source, pay)
         self._state, release = self._mechanism.step(self._state, cohort, noise)
         return release
 

@@ -1,0 +1,215 @@
+"""Rounds of real devices: `device_runtime` clients, stores, bundles and training, against the aggregator's service."""
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from device_runtime.aggregator import Aggregator
+from device_runtime.eligibility import Readings
+from device_runtime.host import ScriptedHost
+from device_runtime.participation import Participation
+from device_runtime.program import open_bundle
+from device_runtime.store import Store
+from device_runtime.trainer import Trainer
+from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, View
+from hybrid.bundle import Manifest, signing_key, trusted_key, write_bundle
+from hybrid.export.executorch import device_programs
+from hybrid.export.training import training_program
+from hybrid.federation.aggregator import Round, SimulatedAggregator
+from hybrid.federation.checkin import listening
+from hybrid.federation.client_app import client_app
+from hybrid.federation.engine import Engine
+from hybrid.federation.fleet_aggregator import FleetAggregator, Task
+from hybrid.federation.optimizers import ServerOptimizer
+from hybrid.federation.population import Examples
+from hybrid.federation.server_app import server_app
+from hybrid.federation.simulation import simulate
+from hybrid.federation.strategy import NoisedSum
+from hybrid.local.devices import GOOD, People
+from hybrid.local_training import LocalTraining
+from hybrid.network import Network
+from hybrid.plan import Local, Policy
+
+USERS = 200
+LAX = Policy(separation_s=0, participations=1000)
+LOCAL = Local(steps=3, lr=0.5)
+KEY = bytes(range(32))
+
+
+class Match(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+
+    def forward(self, server, device):
+        return self.linear(torch.cat([server, device], dim=1)).squeeze(-1)
+
+
+MODEL = HybridModel(
+    name="kiosk",
+    server=Server(
+        service="kiosks",
+        entity=Entity(name="shop", join_key="shop_id"),
+        views=(View(name="shops", source=Path("shops.parquet"), features={"size": Numeric(mean=3, std=2)}),),
+        max_feature_age=timedelta(hours=1),
+    ),
+    device={"mood": Categorical(vocabulary=("glad", "so-so", "sad")), "steps": Log1p(mean=8, std=2)},
+    server_tower=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 4)),
+    device_tower=lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 4)),
+    head=Match,
+    label=Label(column="bought", visible_to="server"),
+    privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
+    merge="server",
+    release=Clear(reason="a test of devices that take part"),
+)
+
+
+@dataclass
+class ByHand:
+    """A clock that goes forward when it is told to, from what it was at the start.
+
+    Attributes:
+        waiting: set while a round is open.
+    """
+
+    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    waiting: threading.Event = field(default_factory=threading.Event)
+    _moved: threading.Condition = field(default_factory=threading.Condition)
+
+    def now_ms(self):
+        return self.at_ms
+
+    def wait(self, stop, until_ms):
+        self.waiting.set()
+        with self._moved:
+            assert self._moved.wait_for(lambda: self.at_ms >= until_ms or stop.is_set(), 120)
+        self.waiting.clear()
+
+    def forward(self, seconds):
+        with self._moved:
+            self.at_ms += round(1e3 * seconds)
+            self._moved.notify_all()
+
+
+@dataclass
+class World:
+    """A version of the model, its bundle, and people."""
+
+    folder: Path
+
+    def __post_init__(self):
+        self.network = Network.build(MODEL, seed=5)
+        self.key = signing_key(self.folder / "keys")
+        self.trust = self.folder / "keys" / "bundle-signing.pub"
+        self.bundle = self.folder / "kiosk-4.bundle"
+        program, train = training_program(self.network, server_tower=False, missing=False)
+        manifest = Manifest(
+            model="kiosk",
+            version=4,
+            definition_hash="cd" * 32,
+            features=MODEL.device_features,
+            request={},
+            server_embedding=4,
+            device_embedding=4,
+            merge="server",
+            release=MODEL.release,
+            programs={},
+            train=train,
+        )
+        self.manifest = write_bundle(
+            self.bundle, manifest, device_programs(self.network) | {"train.pte": program}, self.key
+        )
+        self.key_file = self.folder / "store.key"
+        self.key_file.write_text(KEY.hex())
+        self.key_file.chmod(0o600)
+        random = np.random.default_rng(17)
+        offsets = np.r_[0, np.cumsum(random.integers(1, 30, USERS))]
+        rows = offsets[-1]
+        sizes = random.normal(3, 2, rows).round(3)
+        slots = MODEL.server_features.slots(MODEL.server_features.inputs({"size": sizes.tolist()}))
+        with torch.no_grad():
+            embedded = self.network.server_program()(torch.from_numpy(slots)).numpy()
+        self.people = People(
+            offsets=offsets,
+            entity=["bakery"] * rows,
+            request={},
+            features={
+                "mood": [["glad", "so-so", "sad", "else", None][i] for i in random.integers(0, 5, rows)],
+                "steps": [None if i == 0 else float(i * 100) for i in random.integers(0, 200, rows)],
+            },
+            server=embedded,
+            labels=random.integers(0, 2, rows).astype(np.float32),
+        )
+        device = MODEL.device_features
+        encoded = device.encode(device.slots(device.inputs(self.people.features)))
+        self.examples = Examples(MODEL.server_features.encode(slots), encoded, self.people.labels, offsets, "people")
+
+    def engine(self) -> Engine:
+        return Engine.build(self.network, self.examples, LocalTraining(steps=LOCAL.steps, lr=LOCAL.lr))
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.engine().side.flat()
+
+    def task(self, **fields) -> Task:
+        about = {"model": "kiosk", "version": 4, "definition_hash": "cd" * 32, "policy": LAX, "local": LOCAL}
+        return Task(**about | {"parameters": len(self.weights), "round_s": 3600, "wanted": USERS} | fields)
+
+    def store(self, file: Path, users: range) -> Path:
+        with Store.open(file, KEY, self.manifest) as store:
+            self.people.store(store, users, 4)
+        return file
+
+    def sessions(self, store: Path, devices: range, url: str) -> list:
+        """One session of each device; how they ended."""
+        bundle, trusted, host = (
+            open_bundle(self.bundle, self.trust),
+            trusted_key(self.trust),
+            ScriptedHost([Readings(**GOOD)]),
+        )
+        trainer = Trainer(bundle)
+        with Store.open(store, KEY, self.manifest) as kept:
+
+            async def one(device):
+                asked = Aggregator(url)
+                participation = Participation(bundle, trainer, kept, host, asked, trusted, device=device, own=LAX)
+                return (await participation.session()).ending
+
+            return [asyncio.run(one(device)) for device in devices]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture(scope="module")
+def everybody(world, tmp_path_factory) -> Path:
+    """The store of all people's devices."""
+    return world.store(tmp_path_factory.mktemp("stores") / "devices.store", range(USERS))
+
+
+def test_a_round_of_20_devices_is_the_simulators(world, everybody):
+    clock = ByHand()
+    aggregator = FleetAggregator(world.task(), Round(1.0, 0.05, 0.0, minimum=20), None, world.key, clock=clock)
+    with listening(aggregator) as port:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(aggregator.run_round(1, world.weights)))
+        thread.start()
+        clock.waiting.wait(10)
+        endings = world.sessions(everybody, range(20), f"http://127.0.0.1:{port}")
+        clock.forward(3600)
+        thread.join(10)
+    assert endings == ["uploaded"] * 20
+    (release,) = found
+    expected = world.engine().clipped_sum(world.weights, np.arange(20), 0.05)
+    assert np.linalg.norm(expected.total) > 0.1
+    np.testing.assert_allclose(release.sum, expected.total, atol=1e-5)
