@@ -1,9 +1,8 @@
 """Rounds of real devices: `device_runtime` clients, stores, bundles and training, against the aggregator's service."""
 
 import asyncio
-import threading
-import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from hybrid.export.training import training_program
 from hybrid.federation.aggregator import Round, SimulatedAggregator
 from hybrid.federation.checkin import listening
 from hybrid.federation.client_app import client_app
+from hybrid.federation.clock import ManualClock
 from hybrid.federation.engine import Engine
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
 from hybrid.federation.optimizers import ServerOptimizer
@@ -70,33 +70,6 @@ MODEL = HybridModel(
     merge="server",
     release=Clear(reason="a test of devices that take part"),
 )
-
-
-@dataclass
-class ByHand:
-    """A clock that goes forward when it is told to, from what it was at the start.
-
-    Attributes:
-        waiting: set while a round is open.
-    """
-
-    at_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    waiting: threading.Event = field(default_factory=threading.Event)
-    _moved: threading.Condition = field(default_factory=threading.Condition)
-
-    def now_ms(self):
-        return self.at_ms
-
-    def wait(self, stop, until_ms):
-        self.waiting.set()
-        with self._moved:
-            assert self._moved.wait_for(lambda: self.at_ms >= until_ms or stop.is_set(), 120)
-        self.waiting.clear()
-
-    def forward(self, seconds):
-        with self._moved:
-            self.at_ms += round(1e3 * seconds)
-            self._moved.notify_all()
 
 
 @dataclass
@@ -197,19 +170,43 @@ def everybody(world, tmp_path_factory) -> Path:
     return world.store(tmp_path_factory.mktemp("stores") / "devices.store", range(USERS))
 
 
-def test_a_round_of_20_devices_is_the_simulators(world, everybody):
-    clock = ByHand()
-    aggregator = FleetAggregator(world.task(), Round(1.0, 0.05, 0.0, minimum=20), None, world.key, clock=clock)
-    with listening(aggregator) as port:
-        found = []
-        thread = threading.Thread(target=lambda: found.append(aggregator.run_round(1, world.weights)))
-        thread.start()
-        clock.waiting.wait(10)
-        endings = world.sessions(everybody, range(20), f"http://127.0.0.1:{port}")
-        clock.forward(3600)
-        thread.join(10)
-    assert endings == ["uploaded"] * 20
-    (release,) = found
-    expected = world.engine().clipped_sum(world.weights, np.arange(20), 0.05)
-    assert np.linalg.norm(expected.total) > 0.1
-    np.testing.assert_allclose(release.sum, expected.total, atol=1e-5)
+def served(world: World, store: Path, devices: range, settings: Round, rounds: int, weights, on_round) -> list:
+    """Flower's server app over the aggregator's service, each of its rounds once all devices have had a session."""
+    clock, endings = ManualClock(), []
+    aggregator = FleetAggregator(world.task(), settings, None, world.key, clock=clock)
+    with listening(aggregator) as port, ThreadPoolExecutor(1) as thread:
+
+        def attend() -> None:
+            for _ in range(rounds):
+                assert clock.waited_for.wait(60)
+                endings.extend(world.sessions(store, devices, f"http://127.0.0.1:{port}"))
+                clock.waited_for.clear()
+                clock.forward(3600)
+
+        attended = thread.submit(attend)
+        run_server(aggregator, len(devices), rounds, weights, on_round)
+        attended.result(60)
+    return endings
+
+
+def run_server(aggregator, planned: float, rounds: int, weights: np.ndarray, on_round) -> None:
+    strategy = NoisedSum(planned, ServerOptimizer("SGD", 1.0, weights, {"momentum": 0.5}))
+    simulate(server_app(strategy, weights, rounds, on_round), {1: client_app(aggregator)})
+
+
+def test_200_devices_train_what_the_simulator_trains(world, everybody):
+    """The same plan, people and server, two rounds, half of the updates longer than the clip, and no noise.
+
+    Everybody takes part (sampling 1) with all rows in each local step, so that nothing is left to chance.
+    """
+    norms = np.linalg.norm(np.concatenate(list(world.engine().updates(world.weights, np.arange(USERS)))), axis=1)
+    settings = Round(sampling=1.0, clip=float(np.median(norms)), noise_multiplier=0.0, minimum=USERS)
+    wire, simulated = {}, {}
+    endings = served(world, everybody, range(USERS), settings, 2, world.weights, wire.__setitem__)
+    run_server(
+        SimulatedAggregator(world.engine(), None, settings, seed=0), USERS, 2, world.weights, simulated.__setitem__
+    )
+    assert endings == ["uploaded"] * 2 * USERS
+    for number in (1, 2):
+        assert np.linalg.norm(simulated[number] - simulated[number - 1]) > 0.01
+        np.testing.assert_allclose(wire[number], simulated[number], atol=1e-5)

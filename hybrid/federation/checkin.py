@@ -107,6 +107,7 @@ def listening(
         date_header=False,
         access_log=False,
         log_config=None,
+        log_level="warning",  # below it uvicorn names addresses and paths
         timeout_graceful_shutdown=DRAIN_S,
         ssl_certfile=cert,
         ssl_keyfile=key,

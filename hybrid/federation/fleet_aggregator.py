@@ -15,13 +15,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.errors import ConfigError, RoundStopped
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round
+from hybrid.federation.clock import Clock, SystemClock
 from hybrid.federation.pace import MEMORY, Arrivals, wait_s
 from hybrid.federation.rounds import Answer, OpenRound
 from hybrid.plan import (
@@ -51,31 +52,6 @@ IDLE_ROUNDS = 10.0  # round lengths after which no next round is counted on
 IDLE_S = 3600.0  # how long devices stay away then
 REMEMBERED = 1000  # ended plans whose ids are told from unknown ones
 _RANDOM = secrets.SystemRandom()
-
-
-class Clock(Protocol):
-    """Time, as a round needs it."""
-
-    def now_ms(self) -> int:
-        """Unix time in UTC, as devices have it too."""
-        ...
-
-    def wait(self, stop: threading.Event, until_ms: int) -> None:
-        """Returns at that time, or once `stop` is set."""
-        ...
-
-
-class SystemClock:
-    """The machine's; one that is set anew is noticed within a second."""
-
-    def now_ms(self) -> int:
-        """See `Clock`."""
-        return time.time_ns() // 1_000_000
-
-    def wait(self, stop: threading.Event, until_ms: int) -> None:
-        """See `Clock`."""
-        while not stop.is_set() and (left_ms := until_ms - self.now_ms()) > 0:
-            stop.wait(min(left_ms / 1e3, 1.0))
 
 
 class Task(BaseModel):

@@ -96,7 +96,7 @@ class People:
         return len(rows)
 
 
-def command(  # noqa: D417
+def command(
     *, bundle: Path, trust: Path, store: Path, key_file: Path, aggregator: str, devices: int, rest_s: float
 ) -> list[str]:
     """The command line of one process of devices; see `main`.
