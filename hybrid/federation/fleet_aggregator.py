@@ -269,8 +269,7 @@ class FleetAggregator:
                 return Reply(204, retry_after_s=IDLE_S)
             offer = self._offer
             if offer is not None and now_ms < offer.until_ms:
-                self._arrivals.add(now_s, max(task.policy.separation_s, task.round_s))
-                return Reply(200, offer.signed)
+                return Reply(200, offer.signed)  # and it rests as its policy says, which is not for us to pace
             wait = self._wait(now_ms, now_s)
             self._arrivals.add(now_s, wait)
         return Reply(204, retry_after_s=wait)

@@ -25,7 +25,7 @@ def wait_s(opens_in_s: float, round_s: float, *, wanted: float, fleet: float, to
         opens_in_s: until the next round opens; >= 0.
         round_s: that a round is open.
         wanted: how many are to come to one round; > 0.
-        fleet: how many there are.
+        fleet: how many there are that wait for a round.
         toss: uniform in [0, 1), the device's own.
 
     Returns:
@@ -44,7 +44,7 @@ def wait_s(opens_in_s: float, round_s: float, *, wanted: float, fleet: float, to
 
 @dataclass
 class Arrivals:
-    """How many devices there are, by how often they come; older arrivals count for less.
+    """How many devices wait for a round, by how often they come; older arrivals count for less.
 
     Attributes:
         memory_s: time constant; > 0.
@@ -62,7 +62,7 @@ class Arrivals:
         self._last_s = now_s
 
     def fleet(self, now_s: float) -> float:
-        """How many devices there are: arrivals a second x seconds away, over what is remembered.
+        """How many devices wait: arrivals a second x seconds away, over what is remembered.
 
         Few, where it has looked for less than a tenth of its memory.
         """
