@@ -10,7 +10,20 @@ from contextlib import contextmanager
 
 import typer
 
-from hybrid.cli import dead_letters, features, models, page, population, privacy, promote, skew, stack, sweep, train
+from hybrid.cli import (
+    dead_letters,
+    features,
+    fleet,
+    models,
+    page,
+    population,
+    privacy,
+    promote,
+    skew,
+    stack,
+    sweep,
+    train,
+)
 from hybrid.errors import HybridError
 
 app = typer.Typer(
@@ -19,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (models, features, population, train, sweep, privacy, promote, stack, page, dead_letters, skew):
+for group in (models, features, population, train, sweep, privacy, promote, stack, page, fleet, dead_letters, skew):
     app.add_typer(group.app)
 
 

@@ -2,7 +2,7 @@
 
 Each has its examples in an encrypted store, asks the aggregator by itself, decides by its host's readings, trains with
 the bundle's program and uploads: `device_runtime`, as a phone's app would call it. `python -m hybrid.local.devices`
-runs sessions until its standard input ends, and prints how they ended.
+says when it is ready, runs sessions until its standard input ends, and prints how they ended.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import secrets
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.errors import StackError
 from hybrid.features import Float32
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from device_runtime.store import Store
 
 CONCURRENCY = 4  # sessions at once in one process
+END_S = 60.0  # for what is begun when a process is told to end
 GOOD = {
     "consent": True,
     "charging": True,
@@ -50,7 +56,7 @@ class People:
         request: name -> (n,) raw values.
         features: the same of the device features.
         server: (n, a) what the server side contributed.
-        labels: (n,) 0 or 1.
+        labels: (n,) 0 or 1; NaN where there is none yet.
     """
 
     offsets: NDArray[np.int64]
@@ -60,8 +66,13 @@ class People:
     server: Float32 = field(repr=False)
     labels: Float32 = field(repr=False)
 
+    @property
+    def users(self) -> int:
+        """How many people."""
+        return len(self.offsets) - 1
+
     def store(self, store: Store, users: range, version: int) -> int:
-        """Writes some people's examples, device i = users[i]; returns how many.
+        """Writes some people's rows, device i = users[i]; returns how many.
 
         Args:
             store: new.
@@ -92,19 +103,102 @@ class People:
                 for i, row in enumerate(rows)
             )
             for i, row in enumerate(rows):
-                store.label(int(self.labels[row]), now_ms + i, inference=store.id_of(int(device[i]), i))
+                if not np.isnan(self.labels[row]):
+                    store.label(int(self.labels[row]), now_ms + i, inference=store.id_of(int(device[i]), i))
         return len(rows)
 
 
-def command(
-    *, bundle: Path, trust: Path, store: Path, key_file: Path, aggregator: str, devices: int, rest_s: float
-) -> list[str]:
-    """The command line of one process of devices; see `main`.
+@dataclass(frozen=True)
+class Opened:
+    """What devices of this machine have from their host app.
 
-    Args: what its options are called.
+    Attributes:
+        bundle: with a training program.
+        trust: the public key that bundles and plans are signed by.
+        aggregator: base URL.
+        rest_s: no device stays away for longer than this.
     """
-    files = ["--bundle", bundle, "--trust", trust, "--store", store, "--key-file", key_file]
-    more = ["--aggregator", aggregator, "--devices", devices, "--rest-s", rest_s]
+
+    bundle: Path
+    trust: Path
+    aggregator: str
+    rest_s: float
+
+
+class Processes:
+    """Processes of devices; get them from `running`."""
+
+    def __init__(self, started: Sequence[subprocess.Popen[str]]) -> None:
+        self._started = started
+
+    def wait_ready(self) -> None:
+        """Returns once all have their bundle and store open.
+
+        Raises:
+            StackError: one failed; the message is what it said.
+        """
+        for process in self._started:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                _, error = process.communicate()
+                raise StackError(f"a process of devices failed: {error.strip()}")
+
+    def finish(self) -> Counter[str]:
+        """Lets what is begun end, and returns how often each ending of a session came.
+
+        Raises:
+            StackError: one failed; the message is what it said.
+        """
+        for process in self._started:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.stdin = None  # which `communicate` would flush
+        endings: Counter[str] = Counter()
+        for process in self._started:
+            output, error = process.communicate(timeout=END_S)
+            if process.returncode:
+                raise StackError(f"a process of devices failed: {error.strip()}")
+            endings.update(json.loads(output)["endings"])
+        return endings
+
+
+@contextmanager
+def running(opened: Opened, people: People, folder: Path, *, processes: int) -> Iterator[Processes]:
+    """Starts people's devices; none is left after the block.
+
+    Args:
+        opened: what they have.
+        people: whose examples they hold.
+        folder: for their stores and the key of these; to be deleted afterwards.
+        processes: how many.
+    """
+    from device_runtime.program import open_bundle
+    from device_runtime.store import Store
+
+    manifest = open_bundle(opened.bundle, opened.trust).manifest
+    key, key_file = secrets.token_bytes(32), folder / "store.key"
+    with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+        handle.write(key.hex())
+    cuts = np.linspace(0, people.users, min(processes, people.users) + 1).astype(int).tolist()
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for number, part in enumerate(map(range, cuts[:-1], cuts[1:])):
+            file = folder / f"devices-{number}.store"
+            with Store.open(file, key, manifest) as store:
+                people.store(store, part, manifest.version)
+            pipe = subprocess.PIPE
+            command = _command(opened, file, key_file, len(part))
+            started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        yield Processes(started)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def _command(opened: Opened, store: Path, key_file: Path, devices: int) -> list[str]:
+    files = ["--bundle", opened.bundle, "--trust", opened.trust, "--store", store, "--key-file", key_file]
+    more = ["--aggregator", opened.aggregator, "--devices", devices, "--rest-s", opened.rest_s]
     return [sys.executable, "-m", "hybrid.local.devices", *map(str, [*files, *more])]
 
 
@@ -154,11 +248,14 @@ async def _run(
             finally:
                 trainers.put_nowait(trainer)
 
+        print(json.dumps({"ready": devices}), flush=True)
         endings = await _live(session, devices, rest_s, _input_ended())
     return {"devices": devices, "sessions": endings.total(), "endings": dict(endings)}
 
 
-async def _live(session: Any, devices: int, rest_s: float, ended: asyncio.Event) -> Counter[str]:
+async def _live(
+    session: Callable[[int], Awaitable[Outcome]], devices: int, rest_s: float, ended: asyncio.Event
+) -> Counter[str]:
     """Lets each device take part again and again; returns how often each ending came."""
     endings: Counter[str] = Counter()
 
@@ -167,11 +264,8 @@ async def _live(session: Any, devices: int, rest_s: float, ended: asyncio.Event)
             outcome = await session(device)
             endings[str(outcome.ending)] += 1
             away_s = rest_s if outcome.ask_again_s is None else min(outcome.ask_again_s, rest_s)
-            with_end = asyncio.wait_for(ended.wait(), away_s)
-            try:
-                await with_end
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), away_s)
 
     await asyncio.gather(*map(live, range(devices)))
     return endings
