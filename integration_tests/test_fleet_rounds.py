@@ -1,6 +1,11 @@
 """Rounds of real devices: `device_runtime` clients, stores, bundles and training, against the aggregator's service."""
 
 import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,10 +38,12 @@ from hybrid.federation.population import Examples
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
-from hybrid.local.devices import GOOD, People
+from hybrid.local.devices import GOOD, Opened, People, command
+from hybrid.local.process import free_ports
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.plan import Local, Policy
+from hybrid.privacy.ledger import Ledger
 
 USERS = 200
 LAX = Policy(separation_s=0, participations=1000)
@@ -210,3 +217,77 @@ def test_200_devices_train_what_the_simulator_trains(world, everybody):
     for number in (1, 2):
         assert np.linalg.norm(simulated[number] - simulated[number - 1]) > 0.01
         np.testing.assert_allclose(wire[number], simulated[number], atol=1e-5)
+
+
+@dataclass
+class Killed:
+    """A process that is killed and started again."""
+
+    words: list
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def start(self):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([*map(str, self.words)], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+    def ready(self):
+        line = self.process.stdout.readline()
+        assert "ready" in line, self.process.communicate()
+
+
+def released(folder: Path) -> list[dict]:
+    file = folder / "released.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_kill_9_of_aggregator_and_devices_spends_no_privacy_unseen_and_counts_nobody_twice(world, tmp_path):
+    """Twenty times, one or the other, at any moment of its start, of a round, or between two.
+
+    The ledger has an entry for each release, and none twice; what was released went on from round to round; no round
+    had more updates than there are devices, though their updates are sent again after each kill; no two sums have
+    the same noise.
+    """
+    devices, random = 6, np.random.default_rng(20)
+    (tmp_path / "task.json").write_text(world.task(round_s=1.5, wanted=devices).model_dump_json())
+    np.save(tmp_path / "weights.npy", world.weights)
+    shutil.copytree(world.folder / "keys", tmp_path / "keys")
+    (port,) = free_ports(1)
+    store = world.store(tmp_path / "devices.store", range(devices))
+    opened = Opened(world.bundle, world.trust, f"http://127.0.0.1:{port}", rest_s=0.5)
+    script = Path(__file__).with_name("aggregator_process.py")
+    with (
+        Killed([sys.executable, script, tmp_path, port]) as aggregator,
+        Killed(command(opened, store, world.key_file, devices)) as fleet,
+    ):
+        for kill in range(20):
+            victim = (aggregator, fleet)[kill % 2]
+            if random.random() < 0.8:  # else while it starts
+                victim.ready()
+            time.sleep(random.uniform(0, 2.5))  # any moment is as good as another
+            victim.kill()
+            victim.start()
+        before = len(released(tmp_path))
+        deadline = time.monotonic() + 60
+        while len(released(tmp_path)) < before + 2 or released(tmp_path)[-1]["received"] < devices:
+            assert time.monotonic() < deadline
+            assert aggregator.process.poll() is None, aggregator.process.communicate()
+            assert fleet.process.poll() is None, fleet.process.communicate()
+            time.sleep(0.1)
+    found = released(tmp_path)
+    entries = [(entry.round, entry.attempt) for entry in Ledger.read(tmp_path / "run").entries]
+    assert [line["round"] for line in found] == list(range(1, len(found) + 1))
+    assert len(entries) == len(set(entries)) >= len(found)
+    assert {line["round"] for line in found} <= {number for number, _ in entries}
+    assert max(line["received"] for line in found) == devices
+    sums = [tuple(line["sum"]) for line in found]
+    assert len(set(sums)) == len(sums)

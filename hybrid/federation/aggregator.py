@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.engine import Engine
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
 from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
@@ -24,6 +24,9 @@ from hybrid.privacy.mechanisms import (
     gaussian_sum,
     quantile_noise_for,
 )
+
+if TYPE_CHECKING:
+    from hybrid.federation.engine import Engine  # torch, which the process that real devices reach does without
 
 PURPOSE = "train"
 COHORT, NOISE, LOCAL = 0, 1, 3  # independent streams of one seed; the fleet's is 2

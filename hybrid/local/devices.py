@@ -187,8 +187,8 @@ def running(opened: Opened, people: People, folder: Path, *, processes: int) -> 
             with Store.open(file, key, manifest) as store:
                 people.store(store, part, manifest.version)
             pipe = subprocess.PIPE
-            command = _command(opened, file, key_file, len(part))
-            started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+            words = command(opened, file, key_file, len(part))
+            started.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
         yield Processes(started)
     finally:
         for process in started:
@@ -196,7 +196,8 @@ def running(opened: Opened, people: People, folder: Path, *, processes: int) -> 
             process.communicate()
 
 
-def _command(opened: Opened, store: Path, key_file: Path, devices: int) -> list[str]:
+def command(opened: Opened, store: Path, key_file: Path, devices: int) -> list[str]:
+    """The command line of one process, for a store that holds so many devices."""
     files = ["--bundle", opened.bundle, "--trust", opened.trust, "--store", store, "--key-file", key_file]
     more = ["--aggregator", opened.aggregator, "--devices", devices, "--rest-s", opened.rest_s]
     return [sys.executable, "-m", "hybrid.local.devices", *map(str, [*files, *more])]
