@@ -6,6 +6,7 @@ cohort, everybody, and takes plain gradient steps.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -85,8 +86,8 @@ class Contest:
     Attributes:
         engine: ours, with local steps of `batch` rows.
         one_step: ours, with one step over all rows.
-        side: for the other loops, with the engine's weights.
-        server, device, labels: (users, 32, ...) the same examples, the server's side as its embedding.
+        side: for the other loops, with the engine's weights, where the engine trains.
+        server, device, labels: (users, 32, ...) the same examples, the server's side as its embedding; there too.
     """
 
     engine: Engine
@@ -97,13 +98,14 @@ class Contest:
     labels: Tensor = field(repr=False)
 
     @classmethod
-    def of(cls, size: str, users: int) -> Contest:
-        """Builds it."""
+    def of(cls, size: str, users: int, device: str = "cpu") -> Contest:
+        """Builds it; all contestants on one device."""
         built, rows = network(size), examples(size, users)
-        engine = Engine.build(built, rows, LocalTraining(steps=STEPS, lr=LR, batch=BATCH))
-        shaped = [t.view(users, EXAMPLES, *t.shape[1:]) for t in (engine.embeddings, *_tensors(rows))]
-        one_step = Engine.build(built, rows, LocalTraining(steps=1, lr=LR))
-        return cls(engine, one_step, engine.side, *shaped)
+        engine = Engine.build(built, rows, LocalTraining(steps=STEPS, lr=LR, batch=BATCH), device=device)
+        tensors = [tensor.to(device) for tensor in (engine.embeddings, *_tensors(rows))]
+        shaped = [tensor.view(users, EXAMPLES, *tensor.shape[1:]) for tensor in tensors]
+        one_step = Engine.build(built, rows, LocalTraining(steps=1, lr=LR), device=device)
+        return cls(engine, one_step, deepcopy(engine.side).to(device), *shaped)
 
     @property
     def users(self) -> int:
@@ -128,6 +130,8 @@ class Contest:
             optimizer.zero_grad()
             binary_cross_entropy_with_logits(self.side(server, device), labels).backward()
             optimizer.step()
+        if self.labels.is_cuda:  # which goes on working after it was told; ours waits for its sum
+            torch.cuda.synchronize()
 
     def local_steps(self, user: int) -> None:
         """One user's steps on the resident model, in place: what a device would do, without an optimiser object."""
@@ -157,7 +161,7 @@ class Contest:
                     whole.add_(part * scale)
                 for parameter, first in zip(parameters, start, strict=True):
                     parameter.copy_(first)
-        return torch.cat([part.flatten() for part in total]).numpy()
+        return torch.cat([part.flatten() for part in total]).cpu().numpy()
 
 
 def _tensors(rows: Examples) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,9 @@ def train(
         ),
     ] = None,
     deadline: Annotated[float, typer.Option(help="With --fleet: seconds after which a round closes.")] = 60.0,
+    device: Annotated[
+        str, typer.Option(help="Where users of federated rounds are trained, as torch names it: cpu, cuda, cuda:1.")
+    ] = "cpu",
     run: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +154,7 @@ def train(
             settings=settings,
             progress=progress,
             fleet=None if fleet is None else _fleet(fleet, deadline),
+            device=device,
         )
     version = registry.create_version(
         model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest

@@ -30,6 +30,7 @@ ROUNDED = (
     1 << 17
 )  # weights that are quantised at once: with more, memory comes fresh from the system, three times slower
 ROUNDING = 1  # tells the stream that rounds quantised updates from that of rows and tower dropout
+GPU_SHARE = 8  # of its memory: a chunk, and the examples, take one part each at most
 STACKED = 4  # several starts fill 1 / 4 of a chunk; measured: with more, memory costs what fewer operations save
 
 
@@ -104,6 +105,8 @@ class Engine:
         examples: whose rows; memory-mapped ones stay on the disk but for those of a cohort.
         server_tower: frozen, in front of `side`; None where it is trained.
         embeddings: (n, a) of the frozen tower, where they fit in memory.
+        columns: the examples as tensors.
+        device: where users are trained; the flat weights and the sums are NumPy's, on the CPU, whichever it is.
         trainer: how a chunk is trained.
         tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
         upload: how clipped updates travel; those in int8 are clipped again before they are summed.
@@ -117,6 +120,8 @@ class Engine:
     examples: Examples = field(repr=False)
     server_tower: nn.Module | None = field(repr=False)
     embeddings: Tensor | None = field(repr=False)
+    columns: _Columns = field(repr=False)
+    device: torch.device
     trainer: Trainer = field(repr=False)
     tower_dropout: float
     upload: Upload
@@ -134,6 +139,7 @@ class Engine:
         tower_dropout: float = 0.0,
         upload: Upload = "float32",
         chunk_bytes: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> Engine:
         """Prepares what every round needs.
 
@@ -144,28 +150,36 @@ class Engine:
             federate_server_tower: whether users train the server tower too.
             tower_dropout: in [0, 0.5).
             upload: how clipped updates travel.
-            chunk_bytes: by default what the cache holds: the same on the same machine, so that a seed repeats a run.
+            chunk_bytes: by default what the cache holds, or a share of a GPU's memory: the same on the same machine, so
+                that a seed repeats a run.
+            device: where users are trained, as torch names it: "cpu", "cuda", "cuda:1".
 
         Raises:
-            ConfigError: tower_dropout is outside its range.
+            ConfigError: tower_dropout is outside its range, or there is no such device.
         """
         if not 0 <= tower_dropout < 0.5:
             raise ConfigError(f"tower_dropout must be in [0, 0.5), got {tower_dropout!r}")
+        device = _device(device)
         side = DeviceSide(network, server_tower=federate_server_tower, missing=tower_dropout > 0).eval()
         frozen = None if federate_server_tower else network.server_tower.eval()
         cached = frozen is not None and 4 * len(examples) * network.server_embedding <= CACHED_EMBEDDINGS
         scratch = Scratch()
+        trainer = _trainer(side, examples, frozen, scratch, device)
+        if frozen is not None and device.type != "cpu":
+            frozen = deepcopy(frozen).to(device)
         return cls(
             side=side,
             size=side.size,
             local=local,
             examples=examples,
             server_tower=frozen,
-            embeddings=embed(frozen, examples.server) if frozen is not None and cached else None,
-            trainer=_trainer(side, examples, frozen, scratch),
+            embeddings=embed(frozen, examples.server, device) if frozen is not None and cached else None,
+            columns=_Columns.of(examples, device),
+            device=device,
+            trainer=trainer,
             tower_dropout=tower_dropout,
             upload=upload,
-            chunk_bytes=chunk_bytes or _chunk_bytes(),
+            chunk_bytes=chunk_bytes or _chunk_bytes(device),
             scratch=scratch,
         )
 
@@ -210,7 +224,7 @@ class Engine:
         """
         sums = [self._sum(clip, stream) for clip in clips]
         for first, starts, moves in self._moves(flats, users, lrs, stream):
-            parts, square = [], torch.zeros(())
+            parts, square = [], torch.zeros((), device=self.device)
             for begin, columns in moves:  # each is made when it is asked for, and still in the cache
                 part = self._in_float64(begin, columns)
                 parts.append((slice(begin, begin + part.shape[1]), part))
@@ -218,12 +232,12 @@ class Engine:
             for place, norm in enumerate(square.sqrt().view(starts, -1)):
                 here = slice(place * len(norm), (place + 1) * len(norm))
                 sums[first + place].add(norm, [(where, part[here]) for where, part in parts])
-        return [ClippedSum(one.total.numpy(), len(users), one.below, one.above) for one in sums]
+        return [ClippedSum(one.total.cpu().numpy(), len(users), one.below, one.above) for one in sums]
 
     def _sum(self, clip: float, stream: tuple[int, ...]) -> _Sum:
         """An empty one; each has a generator of its own, so that every start rounds as it would alone."""
         rounding = None if self.upload == "float32" else np.random.default_rng((*stream, ROUNDING))
-        return _Sum(torch.zeros(self.size, dtype=torch.float64), clip, rounding)
+        return _Sum(torch.zeros(self.size, dtype=torch.float64, device=self.device), clip, rounding)
 
     def _in_float64(self, begin: int, columns: Sequence[Tensor]) -> Tensor:
         """Side by side."""
@@ -248,7 +262,7 @@ class Engine:
         """
         for _, _, moves in self._moves(flat[None], users, [self.local.lr], stream):
             in_order = sorted(moves, key=lambda move: move[0])
-            yield torch.cat([column for _, columns in in_order for column in columns], dim=1).numpy()
+            yield torch.cat([column for _, columns in in_order for column in columns], dim=1).cpu().numpy()
 
     def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `users` who have examples, in the order of `updates`."""
@@ -270,7 +284,8 @@ class Engine:
         """
         ordered = self.order(users)
         counts = self._counts(ordered)
-        weights, rates = torch.tensor(flats), torch.tensor(lrs, dtype=torch.float32)
+        weights = torch.tensor(flats, device=self.device)
+        rates = torch.tensor(lrs, dtype=torch.float32, device=self.device)
         rng = np.random.default_rng(stream)
         begin = 0
         while begin < len(ordered):
@@ -293,18 +308,25 @@ class Engine:
 
     def _batches(self, users: NDArray[np.int64], schedule: Schedule, rng: np.random.Generator) -> Batches:
         rows = torch.from_numpy(self.examples.offsets[users][:, None, None] + schedule.place)
-        absent = None
+        absent, longest = None, int(schedule.steps.max())
         if self.tower_dropout:
-            shape = len(users), int(schedule.steps.max()), rows.shape[2]
-            absent = torch.from_numpy(missing_sides(shape, self.tower_dropout, rng))
-        weight, steps = torch.from_numpy(schedule.weight), torch.from_numpy(schedule.steps)
-        return Batches(self, torch.tensor([self.local.lr]), rows, weight, steps, absent)
+            shape = len(users), longest, rows.shape[2]
+            absent = torch.from_numpy(missing_sides(shape, self.tower_dropout, rng)).to(self.device)
+        return Batches(
+            self,
+            torch.tensor([self.local.lr], device=self.device),
+            rows.to(self.device),
+            torch.from_numpy(schedule.weight).to(self.device),
+            torch.from_numpy(schedule.steps).to(self.device),
+            absent,
+            longest,
+        )
 
     def server_side(self, rows: Tensor) -> Tensor:
         """(n,) rows -> (n, a) embeddings of the frozen tower, or the encoded features of one that is trained."""
         if self.embeddings is not None:
             return self.embeddings.index_select(0, rows)
-        features = _take(self.examples.server, rows)
+        features = self.columns.server(rows)
         if self.server_tower is None:
             return features
         with torch.no_grad():
@@ -323,16 +345,16 @@ class _Sum:
 
     def add(self, norm: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> None:
         """Some users' moves in float64, which it may change, with their places, and the norm of each user's."""
-        norms = norm.numpy()  # of few numbers, where numpy's operations start sooner than torch's
+        norms = norm.cpu().numpy()  # of few numbers, where numpy's operations start sooner than torch's
         unusable = ~np.isfinite(norms)
         if unusable.any():
             norms[unusable] = 0.0
             for _, part in parts:
-                part[torch.from_numpy(unusable)] = 0.0
+                part[torch.from_numpy(unusable).to(part.device)] = 0.0
         above = int(np.count_nonzero(norms > self.clip))
         self.below += int(np.count_nonzero(norms)) - above
         self.above += above
-        scale = torch.from_numpy(self.clip / np.maximum(norms, self.clip))
+        scale = torch.from_numpy(self.clip / np.maximum(norms, self.clip)).to(norm.device)
         if self.rounding is not None:
             self._add_rounded(scale, parts, self.rounding)
             return
@@ -346,9 +368,9 @@ class _Sum:
         for begin in range(0, len(scale), at_once):
             here = scale[begin : begin + at_once, None]
             for where, part in parts:
-                clipped[: len(here), where] = part[begin : begin + at_once].mul_(here).numpy()
+                clipped[: len(here), where] = part[begin : begin + at_once].mul_(here).cpu().numpy()
             arrived = dequantise(*quantise(clipped[: len(here)], rng))
-            self.total += torch.from_numpy(clip_and_sum([arrived], len(self.total), self.clip).total)
+            self.total += torch.from_numpy(clip_and_sum([arrived], len(self.total), self.clip).total).to(scale.device)
 
 
 @dataclass(frozen=True)
@@ -378,6 +400,7 @@ class Batches:
         rows, weight: (people, s, m) see `Schedule`; rows are counted over all examples.
         steps: (people,) that each takes.
         absent: (people, steps, m, 2) which side's embedding is missing; None without tower dropout.
+        longest: most of `steps`.
     """
 
     engine: Engine
@@ -386,6 +409,7 @@ class Batches:
     weight: Tensor
     steps: Tensor
     absent: Tensor | None
+    longest: int
 
     @property
     def users(self) -> int:
@@ -398,12 +422,12 @@ class Batches:
         return self.rows.shape[2]
 
     def __len__(self) -> int:
-        return int(self.steps.max())
+        return self.longest
 
     def __iter__(self) -> Iterator[Batch]:
         """The steps' batches; what is cut of rows, rates and weights is cut once for all of them."""
         rows = self.rows.transpose(0, 1).flatten(1)
-        rates = self.lrs[:, None] * (torch.arange(len(self))[:, None, None] < self.steps)
+        rates = self.lrs[:, None] * (torch.arange(len(self), device=self.steps.device)[:, None, None] < self.steps)
         weights = (rates[..., None] * self.weight.transpose(0, 1)[:, None]).flatten(1)
         batch = None
         for step, (weight, rate) in enumerate(zip(weights, rates.flatten(1), strict=True)):
@@ -414,11 +438,11 @@ class Batches:
             yield batch
 
     def _gather(self, rows: Tensor, step: int, weight: Tensor, rate: Tensor) -> Batch:
-        examples = self.engine.examples
-        inputs = [self.engine.server_side(rows), _take(examples.device, rows)]
+        columns = self.engine.columns
+        inputs = [self.engine.server_side(rows), columns.device(rows)]
         if self.absent is not None:
             inputs.append(self.absent[:, step].flatten(0, 1))
-        return Batch(tuple(map(self._each, inputs)), self._each(_take(examples.labels, rows)), weight, rate)
+        return Batch(tuple(map(self._each, inputs)), self._each(columns.labels(rows)), weight, rate)
 
     def _each(self, part: Tensor) -> Tensor:
         """What is the same for every start, once for each."""
@@ -477,7 +501,7 @@ class AnyTrainer:
         parts = torch.split(flat, [parameter.numel() for parameter in named.values()])
         start = {name: part.view(named[name].shape) for name, part in zip(named, parts, strict=True)}
         gradient = vmap(grad(self._loss))
-        moved = {name: torch.zeros(batches.users, *part.shape) for name, part in start.items()}
+        moved = {name: part.new_zeros(batches.users, *part.shape) for name, part in start.items()}
         for batch in batches:
             split = [
                 part.reshape(batches.users, -1, *part.shape[1:]) for part in (*batch.inputs, batch.labels, batch.weight)
@@ -499,31 +523,74 @@ def _loss(logits: Tensor, batch: Batch) -> Tensor:
     return binary_cross_entropy_with_logits(logits, batch.labels, batch.weight, reduction="sum")
 
 
-def _trainer(side: DeviceSide, examples: Examples, frozen: nn.Module | None, scratch: Scratch) -> Trainer:
+def _trainer(
+    side: DeviceSide, examples: Examples, frozen: nn.Module | None, scratch: Scratch, device: torch.device
+) -> Trainer:
     module = UserModule.of(side, scratch)
     server = torch.rand(2, examples.server.shape[1])
     with torch.no_grad():
         probe = [server if frozen is None else frozen(server), torch.rand(2, examples.device.shape[1])]
     if side.missing is not None:
         probe.append(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    return LayerTrainer(module) if module and module.does_what(side, *probe) else AnyTrainer(deepcopy(side))
+    if module is None or not module.does_what(side, *probe):
+        return AnyTrainer(deepcopy(side).to(device))
+    module.module.to(device)
+    scratch.clear()  # it was tried on the CPU
+    return LayerTrainer(module)
 
 
-def _chunk_bytes() -> int:
-    """Twice the last cache: with less, starting operations takes longest; with more, memory is waited for."""
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # of no such kind; not built for it, no driver, or no such number
+        have = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ConfigError(f"device must be one that torch has here, {', '.join(have)}, got {str(name)!r}") from None
+    return device
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    """Of a GPU's memory an eighth: the scratch in float64 takes twice a chunk.
+
+    Of the CPU's last cache twice: with less, starting operations takes longest; with more, memory is waited for.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // GPU_SHARE
     caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # Linux tells; elsewhere a common size
     sizes = [int(file.read_text().strip().removesuffix("K")) << 10 for file in caches]
     return 2 * max([*sizes, 16 << 20])
 
 
-def _take(column: Float32, rows: Tensor) -> Tensor:
-    return torch.from_numpy(column).index_select(0, rows)
+@dataclass(frozen=True)
+class _Column:
+    """(n, ...) rows; those of a chunk are copied to where it trains, unless all of them are there."""
+
+    values: Tensor
+    device: torch.device
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.values.index_select(0, rows.to(self.values.device)).to(self.device)
 
 
-def embed(tower: nn.Module, rows: Float32) -> Tensor:
-    """Runs a tower over rows, some at a time, without gradients."""
+@dataclass(frozen=True)
+class _Columns:
+    """The examples: on a GPU if they take no more than a share of its memory."""
+
+    server: _Column
+    device: _Column
+    labels: _Column
+
+    @classmethod
+    def of(cls, examples: Examples, device: torch.device) -> _Columns:
+        parts = [torch.from_numpy(part) for part in (examples.server, examples.device, examples.labels)]
+        fit = device.type != "cuda" or sum(part.nbytes for part in parts) <= _chunk_bytes(device)
+        return cls(*(_Column(part.to(device) if fit else part, device) for part in parts))
+
+
+def embed(tower: nn.Module, rows: Float32, device: torch.device | str = "cpu") -> Tensor:
+    """Runs a tower over rows, some at a time, without gradients; it and what it gives are on `device`."""
     with torch.no_grad():
-        return torch.cat([tower(part) for part in torch.split(torch.from_numpy(rows), ROWS_A_PASS)])
+        return torch.cat([tower(part.to(device)) for part in torch.split(torch.from_numpy(rows), ROWS_A_PASS)])
 
 
 def predict(network: Network, examples: Examples, *, without: Literal["server", "device"] | None = None) -> Float32:

@@ -45,6 +45,11 @@ class Scratch:
         self._taken[name] = self._held[name][:size].view(*shape)
         return self._taken[name]
 
+    def clear(self) -> None:
+        """Gives all of it back."""
+        self._held.clear()
+        self._taken.clear()
+
 
 @dataclass(slots=True)
 class Chunk:

@@ -83,6 +83,7 @@ def train(
     settings: Training | None = None,
     progress: Progress | None = None,
     fleet: OnFleet | None = None,
+    device: str = "cpu",
 ) -> Trained:
     """Trains a model, in one process, on a population it can see whole: a simulation.
 
@@ -108,9 +109,11 @@ def train(
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
         fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
+        device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
+            on the same one only.
 
     Raises:
-        ConfigError: the budget, delta, optimiser or label does not allow this training.
+        ConfigError: the budget, delta, optimiser, label or device does not allow this training.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
@@ -119,7 +122,7 @@ def train(
         check_delta(model, examples_train.users)
     run_dir.mkdir(parents=True, exist_ok=True)
     network = Network.build(model, seed=seed)
-    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet)
+    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device)
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -171,6 +174,7 @@ class _Run:
     settings: Training
     progress: Progress | None
     fleet: OnFleet | None = None
+    device: str = "cpu"
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
     watch: _Watch = field(default_factory=_Watch)
@@ -253,12 +257,16 @@ class _Ready:
 def _prepared(run: _Run) -> _Ready:
     if run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
-    engine = engine_for(run.network, run.examples, run.settings)
+    engine = engine_for(run.network, run.examples, run.settings, run.device)
     return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
 
 
-def engine_for(network: Network, examples: Examples, settings: Training) -> Engine:
-    """Trains users as the settings say."""
+def engine_for(network: Network, examples: Examples, settings: Training, device: str = "cpu") -> Engine:
+    """Trains users as the settings say, on the device.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     return Engine.build(
         network,
         examples,
@@ -266,6 +274,7 @@ def engine_for(network: Network, examples: Examples, settings: Training) -> Engi
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
         upload=settings.upload,
+        device=device,
     )
 
 

@@ -211,6 +211,31 @@ def test_weights_are_taken_from_the_flat_vector_and_left_alone(tiny_model, tiny_
     np.testing.assert_array_equal(engine.side.flat(), own)
 
 
+@pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
+@pytest.mark.parametrize("tower", [None, _wide, _normed], ids=["small", "wide", "layer norm"])
+@pytest.mark.parametrize("federated", [False, True], ids=["server frozen", "server federated"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["whole", "tower dropout"])
+def test_on_another_device_nothing_stays_on_the_cpu(tiny_model, tiny_examples, local, tower, federated, dropout):
+    """torch's device "meta" has shapes without numbers, and like a GPU refuses what mixes it with the CPU."""
+    network, examples = Network.build(tiny_model(**{"device_tower": tower} if tower else {})), tiny_examples(20)
+    engine = Engine.build(
+        network, examples, local, federate_server_tower=federated, tower_dropout=dropout, device="meta"
+    )
+    here = Engine.build(network, examples, local, federate_server_tower=federated, tower_dropout=dropout)
+    assert type(engine.trainer) is type(here.trainer)
+    flats = np.zeros((1, engine.size), np.float32)
+    for _, _, moves in engine._moves(flats, np.arange(20), [0.1], (0,)):
+        parts = [engine._in_float64(begin, columns) for begin, columns in moves]
+        assert {part.device.type for part in parts} == {"meta"}
+        assert sum(part.shape[1] for part in parts) == engine.size
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
+def test_a_device_that_torch_does_not_have_is_refused(tiny_model, tiny_examples, device):
+    with pytest.raises(ConfigError, match="device must be one that torch has here, cpu"):
+        Engine.build(Network.build(tiny_model()), tiny_examples(2), LocalTraining(steps=1, lr=0.1), device=device)
+
+
 def test_embeddings_that_do_not_fit_in_memory_are_computed_as_they_are_needed(tiny_model, tiny_examples):
     """With or without the cache of the server's embeddings, the updates are the same to 1e-6."""
     engine = Engine.build(Network.build(tiny_model()), tiny_examples(20), LocalTraining(2, 0.5))
