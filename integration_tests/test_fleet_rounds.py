@@ -155,11 +155,10 @@ class World:
             trusted_key(self.trust),
             ScriptedHost([Readings(**GOOD)]),
         )
-        trainer = Trainer(bundle)
+        trainer, asked = Trainer(bundle), Aggregator(url)
         with Store.open(store, KEY, self.manifest) as kept:
 
             async def one(device):
-                asked = Aggregator(url)
                 participation = Participation(bundle, trainer, kept, host, asked, trusted, device=device, own=LAX)
                 return (await participation.session()).ending
 

@@ -24,6 +24,7 @@ from hybrid.federation.pace import LONGEST_S
 from hybrid.http import TimedHttp
 from hybrid.plan import CHECK_IN, CheckIn
 
+HEALTH = "/health"  # for probes: it answers, whether a round is open or not
 MAX_CHECK_IN = 1024  # bytes of its body
 MAX_DRAINED = 1 << 20  # bytes of a body that are read although it is refused, so that its sender sees the answer
 CONNECTIONS = 4096  # at once; those beyond are answered 503 by uvicorn
@@ -60,8 +61,11 @@ def application(aggregator: FleetAggregator) -> Application:
                 with uploads.room(expected or 0) as room:
                     taken = _upload(aggregator, *upload, expected, receive) if room else _busy(receive)
                     await _send(send, await taken)
+            elif route == ("GET", HEALTH):
+                await _send(send, Reply(200))
             else:
-                await _send(send, Reply(404 if upload is None and scope["path"] != CHECK_IN else 405))
+                known = upload is not None or scope["path"] in (CHECK_IN, HEALTH)
+                await _send(send, Reply(405 if known else 404))
 
     return app
 

@@ -1,7 +1,7 @@
 """An open round at a fleet's aggregator: uploads come in, one clipped sum goes out. No I/O, no clock.
 
 What is kept of an upload is its id, a digest of its bytes, and its part of the sum: memory grows with the cohort by
-some 230 bytes an upload, whatever the model's size.
+some 200 bytes an upload, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hybrid.plan import TrainPlan
 from hybrid.privacy.mechanisms import ClippedSum, clip_and_sum
 from hybrid.update import decode, head, length
 
-MOST_UPLOADS = 1_000_000  # of one round: 230 MB of ids and digests
+MOST_UPLOADS = 1_000_000  # of one round: 200 MB of ids and digests
 DIGEST_BYTES = 16
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from hybrid import http as hybrid_http
 from hybrid.federation import checkin
-from hybrid.federation.checkin import MAX_CHECK_IN, listening
+from hybrid.federation.checkin import HEALTH, MAX_CHECK_IN, listening
 from hybrid.federation.fleet_aggregator import Refused
 from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of
 from hybrid.plan import CHECK_IN, UPDATE
@@ -42,6 +42,7 @@ def test_a_device_checks_in_and_uploads():
         again = put(client, plan, name(1), body(3, 4))
         assert (again.status_code, again.content, dict(again.headers)) == (200, b"", {"content-length": "0"})
         assert put(client, plan, name(1), body(3, 5)).status_code == 409
+        assert client.get(HEALTH).status_code == 200
     np.testing.assert_array_equal(release.result().sum, [3, 4])
 
 
@@ -58,6 +59,7 @@ def test_a_device_checks_in_and_uploads():
         ("PUT", UPDATE.format(plan=name(1), upload="x" * 32), body(1, 1), 404),
         ("PUT", UPDATE.format(plan=name(1), upload=name(2)[:-1] + "A"), body(1, 1), 404),
         ("GET", "/", None, 404),
+        ("POST", HEALTH, b"", 405),
     ],
 )
 def test_what_is_no_check_in_and_no_upload_is_refused(method, path, content, status):
