@@ -70,8 +70,8 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
 def test_the_walkthrough_operating_and_the_fleet_do_what_they_say(type_commands):
     """Their commands, typed in order in one shell, all succeed; every request is predicted, counted, and without skew.
 
-    Devices of a fleet train, and another one joins them. One thing differs from what a reader types: the gateway and the servers take
-    free ports, since the default ones may be taken where tests run.
+    Devices of a fleet train, and another one joins them. One thing differs from what a reader types: gateway,
+    servers and aggregator take free ports, since the default ones may be taken where tests run.
     """
     ports = dict(zip(("8080", "18003", "18004", "8090"), map(str, free_ports(4)), strict=True))
     options = ("--gateway-port", "--gateway-metrics-port", "--worker-metrics-port")

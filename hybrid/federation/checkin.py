@@ -1,33 +1,40 @@
 """How devices reach the aggregator: check-in and upload over HTTP, as `hybrid.plan` says.
 
 Nothing that tells devices apart is read, kept or logged: no header, no address, no id of an upload.
+`python -m hybrid.federation.checkin` is the process of an aggregator, until SIGTERM.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import math
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from hybrid.errors import ConfigError
-from hybrid.federation.fleet_aggregator import FleetAggregator, Reply
+from hybrid.bundle import signing_key
+from hybrid.errors import ConfigError, HybridError
+from hybrid.federation.aggregator import Round
+from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
 from hybrid.federation.pace import LONGEST_S
 from hybrid.http import TimedHttp
-from hybrid.plan import CHECK_IN, CheckIn
+from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
+from hybrid.privacy.ledger import Ledger
 
 HEALTH = "/health"  # for probes: it answers, whether a round is open or not
 MAX_CHECK_IN = 1024  # bytes of its body
 MAX_DRAINED = 1 << 20  # bytes of a body that are read although it is refused, so that its sender sees the answer
-CONNECTIONS = 4096  # at once; those beyond are answered 503 by uvicorn
+CONNECTIONS = 2048  # at once; those beyond are answered 503 by uvicorn
 IN_FLIGHT = 1024  # uploads, and check-ins, at once
 IN_FLIGHT_BYTES = 256 << 20  # of uploads that are on their way
 BUSY_S = 10.0  # who finds it busy comes again within these
@@ -214,3 +221,88 @@ def _upload_of(path: str) -> tuple[str, str] | None:
         return None
     plan, upload = parts[3], parts[5]
     return (plan, upload) if all(len(name) == 32 and _ID.issuperset(name) for name in (plan, upload)) else None
+
+
+class Service(BaseModel):
+    """What a process of an aggregator is told, as JSON.
+
+    Attributes:
+        task: what every round asks of devices.
+        sampling, clip, noise_multiplier, minimum: of `hybrid.federation.aggregator.Round`.
+        rounds: that are reserved in the ledger, those it has already among them.
+        epsilon, delta: that the ledger allows for all of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Task
+    sampling: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    clip: Positive
+    noise_multiplier: Positive
+    minimum: Annotated[int, Field(ge=0)] = 0
+    rounds: Count
+    epsilon: Positive
+    delta: Annotated[FiniteFloat, Field(gt=0, lt=1)]
+
+    @classmethod
+    def read(cls, file: Path) -> Service:
+        """Raises: ConfigError: it cannot be read, or is no such JSON."""
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"settings {str(file)!r} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise ConfigError(f"{file.name!r} must be the settings of an aggregator as JSON: {faults}") from None
+
+    @contextmanager
+    def aggregator(self, ledger: Path, keys: Path) -> Iterator[FleetAggregator]:
+        """It, with its ledger open.
+
+        Args:
+            ledger: the folder of the ledger; one process at a time.
+            keys: the folder of the control plane's signing key.
+
+        Raises:
+            BudgetExceeded: what is left of the rounds would cost more than is allowed.
+            ConfigError: the ledger is another's, or the settings are none that a fleet can keep.
+        """
+        settings = Round(self.sampling, self.clip, self.noise_multiplier, self.minimum)
+        with Ledger.open(ledger, budget_epsilon=self.epsilon, delta=self.delta) as account:
+            if left := max(0, self.rounds - len(account.entries)):
+                account.reserve([replace(settings.event, count=left)])
+            yield FleetAggregator(self.task, settings, account, signing_key(keys))
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=Path, required=True, help="JSON, see Service")
+    parser.add_argument("--ledger", type=Path, required=True, help="folder of the privacy ledger; made where missing")
+    parser.add_argument("--keys", type=Path, required=True, help="folder of the signing key")
+    parser.add_argument("--host", default="127.0.0.1", help="where devices reach it (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8090, help="default %(default)s")
+    parser.add_argument("--tls-cert", type=Path, default=None, help="certificate chain (PEM), with --tls-key")
+    parser.add_argument("--tls-key", type=Path, default=None, help="its key (PEM)")
+    arguments = parser.parse_args()
+    if (arguments.tls_cert is None) != (arguments.tls_key is None):
+        parser.error("--tls-cert and --tls-key go together")
+    certificate = None if arguments.tls_cert is None else (arguments.tls_cert, arguments.tls_key)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        service = Service.read(arguments.settings)
+        with (
+            service.aggregator(arguments.ledger, arguments.keys) as aggregator,
+            listening(aggregator, arguments.host, arguments.port, certificate=certificate) as port,
+        ):
+            print(f"devices check in at port {port}", flush=True)
+            ended.wait()
+            aggregator.stop("its process ends")
+    except HybridError as error:
+        raise SystemExit(f"aggregator: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,8 @@
 import itertools
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
@@ -10,10 +13,12 @@ import pytest
 
 from hybrid import http as hybrid_http
 from hybrid.federation import checkin
-from hybrid.federation.checkin import HEALTH, MAX_CHECK_IN, listening
+from hybrid.federation.aggregator import Round
+from hybrid.federation.checkin import HEALTH, MAX_CHECK_IN, Service, listening
 from hybrid.federation.fleet_aggregator import Refused
-from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of
+from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of, task
 from hybrid.plan import CHECK_IN, UPDATE
+from hybrid.privacy.ledger import Ledger
 
 
 @contextmanager
@@ -157,3 +162,52 @@ def test_a_service_that_ends_leaves_no_thread():
     with opened():
         assert threading.active_count() > before
     assert threading.active_count() <= before
+
+
+SERVICE = {
+    "task": task().model_dump(),
+    "sampling": 0.5,
+    "clip": 5.0,
+    "noise_multiplier": 2.0,
+    "rounds": 3,
+    "epsilon": 8.0,
+    "delta": 1e-5,
+}
+
+
+def test_the_rounds_of_a_process_are_reserved_and_what_an_earlier_one_spent_is_among_them(tmp_path):
+    """Three rounds cost less than 8; a second process, after one of them, may spend two more, and no fourth."""
+    service = Service.model_validate(SERVICE)
+    for _ in range(2):
+        with service.aggregator(tmp_path / "run", tmp_path / "keys"):
+            pass
+    event = Round(0.5, 5.0, 2.0, minimum=0).event
+    with Ledger.open(tmp_path / "run", budget_epsilon=8.0, delta=1e-5) as ledger:
+        ledger.spend(event, purpose="train", clip=5.0, round_number=1)
+    with service.aggregator(tmp_path / "run", tmp_path / "keys") as aggregator:
+        assert aggregator.check_in(SAID).status == 204
+    reserved = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    counts = [line["events"][0]["count"] for line in reserved if line["kind"] == "reserved"]
+    assert counts == [3, 3, 1, 2]  # the third: of the entry that was written by hand
+
+
+def test_a_process_serves_devices_until_it_is_told_to_end(tmp_path):
+    """It ends with status 0, and says what is wrong with its settings in one sentence."""
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(SERVICE))
+    words = [sys.executable, "-m", "hybrid.federation.checkin", "--settings", settings, "--port", "0"]
+    words += ["--ledger", tmp_path / "run", "--keys", tmp_path / "keys"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*map(str, words)], stdout=pipe, stderr=pipe, text=True) as process:
+        port = int(process.stdout.readline().split()[-1])
+        answer = httpx.post(f"http://127.0.0.1:{port}{CHECK_IN}", json=SAID.model_dump())
+        assert (answer.status_code, int(answer.headers["retry-after"]) > 0) == (204, True)
+        process.terminate()
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 0
+    settings.write_text(json.dumps(SERVICE | {"sampling": 2}))
+    refused = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(
+        "aggregator: 'settings.json' must be the settings of an aggregator as JSON: sampling"
+    )
