@@ -1,5 +1,6 @@
 """Devices that lie, 30 of a hundred, against the aggregator's service: what they can move, and what they cannot."""
 
+import ssl
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from hybrid.errors import ConfigError
 from hybrid.federation.aggregator import Round
 from hybrid.federation.checkin import listening
 from hybrid.federation.clock import ManualClock
@@ -18,6 +20,7 @@ from hybrid.plan import CHECK_IN, UPDATE, CheckIn, Local, open_signed
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import clip_rows
 from hybrid.update import encode, head
+from serving.testing import Certificate
 
 SIZE, CLIP, HONEST, LIARS = 2000, 0.5, 70, 30
 KEY = Ed25519PrivateKey.generate()
@@ -162,3 +165,17 @@ def test_liars_change_neither_the_noise_nor_what_it_costs(tmp_path: Path):
     for total in sums:
         assert (total - SUM).std() == pytest.approx(2, rel=5 / np.sqrt(2 * SIZE))
     assert np.abs(sums[0] - sums[1]).min() > 0
+
+
+def test_devices_check_in_over_tls(tmp_path: Path):
+    """With the service's own certificate; who does not trust it says nothing."""
+    certificate = Certificate.write(tmp_path, "aggregator")
+    aggregator = FleetAggregator(TASK, Round(1.0, CLIP, 0.0, minimum=0), None, KEY)
+    with listening(aggregator, certificate=(certificate.chain, certificate.key)) as port:
+        url, said = f"https://127.0.0.1:{port}{CHECK_IN}", CheckIn(model="kiosk", version=4, runtime=1).model_dump()
+        trusted = ssl.create_default_context(cafile=str(certificate.chain))
+        assert httpx.post(url, json=said, verify=trusted).status_code == 204
+        with pytest.raises(httpx.ConnectError):
+            httpx.post(url, json=said)
+    with pytest.raises(ConfigError, match="certificate"), listening(aggregator, certificate=(tmp_path, tmp_path)):
+        pass

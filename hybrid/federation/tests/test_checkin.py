@@ -16,17 +16,17 @@ from hybrid.federation import checkin
 from hybrid.federation.aggregator import Round
 from hybrid.federation.checkin import HEALTH, MAX_CHECK_IN, Service, listening
 from hybrid.federation.fleet_aggregator import Refused
-from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of, task
+from hybrid.federation.tests.test_fleet_aggregator import ROUND_S, SAID, body, built, name, plan_of, task
 from hybrid.plan import CHECK_IN, UPDATE
 from hybrid.privacy.ledger import Ledger
 
 
 @contextmanager
-def opened(**fields):
+def opened(parameters=2):
     """An aggregator with an open round, its plan, and a client of its service."""
-    aggregator, clock = built(**fields)
+    aggregator, clock = built(parameters=parameters)
     with (
-        clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S) as release,
+        clock.during(lambda: aggregator.run_round(1, np.zeros(parameters, np.float32)), ROUND_S) as release,
         listening(aggregator) as port,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
     ):
@@ -95,6 +95,16 @@ def test_an_upload_that_breaks_off_leaves_nothing():
     np.testing.assert_array_equal(release.result().sum, [2, 2])
 
 
+def test_a_large_update_is_summed_beside_the_loop():
+    """Of 300,000 weights, 1.2 MB; both of (3, 4, 0, ...) are counted."""
+    values = np.zeros(300_000, np.float32)
+    values[:2] = 3, 4
+    assert 4 * len(values) > checkin.LARGE
+    with opened(len(values)) as (_, plan, client, release):
+        assert [put(client, plan, name(number), body(*values)).status_code for number in (1, 2, 2)] == [200] * 3
+    np.testing.assert_array_equal(release.result().sum, 2 * values)
+
+
 def test_who_is_slow_is_cut_off(monkeypatch):
     """After so many seconds in all, however steadily its bytes drip."""
     monkeypatch.setattr(hybrid_http, "CONNECTION_S", 0.5)
@@ -123,8 +133,7 @@ def test_more_than_it_can_hold_are_told_to_come_again(monkeypatch, limit):
     monkeypatch.setattr(checkin, limit, {"IN_FLIGHT": 1, "IN_FLIGHT_BYTES": MAX_CHECK_IN}[limit])
     parameters = MAX_CHECK_IN // 4 - 2  # its update fills MAX_CHECK_IN bytes
     flat = np.zeros(parameters, np.float32)
-    monkeypatch.setitem(globals(), "FLAT", flat)
-    with opened(parameters=parameters) as (_, plan, client, _):
+    with opened(parameters) as (_, plan, client, _):
         first = socket.create_connection(("127.0.0.1", client.base_url.port))
         head = f"PUT {UPDATE.format(plan=plan, upload=name(1))} HTTP/1.1\r\nHost: a\r\n"
         first.sendall(head.encode() + f"Content-Length: {MAX_CHECK_IN}\r\n\r\n".encode() + bytes(10))
