@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from device_runtime.store import Store
 from device_runtime.trainer import Trainer
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, View
 from hybrid.bundle import Manifest, signing_key, trusted_key, write_bundle
+from hybrid.errors import BundleError
 from hybrid.export.executorch import device_programs
 from hybrid.export.training import training_program
 from hybrid.federation.aggregator import Round, SimulatedAggregator
@@ -38,7 +39,7 @@ from hybrid.federation.population import Examples
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
-from hybrid.local.devices import GOOD, Opened, People, command
+from hybrid.local.devices import GOOD, Opened, People, command, running
 from hybrid.local.process import free_ports
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
@@ -216,6 +217,32 @@ def test_200_devices_train_what_the_simulator_trains(world, everybody):
     for number in (1, 2):
         assert np.linalg.norm(simulated[number] - simulated[number - 1]) > 0.01
         np.testing.assert_allclose(wire[number], simulated[number], atol=1e-5)
+
+
+def test_processes_of_devices_take_part_until_they_are_told_to_end(world, tmp_path):
+    """Ten devices in two processes: each has a session, and the round has all ten; then no process is left."""
+    few = replace(world.people, offsets=world.people.offsets[:11])
+    clock = ManualClock()
+    aggregator = FleetAggregator(world.task(), Round(1.0, 0.05, 0.0, minimum=10), None, world.key, clock=clock)
+    with (
+        listening(aggregator) as port,
+        clock.during(lambda: aggregator.run_round(1, world.weights), 3600) as release,
+        running(
+            Opened(world.bundle, world.trust, f"http://127.0.0.1:{port}", 3600), few, tmp_path, processes=2
+        ) as both,
+    ):
+        both.wait_ready()
+        assert both.finish() == {"uploaded": 10}
+    assert release.result().received == 10
+    assert not aggregator.refused
+
+
+def test_devices_that_cannot_start_say_why(world, tmp_path):
+    """Their bundle is trusted by another key."""
+    signing_key(tmp_path / "others")
+    opened = Opened(world.bundle, tmp_path / "others" / "bundle-signing.pub", "http://127.0.0.1:1", rest_s=1)
+    with pytest.raises(BundleError), running(opened, world.people, tmp_path, processes=1):
+        pass
 
 
 @dataclass

@@ -257,16 +257,19 @@ async def _run(
 async def _live(
     session: Callable[[int], Awaitable[Outcome]], devices: int, rest_s: float, ended: asyncio.Event
 ) -> Counter[str]:
-    """Lets each device take part again and again; returns how often each ending came."""
+    """Lets each device take part again and again, once at least; returns how often each ending came."""
     endings: Counter[str] = Counter()
 
     async def live(device: int) -> None:
-        while not ended.is_set():
+        while True:
             outcome = await session(device)
             endings[str(outcome.ending)] += 1
+            if ended.is_set():
+                return
             away_s = rest_s if outcome.ask_again_s is None else min(outcome.ask_again_s, rest_s)
             with suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), away_s)
+                return
 
     await asyncio.gather(*map(live, range(devices)))
     return endings
