@@ -87,8 +87,9 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument(
         "--contribution",
         action="store_true",
-        help="keep with each result, and in the store, the server's embedding; the model must declare "
-        "serving.contribution. Where the device merges it is kept anyway",
+        help="keep with each result, and in the store, what the server contributed: its embedding or, where devices "
+        "train the server tower too, its slots; the model must declare serving.contribution. Where the device merges "
+        "the embedding is kept anyway",
     )
     infer.add_argument(
         "--api-key-file",
@@ -260,7 +261,7 @@ async def _infer(
             contribution=contribution,
             api_key=api_key,
         ) as client:
-            with Results(out) as results, Recording(kept) as recording:
+            with Results(out) as results, Recording(kept, manifest) as recording:
 
                 def take(answer: Answer) -> None:
                     results.add(answer)

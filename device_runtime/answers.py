@@ -18,6 +18,7 @@ from hybrid.bundle import Manifest
 from hybrid.errors import ServingError
 from hybrid.protocol import (
     CONSTANT,
+    DEVICE_ONLY,
     EXPIRES_MS,
     FALLBACK,
     FALLBACKS,
@@ -27,6 +28,7 @@ from hybrid.protocol import (
     OK,
     PREDICTION,
     SERVER_EMBEDDING,
+    SERVER_SLOTS,
     STATUS,
     VERSION,
     answered,
@@ -56,6 +58,8 @@ class Answer:
         expires_ms: Unix time in UTC after which the server's embedding may not be used; -1 where nothing ages.
         server_embedding: what the server contributed, for the example that the device may keep; empty where it was
             not asked for, or nothing of the kind was merged.
+        server_slots: server and request features as they went into the server tower, NaN where a value is missing:
+            what is kept in the embedding's place where devices train the server tower too; empty likewise.
     """
 
     device: int
@@ -72,6 +76,7 @@ class Answer:
     fallback: str = NONE
     expires_ms: int = -1
     server_embedding: tuple[float, ...] = ()
+    server_slots: tuple[float, ...] = ()
 
 
 class Results(AbstractContextManager["Results"]):
@@ -150,7 +155,8 @@ def read_answer(status: int, content: bytes, manifest: Manifest, *, contribution
         status: of HTTP.
         content: the body.
         manifest: of the bundle whose version was asked.
-        contribution: whether the server's embedding was asked for beside a prediction.
+        contribution: whether what the server contributed was asked for: its slots, where the bundle's training
+            program takes those, else its embedding.
     """
     try:
         document = json.loads(content)
@@ -165,12 +171,21 @@ def read_answer(status: int, content: bytes, manifest: Manifest, *, contribution
                 raise ValueError("merged elsewhere")
             found = {"expires_ms": _expiry(outputs)}
         found |= _about(outputs, manifest)
-        if contribution or manifest.merge == "device":
+        slots = slots_of(manifest) if contribution else 0
+        if slots:
+            found["server_slots"] = _server_slots(outputs, found["fallback"], slots)
+        if manifest.merge == "device" or (contribution and not slots):
             found["server_embedding"] = _server_embedding(outputs, found["fallback"], manifest.server_embedding)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         # The class alone: the text of the error could quote what was answered.
         return {"status": BAD_ANSWER, "error": f"the gateway's answer cannot be read ({type(error).__name__})"}
     return found
+
+
+def slots_of(manifest: Manifest) -> int:
+    """How many slots the server contributes to an example; 0: it is the embedding that it contributes."""
+    train = manifest.train
+    return train.server if train is not None and train.takes_slots else 0
 
 
 def _about(outputs: Mapping[str, Sequence[Any]], manifest: Manifest) -> dict[str, Any]:
@@ -210,6 +225,17 @@ def _server_embedding(outputs: Mapping[str, Sequence[Any]], fallback: str, size:
     if server.shape != (size,) or not np.isfinite(server).all():
         raise ValueError("not an embedding")
     return tuple(server.tolist())
+
+
+def _server_slots(outputs: Mapping[str, Sequence[Any]], fallback: str, size: int) -> tuple[float, ...]:
+    """As float32 has them; null, a missing value, is NaN. Empty where the server's side was missing."""
+    if fallback in {CONSTANT, DEVICE_ONLY}:
+        return ()
+    with np.errstate(over="ignore"):
+        slots = np.array(outputs[SERVER_SLOTS], dtype=np.float64).astype(np.float32)
+    if slots.shape != (size,) or np.isinf(slots).any():
+        raise ValueError("not the slots")
+    return tuple(slots.tolist())
 
 
 def _plain(text: object) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_runtime.access import authorization, refused
-from device_runtime.answers import TIMEOUT, UNREACHABLE, Answer, read_answer
+from device_runtime.answers import TIMEOUT, UNREACHABLE, Answer, read_answer, slots_of
 from device_runtime.merge import DeviceMerge
 from device_runtime.program import EmbedProgram, PredictProgram
 from device_runtime.rows import Rows
@@ -31,12 +31,14 @@ from hybrid.privacy.mechanisms import NoiseSource, SystemNoise, clip_and_noise
 from hybrid.protocol import (
     DEVICE_EMBEDDING,
     ENTITY,
+    EXPIRES_MS,
     FALLBACK,
     FEATURE_AGE_MS,
     HEADER_LENGTH,
     MERGED,
     PREDICTION,
     SERVER_EMBEDDING,
+    SERVER_SLOTS,
     STATUS,
     VERSION,
 )
@@ -48,7 +50,7 @@ TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
 # What a retry may find gone. Stale features and drift, 503 as well, stay so; a rate limit does for longer than we wait.
 PASSING = frozenset({(Unavailable.status, Unavailable.code), (Overloaded.status, Overloaded.code)})
-WITH_CONTRIBUTION = (PREDICTION, VERSION, FEATURE_AGE_MS, MERGED, STATUS, FALLBACK, SERVER_EMBEDDING)
+ALWAYS = (VERSION, FEATURE_AGE_MS, MERGED, STATUS, FALLBACK)
 _RANDOM = secrets.SystemRandom()
 
 
@@ -82,8 +84,9 @@ class InferenceClient:
         trace_share: share of the requests, in [0, 1], that carry a new random trace context,
             which joins what gateway and worker record of that one request, its retries included.
         tracer: exports a span for each traced request; None: none.
-        contribution: where the server merges, whether to ask for the server's embedding beside each prediction;
-            the model must declare `serving.contribution`.
+        contribution: whether to ask for what the server contributed; the model must declare `serving.contribution`.
+            That is the server's embedding, which a device that merges has anyway, or its slots, where devices train
+            the server tower too.
         now_ms: Unix time in milliseconds, UTC: what a server's embedding expires by.
         api_key: shown to the gateway as bearer, a token in its place too; over https, or on this machine. None: none.
 
@@ -111,9 +114,10 @@ class InferenceClient:
             raise ConfigError(f"program must be {needed} for merge={manifest.merge!r}, got {type(program).__name__}")
         if manifest.merge == "server" and manifest.release is None:
             raise ConfigError("the bundle's release must be 'clear' or 'noised' for merge='server', got none")
-        if manifest.merge == "device" and contribution:
+        if manifest.merge == "device" and contribution and not slots_of(manifest):
             raise ConfigError(
-                "contribution must be left out for merge='device': every answer is the server's embedding"
+                "contribution must be left out for merge='device' with this bundle: every answer is the server's "
+                "embedding, and devices train no server tower, which would need its slots"
             )
         if not gateway.startswith(("http://", "https://")):
             raise ConfigError(f"gateway must be an http:// or https:// URL, got {gateway!r}")
@@ -206,7 +210,7 @@ class InferenceClient:
         if isinstance(self._program, EmbedProgram):
             # Released once: fresh noise on a retry would be a second release of the same row.
             released = self.release(self._program.embed(ask.inputs))
-        outputs = WITH_CONTRIBUTION if self._contribution else ()
+        outputs = outputs_with_contribution(self._manifest) if self._contribution else ()
         body, header_length = request_body(ask.entity, ask.request, self._manifest.request, released, outputs)
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(header_length)}
         if traceparent is not None:
@@ -245,6 +249,12 @@ class _Ask:
     entity: str
     request: Mapping[str, Any]
     inputs: NDArray[np.float32]
+
+
+def outputs_with_contribution(manifest: Manifest) -> tuple[str, ...]:
+    """What is asked for by name where an example is to be kept."""
+    needed = (SERVER_EMBEDDING, EXPIRES_MS) if manifest.merge == "device" else (PREDICTION,)
+    return (*needed, *ALWAYS, SERVER_SLOTS if slots_of(manifest) else SERVER_EMBEDDING)
 
 
 def request_body(

@@ -321,8 +321,7 @@ class Store(AbstractContextManager["Store"]):
     def _comparable(self) -> str:
         """SQL that gives the versions whose contributions can stand beside each other."""
         manifest = self._manifest
-        train = manifest.train
-        if train is not None and any(parameter.name.startswith("server_tower.") for parameter in train.parameters):
+        if manifest.train is not None and manifest.train.takes_slots:
             version = f"SELECT definition FROM versions WHERE version = {manifest.version}"  # noqa: S608
             return f"SELECT version FROM versions WHERE definition = ({version})"  # noqa: S608
         return str(manifest.version)
@@ -526,7 +525,7 @@ def _exported(event: Mapping[str, Any]) -> dict[str, Any]:
     found["request"] = {n.removeprefix(REQUEST): v for n, v in readable.items() if n.startswith(REQUEST)}
     found["features"] = {n.removeprefix(DEVICE): v for n, v in readable.items() if n.startswith(DEVICE)}
     if event["version"] is not None:
-        server = np.frombuffer(event["server"] or b"", "<f4").tolist()
+        server = [None if math.isnan(x) else x for x in np.frombuffer(event["server"] or b"", "<f4").tolist()]
         found["inference"] = {"version": event["version"], "prediction": readable["prediction"], "server": server}
         found["inference"]["feature_age_ms"] = event["feature_age_ms"]
     if event["label"] is not None:

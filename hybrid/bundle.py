@@ -88,6 +88,11 @@ class TrainProgram(BaseModel):
         """p, the length of the flat vector."""
         return sum(math.prod(parameter.shape) for parameter in self.parameters)
 
+    @property
+    def takes_slots(self) -> bool:
+        """Whether devices train the server tower too, so that an example holds its slots in place of its embedding."""
+        return any(parameter.name.startswith("server_tower.") for parameter in self.parameters)
+
 
 class Keeping(BaseModel):
     """What a device keeps of a model, and what a plan may ask of it at most: `hybrid.spec.OnDevice` in plain units.

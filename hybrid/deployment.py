@@ -29,6 +29,8 @@ class Deployment(BaseModel):
             Head: "server" (n, a), "device" (n, b) FP32 -> "prediction" (n, 1) FP32, a probability.
         merge: where the embeddings meet; on the "device", it is the server's that is sent.
         serving: how requests are answered.
+        contributes: what an example holds of the server's side: its "embedding", or, where devices train the server
+            tower too, the "slots" that go into it; as the version's bundle says.
         missing_server, missing_device: the embedding that stands for a missing side; empty where none was learned.
     """
 
@@ -49,6 +51,7 @@ class Deployment(BaseModel):
     head: str
     merge: Literal["server", "device"] = "server"
     serving: Serving = Serving()
+    contributes: Literal["embedding", "slots"] = "embedding"
     missing_server: tuple[FiniteFloat, ...] = ()
     missing_device: tuple[FiniteFloat, ...] = ()
 
@@ -63,6 +66,12 @@ class Deployment(BaseModel):
     def sent_embedding(self) -> int:
         """Size of what a request holds of the device: nothing where the device merges."""
         return self.device_embedding if self.merge == "server" else 0
+
+    @property
+    def server_slots(self) -> int:
+        """Size of what a caller may be given of the server tower's input; 0: nobody is given any."""
+        gives = self.serving.contribution and self.contributes == "slots"
+        return len(self.server) + len(self.request) if gives else 0
 
     def write(self, folder: Path) -> Path:
         """Makes it the default of its model: the first in the window of `<folder>/<model>.json`, in one step.

@@ -45,7 +45,7 @@ class BatchMessage:
     """Rows of one (model, version), columnar: Arrow IPC, schema-versioned by the topic's name.
 
     Subclasses list their columns in `COLUMNS`; scalars travel as schema metadata. A column that came later stands
-    in `LATER` too, with what a record without it means.
+    in `LATER` too, with what a record without it means; one that says no more than that is left out.
     """
 
     TOPIC: ClassVar[str]
@@ -72,16 +72,22 @@ class BatchMessage:
         """One Arrow IPC stream with one record batch."""
         import pyarrow as pa
 
-        arrays = [_to_arrow(kind, getattr(self, name)) for name, kind in self.COLUMNS.items()]
+        written = {name: kind for name, kind in self.COLUMNS.items() if name not in self.LATER or self._says(name)}
+        arrays = [_to_arrow(kind, getattr(self, name)) for name, kind in written.items()]
         scalars = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in self.COLUMNS}
         schema = pa.schema(
-            [pa.field(name, array.type, nullable=False) for name, array in zip(self.COLUMNS, arrays, strict=True)],
+            [pa.field(name, array.type, nullable=False) for name, array in zip(written, arrays, strict=True)],
             metadata=scalars,
         )
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    def _says(self, name: str) -> bool:
+        """Whether a later column differs from its absence: a wish that no row has, and no numbers, do not."""
+        values = getattr(self, name)
+        return bool(values.any()) if self.COLUMNS[name] == "bool" else values.size > 0
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -94,11 +100,12 @@ class BatchMessage:
 
         try:
             batch = _only_batch(data)
+            present = batch.schema.names
             metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
             columns: dict[str, Any] = {
                 name: _from_arrow(kind, batch.column(name))
                 for name, kind in cls.COLUMNS.items()
-                if name not in cls.LATER or name in batch.schema.names
+                if name not in cls.LATER or name in present
             }
             scalars: dict[str, Any] = {
                 f.name: int(metadata[f.name]) if f.type == "int" else metadata[f.name]
@@ -129,6 +136,7 @@ class DeviceEmbeddings(BatchMessage):
             models that merge on the device.
         event_ms: (n,) Unix time in UTC, the gateway's clock.
         wants_server: (n,) whether the answer is to hold the server's embedding.
+        wants_slots: (n,) whether it is to hold the server's and the request's slots.
         deadline_ms: (n,) Unix time in UTC, the gateway's clock, after which nobody waits for the answer; `NO_DEADLINE`
             where that is not known.
     """
@@ -142,10 +150,12 @@ class DeviceEmbeddings(BatchMessage):
         "event_ms": "int64",
         "wants_server": "bool",
         "deadline_ms": "int64",
+        "wants_slots": "bool",
     }
     LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {
         "wants_server": lambda n: np.zeros(n, bool),
         "deadline_ms": lambda n: np.full(n, NO_DEADLINE),
+        "wants_slots": lambda n: np.zeros(n, bool),
     }
 
     request_id: NDArray[np.void]
@@ -155,6 +165,7 @@ class DeviceEmbeddings(BatchMessage):
     event_ms: NDArray[np.int64]
     wants_server: NDArray[np.bool_] = None  # type: ignore[assignment]  # see LATER
     deadline_ms: NDArray[np.int64] = None  # type: ignore[assignment]
+    wants_slots: NDArray[np.bool_] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,8 @@ class Predictions(BatchMessage):
         expires_ms: (n,) Unix time in UTC at which they are as old as the model allows; -1 where the answer is of none.
         server_embedding: (n, a) the server's side of the merge, NaN where there is none or it was not asked for;
             (n, 0) where no row asked.
+        server_slots: (n, s + r) server and request features as they went into the server tower, NaN where a value is
+            missing, and throughout where no tower was asked or they were not asked for; (n, 0) where no row asked.
     """
 
     TOPIC: ClassVar[str] = "hybrid.predictions.v1"
@@ -184,10 +197,12 @@ class Predictions(BatchMessage):
         "feature_age_ms": "int64",
         "expires_ms": "int64",
         "server_embedding": "vector",
+        "server_slots": "vector",
     }
     LATER: ClassVar[dict[str, Callable[[int], NDArray[Any]]]] = {
         "expires_ms": lambda n: np.full(n, -1),
         "server_embedding": lambda n: np.empty((n, 0), np.float32),
+        "server_slots": lambda n: np.empty((n, 0), np.float32),
     }
 
     request_id: NDArray[np.void]
@@ -197,6 +212,7 @@ class Predictions(BatchMessage):
     feature_age_ms: NDArray[np.int64]
     expires_ms: NDArray[np.int64] = None  # type: ignore[assignment]  # see LATER
     server_embedding: NDArray[np.float32] = None  # type: ignore[assignment]
+    server_slots: NDArray[np.float32] = None  # type: ignore[assignment]
 
 
 class DeadLetter(BaseModel):

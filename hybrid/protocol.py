@@ -17,6 +17,7 @@ DEVICE_EMBEDDING = "device_embedding"  # FP32 (n, d), as released
 
 PREDICTION = "prediction"  # a probability; of models that merge on the server
 SERVER_EMBEDDING = "server_embedding"  # (n, a), of the server tower: what the server contributed
+SERVER_SLOTS = "server_slots"  # (n, s + r), server and request features: the same, where devices train the tower
 VERSION = "version"  # that predicted
 FEATURE_AGE_MS = "feature_age_ms"  # of the server's features when merged
 EXPIRES_MS = (
@@ -26,9 +27,10 @@ MERGED = "merged"  # where the embeddings met
 TRANSPORT = "transport"  # how the request reached the models: "kafka" or "direct"
 STATUS = "status"  # OK, or why one side is missing where a fallback answers
 FALLBACK = "fallback"  # what answers in place of both sides as they are now: one of FALLBACKS
-OUTPUTS = {  # (n,) each but SERVER_EMBEDDING; which of them a model gives, `serving.oip.outputs_of` says
+OUTPUTS = {  # (n,) each but the two with a width; `serving.oip.outputs_of` says which of them a model gives
     PREDICTION: "FP32",
     SERVER_EMBEDDING: "FP32",
+    SERVER_SLOTS: "FP32",
     VERSION: "INT64",
     FEATURE_AGE_MS: "INT64",
     EXPIRES_MS: "INT64",

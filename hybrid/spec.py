@@ -268,10 +268,12 @@ class Serving(Declared):
             the embedding that was learned for a missing device side; or "constant".
         constant: the probability of "constant", and of rows whose fallback cannot be computed either; None: those
             are errors.
-        contribution: for merge="server", whether a caller that asks for the output `server_embedding` is given it, so
-            that a device can keep it as the server's part of an example. It gives the server tower's output away,
-            for any entity that a caller may name: whoever collects enough of them can learn what the tower tells
-            of the server's features, or imitate it.
+        contribution: whether a caller that asks for what the server contributed is given it, so that a device can keep
+            it as the server's part of an example. For merge="server" that is the output `server_embedding`: it
+            gives the server tower's output away, for any entity that a caller may name, and whoever collects enough
+            of them can learn what the tower tells of the server's features, or imitate it. Where devices train the
+            server tower too (training.server_tower="federated"), for either merge, it is `server_slots` as well: the
+            server's features themselves, normalised and clipped or as places in a vocabulary.
     """
 
     transport: Literal["kafka", "direct"] = "kafka"
@@ -396,9 +398,11 @@ class HybridModel(Declared):
             raise ValueError("release must be left out where merge='device': the embedding stays on the device")
         if self.merge == "device" and self.serving.missing_device != "error":
             raise ValueError("serving.missing_device must be left out where merge='device': the device predicts")
-        if self.merge == "device" and self.serving.contribution:
+        if self.merge == "device" and self.serving.contribution and self.training.server_tower != "federated":
             raise ValueError(
-                "serving.contribution must be left out where merge='device': every answer is the server's embedding"
+                "serving.contribution must be left out where merge='device' and training.server_tower is "
+                f"{self.training.server_tower!r}: every answer is the server's embedding, and only where devices train "
+                "the tower ('federated') do they need more"
             )
         return self
 

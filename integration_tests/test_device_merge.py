@@ -24,15 +24,21 @@ from typer.testing import CliRunner
 
 from device_runtime.rows import Rows
 from device_runtime.store import Store
+from device_runtime.trainer import Trainer
+from feature_store import offline
 from feature_store.materialize import apply, materialize
 from hybrid.bundle import read_bundle, signing_key, trusted_key, write_bundle
 from hybrid.cli import app
 from hybrid.deployment import Window
+from hybrid.federation.engine import Engine
+from hybrid.federation.population import Examples
 from hybrid.local.process import Process, Service, free_ports, http_ok, log_has, running
+from hybrid.local_training import LocalTraining
 from hybrid.messages import BadMessage, DeviceEmbeddings, Predictions
 from hybrid.network import Network
+from hybrid.plan import Local, Policy, TrainPlan
 from hybrid.registry import Registry
-from hybrid.spec import Clear, Serving, load_model
+from hybrid.spec import Clear, Serving, Training, load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
 from serving.kafka import lying_in
@@ -44,7 +50,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hybrid import Categorical, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, View
+from hybrid import Categorical, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, Training, View
 
 
 class Head(nn.Module):
@@ -75,15 +81,32 @@ model = HybridModel(
     label=Label(column="bought", visible_to="server"),
     privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
     merge="device",
-    serving=Serving(missing_entity="device-only", unavailable="device-only", stale_features="constant", constant=0.125),
+    training=Training(server_tower="federated"),
+    serving=Serving(
+        missing_entity="device-only",
+        unavailable="device-only",
+        stale_features="constant",
+        constant=0.125,
+        contribution=True,
+    ),
 )
 """
 SHOPS = {"bakery": 1.0, "kiosk": 2.5, "cinema": 6.0}
 LEARNED = np.array([0.5, 0.25, -1.0, 2.0], np.float32)
-TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
+TRAINING = TrainingRecord(
+    kind="federated",
+    run="r",
+    population="p",
+    users=9,
+    examples=9,
+    epsilon=8,
+    delta=9e-4,
+    settings=Training(server_tower="federated"),
+)
 AGE_MS, MAX_AGE_MS = 3_600_000, 30 * 86_400_000
 TRANSPORTS = ("kafka", "direct")
 STORE_KEY = bytes(range(32))
+ROUND = Local(steps=3, lr=0.5)
 
 
 @dataclass
@@ -160,6 +183,28 @@ class World:
             server = self.network.server_program()(torch.from_numpy(slots)).numpy()
         return np.where([[shop in SHOPS] for shop in self.rows.entity], server, LEARNED)
 
+    def slots(self):
+        """(n, 2) what the offline join says of the shops that are known, and the request of each row."""
+        model = self.network.model
+        known = np.array([shop for shop in self.rows.entity if shop in SHOPS], object)
+        request = model.request_features.slots(model.request_features.inputs(self.rows.request))
+        return np.concatenate([offline.join(model, known, None, self.workspace.feast), request[: len(known)]], axis=1)
+
+    def bundle(self, name):
+        """A model's, verified."""
+        trusted = trusted_key(self.workspace.keys / "bundle-signing.pub")
+        return read_bundle((self.workspace.bundles / f"{name}-1.bundle").read_bytes(), trusted)
+
+    def simulator(self, slots, labels):
+        """Training of the first `len(slots)` devices, of a row each, by the simulator."""
+        model = self.network.model
+        own = model.device_features
+        device = own.encode(own.slots(own.inputs(self.rows.features)))[: len(slots)]
+        offsets = np.arange(len(slots) + 1)
+        examples = Examples(model.server_features.encode(slots), device, labels, offsets, "stalls")
+        local = LocalTraining(steps=ROUND.steps, lr=ROUND.lr)
+        return Engine.build(self.network, examples, local, federate_server_tower=True)
+
     def predictions(self, server):
         """(n,) what torch says of each row whose server side is `server`."""
         inputs = self.network.model.device_features.inputs(self.rows.features)
@@ -202,20 +247,29 @@ def promoted(folder, environment):
     done = CliRunner().invoke(app, ["promote", "stall", "1", "production"], env=environment)
     assert done.exit_code == 0, done.output
     assert "Callers are given the server tower's embedding" in done.output
+    assert "Callers who ask are given the server's features" in done.output
     return workspace, network
 
 
-def publish(workspace, name, merge, serving):
-    """The promoted version again: its deployment and its bundle under another name, merged another way."""
+def publish(workspace, name, merge, serving, contributes):
+    """The promoted version again: its deployment and its bundle under another name, merged another way.
+
+    Where its embedding is contributed it is one that no device trains.
+    """
     served = Window.read(workspace.deployments / "stall.json").default
-    served.model_copy(update={"model": name, "merge": merge, "serving": serving}).write(workspace.deployments)
+    told = {"model": name, "merge": merge, "serving": serving, "contributes": contributes}
+    served.model_copy(update=told).write(workspace.deployments)
     trusted = trusted_key(workspace.keys / "bundle-signing.pub")
     stall = read_bundle((workspace.bundles / "stall-1.bundle").read_bytes(), trusted)
     how = {"model": name, "merge": merge}
     if merge == "server":
         how |= {"release": Clear(reason="random weights in a test"), "alone": None}
+    programs = dict(stall.programs)
+    if contributes == "embedding":
+        del programs["train.pte"]
+        how |= {"train": None}
     manifest = stall.manifest.model_copy(update=how)
-    write_bundle(workspace.bundles / f"{name}-1.bundle", manifest, stall.programs, signing_key(workspace.keys))
+    write_bundle(workspace.bundles / f"{name}-1.bundle", manifest, programs, signing_key(workspace.keys))
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +277,12 @@ def world(kafka, triton, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("device-merge")
     workspace, network = promoted(folder, {"HYBRID_HOME": str(folder / ".hybrid"), "HYBRID_CACHE": str(cache)})
     declared = network.model.serving
-    publish(workspace, "stall-direct", "device", declared.model_copy(update={"transport": "direct"}))
+    publish(workspace, "stall_direct", "device", declared.model_copy(update={"transport": "direct"}), "slots")
     for transport in TRANSPORTS:
         giving = Serving(transport=transport, contribution=True, missing_entity="device-only")
-        publish(workspace, f"giving-{transport}", "server", giving)
-    publish(workspace, "silent", "server", Serving())
+        publish(workspace, f"giving-{transport}", "server", giving, "embedding")
+        publish(workspace, f"sharing_{transport}", "server", giving, "slots")
+    publish(workspace, "silent", "server", Serving(), "embedding")
     models = ["--feast", str(workspace.feast), "--triton", triton(workspace.triton).grpc]
     port, grpc, closed = free_ports(3)
     keys, key = folder / "keys", folder / "api-key"
@@ -260,7 +315,7 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     What the devices sent has entity and budget, and neither the name, the text nor a number of a device feature, nor an
     embedding.
     """
-    name = {"kafka": "stall", "direct": "stall-direct"}[transport]
+    name = {"kafka": "stall", "direct": "stall_direct"}[transport]
     asked_ms = time.time_ns() // 1_000_000
     with Recorder(world.gateway) as recorder:
         status, summary, results = world.infer(name, tmp_path, gateway=recorder.url)
@@ -328,6 +383,69 @@ def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, t
     np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
 
 
+SLOTS_OF = ["sharing_kafka", "sharing_direct", "stall", "stall_direct"]
+
+
+@pytest.mark.parametrize("name", SLOTS_OF)
+def test_a_device_that_trains_the_server_tower_is_given_its_slots_and_trains_with_them(world: World, name, tmp_path):
+    """For either merge: the offline join's to the bit, a missing budget among them; of a shop nobody knows, none.
+
+    The store keeps them, and each device's training over them moves as the simulator's does, to 1e-4.
+    """
+    status, summary, results = world.infer(name, tmp_path, "--contribution")
+    assert (status, summary["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
+    slots = world.slots()
+    given = results["server_slots"].tolist()
+    np.testing.assert_array_equal(np.stack(given[:-1]), slots)
+    assert (np.isnan(slots).sum(), given[0].dtype, len(given[-1])) == (1, np.float32, 0)
+    np.testing.assert_allclose(results["prediction"], world.predictions(world.embeddings()), atol=1e-5)
+    labels = np.array([1, 0, 1, 1, 0], np.float32)
+    bundle, now_ms = world.bundle(name), time.time_ns() // 1_000_000
+    simulator = world.simulator(slots, labels)
+    weights = simulator.side.flat()
+    plan = TrainPlan(
+        id=f"{1:032x}",
+        model=name,
+        version=1,
+        definition_hash=bundle.manifest.definition_hash,
+        parameters=len(weights),
+        expires_ms=now_ms + 600_000,
+        policy=Policy(separation_s=0, participations=9),
+        local=ROUND,
+        clip=100.0,
+    )
+    moved = []
+    with Store.open(tmp_path / "rows.sqlite", STORE_KEY, bundle.manifest) as kept:
+        for device, label in enumerate(labels):
+            kept.label(int(label), now_ms, inference=kept.id_of(device, 0))
+            examples = kept.examples(device, 9, now_ms)
+            np.testing.assert_array_equal(examples.server, slots[device : device + 1])
+            inputs = bundle.manifest.features.inputs(examples.features)
+            what = (examples.server, inputs, examples.labels)
+            moved.append(Trainer(bundle).train(plan, weights, *what, lambda: True, np.random.default_rng(0)))
+        kept.label(1, now_ms, inference=kept.id_of(5, 0))
+        assert len(kept.examples(5, 9, now_ms)) == 0
+    expected = np.concatenate(list(simulator.updates(weights, np.arange(5))))
+    assert np.linalg.norm(expected, axis=1).min() > 0.1
+    np.testing.assert_allclose(np.stack(moved), expected, atol=1e-4)
+
+
+def test_slots_are_given_to_those_who_ask_by_name(world: World):
+    """tritonclient.grpc, over both transports: three rows as a matrix; no other model has such an output."""
+    with contextlib.closing(triton_grpc.InferenceServerClient(f"127.0.0.1:{world.grpc}")) as client:
+        entity, budget = np.array(list(SHOPS), object), np.array([0.5, -1.25, np.nan], np.float32)
+        inputs = [triton_grpc.InferInput("entity", [3], "BYTES"), triton_grpc.InferInput("budget", [3], "FP32")]
+        for tensor, values in zip(inputs, (entity, budget), strict=True):
+            tensor.set_data_from_numpy(values)
+        wanted = [triton_grpc.InferRequestedOutput("server_slots")]
+        for name in ("stall", "stall_direct"):
+            answer = client.infer(name, inputs, outputs=wanted)
+            np.testing.assert_array_equal(answer.as_numpy("server_slots"), world.slots()[:3])
+            assert client.infer(name, inputs).as_numpy("server_slots") is None
+        with pytest.raises(triton_grpc.InferenceServerException, match="devices do not train the server tower"):
+            client.infer("giving-kafka", inputs, outputs=wanted)
+
+
 def test_a_model_that_declares_no_contribution_gives_none(world: World, tmp_path: Path):
     """Each device that asks is told so, with 400; nobody else is disturbed."""
     status, summary, results = world.infer("silent", tmp_path, "--contribution")
@@ -353,7 +471,7 @@ def test_an_embedding_sent_by_mistake_is_refused_and_not_echoed(world: World):
     assert {"name": "server_embedding", "datatype": "FP32", "shape": [-1, 4]} in metadata["outputs"]
 
 
-@pytest.mark.parametrize("name", ["stall", "stall-direct"])
+@pytest.mark.parametrize("name", ["stall", "stall_direct"])
 def test_a_plain_client_of_the_protocol_gets_server_embeddings_over_grpc(world: World, name):
     """tritonclient.grpc: three rows of one request, as matrix; torch agrees to 1e-5."""
     with contextlib.closing(triton_grpc.InferenceServerClient(f"127.0.0.1:{world.grpc}")) as client:

@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from hybrid import Categorical, Hash, HybridModel, Log1p
-from hybrid.bundle import Keeping, Manifest, signing_key, write_bundle
+from hybrid.bundle import Keeping, Manifest, Parameter, TrainProgram, signing_key, write_bundle
 from hybrid.export import onnx
 from hybrid.export.vectors import vectors
 from hybrid.local import web
@@ -313,6 +313,27 @@ def test_the_store_keeps_types_joins_labels_and_survives_a_reload(library: Page,
     assert exported["inferences"][0]["features"]["weather"] == "Sunny"
     assert exported["inferences"][0]["features"]["temperature"] is None
     assert size["inferences"] == 4
+
+
+def test_the_store_keeps_slots_where_devices_train_the_server_tower(library: Page, signed: Signed):
+    """Two slots, null where a value is missing; an answer that came without them has no contribution to train with."""
+    parameters = (Parameter(name="server_tower.0.weight", shape=(16, 2)),)
+    train = TrainProgram(rows=8, server=2, missing=False, parameters=parameters)
+    examples, exported = call(
+        library,
+        STORE
+        + """
+        const store = await open();
+        const [slots, none] = [Float32Array.of(0.5, NaN), new Float32Array()];
+        const first = await store.inference(ask("a", "Sunny"), { ...answer(0.25), serverSlots: slots }, 1000);
+        const second = await store.inference(ask("b", "Sunny"), { ...answer(0.25), serverSlots: none }, 2000);
+        for (const inference of [first, second]) await store.label(1, 3000, { inference });
+        return [await store.examples(10, 4000), await store.export(4000)];
+        """,
+        {"trust": signed.trust, "bundle": text(signed.bundle(train=train))},
+    )
+    assert (examples["server"], examples["labels"]) == ([[0.5, None]], [1])
+    assert [each["server"] for each in exported["inferences"]] == [[0.5, None], []]
 
 
 def test_retention_deletes_by_age_and_by_bytes_the_oldest_first(library: Page, signed: Signed):

@@ -101,6 +101,7 @@ class Direct:
                 found.fallback.tolist(),
                 found.expires_ms,
                 found.server_embedding,
+                found.server_slots,
             )
         )
 
@@ -156,6 +157,7 @@ class Direct:
             event_ms=np.repeat([question.asked_ms for question in together], sizes),
             wants_server=np.repeat([question.rows.contribution > 0 for question in together], sizes),
             deadline_ms=np.repeat([question.deadline_ms for question in together], sizes),
+            wants_slots=np.repeat([question.rows.slots > 0 for question in together], sizes),
         )
         step = Step()
         stage = step.part(batch.deployment, n, ()).stage

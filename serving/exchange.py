@@ -115,6 +115,7 @@ class _Question:
     fallback: list[str]
     expires_ms: NDArray[np.int64]
     server_embedding: NDArray[np.float32]  # (n, 0) where it is not asked for
+    server_slots: NDArray[np.float32]  # the same
     deadline_ms: int
     on_device: bool  # whether the device merges
     trace: str | None
@@ -194,6 +195,7 @@ class Exchange:
                 question.fallback,
                 question.expires_ms,
                 question.server_embedding,
+                question.server_slots,
             )
         )
 
@@ -217,6 +219,8 @@ class Exchange:
             question.expires_ms[place] = message.expires_ms[row]
             if message.server_embedding.shape[1] == question.rows.contribution:
                 question.server_embedding[place] = message.server_embedding[row]
+            if question.rows.slots and message.server_slots.shape[1] == question.rows.slots:
+                question.server_slots[place] = message.server_slots[row]
             question.left -= 1
             if question.left == 0 and not question.done.done():
                 question.done.set_result(None)
@@ -238,6 +242,7 @@ class Exchange:
             fallback=[""] * n,
             expires_ms=np.full(n, -1),
             server_embedding=np.full((n, rows.contribution), np.nan, np.float32),
+            server_slots=np.full((n, rows.slots), np.nan, np.float32),
             deadline_ms=deadline_ms,
             on_device=deployment.merge == "device",
             trace=current_traceparent(),
@@ -291,6 +296,7 @@ class Exchange:
         sizes = [len(q.rows) for q in questions]
         wants_server = np.repeat([q.rows.contribution > 0 for q in questions], sizes)
         deadline_ms = np.repeat([q.deadline_ms for q in questions], sizes)
+        wants_slots = np.repeat([q.rows.slots > 0 for q in questions], sizes)
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
             message = DeviceEmbeddings(
@@ -304,6 +310,7 @@ class Exchange:
                 event_ms=np.full(len(ids[part]), self._now_ms()),
                 wants_server=wants_server[part],
                 deadline_ms=deadline_ms[part],
+                wants_slots=wants_slots[part],
             )
             yield message, _traces(questions, start, start + size)
 
@@ -326,11 +333,16 @@ def _credible(message: Predictions, row: int, question: _Question) -> bool:
         return True
     if not question.on_device and not 0 <= message.prediction[row] <= 1:
         return False
-    if not question.rows.contribution:
-        return True
-    server = message.server_embedding[row]
-    is_whole = bool(np.isfinite(server).all()) or message.fallback[row] == CONSTANT
-    return is_whole and len(server) == question.rows.contribution
+    rows = question.rows
+    if rows.contribution:
+        server = message.server_embedding[row]
+        is_whole = bool(np.isfinite(server).all()) or message.fallback[row] == CONSTANT
+        if not is_whole or len(server) != rows.contribution:
+            return False
+    if rows.slots:  # NaN is a missing value, and throughout where a fallback stands in for the server's side
+        slots = message.server_slots[row]
+        return len(slots) == rows.slots and not np.isinf(slots).any()
+    return True
 
 
 def _fail(questions: Iterable[_Question]) -> None:

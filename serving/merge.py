@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 ERROR = "error"  # declared in place of a fallback
 MAX_BATCH_ROWS = 2048  # of one forward pass and of one answer; a Triton model takes 4096
 MAX_NAME_BYTES = 256  # of a model; every answer repeats it
-ROW_BYTES = 128  # of an answer's row beside its embedding, at most
+ROW_BYTES = 128  # of an answer's row beside what the server contributes, at most
 Find = Callable[[str, int], Deployment | None]
 _Traced = tuple[DeviceEmbeddings, tuple[str, ...]]  # a message, and the traces of its record
 
@@ -83,6 +83,7 @@ class Batch:
         traces: of the records with rows in it.
         wants_server: as in `DeviceEmbeddings`; None: no row does.
         deadline_ms: as in `DeviceEmbeddings`; None: of no row known.
+        wants_slots: as in `DeviceEmbeddings`; None: no row does.
     """
 
     deployment: Deployment
@@ -95,6 +96,7 @@ class Batch:
     traces: tuple[str, ...] = ()
     wants_server: NDArray[np.bool_] | None = None
     deadline_ms: NDArray[np.int64] | None = None
+    wants_slots: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -116,6 +118,13 @@ class Batch:
         if self.on_device or self.wants_server is None or not self.deployment.serving.contribution:
             return np.full(len(self), self.on_device)
         return self.wants_server
+
+    @property
+    def gives_slots(self) -> NDArray[np.bool_]:
+        """(n,) whether the answer is to hold what goes into the server tower; see `gives_server`."""
+        if self.wants_slots is None or not self.deployment.server_slots:
+            return np.zeros(len(self), bool)
+        return self.wants_slots
 
     def ends_ms(self, now_ms: int, deadline_s: float) -> NDArray[np.int64]:
         """(n,) when each row is waited for no longer: at its deadline, but at most `deadline_s` after it was asked.
@@ -321,6 +330,12 @@ def encode(batch: Batch, joined: Joined, merged: Merged) -> list[Predictions]:
         lacking |= given & (joined.fallback != CONSTANT) & ~np.isfinite(server).all(axis=1)
     else:
         server = server[:, :0]
+    # Of a row that no tower was asked about they mean nothing.
+    given_slots, slots = batch.gives_slots & joined.with_server, joined.slots
+    if batch.gives_slots.any():
+        lacking |= given_slots & np.isinf(slots).any(axis=1)
+    else:
+        slots = slots[:, :0]
     overflowed = answered(joined.status, joined.fallback) & lacking
     lives_ms = int(1000 * served.max_feature_age_s) - joined.age_ms
     columns = {
@@ -331,6 +346,7 @@ def encode(batch: Batch, joined: Joined, merged: Merged) -> list[Predictions]:
         "feature_age_ms": joined.age_ms,
         "expires_ms": np.where(joined.with_server & ~overflowed, joined.read_ms + lives_ms, -1),
         "server_embedding": np.where((given & ~overflowed)[:, None], server, np.float32(np.nan)),
+        "server_slots": np.where((given_slots & ~overflowed)[:, None], slots, np.float32(np.nan)),
     }
     return [
         Predictions(served.model, served.version, int(p), **_rows(columns, batch.reply_partition == p))
@@ -374,8 +390,9 @@ def merge(
 
 
 def within_limit(message: Predictions) -> Iterator[Predictions]:
-    """The same answers in messages of which each is below Kafka's limit: server embeddings can be wide."""
-    rows = max(1, MAX_RECORD_BYTES // (ROW_BYTES + 4 * message.server_embedding.shape[1]))
+    """The same answers in messages of which each is below Kafka's limit: what the server contributes can be wide."""
+    floats = message.server_embedding.shape[1] + message.server_slots.shape[1]
+    rows = max(1, MAX_RECORD_BYTES // (ROW_BYTES + 4 * floats))
     for start in range(0, len(message), rows):
         yield message[start : start + rows]
 
@@ -450,7 +467,7 @@ def _misfit(message: DeviceEmbeddings, deployment: Deployment | None) -> str | N
 def _batches(deployment: Deployment | None, traced: Sequence[_Traced]) -> list[Batch]:
     assert deployment is not None
     messages = [message for message, _ in traced]
-    names = ("request_id", "entity", "request", "embedding", "event_ms", "wants_server", "deadline_ms")
+    names = DeviceEmbeddings.COLUMNS
     columns = {name: np.concatenate([getattr(message, name) for message in messages]) for name in names}
     columns["reply_partition"] = np.concatenate([np.full(len(m), m.reply_partition) for m in messages])
     return [

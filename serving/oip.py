@@ -33,6 +33,7 @@ from hybrid.protocol import (
     OUTPUTS,
     PREDICTION,
     SERVER_EMBEDDING,
+    SERVER_SLOTS,
     STATUS,
     TRANSPORT,
     VERSION,
@@ -54,20 +55,22 @@ class Rows:
         embedding: (n, d) as released by the device, finite; all NaN where the request came without; (n, 0) where
             the device merges.
         contribution: numbers of the server's embedding that each row is to be answered with; 0: it is not wanted.
+        slots: the same of the server tower's slots.
     """
 
     entity: NDArray[np.object_]
     request: NDArray[np.float32]
     embedding: NDArray[np.float32]
     contribution: int = 0
+    slots: int = 0
 
     def __len__(self) -> int:
         return len(self.entity)
 
     @property
     def nbytes(self) -> int:
-        """Of all numbers, and of those that come back for `contribution`."""
-        return self.request.nbytes + self.embedding.nbytes + 4 * len(self) * self.contribution
+        """Of all numbers, and of those that come back for `contribution` and `slots`."""
+        return self.request.nbytes + self.embedding.nbytes + 4 * len(self) * (self.contribution + self.slots)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Answers:
         fallback: what answered then; else "none".
         expires_ms: as in `Predictions`; None where nobody may ask for it.
         server_embedding: (n, a) as in `Predictions`; None likewise.
+        server_slots: (n, s + r) the same.
     """
 
     prediction: NDArray[np.float32]
@@ -106,6 +110,7 @@ class Answers:
     fallback: Sequence[str]
     expires_ms: NDArray[np.int64] | None = None
     server_embedding: NDArray[np.float32] | None = None
+    server_slots: NDArray[np.float32] | None = None
 
 
 def inputs_of(deployment: Deployment) -> list[dict[str, Any]]:
@@ -119,12 +124,15 @@ def inputs_of(deployment: Deployment) -> list[dict[str, Any]]:
 def outputs_of(deployment: Deployment) -> list[str]:
     """What a request is answered with where it names no outputs."""
     others = {PREDICTION} if deployment.merge == "device" else {SERVER_EMBEDDING, EXPIRES_MS}
-    return [name for name in OUTPUTS if name not in others]
+    return [name for name in OUTPUTS if name not in {SERVER_SLOTS, *others}]
 
 
 def allowed_outputs(deployment: Deployment) -> list[str]:
     """What a request may name: beside those the server's contribution, where the model declares it."""
-    return [*outputs_of(deployment), *([SERVER_EMBEDDING] if deployment.serving.contribution else [])]
+    given = outputs_of(deployment)
+    if deployment.serving.contribution and SERVER_EMBEDDING not in given:
+        given.append(SERVER_EMBEDDING)
+    return [*given, SERVER_SLOTS] if deployment.server_slots else given
 
 
 def wanted(names: Iterable[str], deployment: Deployment) -> list[str]:
@@ -137,7 +145,9 @@ def wanted(names: Iterable[str], deployment: Deployment) -> list[str]:
     for name in asked:
         if name not in allowed:
             what = "unknown output"
-            if name == SERVER_EMBEDDING:
+            if name == SERVER_SLOTS and deployment.contributes != "slots":
+                what = "devices do not train the server tower of this version, so there is no output"
+            elif name in {SERVER_EMBEDDING, SERVER_SLOTS}:
                 what = "serving.contribution is not declared, so nobody is given output"
             elif name == PREDICTION:
                 what = "the device predicts (merge='device'), so there is no output"
@@ -164,7 +174,8 @@ def model_metadata(deployment: Deployment, versions: Sequence[int]) -> dict[str,
 
 def shape(output: str, rows: int, deployment: Deployment) -> list[int]:
     """Of an output of so many rows."""
-    return [rows, deployment.server_embedding] if output == SERVER_EMBEDDING else [rows]
+    wide = {SERVER_EMBEDDING: deployment.server_embedding, SERVER_SLOTS: deployment.server_slots}
+    return [rows, wide[output]] if output in wide else [rows]
 
 
 def decode(body: bytes, header_length: str | None, deployment: Deployment) -> Infer:
@@ -228,7 +239,8 @@ def read(
     request = deployment.request.slots(deployment.request.inputs(values)).reshape(rows, len(deployment.request))
     entity = _entities(values[ENTITY], deployment.join_key_type)
     gives_server = deployment.merge == "device" or SERVER_EMBEDDING in outputs
-    return Rows(entity, request, embedding, deployment.server_embedding if gives_server else 0)
+    contribution = deployment.server_embedding if gives_server else 0
+    return Rows(entity, request, embedding, contribution, deployment.server_slots if SERVER_SLOTS in outputs else 0)
 
 
 def timeout_s(given: object) -> float | None:
@@ -247,12 +259,17 @@ def columns(n: int, answers: Answers, deployment: Deployment) -> dict[str, Any]:
         VERSION: np.full(n, deployment.version),
         FEATURE_AGE_MS: answers.feature_age_ms,
         EXPIRES_MS: answers.expires_ms,
-        SERVER_EMBEDDING: None if answers.server_embedding is None else answers.server_embedding.ravel(),
+        SERVER_EMBEDDING: _flattened(answers.server_embedding),
+        SERVER_SLOTS: _flattened(answers.server_slots),
         MERGED: [deployment.merge] * n,
         TRANSPORT: [deployment.serving.transport] * n,
         STATUS: answers.status,
         FALLBACK: answers.fallback,
     }
+
+
+def _flattened(matrix: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    return None if matrix is None else matrix.ravel()
 
 
 def encode(infer: Infer, answers: Answers, deployment: Deployment) -> tuple[bytes, int | None]:

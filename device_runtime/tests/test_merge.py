@@ -15,7 +15,7 @@ from device_runtime.merge import DeviceMerge
 from device_runtime.program import EmbedProgram, PredictProgram, program_of
 from device_runtime.store import Rows
 from device_runtime.tests.test_client import Gateway, answer, ask, error, head
-from hybrid.bundle import Alone, Bundle, Manifest
+from hybrid.bundle import Alone, Bundle, Manifest, Parameter, TrainProgram
 from hybrid.errors import BundleError, ConfigError
 from hybrid.network import Network
 
@@ -247,6 +247,49 @@ def test_the_contribution_is_asked_for_by_name_and_kept(manifest, bundle, rows, 
 
     table = pq.read_table(tmp_path / "results.parquet")
     assert table["server_embedding"].to_pylist() == [list(SERVER)]
+
+
+def federated(manifest: Manifest) -> Manifest:
+    """Of a version whose server tower devices train too: three slots go into it."""
+    parameters = (Parameter(name="server_tower.0.weight", shape=(2, 3)), Parameter(name="head.bias", shape=(1,)))
+    return manifest.model_copy(update={"train": TrainProgram(rows=8, server=3, missing=False, parameters=parameters)})
+
+
+def test_a_device_that_trains_the_server_tower_asks_for_slots(manifest, on_device, bundle, program, rows):
+    """By name; null is a missing value, and the numbers are as float32 has them. One that merges has the embedding too.
+
+    Without asking, a device that merges is given no slots.
+    """
+    slots = [0.1, None, 2.0]
+    both = said(server_slots=slots)
+    gateway = Gateway(lambda _: both)
+    asked = federated(on_device)
+    (got,) = asyncio.run(ask(gateway, asked, program, head(rows, 1), **clock(), contribution=True))
+    np.testing.assert_array_equal(np.float32(got.server_slots), np.array([0.1, np.nan, 2.0], np.float32))
+    assert (got.server_embedding, got.merged) == (SERVER, "device")
+    wanted = [output["name"] for output in json.loads(gateway.requests[0][1])["outputs"]]
+    expected = {"server_embedding", "expires_ms", "version", "feature_age_ms", "merged", "status", "fallback"}
+    assert set(wanted) == {*expected, "server_slots"}
+    (unasked,) = asyncio.run(ask(Gateway(lambda _: both), asked, program, head(rows, 1), **clock()))
+    assert (unasked.server_embedding, unasked.server_slots) == (SERVER, ())
+    about = {"prediction": 0.25, "status": "ok", "fallback": "none", "version": 7, "feature_age_ms": 5}
+    outputs = [{"name": name, "data": [value]} for name, value in (about | {"merged": "server"}).items()]
+    given = json.dumps({"outputs": [*outputs, {"name": "server_slots", "data": slots}]}).encode()
+    gateway = Gateway(lambda _: (200, given))
+    (got,) = asyncio.run(ask(gateway, federated(manifest), EmbedProgram(bundle), head(rows, 1), contribution=True))
+    assert (got.prediction, len(got.server_slots), got.server_embedding) == (0.25, 3, ())
+
+
+@pytest.mark.parametrize(
+    "slots", [None, [1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 1e39], ["a", "b", "c"], [[1, 2, 3]]]
+)
+def test_slots_that_cannot_be_the_servers_are_a_bad_answer(on_device, slots):
+    """Absent, of another width, past float32, no numbers; of a row that a fallback answers, they are not looked at."""
+    changes = {} if slots is None else {"server_slots": slots}
+    asked = federated(on_device)
+    assert read_answer(*said(**changes), asked, contribution=True)["status"] == "bad_answer"
+    fallback = {"status": ["unknown_entity"], "fallback": ["device-only"], "expires_ms": [-1]}
+    assert read_answer(*said(**changes, **fallback), asked, contribution=True)["server_slots"] == ()
 
 
 def test_the_summary_counts_what_fell_back(tmp_path):

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from device_runtime.recording import Recording
 from device_runtime.rows import Rows
 from device_runtime.secret import read_store_key
 from device_runtime.store import Store
-from hybrid.bundle import Manifest
+from hybrid.bundle import Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError
 
 KEY, NOW = bytes(32), 1_900_000_000_000
@@ -29,9 +30,9 @@ def store(tmp_path: Path, manifest: Manifest):
         yield store
 
 
-def test_what_the_server_contributed_is_kept_where_it_is_the_entity_s_own(store: Store):
+def test_what_the_server_contributed_is_kept_where_it_is_the_entity_s_own(store: Store, manifest: Manifest):
     """Merged, or from features last read: its embedding. A fallback's: the prediction alone. No prediction: nothing."""
-    with Recording(store, batch=2, now_ms=lambda: NOW + 1) as recording:
+    with Recording(store, manifest, batch=2, now_ms=lambda: NOW + 1) as recording:
         recording.add(answer(0))
         recording.add(answer(1, status="unavailable", fallback="cached"))
         recording.add(answer(2, status="unknown_entity", fallback="device-only"))
@@ -49,13 +50,27 @@ def test_what_the_server_contributed_is_kept_where_it_is_the_entity_s_own(store:
     ]
 
 
-def test_answers_are_kept_in_batches_and_whatever_ends_the_run(store: Store):
+def test_slots_are_kept_where_devices_train_the_server_tower_and_never_an_embedding(store: Store, manifest: Manifest):
+    """Slots as they came, null where a value is missing; an embedding alone, of the same width even, is not kept."""
+    parameters = (Parameter(name="server_tower.0.weight", shape=(2, 2)),)
+    train = TrainProgram(rows=8, server=2, missing=False, parameters=parameters)
+    federated = manifest.model_copy(update={"train": train})
+    with Recording(store, federated, now_ms=lambda: NOW + 1) as recording:
+        recording.add(answer(0, server_slots=(3.0, math.nan)))
+        recording.add(answer(1))
+        recording.add(answer(2, status="unavailable", fallback="cached", server_slots=(3.0, 4.0)))
+        recording.add(answer(3, status="missing_device", fallback="server-only", server_slots=(3.0, 4.0)))
+    found = [event["inference"]["server"] for event in store.export() if "inference" in event]
+    assert found == [[3.0, None], [], [3.0, 4.0], []]
+
+
+def test_answers_are_kept_in_batches_and_whatever_ends_the_run(store: Store, manifest: Manifest):
     """Two at once; the third when the context ends, though by an error."""
 
     def kept() -> int:
         return sum("inference" in event for event in store.export())
 
-    with pytest.raises(KeyError), Recording(store, batch=2, now_ms=lambda: NOW) as recording:  # noqa: PT012
+    with pytest.raises(KeyError), Recording(store, manifest, batch=2, now_ms=lambda: NOW) as recording:  # noqa: PT012
         recording.add(answer(0))
         assert kept() == 0
         recording.add(answer(1))

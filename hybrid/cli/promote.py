@@ -120,6 +120,12 @@ def _show(exported: Exported, model: HybridModel, alias: str, served: Path | Non
     console.print(f"Device embeddings are released {_release(model)}.", highlight=False)
     if model.merge == "device" or model.serving.contribution:
         console.print("Callers are given the server tower's embedding of the entities they name.", highlight=False)
+    if deployment.server_slots:
+        console.print(
+            "Callers who ask are given the server's features of the entities they name, as its tower reads them: "
+            "devices train the tower, and need them.",
+            highlight=False,
+        )
     if exported.untrainable:
         console.print(f"Devices cannot train this version: {exported.untrainable}", highlight=False, markup=False)
     console.print(f"Serving uses it: {served}" if served else f"Serving is unchanged: only '{PRODUCTION}' is served.")

@@ -74,11 +74,13 @@ def export_version(
     files = {name: workspace.triton / name / str(version.number) / "model.onnx" for name in (tower, head)}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes |= {name: len(data) for name, data in programs.items()} | {"bundle": bundle.stat().st_size}
-    deployment = deployment_of(network, version.number, version.definition_hash, (tower, head))
+    deployment = deployment_of(network, version.number, version.definition_hash, (tower, head), train)
     return Exported(deployment, bundle, manifest, sizes, untrainable)
 
 
-def deployment_of(network: Network, version: int, definition_hash: str, names: tuple[str, str]) -> Deployment:
+def deployment_of(
+    network: Network, version: int, definition_hash: str, names: tuple[str, str], train: TrainProgram | None = None
+) -> Deployment:
     """What serving is told of a version.
 
     Args:
@@ -86,6 +88,7 @@ def deployment_of(network: Network, version: int, definition_hash: str, names: t
         version: its number, in Triton too.
         definition_hash: of the definition it was trained from.
         names: of the Triton models, as `triton.export` returns them.
+        train: how devices train the version; None: they cannot, and no slots are needed.
     """
     model, server = network.model, network.model.server
     server_tower, head = names
@@ -105,6 +108,7 @@ def deployment_of(network: Network, version: int, definition_hash: str, names: t
         head=head,
         merge=model.merge,
         serving=model.serving,
+        contributes="slots" if train is not None and train.takes_slots else "embedding",
         missing_server=_learned(network, "server"),
         missing_device=_learned(network, "device"),
     )
@@ -146,10 +150,10 @@ def _device_programs(
     settings = training.settings
     if settings is None:
         return programs, None, "its record does not say what its users trained, as older ones do not; train again"
+    # Of a tower without weights nothing is trained: its embedding says all.
+    federated = settings.server_tower == "federated" and any(True for _ in network.server_tower.parameters())
     try:
-        data, train = training_program(
-            network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0
-        )
+        data, train = training_program(network, server_tower=federated, missing=settings.tower_dropout > 0)
     except ConfigError as error:
         return programs, None, str(error)
     return programs | {"train.pte": data}, train, None

@@ -65,8 +65,8 @@ def test_predictions_come_back_as_they_went():
 
 
 @pytest.mark.parametrize("width", [0, 3])
-def test_server_embeddings_of_any_width_come_back(width):
-    """Width 0, where no row asked for one, survives; so do embeddings of a device that merges, and who wants what."""
+def test_what_the_server_contributed_comes_back_in_any_width(width):
+    """Width 0, where no row asked for it, survives; so do NaN slots, embeddings of a device that merges, and wishes."""
     sent = Predictions(
         "coupon",
         3,
@@ -78,19 +78,26 @@ def test_server_embeddings_of_any_width_come_back(width):
         feature_age_ms=np.array([1500, -1]),
         expires_ms=np.array([1_700_000_000_000, -1]),
         server_embedding=np.arange(2 * width, dtype=np.float32).reshape(2, width),
+        server_slots=np.full((2, 2 * width), np.nan, np.float32),
     )
     assert_same(Predictions.from_bytes(sent.to_bytes()), sent)
-    asked = replace(embeddings(size=width), wants_server=np.array([True, False]))
+    wishes = {"wants_server": np.array([True, False]), "wants_slots": np.array([False, True])}
+    asked = replace(embeddings(size=width), **wishes)
     read = DeviceEmbeddings.from_bytes(asked.to_bytes())
     assert_same(read, asked)
     assert read.embedding.shape == (2, width)
 
 
 def test_a_record_of_the_release_before_is_still_read():
-    """Its later columns were not there: nobody wants the server's embedding, no deadline is known, nothing expires."""
-    asked = batch_of(embeddings()).drop_columns(["wants_server", "deadline_ms"])
+    """Its later columns were not there: nobody wants what the server knows, no deadline is known, nothing expires.
+
+    Those that say no more than that are not written now either.
+    """
+    asked = batch_of(embeddings()).drop_columns(["deadline_ms"])
+    assert not {"wants_server", "wants_slots"} & set(asked.schema.names)
     old = DeviceEmbeddings.from_bytes(stream(asked))
     assert (old.wants_server.tolist(), old.deadline_ms.tolist()) == ([False, False], [NO_DEADLINE, NO_DEADLINE])
+    assert old.wants_slots.tolist() == [False, False]
     said = Predictions(
         "coupon",
         3,
@@ -101,8 +108,10 @@ def test_a_record_of_the_release_before_is_still_read():
         prediction=np.array([0.5], np.float32),
         feature_age_ms=np.array([5]),
     )
-    read = Predictions.from_bytes(stream(batch_of(said).drop_columns(["expires_ms", "server_embedding"])))
-    assert (read.expires_ms.tolist(), read.server_embedding.shape) == ([-1], (1, 0))
+    told = batch_of(said).drop_columns(["expires_ms"])
+    assert not {"server_embedding", "server_slots"} & set(told.schema.names)
+    read = Predictions.from_bytes(stream(told))
+    assert (read.expires_ms.tolist(), read.server_embedding.shape, read.server_slots.shape) == ([-1], (1, 0), (1, 0))
 
 
 @settings(max_examples=500, deadline=None)

@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 
-from hybrid import Categorical, Clear, Entity, HybridModel, Label, Noised, Numeric, Privacy, Server, Serving, View
+from hybrid import (
+    Categorical,
+    Clear,
+    Entity,
+    HybridModel,
+    Label,
+    Noised,
+    Numeric,
+    Privacy,
+    Server,
+    Serving,
+    Training,
+    View,
+)
 from hybrid.errors import ConfigError
 from hybrid.features import Transform
 from hybrid.spec import definition_hash, load_model
@@ -142,12 +155,17 @@ def test_merging_on_the_device_has_no_release():
 
 
 def test_merging_on_the_device_has_neither_a_missing_device_nor_a_contribution():
-    """The device is where the answer is made, and the server's embedding is the answer."""
+    """The device is where the answer is made, and the server's embedding is the answer, unless its tower is trained."""
     for how, must in (
         ({"missing_device": "server-only"}, "serving.missing_device must be left out where merge='device'"),
-        ({"contribution": True}, "serving.contribution must be left out where merge='device'"),
+        (
+            {"contribution": True},
+            "serving.contribution must be left out where merge='device' and training.server_tower is 'central'",
+        ),
     ):
         refused(lambda how=how: declare(merge="device", release=None, serving=Serving(**how)), must)
+    federated = {"serving": Serving(contribution=True), "training": Training(server_tower="federated")}
+    assert declare(merge="device", release=None, **federated).serving.contribution
 
 
 def test_a_release_of_another_kind_is_refused():

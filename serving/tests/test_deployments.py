@@ -1,6 +1,9 @@
+import re
+
 import pytest
 
 from hybrid.errors import ConfigError, UnknownModel, UpdateRequired
+from hybrid.spec import Serving
 from serving.deployments import Deployments
 from serving.testing import deployment
 
@@ -43,6 +46,16 @@ def test_going_back_makes_the_old_version_the_default_and_keeps_the_new_one(tmp_
     for version in (1, 2, 1):
         deployment(version).write(tmp_path)
     assert Deployments(tmp_path).versions("shop") == [1, 2]
+
+
+def test_a_file_of_the_release_before_contributes_embeddings(tmp_path):
+    """It does not say what is contributed; slots are given to nobody, though the contribution is declared."""
+    giving = deployment(1).model_copy(update={"serving": Serving(contribution=True), "contributes": "slots"})
+    assert giving.server_slots == 3
+    file = giving.write(tmp_path)
+    file.write_text(re.sub(r'"contributes": "slots",\s*', "", file.read_text()))
+    served = Deployments(tmp_path).served("shop")
+    assert (served.contributes, served.server_slots) == ("embedding", 0)
 
 
 def test_a_file_that_cannot_be_read_leaves_all_as_it_was(tmp_path, caplog):

@@ -168,6 +168,28 @@ def test_who_wants_the_contribution_is_given_it_and_who_shares_its_batch_is_not(
     run(scenario, direct(models))
 
 
+def test_who_wants_slots_is_given_them_and_who_shares_its_batch_is_not():
+    """kiosk's slot is 2; the hour's and the budget's are as they were asked with."""
+    models = Halting()
+
+    async def scenario(made):
+        first = asyncio.create_task(made.ask(deployment(), rows("bakery")))
+        await asyncio.to_thread(models.reached.wait, 30)
+        what = {"serving": Serving(contribution=True), "contributes": "slots"}
+        served = deployment().model_copy(update=what)
+        without = asyncio.create_task(made.ask(served, rows("bakery")))
+        given = asyncio.create_task(made.ask(served, replace(rows("kiosk"), slots=3)))
+        await asyncio.sleep(0)
+        models.go.set()
+        assert np.isnan((await without).server_slots).all()
+        found = await given
+        np.testing.assert_array_equal(found.server_slots, [[2, *rows("kiosk").request[0]]])
+        assert found.server_embedding.shape == (1, 0)
+        await first
+
+    run(scenario, direct(models))
+
+
 def test_what_was_last_read_answers_for_a_store_that_fails_where_that_is_declared():
     """Read once; then the store fails, and each read is to be a new one: bakery's slot is still 1, its row 5 ms old."""
 

@@ -378,10 +378,11 @@ def wanting(*entities):
 
 def answered_with(message, **said):
     """An answer to the first row of a record."""
-    said = {"status": "ok", "fallback": "none", "prediction": 0.5, "server": [[1.0, 2.0]]} | said
+    said = {"status": "ok", "fallback": "none", "prediction": 0.5, "server": [[1.0, 2.0]], "slots": []} | said
     words = {word: np.array([said[word]], dtype=object) for word in ("status", "fallback")}
     numbers = {"prediction": np.array([said["prediction"]], np.float32), "feature_age_ms": np.array([9])}
     numbers |= {"expires_ms": np.array([77]), "server_embedding": np.array(said["server"], np.float32).reshape(1, -1)}
+    numbers |= {"server_slots": np.array(said["slots"], np.float32).reshape(1, -1)}
     return Predictions("shop", 1, 3, message.request_id[:1], **words, **numbers)
 
 
@@ -399,6 +400,42 @@ def test_who_wants_the_contribution_is_given_it_and_who_shares_its_record_is_not
         without, given = await asyncio.gather(*asked)
         assert without.server_embedding.shape == (1, 0)
         assert (given.server_embedding.tolist(), given.expires_ms.tolist()) == ([[1.0, 2.0]], [77])
+
+    asyncio.run(scenario())
+
+
+def test_who_wants_slots_is_given_them_and_who_shares_its_record_is_not():
+    """One record says which row wants them; NaN in them is a missing value."""
+
+    async def scenario():
+        broker = Broker()
+        wish = replace(rows("bb"), slots=3)
+        asked = [broker.ask("a"), asyncio.create_task(broker.exchange.ask(deployment(), wish))]
+        message, _ = await broker.sent.get()
+        assert (message.wants_slots.tolist(), message.wants_server.tolist()) == ([False, True], [False, False])
+        said = answered_with(message, server=[], slots=[1.0, np.nan, 3.0])
+        broker.exchange.answer(said)
+        broker.exchange.answer(replace(said, request_id=message.request_id[1:]))
+        without, given = await asyncio.gather(*asked)
+        assert without.server_slots.shape == (1, 0)
+        np.testing.assert_array_equal(given.server_slots, [[1, np.nan, 3]])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("slots", [[], [1.0, 2.0], [1.0, 2.0, np.inf]])
+def test_slots_that_no_worker_can_have_given_are_dropped(slots):
+    """None, as a worker of the release before, another width, infinite: the true answer, which comes later, counts."""
+
+    async def scenario():
+        broker = Broker()
+        asked = asyncio.create_task(broker.exchange.ask(deployment(), replace(rows("a"), slots=3)))
+        message, _ = await broker.sent.get()
+        broker.exchange.answer(answered_with(message, slots=slots))
+        await asyncio.sleep(0)
+        assert not asked.done()
+        broker.exchange.answer(answered_with(message, slots=[1.0, 2.0, 3.0]))
+        assert (await asked).server_slots.tolist() == [[1.0, 2.0, 3.0]]
 
     asyncio.run(scenario())
 

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from hybrid.errors import BadRequest, Overloaded, ServingError, StaleFeatures, Unavailable
+from hybrid.spec import Serving
 from hybrid.tracing import Tracer, new_traceparent
 from serving import oip
 from serving.access import Access, ApiKey, ApiKeys, Buckets
@@ -257,6 +258,23 @@ def test_a_server_embedding_is_answered_either_way():
         else:
             assert list(output.contents.fp32_contents) == [1.5, -2.0, 0.25, 4.0]
         assert ("expires_ms" in found, found["merged"][0].datatype) == (True, "BYTES")
+
+
+def test_slots_are_answered_either_way():
+    """(2, 3) numbers row by row, NaN where a value is missing."""
+    served = SHOP.model_copy(update={"serving": Serving(contribution=True), "contributes": "slots"})
+    slots = np.array([[1, 0, np.nan], [2, 1, -0.5]], np.float32)
+    answers = oip.Answers(np.full(2, 0.5), np.array([7, 8]), *said(2), None, None, slots)
+    for raw in (True, False):
+        asking = question(raw)
+        asking.outputs.add(name="server_slots")
+        asked = decode(asking, served)
+        assert (asked.rows.slots, asked.rows.contribution) == (3, 0)
+        response = encode(asked, answers, served)
+        (output,) = response.outputs
+        assert (output.name, list(output.shape)) == ("server_slots", [2, 3])
+        values = np.frombuffer(response.raw_output_contents[0], "<f4") if raw else output.contents.fp32_contents
+        np.testing.assert_array_equal(np.array(values, np.float32), slots.ravel())
 
 
 class Front:

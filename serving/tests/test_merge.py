@@ -1,3 +1,4 @@
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from hybrid.messages import DeviceEmbeddings
 from hybrid.spec import Serving
 from serving.kafka import Record
 from serving.merge import Merged, decode, encode, features, forward, merge, within_limit
-from serving.testing import MemoryReader, SumModels, deployment
+from serving.testing import MemoryReader, MemoryRows, SumModels, deployment
 
 KNOWN = {"bakery": (1.0, "ok"), "kiosk": (2.0, "ok"), "ruin": (3.0, "stale_features"), "mall": (4.0, "schema_drift")}
 
@@ -369,14 +370,25 @@ def test_the_last_three_stages_are_timed_in_order():
     assert seen == ["features", "forward", "encode"]
 
 
-def server_side(entities, serving=None, wants=None, embedding=None, models=None, merge_on="device", **how):
+def server_side(
+    entities,
+    serving=None,
+    wants=None,
+    embedding=None,
+    models=None,
+    merge_on="device",
+    contributes="embedding",
+    reader=None,
+    **how,
+):
     """The answer of a model that merges on the device, or of one that gives its contribution; asked at 1,000 ms."""
-    served = deployment().model_copy(update={"merge": merge_on, "serving": Serving(**(serving or {})), **LEARNED})
+    what = {"merge": merge_on, "serving": Serving(**(serving or {})), "contributes": contributes, **LEARNED}
+    served = deployment().model_copy(update=what)
     size = 0 if merge_on == "device" else 2
     given = np.ones((len(entities), size)) if embedding is None else embedding
     asked = message(entities, embedding=given, wants_server=wants, **how)
     (batch,) = decode(records(asked), lambda *_: served).batches
-    (found,) = merge(batch, lambda _: MemoryReader(KNOWN), models or SumModels(), now_ms=1_000)
+    (found,) = merge(batch, lambda _: reader or MemoryReader(KNOWN), models or SumModels(), now_ms=1_000)
     return found
 
 
@@ -447,6 +459,85 @@ def test_the_contribution_is_given_to_the_rows_that_want_it_alone():
         assert (nobody.server_embedding.shape, nobody.prediction.tolist()) == ((1, 0), [26.0])
 
 
+SLOTS = {"contribution": True, "missing_entity": "device-only", "stale_features": "constant", "constant": 0.5}
+NO_SLOTS = [np.nan] * 3
+
+
+@pytest.mark.parametrize("merge_on", ["server", "device"])
+def test_slots_are_given_to_the_rows_that_want_them_as_they_went_into_the_tower(merge_on):
+    """The bakery's 1, the hour's place 1 and the budget, 10 or missing; NaN where no tower was asked, or nobody wants.
+
+    A row that no fallback answers has none either. The server's embedding comes or not as it does without.
+    """
+    request = np.array([[1, 10], [1, np.nan], [1, 10], [1, 10], [1, 10]], np.float32)
+    wants = np.array([True, True, False, True, True])
+    entities = ["bakery", "bakery", "bakery", "nowhere", "ruin"]
+    found = server_side(entities, SLOTS, merge_on=merge_on, contributes="slots", request=request, wants_slots=wants)
+    expected = [[1, 1, 10], NO_SLOTS, NO_SLOTS, NO_SLOTS, NO_SLOTS]  # of a missing budget the sum is no number
+    np.testing.assert_array_equal(found.server_slots, expected)
+    assert found.status.tolist()[:2] == ["ok", "unavailable"]
+    assert found.server_embedding.shape == (5, 2 if merge_on == "device" else 0)
+
+
+def test_a_missing_value_is_a_slot_as_any_other():
+    """Of a tower that copes with it: NaN in the budget's place, and an answer."""
+
+    class Coping(SumModels):
+        def infer(self, model, version, inputs, output, until_s=math.inf):
+            whole = {name: np.nan_to_num(values) for name, values in inputs.items()}
+            return super().infer(model, version, whole, output, until_s)
+
+    request, wants = np.array([[1, np.nan]], np.float32), np.array([True])
+    how = {"contributes": "slots", "request": request, "wants_slots": wants, "models": Coping()}
+    found = server_side(["bakery"], SLOTS, **how)
+    assert found.status.tolist() == ["ok"]
+    np.testing.assert_array_equal(found.server_slots, [[1, 1, np.nan]])
+
+
+def test_slots_that_are_infinite_are_no_answer():
+    """Whoever writes to the topic may write anything: that row alone is unavailable, and told none."""
+
+    class Squashing(SumModels):
+        def infer(self, model, version, inputs, output, until_s=math.inf):
+            return np.tanh(super().infer(model, version, inputs, output, until_s))
+
+    request, wants = np.array([[1, np.inf], [1, 10]], np.float32), np.ones(2, bool)
+    how = {"contributes": "slots", "request": request, "wants_slots": wants, "models": Squashing()}
+    found = server_side(["bakery", "bakery"], {"contribution": True}, **how)
+    assert found.status.tolist() == ["unavailable", "ok"]
+    np.testing.assert_array_equal(found.server_slots, [NO_SLOTS, [1, 1, 10]])
+
+
+def test_features_last_read_are_slots_and_a_missing_device_takes_none_away():
+    """Both "cached" and "server-only" ask the tower, so both have what went into it."""
+
+    class LastRead:
+        def read(self, entities, now_ms):
+            return MemoryRows(np.array([[7.0]], np.float32), np.array([9]), np.array(["unavailable"], dtype=object))
+
+    how = {"merge_on": "server", "contributes": "slots", "wants_slots": np.array([True])}
+    cached = server_side(["bakery"], SLOTS | {"unavailable": "cached"}, reader=LastRead(), **how)
+    assert (cached.fallback.tolist(), cached.server_slots.tolist()) == (["cached"], [[7, 1, 10]])
+    absent = np.full((1, 2), np.nan)
+    alone = server_side(["bakery"], SLOTS | {"missing_device": "server-only"}, embedding=absent, **how)
+    assert (alone.fallback.tolist(), alone.server_slots.tolist()) == (["server-only"], [[1, 1, 10]])
+
+
+def test_no_slots_are_given_where_none_are_declared_contributed_or_wanted():
+    """Whatever the record says; without Triton, the column is there for those who asked, and says nothing."""
+    wants = np.array([True])
+    for serving, contributes, wish in (
+        (SLOTS | {"contribution": False}, "slots", wants),
+        (SLOTS, "embedding", wants),
+        (SLOTS, "slots", None),
+        (SLOTS, "slots", ~wants),
+    ):
+        found = server_side(["bakery"], serving, contributes=contributes, wants_slots=wish)
+        assert (found.status.tolist(), found.server_slots.shape) == (["ok"], (1, 0))
+    down = server_side(["bakery"], SLOTS, contributes="slots", wants_slots=wants, models=SumModels(broken=True))
+    np.testing.assert_array_equal(down.server_slots, [NO_SLOTS])
+
+
 def test_answers_with_wide_embeddings_leave_in_several_messages():
     """Embeddings of 4 kB: 1,000 rows are 4 MB, 186 fit into 768 KiB with 128 bytes beside each; none is lost."""
     found = server_side(["bakery"])
@@ -456,3 +547,5 @@ def test_answers_with_wide_embeddings_leave_in_several_messages():
     assert [len(part) for part in parts] == [186] * 5 + [70]
     assert max(len(part.to_bytes()) for part in parts) < 1 << 20
     assert [len(part) for part in within_limit(many)] == [1_000]
+    both = replace(wide, server_slots=np.zeros((1_000, 1_024), np.float32))
+    assert {len(part) for part in within_limit(both)} == {94, 60}  # 8,320 bytes a row

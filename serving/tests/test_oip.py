@@ -295,6 +295,46 @@ def test_the_contribution_is_given_by_name_and_only_where_it_is_declared():
         decode(inputs(), **named)
 
 
+def slots_of_shop(**changes):
+    return SHOP.model_copy(update={"serving": Serving(contribution=True), "contributes": "slots", **changes})
+
+
+def test_slots_are_given_by_name_where_devices_train_the_server_tower():
+    """One server slot and two of the request; no merge gives them unasked, and where there are none, it says so."""
+    for merge in ("server", "device"):
+        served = slots_of_shop(merge=merge)
+        asking = {"device_embedding": None} if merge == "device" else {}
+        unasked = decode(inputs(**asking), served=served)
+        assert (unasked.rows.slots, "server_slots" in unasked.outputs) == (0, False)
+        asked = decode(inputs(**asking), served=served, outputs=[{"name": "server_slots"}])
+        assert (asked.rows.slots, asked.rows.contribution) == (3, 2 if merge == "device" else 0)
+        assert asked.rows.nbytes == unasked.rows.nbytes + 4 * 2 * 3
+        named = [tensor["name"] for tensor in oip.model_metadata(served, [1])["outputs"]]
+        assert sorted(set(named)) == sorted(named)
+        assert {"server_embedding", "server_slots"} <= set(named)
+    assert oip.shape("server_slots", 2, served) == [2, 3]
+    named = {"outputs": [{"name": "server_slots"}]}
+    with pytest.raises(
+        BadRequest, match="devices do not train the server tower of this version, so there is no output"
+    ):
+        decode(inputs(), served=GIVING, **named)
+    with pytest.raises(BadRequest, match=r"serving\.contribution is not declared, so nobody is given output"):
+        decode(inputs(), served=slots_of_shop(serving=Serving()), **named)
+
+
+def test_slots_are_answered_row_by_row():
+    """Two rows of three in JSON, null where a value is missing; in binary 24 bytes."""
+    asked = oip.Infer(None, decode(inputs()).rows, {"server_slots": False})
+    slots = np.array([[1, 0, np.nan], [2, 1, -0.5]], np.float32)
+    none = np.empty((2, 0), np.float32)
+    answers = oip.Answers(np.full(2, 0.5), np.array([7, 7]), ["ok"] * 2, ["none"] * 2, None, none, slots)
+    assert json.loads(oip.encode(asked, answers, slots_of_shop())[0])["outputs"] == [
+        {"name": "server_slots", "datatype": "FP32", "shape": [2, 3], "data": [1, 0, None, 2, 1, -0.5]}
+    ]
+    body, length = oip.encode(oip.Infer(None, asked.rows, {"server_slots": True}), answers, slots_of_shop())
+    assert body[length:] == slots.tobytes()
+
+
 def test_metadata_has_the_shapes_of_each_merge():
     """Without the device's embedding going in where the device merges; the contribution where it is declared."""
     shapes = {

@@ -4,6 +4,7 @@ import re
 import jsonschema_rs
 import pytest
 
+from hybrid.spec import Serving
 from serving import oip, openapi
 from serving.deployments import Deployments
 from serving.gateway import Gateway
@@ -79,6 +80,11 @@ def test_a_model_that_merges_on_the_device_is_described_as_it_is():
     assert not jsonschema_rs.is_valid(schema, with_embedding)
     with pytest.raises(oip.BadRequest):
         oip.decode(json.dumps(with_embedding).encode(), None, served)
-    for outputs, valid in ((["server_embedding", "expires_ms"], True), (["prediction"], False)):
+    cases = ((["server_embedding", "expires_ms"], True), (["prediction"], False), (["server_slots"], False))
+    for outputs, valid in cases:
         named = example | {"outputs": [{"name": name} for name in outputs]}
         assert jsonschema_rs.is_valid(schema, named) == valid
+    giving = served.model_copy(update={"serving": Serving(contribution=True), "contributes": "slots"})
+    named = example | {"outputs": [{"name": "server_slots"}]}
+    assert jsonschema_rs.is_valid(openapi.request_schema(giving), named)
+    assert oip.decode(json.dumps(named).encode(), None, giving).rows.slots == 3

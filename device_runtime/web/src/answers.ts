@@ -32,6 +32,8 @@ export interface Answer {
   readonly expiresMs: number;
   /** What the server contributed; empty where it was not asked for, or nothing of the kind was merged. */
   readonly serverEmbedding: Float32Array;
+  /** What went into the server tower, NaN where a value is missing; of versions whose server tower devices train too. */
+  readonly serverSlots: Float32Array;
   /** Seconds after which the gateway says to ask again; null where it does not say. */
   readonly retryAfterS: number | null;
 }
@@ -49,6 +51,7 @@ export const NO_ANSWER: Answer = {
   fallback: "none",
   expiresMs: -1,
   serverEmbedding: new Float32Array(),
+  serverSlots: new Float32Array(),
   retryAfterS: null,
 };
 
@@ -70,7 +73,8 @@ function expect(held: boolean, what: string): asserts held {
  *
  * @param status of HTTP.
  * @param body the text.
- * @param contribution whether the server's embedding was asked for beside a prediction.
+ * @param contribution whether what the server contributed was asked for: its slots, where the bundle's training program
+ * takes those, else its embedding.
  */
 export function readAnswer(status: number, body: string, manifest: Manifest, contribution = false): Partial<Answer> {
   try {
@@ -81,14 +85,25 @@ export function readAnswer(status: number, body: string, manifest: Manifest, con
     }
     const outputs = outputsOf(document["outputs"]);
     const found = manifest.merge === "server" ? predicted(outputs) : served(outputs);
-    const all: Partial<Answer> = { ...found, ...about(outputs, manifest) };
-    if (!contribution && manifest.merge === "server") return all;
-    return { ...all, serverEmbedding: serverEmbedding(outputs, all.fallback!, manifest.server_embedding) };
+    const { merge, server_embedding: size } = manifest;
+    const { fallback, ...said } = about(outputs, manifest);
+    const slots = contribution ? slotsOf(manifest) : 0;
+    const all: Partial<Answer> = { ...found, ...said, fallback };
+    return {
+      ...all,
+      ...(slots ? { serverSlots: serverSlots(outputs, fallback, slots) } : {}),
+      ...(merge === "device" || (contribution && !slots) ? { serverEmbedding: serverEmbedding(outputs, fallback, size) } : {}),
+    };
   } catch (error) {
     if (!(error instanceof Unusable || error instanceof SyntaxError || error instanceof TypeError)) throw error;
     // Nothing of it: the text could quote what was answered.
     return { status: BAD_ANSWER, error: "the gateway's answer cannot be read" };
   }
+}
+
+/** How many slots the server contributes to an example; 0: it is the embedding that it contributes. */
+export function slotsOf({ train }: Manifest): number {
+  return train?.parameters.some(({ name }) => name.startsWith("server_tower.")) ? train.server : 0;
 }
 
 type Outputs = ReadonlyMap<string, readonly unknown[]>;
@@ -149,6 +164,17 @@ function serverEmbedding(outputs: Outputs, fallback: string, size: number): Floa
   const server = Float32Array.from(data, (value) => (typeof value === "number" ? value : NaN));
   expect(server.every(Number.isFinite), "not an embedding");
   return server;
+}
+
+/** As float32 has them; null, a missing value, is NaN. Empty where the server's side was missing. */
+function serverSlots(outputs: Outputs, fallback: string, size: number): Float32Array {
+  if (fallback === "constant" || fallback === "device-only") return new Float32Array();
+  const data = outputs.get("server_slots");
+  expect(data !== undefined && data.length === size, "no slots");
+  expect(data.every((value) => value === null || typeof value === "number"), "not slots");
+  const slots = Float32Array.from(data, (value) => (value === null ? NaN : (value as number)));
+  expect(slots.every((value) => Math.abs(value) !== Infinity), "not slots");
+  return slots;
 }
 
 /** What a gateway wrote, short, whatever it wrote. */

@@ -40,6 +40,14 @@ export interface Keeping {
   readonly max_memory_mb: number;
 }
 
+/** How the training program is fed, which a browser does not run; see `hybrid.bundle.TrainProgram`. */
+export interface Train {
+  readonly rows: number;
+  readonly server: number;
+  readonly missing: boolean;
+  readonly parameters: readonly { readonly name: string; readonly shape: readonly number[] }[];
+}
+
 /** What a bundle is and promises; see `hybrid.bundle.Manifest`. */
 export interface Manifest {
   readonly format: number;
@@ -54,7 +62,7 @@ export interface Manifest {
   readonly release: Release | null;
   readonly programs: ReadonlyMap<string, { readonly sha256: string; readonly bytes: number }>;
   readonly alone: Alone | null;
-  readonly train: unknown;
+  readonly train: Train | null;
   readonly keeping: Keeping;
   readonly created_ms: number;
   readonly expires_ms: number | null;
@@ -126,6 +134,12 @@ const keeping = check.object<Keeping>(
   },
   KEEPING,
 );
+const train = check.object<Train>({
+  rows: check.integer(1),
+  server: check.integer(),
+  missing: check.boolean,
+  parameters: check.list(check.object({ name: check.text, shape: check.list(check.integer()) })),
+});
 const manifest = check.object<Manifest>(
   {
     format: check.integer(FORMAT, FORMAT),
@@ -143,7 +157,7 @@ const manifest = check.object<Manifest>(
       /^[a-z][a-z0-9_]{0,30}\.[a-z]{1,8}$/,
     ),
     alone: check.nullable(alone),
-    train: (value) => value, // a browser does not train
+    train: check.nullable(train),
     keeping,
     created_ms: check.integer(),
     expires_ms: check.nullable(check.integer()),

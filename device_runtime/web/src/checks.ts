@@ -17,6 +17,11 @@ export const text: Check<string> = (value, where) => {
   return value;
 };
 
+export const boolean: Check<boolean> = (value, where) => {
+  expect(typeof value === "boolean", where, "true or false");
+  return value;
+};
+
 export function matching(pattern: RegExp): Check<string> {
   return (value, where) => {
     expect(typeof value === "string" && pattern.test(value), where, `text like ${pattern}`);

@@ -5,7 +5,7 @@
 // features and, where the server merges, the embedding as released. Nothing else of a row does. Beside it goes an API
 // key, where there is one, and what a browser tells every site: its name, its languages, its address.
 
-import { type Answer, NO_ANSWER, readAnswer, TIMEOUT, UNREACHABLE } from "./answers.ts";
+import { type Answer, NO_ANSWER, readAnswer, slotsOf, TIMEOUT, UNREACHABLE } from "./answers.ts";
 import { type Bundle, type Manifest, MAX_BYTES } from "./bundle.ts";
 import { BundleError, ConfigError, Unauthenticated } from "./errors.ts";
 import type { Raw } from "./features.ts";
@@ -17,7 +17,7 @@ export const ATTEMPTS = 3;
 export const TIMEOUT_MS = 10_000; // beyond a gateway's deadline of 5 s, whose answer says why
 const BACKOFF_MS = 50; // before the second attempt; doubles
 const HEADER_LENGTH = "Inference-Header-Content-Length";
-const WITH_CONTRIBUTION = ["prediction", "version", "feature_age_ms", "merged", "status", "fallback", "server_embedding"];
+const ALWAYS = ["version", "feature_age_ms", "merged", "status", "fallback"];
 // What a retry may find gone. Stale features and drift, 503 as well, stay so; a rate limit does for longer than we wait.
 const PASSING = new Set(["503 unavailable", "429 overloaded"]);
 const API_KEY = /^[A-Za-z0-9._~+/-]+=*$/;
@@ -46,7 +46,10 @@ export interface ClientOptions {
   readonly timeoutMs?: number;
   /** For release "noised"; the browser's cryptographic generator unless a test says otherwise. */
   readonly noise?: Noise;
-  /** Where the server merges, whether to ask for its embedding too; the model must declare it. */
+  /**
+   * Whether to ask for what the server contributed; the model must declare it. That is its embedding, which a device
+   * that merges has anyway, or its slots, where devices train the server tower too.
+   */
   readonly contribution?: boolean;
   /** Shown to the gateway as bearer; over https, or on this machine. */
   readonly apiKey?: string;
@@ -81,8 +84,11 @@ export class InferenceClient {
     if (manifest.merge === "server" && !manifest.release) {
       throw new ConfigError("the bundle's release must be 'clear' or 'noised' for merge='server', got none");
     }
-    if (manifest.merge === "device" && options.contribution) {
-      throw new ConfigError("contribution must be left out for merge='device': every answer is the server's embedding");
+    if (manifest.merge === "device" && options.contribution && !slotsOf(manifest)) {
+      throw new ConfigError(
+        "contribution must be left out for merge='device' with this bundle: every answer is the server's embedding, " +
+          "and devices train no server tower, which would need its slots",
+      );
     }
     const base = new URL(gateway, globalThis.location?.href);
     if (!/^https?:$/.test(base.protocol)) throw new ConfigError("gateway must be an http:// or https:// URL");
@@ -110,7 +116,7 @@ export class InferenceClient {
     const inputs = manifest.features.inputs(ask.features);
     // Released once: fresh noise on a retry would be a second release of the same row.
     const released = program instanceof EmbedProgram ? this.release(await program.embed(inputs)) : null;
-    const outputs = options.contribution ? WITH_CONTRIBUTION : [];
+    const outputs = options.contribution ? outputsWithContribution(manifest) : [];
     const { body, headerLength } = requestBody(ask.entity, ask.request, manifest.request, released, outputs);
     let answer = await this.send(body, headerLength);
     if (program instanceof PredictProgram) {
@@ -164,6 +170,12 @@ export class InferenceClient {
   private deadline(): AbortSignal {
     return AbortSignal.timeout(this.options.timeoutMs ?? TIMEOUT_MS);
   }
+}
+
+/** What is asked for by name where an example is to be kept. */
+export function outputsWithContribution(manifest: Manifest): string[] {
+  const needed = manifest.merge === "device" ? ["server_embedding", "expires_ms"] : ["prediction"];
+  return [...needed, ...ALWAYS, slotsOf(manifest) ? "server_slots" : "server_embedding"];
 }
 
 // No cookie, no address of the page, and no other host that an answer names: who sees an embedding is declared.

@@ -4,7 +4,7 @@
 // encrypted with AES-GCM under a key of the host app, which scripts cannot export; its id, its time and its size are
 // not, since retention goes by them. They are bound to the values, so that records cannot be exchanged.
 
-import type { Answer } from "./answers.ts";
+import { type Answer, slotsOf } from "./answers.ts";
 import type { Manifest } from "./bundle.ts";
 import type { Ask } from "./client.ts";
 import { BadRequest, StoreError } from "./errors.ts";
@@ -20,8 +20,11 @@ export interface Kept {
   readonly entity: string;
   readonly request: Readonly<Record<string, string | number | null>>;
   readonly features: Readonly<Record<string, string | number | null>>;
-  /** What the server contributed; empty where it did not say. */
-  readonly server: readonly number[];
+  /**
+   * What the server contributed: its embedding, or its slots, null where a value is missing, where devices train its
+   * tower too. Empty where it did not say.
+   */
+  readonly server: readonly (number | null)[];
   readonly feature_age_ms: number;
   readonly prediction: number | null;
   readonly label: number | null;
@@ -29,7 +32,7 @@ export interface Kept {
 
 /** What a training program is fed with: rows of this version with label and the server's part, the oldest first. */
 export interface Examples {
-  readonly server: readonly (readonly number[])[];
+  readonly server: readonly (readonly (number | null)[])[];
   readonly features: readonly Readonly<Record<string, string | number | null>>[];
   readonly labels: readonly number[];
 }
@@ -98,7 +101,7 @@ export class Store {
         ask.features,
         new Map([...features.transforms].map(([name, t]) => [name, isText(t) ? "text" : "number"])),
       ),
-      server: GENUINE.has(answer.fallback) ? [...answer.serverEmbedding] : [],
+      server: GENUINE.has(answer.fallback) ? contributed(answer, this.manifest) : [],
       feature_age_ms: answer.featureAgeMs,
       prediction: Number.isNaN(answer.prediction) ? null : answer.prediction,
       label: null,
@@ -153,7 +156,8 @@ export class Store {
       return now - kept.at_ms > label_window_s * 1000 ? label_absent : null;
     };
     const usable = (await this.all()).filter((kept) => {
-      const fits = kept.version === this.manifest.version && kept.server.length === this.manifest.server_embedding;
+      const width = slotsOf(this.manifest) || this.manifest.server_embedding;
+      const fits = kept.version === this.manifest.version && kept.server.length === width;
       return fits && labelOf(kept) !== null;
     });
     const chosen = newest > 0 ? usable.slice(-newest) : [];
@@ -287,6 +291,12 @@ export async function keptKey(database: string): Promise<CryptoKey> {
 /** Deletes it. */
 export function forgetKey(database: string): Promise<void> {
   return deleteDatabase(database);
+}
+
+/** As JSON has it; where slots are what trains, never an embedding in their place. */
+function contributed({ serverEmbedding, serverSlots }: Answer, manifest: Manifest): (number | null)[] {
+  if (!slotsOf(manifest)) return [...serverEmbedding];
+  return [...serverSlots].map((value) => (Number.isNaN(value) ? null : value));
 }
 
 function typed(

@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { NO_ANSWER, readAnswer } from "../src/answers.ts";
 import { readManifest } from "../src/bundle.ts";
-import { requestBody } from "../src/client.ts";
+import { outputsWithContribution, requestBody } from "../src/client.ts";
 import { clipAndNoise, systemNoise } from "../src/mechanisms.ts";
 import { mergeOnDevice } from "../src/merge.ts";
 import type { PredictProgram } from "../src/program.ts";
@@ -79,6 +79,28 @@ test("an answer is read, and one that promises what it does not hold is bad", ()
     status: "update_required",
     error: "gone",
   });
+});
+
+test("slots are asked for and read where devices train the server tower, null being a missing value", () => {
+  const parameters = [{ name: "server_tower.0.weight", shape: [2, 3] }];
+  const federated = (of: object) => ({ ...of, train: { rows: 8, server: 3, missing: false, parameters } });
+  const merging = readManifest(JSON.stringify(federated({ ...vectors.manifest })));
+  const both = readAnswer(200, outputs({ ...served, server_slots: [0.5, null, 2] }), merging, true);
+  assert.deepEqual([...both.serverSlots!], [0.5, NaN, 2]);
+  assert.deepEqual([...both.serverEmbedding!], [0.5, 0.25]);
+  assert.equal(readAnswer(200, outputs(served), merging).serverSlots, undefined);
+  for (const slots of [[0.5, 1], [0.5, 1, 1e39], [0.5, 1, "2"], [0.5, 1, [2]], undefined]) {
+    const answer = readAnswer(200, outputs({ ...served, ...(slots ? { server_slots: slots } : {}) }), merging, true);
+    assert.equal(answer.status, "bad_answer", JSON.stringify(slots));
+  }
+  const alone = outputs({ ...served, expires_ms: [-1], status: ["unavailable"], fallback: ["device-only"] });
+  assert.equal(readAnswer(200, alone, merging, true).serverSlots!.length, 0);
+  assert.ok(outputsWithContribution(merging).includes("server_embedding"));
+  assert.equal(outputsWithContribution(merging).at(-1), "server_slots");
+  assert.equal(outputsWithContribution(server).at(-1), "server_embedding");
+  const predicted = { ...about, prediction: [0.75], merged: ["server"], server_slots: [0.5, null, 2] };
+  const read = readAnswer(200, outputs(predicted), { ...server, train: merging.train }, true);
+  assert.deepEqual([read.prediction, read.serverSlots!.length, read.serverEmbedding], [0.75, 3, undefined]);
 });
 
 test("the device predicts from what the server sent, until that expires", async () => {

@@ -16,6 +16,17 @@ from hybrid.network import Network
 from hybrid.workspace import Workspace
 
 
+class Sum(torch.nn.Module):
+    """A head without a care for widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, server, device):
+        return self.scale * server.sum(dim=1) + device.sum(dim=1)
+
+
 def test_serving_is_told_all_that_it_needs(every):
     """The deployment has the Feast side, the sizes and the Triton names; 2 hours are 7,200 s."""
     deployment = every.exported.deployment
@@ -148,8 +159,21 @@ def test_devices_train_what_the_version_s_training_trained(every, tmp_path: Path
     """A federated server tower takes 7 slots in place of its embedding; tower dropout trains what is missing."""
     settings = Training(server_tower="federated", tower_dropout=0.1)
     version = replace(every.version, training=every.version.training.model_copy(update={"settings": settings}))
-    train = export_version(version, every.network.model, Workspace(tmp_path)).manifest.train
-    assert (train.server, train.missing) == (7, True)
+    model = every.network.model.model_copy(update={"serving": Serving(contribution=True)})
+    exported = export_version(version, model, Workspace(tmp_path))
+    train, deployment = exported.manifest.train, exported.deployment
+    assert (train.server, train.missing, train.takes_slots) == (7, True, True)
+    assert (deployment.contributes, deployment.server_slots) == ("slots", train.server)
+    assert (every.exported.deployment.contributes, every.exported.deployment.server_slots) == ("embedding", 0)
+
+
+def test_of_a_server_tower_without_weights_the_embedding_is_contributed(tmp_path: Path):
+    """Nothing of it can be trained, federated or not: the gradient is the same, and so is what devices are given."""
+    training = Training(server_tower="federated")
+    network = Network.build(declared(server_tower=torch.nn.Flatten, head=Sum, training=training))
+    exported = export_version(version_of(network), network.model, Workspace(tmp_path))
+    assert exported.manifest.train.server == network.server_embedding
+    assert (exported.manifest.train.takes_slots, exported.deployment.contributes) == (False, "embedding")
 
 
 @pytest.mark.parametrize("why", ["train again", "no such operator"])
@@ -164,7 +188,9 @@ def test_a_version_that_no_device_can_train_is_served(every, tmp_path: Path, mon
             raise ConfigError("the gradient cannot be exported for devices: no such operator")
 
         monkeypatch.setattr(promote, "training_program", none)
+    settings = version.training.settings and Training(server_tower="federated")
+    version = replace(version, training=version.training.model_copy(update={"settings": settings}))
     exported = export_version(version, every.network.model, Workspace(tmp_path))
-    assert exported.manifest.train is None
+    assert (exported.manifest.train, exported.deployment.contributes) == (None, "embedding")
     assert set(exported.manifest.programs) == {"device.pte", "embed.onnx", "predict.onnx"}
     assert why in exported.untrainable
