@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from device_runtime.participation import Outcome
     from device_runtime.store import Store
 
-CONCURRENCY = 4  # sessions at once in one process
 END_S = 60.0  # for what is begun when a process is told to end
 GOOD = {
     "consent": True,
@@ -155,7 +154,10 @@ class Processes:
             process.stdin = None  # which `communicate` would flush
         endings: Counter[str] = Counter()
         for process in self._started:
-            output, error = process.communicate(timeout=END_S)
+            try:
+                output, error = process.communicate(timeout=END_S)
+            except subprocess.TimeoutExpired:
+                raise StackError(f"a process of devices did not end in {END_S:g} s") from None
             if process.returncode:
                 raise StackError(f"a process of devices failed: {error.strip()}")
             endings.update(json.loads(output)["endings"])
@@ -235,19 +237,15 @@ async def _run(
     host = ScriptedHost([Readings(**GOOD)])  # type: ignore[arg-type]
     # A round stands for a day here: a device takes part in each.
     own = Policy(separation_s=0, participations=1_000_000)
-    trainers: asyncio.Queue[Trainer] = asyncio.Queue()
-    for _ in range(CONCURRENCY):
-        trainers.put_nowait(Trainer(opened))
+    # One at a time, as `device_runtime` is made: trainings of several threads at once have been seen to stand still.
+    trainer, alone = Trainer(opened), asyncio.Lock()
     with Store.open(store, read_store_key(key_file, {}), opened.manifest) as kept:
 
         async def session(device: int) -> Outcome:
-            trainer = await trainers.get()
-            try:
+            async with alone:
                 return await Participation(
                     opened, trainer, kept, host, asked, trusted, device=device, own=own
                 ).session()
-            finally:
-                trainers.put_nowait(trainer)
 
         print(json.dumps({"ready": devices}), flush=True)
         endings = await _live(session, devices, rest_s, _input_ended())
