@@ -29,7 +29,7 @@ from rich.console import Console
 from benchmarks import measure
 from hybrid.update import Upload
 
-SIZES = (6_300, 200_000)  # weights
+SMALL, LARGE = 6_300, 200_000  # weights
 PROCESSES = 4  # of devices: each waits for its answers one after another
 FIRST = 1000  # devices after which memory is to stay as it is
 console = Console(stderr=True, highlight=False)
@@ -39,21 +39,22 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and figures there")
-    parser.add_argument("--devices", type=int, default=10_000, help="default %(default)s")
+    parser.add_argument("--devices", type=int, default=10_000, help="at least 2,000 (default %(default)s)")
+    parser.add_argument("--large", action="store_true", help=f"{LARGE} weights too, for a fifth of the devices")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for size in SIZES:
+    for size in (SMALL, LARGE) if arguments.large else (SMALL,):
         for upload in ("float32", "int8"):
             console.print(f"{size} weights as {upload} ...")
-            # All of the large one would be eight gigabytes through the machine's loopback.
-            devices = arguments.devices if size == SIZES[0] else max(3 * FIRST, arguments.devices // 5)
-            rows += measured(size, upload, devices)
+            rows += measured(size, upload, max(2 * FIRST, arguments.devices // (5 if size == LARGE else 1)))
     figures = {
         "check_ins_per_s": _rate(rows, "check-in, 200", "float32"),
         "uploads_per_s": _rate(rows, "upload", "float32"),
         "uploads_per_s_int8": _rate(rows, "upload", "int8"),
         "http_share": _rate(rows, "upload", "float32") / _rate(rows, "upload, read alone", "float32"),
-        "rss_growth_per_1000": max(row["MB a 1,000"] for row in rows if row["MB a 1,000"] != ""),
+        "rss_growth_per_1000": max(
+            row["MB a 1,000"] for row in rows if row["MB a 1,000"] != "" and row["weights"] == SMALL
+        ),
         "rss_mb": max(row["MB"] for row in rows),
     }
     measure.show("One aggregator process", rows, figures)
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _rate(rows: list[dict[str, Any]], what: str, upload: str) -> float:
-    found = (row for row in rows if (row["request"], row["as"], row["weights"]) == (what, upload, SIZES[0]))
+    found = (row for row in rows if (row["request"], row["as"], row["weights"]) == (what, upload, SMALL))
     return float(next(found)["a second"])
 
 
