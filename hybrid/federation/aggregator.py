@@ -26,7 +26,7 @@ from hybrid.privacy.mechanisms import (
 )
 
 if TYPE_CHECKING:
-    from hybrid.federation.engine import Engine  # torch, which the process that real devices reach does without
+    from hybrid.federation.engine import Engine  # and with it torch, which serving devices does not need
 
 PURPOSE = "train"
 COHORT, NOISE, LOCAL = 0, 1, 3  # independent streams of one seed; the fleet's is 2
