@@ -1,4 +1,4 @@
-"""An aggregator's process that is made to be killed: rounds of a second and a half, one after another.
+"""An aggregator's process that is made to be killed: rounds of some seconds, one after another.
 
 `python aggregator_process.py FOLDER PORT` goes on where the last one ended, by what `released.jsonl` says of it.
 """
@@ -6,6 +6,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def main(folder: Path, port: int) -> None:
         Ledger.open(folder / "run", budget_epsilon=1e6, delta=1e-4) as ledger,
         (folder / "released.jsonl").open("a") as released,
     ):
+        ledger.reserve([replace(SETTINGS.event, count=100)])
         aggregator = FleetAggregator(task, SETTINGS, ledger, signing_key(folder / "keys"))
         with listening(aggregator, port=port):
             number = len((folder / "released.jsonl").read_text().splitlines()) + 1

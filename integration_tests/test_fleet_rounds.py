@@ -259,7 +259,7 @@ class Killed:
         self.kill()
 
     def start(self):
-        pipe = subprocess.PIPE
+        pipe, self._ready = subprocess.PIPE, False
         self.process = subprocess.Popen([*map(str, self.words)], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def kill(self):
@@ -267,8 +267,8 @@ class Killed:
         self.process.communicate(timeout=30)
 
     def ready(self):
-        line = self.process.stdout.readline()
-        assert "ready" in line, self.process.communicate()
+        self._ready = self._ready or "ready" in self.process.stdout.readline()
+        assert self._ready, self.process.communicate()
 
 
 def released(folder: Path) -> list[dict]:
@@ -284,7 +284,7 @@ def test_kill_9_of_aggregator_and_devices_spends_no_privacy_unseen_and_counts_no
     the same noise.
     """
     devices, random = 6, np.random.default_rng(20)
-    (tmp_path / "task.json").write_text(world.task(round_s=1.5, wanted=devices).model_dump_json())
+    (tmp_path / "task.json").write_text(world.task(round_s=3, wanted=devices).model_dump_json())
     np.save(tmp_path / "weights.npy", world.weights)
     shutil.copytree(world.folder / "keys", tmp_path / "keys")
     (port,) = free_ports(1)
@@ -296,10 +296,11 @@ def test_kill_9_of_aggregator_and_devices_spends_no_privacy_unseen_and_counts_no
         Killed(command(opened, store, world.key_file, devices)) as fleet,
     ):
         for kill in range(20):
-            victim = (aggregator, fleet)[kill % 2]
             if random.random() < 0.8:  # else while it starts
-                victim.ready()
-            time.sleep(random.uniform(0, 2.5))  # any moment is as good as another
+                aggregator.ready()
+                fleet.ready()
+            time.sleep(random.uniform(0, 5))  # any moment is as good as another
+            victim = (aggregator, fleet)[kill % 2]
             victim.kill()
             victim.start()
         before = len(released(tmp_path))

@@ -32,7 +32,9 @@ from hybrid.features import Float32
 if TYPE_CHECKING:
     from device_runtime.participation import Outcome
     from device_runtime.store import Store
+    from device_runtime.trainer import Trainer
 
+CONCURRENCY = 4  # sessions at once in one process
 END_S = 60.0  # for what is begun when a process is told to end
 GOOD = {
     "consent": True,
@@ -237,12 +239,11 @@ async def _run(
     host = ScriptedHost([Readings(**GOOD)])  # type: ignore[arg-type]
     # A round stands for a day here: a device takes part in each.
     own = Policy(separation_s=0, participations=1_000_000)
-    # One at a time, as `device_runtime` is made: trainings of several threads at once have been seen to stand still.
-    trainer, alone = Trainer(opened), asyncio.Lock()
+    trainer, room = _InTurn(Trainer(opened)), asyncio.Semaphore(CONCURRENCY)
     with Store.open(store, read_store_key(key_file, {}), opened.manifest) as kept:
 
         async def session(device: int) -> Outcome:
-            async with alone:
+            async with room:
                 return await Participation(
                     opened, trainer, kept, host, asked, trusted, device=device, own=own
                 ).session()
@@ -250,6 +251,21 @@ async def _run(
         print(json.dumps({"ready": devices}), flush=True)
         endings = await _live(session, devices, rest_s, _input_ended())
     return {"devices": devices, "sessions": endings.total(), "endings": dict(endings)}
+
+
+class _InTurn:
+    """A trainer that several sessions share: trainings of several threads at once have been seen to stand still."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._alone = trainer, threading.Lock()
+        self.gave_up: str | None = None
+
+    def train(self, *arguments: Any, **more: Any) -> Float32 | None:
+        """See `device_runtime.participation.Trains`."""
+        with self._alone:
+            update = self._trainer.train(*arguments, **more)
+            self.gave_up = self._trainer.gave_up
+        return update
 
 
 async def _live(
