@@ -27,6 +27,10 @@ class CohortTooSmall(HybridError):
     """Fewer devices answered than may be released together. Nothing was spent."""
 
 
+class RoundStopped(HybridError):
+    """A round was ended before its time: its version was halted, or its aggregator stopped. Nothing was spent."""
+
+
 class BundleError(HybridError):
     """A device bundle is not what its signature, manifest or limits promise."""
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.checkpoint import values_of, with_values
-from hybrid.federation.engine import Engine
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
+from hybrid.federation.records import values_of, with_values
 from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent
 from hybrid.privacy.ledger import AnyEntry, Entry, Ledger
 from hybrid.privacy.matrix import Matrix, matrix_sum
@@ -29,6 +28,9 @@ from hybrid.privacy.mechanisms import (
     gaussian_sum,
     quantile_noise_for,
 )
+
+if TYPE_CHECKING:
+    from hybrid.federation.engine import Engine  # and with it torch, which serving devices does not need
 
 PURPOSE = "train"
 COHORT, NOISE, LOCAL, SCHEDULE = 0, 1, 3, 4  # independent streams of one seed; the fleet's is 2
