@@ -41,9 +41,11 @@ def peak_mb() -> float:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, object]:
-    """The whole product: Flower's apps over the in-process grid, the mechanism, noise, and a ledger on the disk."""
+    """The whole product: Flower's apps over the in-process grid, the mechanism, noise, ledger, checkpoints on disk."""
     from benchmarks.workload import BATCH, CLIP, LR, STEPS, examples, network
+    from hybrid.features import Float32
     from hybrid.federation.aggregator import Round, SimulatedAggregator
+    from hybrid.federation.checkpoint import Checkpoints
     from hybrid.federation.client_app import client_app
     from hybrid.federation.engine import Engine
     from hybrid.federation.optimizers import ServerOptimizer
@@ -53,18 +55,22 @@ def ours(arguments: argparse.Namespace) -> dict[str, object]:
     from hybrid.local_training import LocalTraining
     from hybrid.privacy.ledger import Ledger
 
-    local = LocalTraining(steps=STEPS, lr=LR, batch=BATCH)
-    engine = Engine.build(network("6.3k"), examples("6.3k", arguments.users), local)
+    local, net = LocalTraining(steps=STEPS, lr=LR, batch=BATCH), network("6.3k")
+    engine = Engine.build(net, examples("6.3k", arguments.users), local)
     start, ends = engine.side.flat(), []
     settings = Round(sampling=1.0, clip=CLIP, noise_multiplier=1.0, minimum=0)
     with Ledger.open(arguments.folder / "run", budget_epsilon=1e9, delta=1e-6) as ledger:
         ledger.reserve([replace(settings.event, count=arguments.rounds)])
         strategy = NoisedSum(arguments.users, ServerOptimizer("SGD", 1.0, start))
         aggregator = SimulatedAggregator(engine, ledger, settings, seed=0)
-        app = server_app(
-            strategy, start, arguments.rounds, lambda number, flat: ends.append(time.time() - arguments.started)
-        )
-        simulate(app, {1: client_app(aggregator)})
+        parts = {"strategy": strategy, "aggregator": aggregator}
+        checkpoints = Checkpoints(arguments.folder / "run", net.weights, parts)
+
+        def on_round(number: int, flat: Float32) -> None:
+            checkpoints.after(number, now=number in (0, arguments.rounds))
+            ends.append(time.time() - arguments.started)
+
+        simulate(server_app(strategy, start, arguments.rounds, on_round), {1: client_app(aggregator)})
     return {"rounds": ends[1:]}
 
 

@@ -176,36 +176,66 @@ def echo(arguments: argparse.Namespace) -> None:
 Ask = Callable[[int], Awaitable[bool]]  # the number of the request -> whether it was answered well
 
 
+class _Connection(asyncio.Protocol):
+    """One kept-alive connection, one request at a time; what a client library does beside that would cost more."""
+
+    def __init__(self) -> None:
+        self.open, self._got, self._left = False, b"", -1
+        self._answer: asyncio.Future[bool] | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport, self.open = transport, True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.open = False
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error or ConnectionResetError())
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        if self._left < 0:
+            head, found, rest = self._got.partition(b"\r\n\r\n")
+            if not found:
+                return
+            self._left = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]) + len(self._got) - len(rest)
+        if len(self._got) >= self._left and self._answer is not None and not self._answer.done():
+            self._answer.set_result(self._got.startswith(b"HTTP/1.1 200"))
+
+    def ask(self, request: bytes) -> asyncio.Future[bool]:
+        """Whether it was answered well; to be awaited before the next."""
+        self._got, self._left, self._answer = b"", -1, asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return self._answer
+
+    def close(self) -> None:
+        self._transport.close()
+
+
 @contextlib.asynccontextmanager
 async def over_http(arguments: argparse.Namespace) -> Any:
-    """Kept-alive connections on raw sockets: a client library would cost more than the gateway."""
+    """Kept-alive connections."""
     from benchmarks.world import body
 
     rng = np.random.default_rng(1)
+    loop = asyncio.get_running_loop()
     host, port = arguments.target.split(":")
     start = f"POST /v2/models/{arguments.model}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     requests = [f"{start}Content-Length: {len(b)}\r\n\r\n".encode() + b for b in (body(rng) for _ in range(1000))]
-    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def connection() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        while free:
-            reader, writer = free.pop()
-            if not reader.at_eof():
-                return reader, writer
-            writer.close()  # the server ends connections that are idle for 5 s
-        return await asyncio.open_connection(host, int(port))
+    free: list[_Connection] = []
 
     async def ask(number: int) -> bool:
-        reader, writer = await connection()
-        writer.write(requests[number % len(requests)])
-        head = await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
-        free.append((reader, writer))
-        return head.startswith(b"HTTP/1.1 200")
+        connection = None
+        while free and (connection is None or not connection.open):  # the server ends those that are idle for 5 s
+            connection = free.pop()
+        if connection is None or not connection.open:
+            _, connection = await loop.create_connection(_Connection, host, int(port))
+        good = await connection.ask(requests[number % len(requests)])
+        free.append(connection)
+        return good
 
     yield ask
-    for _, writer in free:
-        writer.close()
+    for connection in free:
+        connection.close()
 
 
 @contextlib.asynccontextmanager
@@ -324,8 +354,10 @@ def load(arguments: argparse.Namespace) -> None:
     """Asks for some seconds, after a tenth of that uncounted."""
     import gc
 
+    import uvloop  # as uvicorn has it
+
     gc.disable()
-    print(json.dumps(asyncio.run(_load(arguments))))
+    print(json.dumps(uvloop.run(_load(arguments))))
 
 
 async def _load(arguments: argparse.Namespace) -> dict[str, Any]:

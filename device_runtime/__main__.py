@@ -124,14 +124,20 @@ def _add_train(commands: Any) -> None:
         help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
     )
     train.add_argument(
-        "--policy", type=Path, default=None, help="JSON: the app's own conditions, beside the plan's (default: strict)"
+        "--policy",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="the app's own conditions, beside the plan's: a JSON object with fields of hybrid.plan.Policy, such as "
+        '{"idle": false, "battery": 0.5}; those left out are strict',
     )
     train.add_argument(
         "--readings",
         type=Path,
         default=None,
         metavar="FILE",
-        help="JSON list of what to take for the machine's state, one reading after another, in place of its own",
+        help="what to take for the machine's state in place of its own: a JSON list of objects with fields of "
+        "device_runtime.eligibility.Readings, one reading after another",
     )
     train.add_argument(
         "--devices", type=_range, default=range(1), metavar="A:B", help="devices A to B - 1 of the store, in turn (0:1)"

@@ -84,6 +84,8 @@ class OpeningKey:
             if file.stat().st_mode & 0o077:
                 raise ConfigError(f"{file.name} must be readable by its owner only (chmod 600)")
             key = load_pem_private_key(file.read_bytes(), password=None)
+        except FileNotFoundError:
+            raise ConfigError(f"{file} does not exist; `hybrid dead-letters keygen` makes a pair of keys") from None
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{file.name} must hold an X25519 private key in PEM: {type(error).__name__}") from None
         if not isinstance(key, X25519PrivateKey):

@@ -444,6 +444,8 @@ def load_model(file: Path) -> HybridModel:
     Raises:
         ConfigError: the file does not exist, does not run, or builds none or several.
     """
+    if file.is_dir():
+        raise ConfigError(f"model file {str(file)!r} must be a Python file (.py), it is a folder")
     if not file.is_file():
         raise ConfigError(f"model file {str(file)!r} does not exist")
     if file.suffix != ".py":

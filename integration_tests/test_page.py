@@ -227,6 +227,7 @@ def test_nothing_that_a_person_sets_leaves_in_any_form_but_the_declared_one(
         shown = visit.page.locator(".sent-hex").first.text_content()
         claim = visit.page.locator("#disclosure").inner_text()
         totals = visit.page.locator("#totals").inner_text()
+        marked = visit.page.get_by_text("Marked: the embedding.").count()
     assert {httpx.URL(request.url).netloc for request in visit.requests} == {httpx.URL(visit.url).netloc}
     assert len(sent) == 1 + len(SECRETS)
     everything = b"".join(sent) + "".join(request.url for request in visit.requests).encode()
@@ -250,9 +251,11 @@ def test_nothing_that_a_person_sets_leaves_in_any_form_but_the_declared_one(
         assert names == ["entity", "time", "budget"]
         assert len(set(sent)) == 1
         assert claim.startswith("Nothing of the device")
+        assert marked == 0
     else:
         assert names == ["entity", "time", "budget", "device_embedding"]
         assert len({each[-16:] for each in sent}) == len(sent)  # fresh noise
+        assert marked > 0
         assert "clipped to a norm of 1, with Gaussian noise of 0.5" in claim
         epsilon = float(re.search(r"local epsilon of ([\d.]+) at delta 0.0001\.", claim)[1])
         assert delta_of(epsilon + 0.05) < 1e-4 < delta_of(epsilon - 0.05)
@@ -330,6 +333,7 @@ def test_what_goes_wrong_is_a_sentence_with_what_to_do(world: World, tab: Callab
             alert = visit.page.get_by_role("alert")
             alert.get_by_text(text_).wait_for()
             assert visit.page.locator("#probability").inner_text() == "–"
+            assert not visit.page.locator("#happened").is_visible(), "of no prediction nothing can have happened"
             visit.page.unroute("**/infer")
             alert.get_by_role("button").click()
             visit.page.wait_for_function("() => document.getElementById('notice').hidden")

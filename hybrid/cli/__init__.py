@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -27,13 +29,29 @@ from hybrid.cli import (
 from hybrid.errors import HybridError
 
 app = typer.Typer(
-    help="Declare, train and serve hybrid models.",
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click does it already
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for group in (models, features, population, train, sweep, privacy, promote, stack, page, fleet, dead_letters, skew):
     app.add_typer(group.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hybrid-towers {version('hybrid-towers')}")
+        raise typer.Exit
+
+
+@app.callback()
+def hybrid(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Declare, train and serve hybrid models."""
 
 
 def main() -> None:

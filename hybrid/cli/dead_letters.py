@@ -107,10 +107,11 @@ def replay(
 ) -> None:
     """Sends the original bytes to the topic and partition they came from, once what was wrong is mended.
 
-    What was sent is noted in Kafka, so a second replay skips it and says already_replayed. Request ids are the
-    original ones: whoever waits for an answer gets one, repeats are dropped, and rows whose callers gave up are
-    answered with unavailable. A record that still cannot be read comes back as a new letter.
-    Exit status 1 if a letter could not be opened.
+    What was sent is noted in Kafka, so a second replay skips it and says
+    already_replayed. Request ids are the original ones: whoever waits for an
+    answer gets one, repeats are dropped, and rows whose callers gave up are
+    answered with unavailable. A record that still cannot be read comes back as a
+    new letter. Exit status 1 if a letter could not be opened.
 
     Example: hybrid dead-letters replay --reason unreadable --dry-run
     """
@@ -119,11 +120,8 @@ def replay(
     from serving.kafka import ProducerOutbox, create_topics
 
     default = os.environ.get("HYBRID_DEAD_LETTER_PRIVATE_KEY") or Workspace.current().keys / PRIVATE
-    opening, broker, wanted = (
-        OpeningKey.read(key or Path(default)),
-        _broker(kafka),
-        _filter(topic, reason, since, until),
-    )
+    broker, wanted = _broker(kafka), _filter(topic, reason, since, until)
+    opening = OpeningKey.read(key or Path(default))
     done: list[dict[str, Any]] = []
     create_topics(broker)
     letters = dead_letters.find(broker, wanted)  # not those that a replay brings back

@@ -108,7 +108,8 @@ def store(
 
     folder = Workspace.current().feast
     if kind is None:
-        print(OnlineStore.read(folder).model_dump_json(indent=2))
+        online = OnlineStore.read(folder)
+        print(online.model_dump_json(indent=2, include=None if online.kind == "redis" else {"kind"}))
         return
     redis = {
         "address": address,

@@ -71,8 +71,10 @@ def models(as_json: Json = False) -> None:
         aliases = ", ".join(f"{alias} -> {number}" for alias, number in sorted(model.aliases.items()))
         versions = ", ".join(map(str, model.versions)) or "not trained"
         table.add_row(model.name, model.definition_hash[:12], versions, aliases)
-    empty = "No model is registered; `hybrid register FILE` registers one."
-    Console().print(table if registered else empty, highlight=False)
+    if not registered:
+        typer.echo(f"No model is registered in {Workspace.current().root}; `hybrid register FILE` registers one.")
+        return
+    Console().print(table, highlight=False)
 
 
 @app.command()

@@ -117,7 +117,10 @@ def _show(exported: Exported, model: HybridModel, alias: str, served: Path | Non
         table.add_row(names.get(name, f"device program '{name}'"), f"{size:,}")
     console = Console()
     console.print(table)
-    console.print(f"Device embeddings are released {_release(model)}.", highlight=False)
+    if model.release is None:
+        console.print("No device embedding leaves a device: it is merged there.", highlight=False)
+    else:
+        console.print(f"Device embeddings are released {_release(model)}.", highlight=False)
     if model.merge == "device" or model.serving.contribution:
         console.print("Callers are given the server tower's embedding of the entities they name.", highlight=False)
     if deployment.server_slots:

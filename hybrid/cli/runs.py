@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrid.federation.population import Examples
+    from hybrid.registry import Registry
     from hybrid.spec import HybridModel
 
 IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
@@ -37,15 +39,66 @@ def examples_of(
 @contextmanager
 def run_folder(runs: Path, name: str | None, new: str) -> Iterator[Path]:
     """The folder of a run, and with it a ledger; none is left of a training that was refused at once."""
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
-        raise ConfigError(f"--run must be letters, digits, _, . and -, and start with a letter or digit, got {name!r}")
-    folder = _new_run(runs, new) if name is None else runs / name
+    folder = _new_run(runs, new) if name is None else run_of(runs, name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     finally:
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def run_of(runs: Path, name: str) -> Path:
+    """The folder of that name, which may not be there.
+
+    Raises:
+        ConfigError: no run can have that name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
+        raise ConfigError(f"--run must be letters, digits, _, . and -, and start with a letter or digit, got {name!r}")
+    return runs / name
+
+
+def interrupted(runs: Path, model: str, name: str | None, registry: Registry) -> Path:
+    """The folder of a training of `model` that began and gave no version.
+
+    Args:
+        runs: folder of all runs.
+        model: of the training.
+        name: of the run; None: the one that there is.
+        registry: knows which trainings gave one.
+
+    Raises:
+        NotFound: there is none, or none in the run of that name.
+        ConfigError: it is finished, or of another model; or there are several, and no name chooses.
+    """
+    from hybrid.federation.resume import BY_ROUNDS, rounds_done, started
+
+    trainings = registry.trainings(model).items()
+    versions: dict[tuple[str, Any], int] = {(record.run, record.kind): number for number, record in trainings}
+    if name is not None:
+        folder = run_of(runs, name)
+        config = started(folder)
+        if config.get("model") != model:
+            raise ConfigError(f"run {name!r} is of model {config.get('model')!r}, not of {model!r}")
+        version = versions.get((name, config.get("kind")))
+        if version is not None:
+            raise ConfigError(f"run {name!r} is finished: it is {model}:{version}")
+        return folder
+    every = {file.parent: json.loads(file.read_text()) for file in sorted(runs.glob("*/config.json"))}
+    found = {
+        folder: config
+        for folder, config in every.items()
+        if config.get("model") == model
+        and config.get("kind") in BY_ROUNDS
+        and (folder.name, config["kind"]) not in versions
+    }
+    if not found:
+        raise NotFound(f"{runs.name}/ has no interrupted training of {model}: `hybrid train {model}` starts one")
+    if len(found) > 1:
+        said = [f"{f.name} ({rounds_done(f, c)} of {c['training']['rounds']} rounds)" for f, c in found.items()]
+        raise ConfigError(f"several trainings of {model} were interrupted; choose by --run: {', '.join(said)}")
+    return next(iter(found))
 
 
 def _new_run(runs: Path, stem: str) -> Path:

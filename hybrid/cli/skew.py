@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hybrid.request_log import LoggedRow
     from hybrid.spec import HybridModel
 
+TO_LOG = "start workers with --log-sample, or the local stack with `hybrid up --log-sample 1`"
 app = typer.Typer()
 EXAMPLES = 3
 
@@ -95,12 +96,14 @@ def skew(
     workspace = Workspace.current()
     registry, folder = Registry(workspace), log or workspace.request_log
     declared, definition = registry.load_model(model), registry.definition_hash(model)
+    if not folder.is_dir():
+        raise ConfigError(f"no requests were logged: folder {folder} does not exist; {TO_LOG}")
     logged = read_log(folder, model)
     rows = [row for row in logged if row.definition_hash == definition]
     if not rows:
         raise ConfigError(
             f"{folder} must hold requests of {model} as it is registered now, got {len(logged)} of other definitions; "
-            "start workers with --log-sample, or the local stack with `hybrid up --log-sample 1`"
+            f"{TO_LOG}"
         )
     served = Served(
         entity=np.array([row.entity for row in rows], dtype=object),
@@ -197,9 +200,11 @@ def _print_json(report: Report) -> None:
 
 def _show(report: Report) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("of", "rows that differ", "one side missing", "largest difference", "first served")
+    table = Table(
+        Column("of", overflow="fold"), "rows that differ", "one side missing", "largest difference", "first served"
+    )
     for each in report.differences:
         table.add_row(each.of, str(each.rows), str(each.missing), f"{each.max_abs:.3g}", "\n".join(each.first))
     Console(highlight=False).print(table)

@@ -74,7 +74,7 @@ def up(
         _say("Interrupted. Nothing is left running.")
         raise typer.Exit(130) from None
     if before == state:
-        _say("The local stack is up already, on the ports below; `hybrid down` first to choose others.")
+        _say("The local stack is up already and stays as it is; `hybrid down` first to change a setting.")
     _show(state, as_json=as_json)
 
 
@@ -124,7 +124,7 @@ def _show(state: State | None, *, as_json: bool) -> None:
         typer.echo(state.model_dump_json(indent=2) if state else '{"phase": "down"}')
         return
     if state is None:
-        typer.echo("The local stack is down. Start it with `hybrid up`.")
+        typer.echo(f"The local stack of {Workspace.current().root} is down. Start it with `hybrid up`.")
         return
     table = Table("server", "state", "pid", "127.0.0.1:port", "log", title=f"local stack: {state.phase}")
     for server in state.servers:

@@ -33,7 +33,7 @@ REFERENCES = {"server-only": ":", "central": "-."}
 def sweep(
     model: Annotated[str, typer.Argument(help="Name of a registered model.")],
     *,
-    grid: Annotated[Path, typer.Option(metavar="FILE", help="TOML: a table [grid] of lists, and a table [fixed].")],
+    grid: Annotated[Path, typer.Option(metavar="FILE", help=r"TOML: a table \[grid] of lists, and a table \[fixed].")],
     population: Annotated[
         str | None, typer.Option(help="What to learn from; by default the population of the model's name.")
     ] = None,
@@ -43,7 +43,7 @@ def sweep(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
 ) -> None:
-    """Trains a model under every combination of a grid, and compares them on held-out users.
+    r"""Trains a model under every combination of a grid, and compares them on held-out users.
 
     The grid's fields are those of the model's `training`, and `epsilon`, `clip`
     and `seed`; epsilon = inf trains without noise and without privacy, to see
@@ -54,7 +54,7 @@ def sweep(
 
     A file like this trains 2 x 3 x 3 = 18 times:
 
-        [grid]
+        \[grid]
         server_lr = [0.003, 0.01]
         epsilon = [1, 2, 8]
         seed = [0, 1, 2]

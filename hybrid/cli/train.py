@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import examples_of, progress_bar, run_folder
+from hybrid.cli.runs import examples_of, interrupted, progress_bar, run_folder
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -40,7 +44,9 @@ def train(
     server_only: Annotated[
         bool, typer.Option("--server-only", help="The baseline: the model's own head with no device embedding.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random in this simulation.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of everything random in this simulation; 0 by default.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,
     sampling: Annotated[
         float | None, typer.Option(help="Probability that a user takes part in a round, in (0, 1].")
@@ -86,7 +92,9 @@ def train(
             metavar="TRACE", help="Simulate devices that are away, slow or lost: a trace file, or `phones` for ours."
         ),
     ] = None,
-    deadline: Annotated[float, typer.Option(help="With --fleet: seconds after which a round closes.")] = 60.0,
+    deadline: Annotated[
+        float | None, typer.Option(help="With --fleet: seconds after which a round closes; 60 by default.")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="Where users of federated rounds are trained, as torch names it: cpu, cuda, cuda:1.")
     ] = "cpu",
@@ -96,6 +104,10 @@ def train(
             metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one with a new budget."
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted training: that of --run, or the only one there is."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the new version as JSON.")] = False,
 ) -> None:
     """Trains a new version of a model on a population, and registers it.
@@ -108,10 +120,17 @@ def train(
     and one that would pass it is refused. Whatever is measured on held-out users
     is marked "oracle": only a simulation can see it.
 
+    A federated training that was stopped or killed, at whatever point, goes on
+    with --resume, and gives the version that it would have given, bit by bit on
+    the same machine; no round is charged twice. How it was started is read from
+    its run: an option given again must say the same.
+
     Example: hybrid train coupon --epsilon 4 --fold 1/5
+
+    Example: hybrid train coupon --resume --run monday
     """
     kind = _kind(central=central, server_only=server_only, epsilon=epsilon)
-    given = {
+    changed = {
         "rounds": rounds,
         "sampling": sampling,
         "local_steps": local_steps,
@@ -134,32 +153,122 @@ def train(
     workspace = Workspace.current()
     registry = Registry(workspace)
     declared, digest = registry.load_model(model), registry.definition_hash(model)
-    settings = _settings(declared, given)
-    Network.build(declared, seed=seed).check_registered(registry.definition(model)["network"])
+    folder: AbstractContextManager[Path]
+    if resume:
+        found = interrupted(workspace.runs, model, run, registry)
+        folder, order = nullcontext(found), _Order.started(found)
+    else:
+        new = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}"
+        folder, order = run_folder(workspace.runs, run, new), _Order.new(declared)
+    order = order.but(
+        kind=kind if central or server_only else None, population=population, fold=fold, epsilon=epsilon, seed=seed
+    )
+    order = order.with_settings(changed).with_fleet(fleet, deadline)
+    Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model
 
-    check_allowed(declared, kind, epsilon, settings)
-    train_on, held_out = examples_of(declared, population or model, fold, workspace)
-    folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}")
-    with folder as run_dir, progress_bar(f"{kind} training of {model}") as progress:
+    check_allowed(declared, order.kind, order.epsilon, order.settings)
+    train_on, held_out = examples_of(declared, order.population, order.fold, workspace)
+    with folder as run_dir, _resumable(model, run_dir), progress_bar(f"{order.kind} training of {model}") as progress:
         trained = train_model(
             declared,
             train_on,
             held_out,
-            kind=kind,
-            epsilon=epsilon,
-            seed=seed,
+            kind=order.kind,
+            epsilon=order.epsilon,
+            seed=order.seed,
             run_dir=run_dir,
-            settings=settings,
+            settings=order.settings,
             progress=progress,
-            fleet=None if fleet is None else _fleet(fleet, deadline),
+            fleet=order.fleet,
+            about={"fold": order.fold, "registered": digest},
             device=device,
+            resume=resume,
         )
-    version = registry.create_version(
-        model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest
-    )
+        version = registry.create_version(
+            model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest
+        )
     _print(model, version, run_dir, trained.record, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What to train, and how: see `hybrid.federation.training.train`."""
+
+    kind: Kind
+    population: str
+    fold: str | None
+    epsilon: float | None
+    seed: int
+    settings: Training
+    fleet: OnFleet | None
+
+    @classmethod
+    def new(cls, model: HybridModel) -> _Order:
+        """As the model declares it."""
+        return cls("federated", model.name, None, None, 0, model.training, None)
+
+    @classmethod
+    def started(cls, run: Path) -> _Order:
+        """As the training in a run was started."""
+        from hybrid.federation.fleet import Trace
+        from hybrid.federation.resume import started
+        from hybrid.federation.training import OnFleet
+        from hybrid.spec import Training
+
+        config = started(run)
+        fleet = config.get("fleet")
+        return cls(
+            config["kind"],
+            config["population"],
+            config.get("fold"),
+            config.get("epsilon"),
+            config["seed"],
+            Training(**config["training"]),
+            None if fleet is None else OnFleet(**fleet | {"trace": Trace(**fleet["trace"])}),
+        )
+
+    def but(self, **given: Any) -> _Order:
+        """With what was given; None was not."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def with_settings(self, given: Mapping[str, Any]) -> _Order:
+        """With these fields of `Training`; None was not given."""
+        from hybrid.spec import Training
+
+        changed = {name: value for name, value in given.items() if value is not None}
+        return replace(self, settings=Training(**self.settings.model_dump() | changed))
+
+    def with_fleet(self, trace: Path | None, deadline: float | None) -> _Order:
+        """On the fleet of a trace file, and with another deadline, where they were given."""
+        from hybrid.federation.fleet import PHONES, Trace
+        from hybrid.federation.training import OnFleet
+
+        fleet = self.fleet
+        if trace is not None:
+            fleet = OnFleet(Trace.load(PHONES if trace == Path("phones") else trace), 60.0)
+        if fleet is not None and deadline is not None:
+            fleet = replace(fleet, deadline_s=deadline)
+        return replace(self, fleet=fleet)
+
+
+@contextmanager
+def _resumable(model: str, run: Path) -> Iterator[None]:
+    """Where somebody stops it, says how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
+
+        config = started(run) if (run / CONFIG).exists() else {}
+        if config.get("kind") in BY_ROUNDS:
+            of, again = config["training"]["rounds"], f"hybrid train {model} --resume --run {run.name}"
+            said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
+        else:
+            said = "before anything was spent: start it again"
+        print(f"stopped {said}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _kind(*, central: bool, server_only: bool, epsilon: float | None) -> Kind:
@@ -170,13 +279,6 @@ def _kind(*, central: bool, server_only: bool, epsilon: float | None) -> Kind:
     if epsilon is not None:
         raise ConfigError("--epsilon must be left out with --central or --server-only: they train without privacy")
     return "central" if central else "server-only"
-
-
-def _settings(model: HybridModel, given: dict[str, Any]) -> Training:
-    from hybrid.spec import Training
-
-    changed = {name: value for name, value in given.items() if value is not None}
-    return Training(**model.training.model_dump() | changed)
 
 
 def _options(words: list[str]) -> dict[str, Any]:
@@ -194,13 +296,6 @@ def _options(words: list[str]) -> dict[str, Any]:
 
 def _option(text: str) -> float | bool:
     return text == "true" if text in {"true", "false"} else float(text)
-
-
-def _fleet(trace: Path, deadline: float) -> OnFleet:
-    from hybrid.federation.fleet import PHONES, Trace
-    from hybrid.federation.training import OnFleet
-
-    return OnFleet(Trace.load(PHONES if trace == Path("phones") else trace), deadline)
 
 
 def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, as_json: bool) -> None:

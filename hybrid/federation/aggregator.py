@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
 from hybrid.privacy.accountant import GaussianEvent
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.ledger import Entry, Ledger
 from hybrid.privacy.mechanisms import (
     Aggregation,
     Cohort,
@@ -80,12 +81,20 @@ class Attended:
     Attributes:
         fleet: who is there, and how fast.
         work: what a round asks of a device.
-        tallies: filled with one a round.
+        tallies: filled with one a round; after a restart the first is of all rounds before it.
     """
 
     fleet: Fleet
     work: Work
     tallies: list[Tally] = field(default_factory=list, repr=False)
+
+    def state(self) -> dict[str, Any] | None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return values_of(sum(self.tallies[1:], start=self.tallies[0])) if self.tallies else None
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self.tallies[:] = [] if state is None else [Tally(**state)]
 
 
 class PaidMechanism:
@@ -96,17 +105,36 @@ class PaidMechanism:
         ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
         seed: of the noise; None: it is the operating system's, as people's is.
         size: p, the length of a flat update.
+        repeats: entries of rounds that are only computed again, after a restart: see `next_attempt`.
 
     Raises:
-        ConfigError: noise is drawn, and there is no ledger to pay for what it covers.
+        ConfigError: noise is drawn, and there is no ledger to pay for what it covers; or rounds are to be repeated
+            whose noise cannot be.
     """
 
-    def __init__(self, settings: Round, ledger: Ledger | None, *, seed: int | None, size: int) -> None:
+    def __init__(
+        self, settings: Round, ledger: Ledger | None, *, seed: int | None, size: int, repeats: Iterable[Entry] = ()
+    ) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
         self._settings, self._ledger, self._seed = settings, ledger, seed
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(size)
+        self._repeats = {entry.round: entry for entry in repeats}  # of several attempts at a round, the last
+        if seed is None and self._repeats:
+            raise ConfigError("repeats must be left out without a seed: the system's noise is never the same again")
+
+    def state(self) -> dict[str, Any]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        from hybrid.federation.checkpoint import values_of  # and with it torch, which serving devices does not need
+
+        return values_of(self._state)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        from hybrid.federation.checkpoint import with_values
+
+        self._state = with_values(self._state, state)
 
     @property
     def clip(self) -> float:
@@ -114,8 +142,24 @@ class PaidMechanism:
         return self._state.clip
 
     def next_attempt(self, number: int) -> int:
-        """At round `number`."""
-        return 1 if self._ledger is None else self._ledger.next_attempt(PURPOSE, number)
+        """At round `number`: a new one, with noise and a ledger entry of its own, unless the round is a repetition.
+
+        A seeded simulation that goes on from a checkpoint computes the rounds
+        after it again: from the same weights, with the same cohort and the same
+        noise, so that the same number is released, which tells nobody anything
+        new and is paid for. Who gives `repeats` vouches that it is the same; an
+        entry made with another noise, sampling or clip is not repeated.
+        """
+        if self._ledger is None:
+            return 1
+        paid = self._repeated(number)
+        return self._ledger.next_attempt(PURPOSE, number) if paid is None else paid.attempt
+
+    def _repeated(self, number: int) -> Entry | None:
+        """What paid for round `number`, where this round is that one again."""
+        entry = self._repeats.get(number)
+        same = entry is not None and (entry.event, entry.clip) == (self._settings.event, self._state.clip)
+        return entry if same else None
 
     def release(self, number: int, attempt: int, cohort: Cohort) -> Release:
         """The noised sum of a round's cohort.
@@ -128,10 +172,11 @@ class PaidMechanism:
         Raises:
             BudgetExceeded, CohortTooSmall: nothing is spent.
         """
-        clip = self._state.clip
+        clip, paid = self._state.clip, self._repeated(number)
 
         def pay() -> None:
-            if self._ledger is not None:
+            self._repeats.pop(number, None)  # a second release in this process is a new attempt in any case
+            if self._ledger is not None and (paid is None or attempt != paid.attempt):
                 event = self._settings.event
                 self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
 
@@ -161,19 +206,38 @@ class SimulatedAggregator:
         settings: of every round.
         seed: of coins, noise and local order: the same seed repeats a run bit by bit.
         fleet: which of those whose coin fell answer in time; None: all do.
+        repeats: see `PaidMechanism`.
     """
 
     def __init__(
-        self, engine: Engine, ledger: Ledger | None, settings: Round, *, seed: int, fleet: Attended | None = None
+        self,
+        engine: Engine,
+        ledger: Ledger | None,
+        settings: Round,
+        *,
+        seed: int,
+        fleet: Attended | None = None,
+        repeats: Iterable[Entry] = (),
     ) -> None:
         self._engine, self._settings, self._seed, self._fleet = engine, settings, seed, fleet
-        self._mechanism = PaidMechanism(settings, ledger, seed=seed, size=engine.size)
+        self._mechanism = PaidMechanism(settings, ledger, seed=seed, size=engine.size, repeats=repeats)
         self._examples = np.diff(engine.examples.offsets)
 
     @property
     def clip(self) -> float:
         """The L2 norm that the next round clips to."""
         return self._mechanism.clip
+
+    def state(self) -> dict[str, Any]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        fleet = None if self._fleet is None else self._fleet.state()
+        return {"mechanism": self._mechanism.state(), "fleet": fleet}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self._mechanism.restore(state["mechanism"])
+        if self._fleet is not None:
+            self._fleet.restore(state["fleet"])
 
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`. A round run again is a new attempt, with other noise."""

@@ -159,7 +159,7 @@ class Engine:
         """
         if not 0 <= tower_dropout < 0.5:
             raise ConfigError(f"tower_dropout must be in [0, 0.5), got {tower_dropout!r}")
-        device = _device(device)
+        device = device_named(device)
         side = DeviceSide(network, server_tower=federate_server_tower, missing=tower_dropout > 0).eval()
         frozen = None if federate_server_tower else network.server_tower.eval()
         cached = frozen is not None and 4 * len(examples) * network.server_embedding <= CACHED_EMBEDDINGS
@@ -179,7 +179,7 @@ class Engine:
             trainer=trainer,
             tower_dropout=tower_dropout,
             upload=upload,
-            chunk_bytes=chunk_bytes or _chunk_bytes(device),
+            chunk_bytes=chunk_bytes or chunk_size(device),
             scratch=scratch,
         )
 
@@ -539,7 +539,8 @@ def _trainer(
     return LayerTrainer(module)
 
 
-def _device(name: str | torch.device) -> torch.device:
+def device_named(name: str | torch.device) -> torch.device:
+    """Raises: ConfigError: there is no such device."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -549,7 +550,7 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _chunk_bytes(device: torch.device) -> int:
+def chunk_size(device: torch.device) -> int:
     """Of a GPU's memory an eighth: the scratch in float64 takes twice a chunk.
 
     Of the CPU's last cache twice: with less, starting operations takes longest; with more, memory is waited for.
@@ -583,7 +584,7 @@ class _Columns:
     @classmethod
     def of(cls, examples: Examples, device: torch.device) -> _Columns:
         parts = [torch.from_numpy(part) for part in (examples.server, examples.device, examples.labels)]
-        fit = device.type != "cuda" or sum(part.nbytes for part in parts) <= _chunk_bytes(device)
+        fit = device.type != "cuda" or sum(part.nbytes for part in parts) <= chunk_size(device)
         return cls(*(_Column(part.to(device) if fit else part, device) for part in parts))
 
 

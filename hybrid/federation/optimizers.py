@@ -56,7 +56,8 @@ class Yogi(torch.optim.Optimizer):
 
 def without_compiler() -> None:
     """Lets an optimiser be made without torch's compiler, which takes 3 s to import and which nothing here uses."""
-    for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad):
+    of = torch.optim.Optimizer
+    for method in (of.add_param_group, of.zero_grad, of.state_dict, of.load_state_dict):
         plain = inspect.unwrap(method)
         plain.__dynamo_disable = plain  # where torch keeps what the compiler makes of it
 
@@ -102,6 +103,22 @@ class ServerOptimizer:
         """Takes one step against -`mean_update`, (p,); returns the new weights, (p,)."""
         return _step(self._optimizer, self._weights, mean_update)
 
+    @property
+    def weights(self) -> Float32:
+        """(p,) a copy of the weights that the next step starts from."""
+        flat: Float32 = self._weights.detach().numpy().copy()
+        return flat
+
+    def state(self) -> dict[str, Any]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return {"weights": self.weights, "optimizer": self._optimizer.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        with torch.no_grad():
+            self._weights.copy_(torch.from_numpy(state["weights"]))
+        self._optimizer.load_state_dict(state["optimizer"])
+
 
 class TailAverage:
     """A mean of the weights after the last rounds: post-processing, so it costs no privacy, and noise averages out.
@@ -140,6 +157,14 @@ class TailAverage:
         else:
             self._mean += (self._decay + 1) / (self._decay + self._rounds) * (flat - self._mean)
         return self._mean.astype(np.float32)
+
+    def state(self) -> tuple[NDArray[np.float64] | None, int]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return self._mean, self._rounds
+
+    def restore(self, state: tuple[NDArray[np.float64] | None, int]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self._mean, self._rounds = state
 
 
 def _optimizer(

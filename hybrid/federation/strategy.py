@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -78,6 +79,15 @@ class NoisedSum(Strategy):  # type: ignore[misc]  # flwr ships no types
     def step(self, total: NDArray[np.floating]) -> Float32:
         """The weights after a round whose noised sum is `total`, (p,)."""
         return self.optimizer.step(total / self.planned_cohort)
+
+    def state(self) -> dict[str, Any]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return {"optimizer": self.optimizer.state(), "failed_rounds": self.failed_rounds}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self.optimizer.restore(state["optimizer"])
+        self.failed_rounds = state["failed_rounds"]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

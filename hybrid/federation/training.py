@@ -19,12 +19,14 @@ from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, Attended, Round, SimulatedAggregator
 from hybrid.federation.central import Fitting, fit_everything, fit_server_side
+from hybrid.federation.checkpoint import Checkpoint, Checkpoints, Stateful, digest
 from hybrid.federation.client_app import client_app
-from hybrid.federation.engine import DeviceSide, Engine, predict
+from hybrid.federation.engine import DeviceSide, Engine, device_named, predict
 from hybrid.federation.fleet import Fleet, OverSelection, Trace, Work, over_selection, turnout
 from hybrid.federation.metrics import auc, calibration, log_loss
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
+from hybrid.federation.resume import BY_ROUNDS, CONFIG, PROCESS, Process, check_free, latest
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
@@ -32,7 +34,7 @@ from hybrid.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.privacy.accountant import noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
-from hybrid.spec import HybridModel, Training
+from hybrid.spec import HybridModel, Training, definition_hash
 from hybrid.update import length
 from hybrid.version import TrainingRecord
 
@@ -84,6 +86,8 @@ def train(
     progress: Progress | None = None,
     fleet: OnFleet | None = None,
     device: str = "cpu",
+    about: Mapping[str, Any] | None = None,
+    resume: bool = False,
 ) -> Trained:
     """Trains a model, in one process, on a population it can see whole: a simulation.
 
@@ -98,6 +102,11 @@ def train(
     config.json, checkpoint.npz, metrics.json where there are held-out users, and
     ledger.jsonl where privacy was spent.
 
+    A training by rounds that was killed, wherever, goes on with `resume=True`
+    and gives the same weights, record and curves, bit by bit on the same
+    machine, and the same ledger entries: rounds after its last checkpoint are
+    computed again, to the same releases (docs/decisions/0021).
+
     Args:
         model: what to train.
         examples_train: of the users to learn from.
@@ -111,18 +120,31 @@ def train(
         fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
         device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
             on the same one only.
+        about: what else tells this run from another, as JSON values: kept in config.json, and the same to resume.
+        resume: goes on with the training in `run_dir`, of a kind in `BY_ROUNDS`; everything else must be as it was.
+            That the code of towers and head is, too, is the caller's to know.
 
     Raises:
-        ConfigError: the budget, delta, optimiser, label or device does not allow this training.
+        NotFound: (resume) no training began in the run directory.
+        ConfigError: the budget, delta, optimiser, label or device does not allow this training; the run directory
+            holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
     budget = check_allowed(model, kind, epsilon, settings)
     if budget is not None:
         check_delta(model, examples_train.users)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if kind in BY_ROUNDS:
+        optimizer_for(settings, np.zeros(2, np.float32))
+        device_named(device)
     network = Network.build(model, seed=seed)
     run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device)
+    config = _config(run, budget, about or {})
+    begun = latest(run_dir, config) if resume else None
+    if not resume:
+        check_free(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run = replace(run, config=config, begun=begun)
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -153,6 +175,12 @@ class _Watch:
     def start(self) -> None:
         self.started = time.perf_counter()
 
+    def state(self) -> dict[str, Any]:
+        return {"elapsed": time.perf_counter() - self.started, "noted": self.noted}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.started, self.noted[:] = time.perf_counter() - state["elapsed"], state["noted"]
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         here = time.perf_counter()
@@ -175,6 +203,8 @@ class _Run:
     progress: Progress | None
     fleet: OnFleet | None = None
     device: str = "cpu"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    begun: Checkpoint | None = None
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
     watch: _Watch = field(default_factory=_Watch)
@@ -192,45 +222,55 @@ class _Run:
         """(n,) probabilities by the network as it is, of what this kind has."""
         return predict(self.network, examples, without="device" if self.kind == "server-only" else None)
 
-    def checkpoint(self, step: int) -> None:
-        """Writes the weights after a round or epoch, all or nothing."""
-        draft = self.folder / ".checkpoint.npz"
-        np.savez(draft, step=np.int64(step), **self.network.weights())  # type: ignore[arg-type]
-        os.replace(draft, self.folder / "checkpoint.npz")
+    @property
+    def done(self) -> int:
+        """Rounds of earlier processes that need not be computed again."""
+        return 0 if self.begun is None else self.begun.step
+
+    def state(self) -> dict[str, Any]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return {"curves": self.curves, "watch": self.watch.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self.curves.update(state["curves"])
+        self.watch.restore(state["watch"])
 
 
 def _central(run: _Run) -> dict[str, Any]:
-    write_json(run.folder / "config.json", _config(run))
+    write_json(run.folder / CONFIG, run.config)
     dropout = run.settings.tower_dropout
     best = fit_everything(run.network, run.examples, seed=run.seed, tower_dropout=dropout, on_epoch=_epochs(run))
-    run.checkpoint(best)
+    Checkpoint(best, run.network.weights()).write(run.folder)
     return {}
 
 
 def _server_only(run: _Run) -> dict[str, Any]:
-    write_json(run.folder / "config.json", _config(run))
-    run.checkpoint(fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run)))
+    write_json(run.folder / CONFIG, run.config)
+    best = fit_server_side(run.network, run.examples, seed=run.seed, on_epoch=_epochs(run))
+    Checkpoint(best, run.network.weights()).write(run.folder)
     return {}
 
 
 def _noiseless(run: _Run) -> dict[str, Any]:
-    ready = _prepared(run)
-    cohort = _cohort(run, ready.engine.size)
-    write_json(run.folder / "config.json", _config(run))
-    _simulate(run, ready, cohort, _round(run, 0.0, cohort), ledger=None)
+    cohort = _cohort(run)
+    rounds = _round(run, 0.0, cohort)
+    write_json(run.folder / CONFIG, run.config)
+    _simulate(run, _process(run, rounds, None), cohort, rounds)
     return {}
 
 
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
     """Returns the privacy fields of the record."""
     model, settings = run.network.model, run.settings
-    ready = _prepared(run)
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        cohort = _cohort(run, ready.engine.size)
+        cohort = _cohort(run)
         rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
-        ledger.reserve([replace(rounds.event, count=settings.rounds)])
-        write_json(run.folder / "config.json", _config(run, budget))  # what was refused changes no file
-        clip, released = _simulate(run, ready, cohort, rounds, ledger)
+        process = _process(run, rounds, ledger)
+        if process.unpaid:
+            ledger.reserve([replace(rounds.event, count=process.unpaid)])
+        write_json(run.folder / CONFIG, run.config)  # what was refused changes no file
+        clip, released = _simulate(run, process, cohort, rounds)
         spent = ledger.spent()
     return {
         "epsilon": spent.epsilon,
@@ -255,7 +295,9 @@ class _Ready:
 
 
 def _prepared(run: _Run) -> _Ready:
-    if run.settings.server_tower == "central":
+    if run.begun is not None:
+        run.network.load_weights(run.begun.weights)  # the server tower as it was fitted
+    elif run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
     engine = engine_for(run.network, run.examples, run.settings, run.device)
     return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
@@ -287,14 +329,34 @@ def optimizer_for(settings: Training, flat: Float32) -> ServerOptimizer:
     return ServerOptimizer(settings.server_optimizer, settings.server_lr, flat, settings.server_options)
 
 
-def _simulate(run: _Run, ready: _Ready, cohort: _Cohort, rounds: Round, ledger: Ledger | None) -> tuple[float, int]:
-    """All rounds, through Flower's apps; returns the last clip and how many rounds were released."""
-    total = run.settings.rounds
-    aggregator = SimulatedAggregator(ready.engine, ledger, rounds, seed=run.seed, fleet=cohort.attended)
+def _process(run: _Run, rounds: Round, ledger: Ledger | None) -> Process:
+    return Process.of(
+        run.folder,
+        run.config,
+        run.begun,
+        ledger,
+        rounds=run.settings.rounds,
+        noise_multiplier=rounds.noise_multiplier,
+        device=run.device,
+    )
+
+
+def _simulate(run: _Run, process: Process, cohort: _Cohort, rounds: Round) -> tuple[float, int]:
+    """All rounds that are left, through Flower's apps; returns the last clip and how many rounds were released."""
+    ready, total = _prepared(run), run.settings.rounds
+    aggregator = SimulatedAggregator(
+        ready.engine, process.ledger, rounds, seed=run.seed, fleet=cohort.attended, repeats=process.repeats
+    )
     strategy = NoisedSum(cohort.planned, ready.optimizer)
-    side = ready.engine.side
-    after = _rounds(run, side, TailAverage(run.settings.average_last))
-    simulate(server_app(strategy, side.flat(), total, after), {1: client_app(aggregator)})
+    average = TailAverage(run.settings.average_last)
+    parts: dict[str, Stateful] = {PROCESS: process, "run": run, "strategy": strategy}
+    parts |= {"average": average, "aggregator": aggregator}
+    checkpoints = Checkpoints(run.folder, run.network.weights, parts)
+    run.watch.start()
+    if run.begun is not None:
+        checkpoints.restore(run.begun)
+    after = _rounds(run, ready.engine.side, average, checkpoints, moved=process.moved)
+    simulate(server_app(strategy, ready.optimizer.weights, total, after, done=run.done), {1: client_app(aggregator)})
     run.oracle.update(cohort.oracle(run))
     return aggregator.clip, total - strategy.failed_rounds
 
@@ -337,12 +399,12 @@ class _Cohort:
         return {"fleet_finished": found.oracle_finished, "fleet_lost": found.oracle_lost}
 
 
-def _cohort(run: _Run, size: int) -> _Cohort:
+def _cohort(run: _Run) -> _Cohort:
     """Everybody whose coin falls; on a fleet more are asked, so that as many as are wanted answer in time."""
     settings, users = run.settings, run.examples.users
     if run.fleet is None:
         return _Cohort(settings.sampling, settings.sampling * users)
-    trace = run.fleet.trace
+    trace, size = run.fleet.trace, _size(run)
     steps = settings.local_epochs or settings.local_steps
     upload = length(size, settings.upload)
     work = Work(steps=steps, download_bytes=4 * size, upload_bytes=upload, deadline_s=run.fleet.deadline_s)
@@ -357,8 +419,16 @@ def _cohort(run: _Run, size: int) -> _Cohort:
     return _Cohort(over.sampling, over.expected, Attended(Fleet.draw(trace, users, run.seed), work), over)
 
 
+def _size(run: _Run) -> int:
+    """p, the length of a flat update."""
+    federated, missing = run.settings.server_tower == "federated", run.settings.tower_dropout > 0
+    return DeviceSide(run.network, server_tower=federated, missing=missing).size
+
+
 def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> float:
-    """The least noise with which all rounds stay within what the budget leaves them."""
+    """The least noise with which all rounds stay within what the budget leaves them; as it was, of a resumed run."""
+    if run.begun is not None:
+        return float(run.begun.state[PROCESS]["noise_multiplier"])
     # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
     besides = [entry.event for entry in ledger.entries if entry.purpose != PURPOSE]
     delta, rounds = run.network.model.privacy.delta, run.settings.rounds
@@ -400,16 +470,20 @@ def _mechanism(settings: Training) -> str:
     )
 
 
-def _rounds(run: _Run, side: DeviceSide, average: TailAverage) -> Callable[[int, Float32], None]:
-    """After a round: the weights into the network; now and then a checkpoint and a point of the curves."""
+def _rounds(
+    run: _Run, side: DeviceSide, average: TailAverage, checkpoints: Checkpoints, *, moved: bool
+) -> Callable[[int, Float32], None]:
+    """After a round: the weights into the network; now and then a point of the curves and a checkpoint."""
     total = run.settings.rounds
-    run.watch.start()
 
     def on_round(number: int, flat: Float32) -> None:
-        side.load_flat(average(flat) if number else flat)
-        if number % max(1, total // POINTS) == 0 or number == total:
-            run.checkpoint(number)
+        if number > run.done:
+            side.load_flat(average(flat))
+        resumed = number == run.done and run.begun is not None  # that round was measured and kept
+        if not resumed and (number % max(1, total // POINTS) == 0 or number == total):
             run.point(number)
+        if not resumed or moved:
+            checkpoints.after(number, now=number in (run.done, total))  # the first, before anything is spent
         if run.progress:
             run.progress(number, total)
 
@@ -502,19 +576,28 @@ def check_delta(model: HybridModel, users: int) -> None:
         raise ConfigError(f"privacy.delta must be at most {most:.2g}, users^-1.1 at {users}, got {declared:g}")
 
 
-def _config(run: _Run, budget: float | None = None) -> dict[str, Any]:
-    model = run.network.model
-    config = {
+def _config(run: _Run, budget: float | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides what a training gives, as JSON values."""
+    model, parts, fleet = run.network.model, run.network.parts.items(), run.fleet
+    return {
         "model": model.name,
         "kind": run.kind,
         "seed": run.seed,
         "population": run.examples.population,
+        **about,
+        **({} if budget is None else {"epsilon": budget, "privacy": model.privacy.model_dump(mode="json")}),
+        "training": run.settings.model_dump(mode="json"),
+        "fleet": None if fleet is None else asdict(fleet) | {"trace": fleet.trace.model_dump(mode="json")},
+        "definition": definition_hash(model.definition() | {"parts": {part: str(module) for part, module in parts}}),
+        "data": _data(run.examples),
+        "held_out_data": None if run.test is None else _data(run.test),
         "users": run.examples.users,
         "examples": len(run.examples),
     }
-    if budget is None:
-        return config
-    return config | {"epsilon": budget, "privacy": model.privacy.model_dump(), "training": run.settings.model_dump()}
+
+
+def _data(examples: Examples) -> str:
+    return digest([examples.server, examples.device, examples.labels, examples.offsets])
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -80,9 +80,11 @@ def test_a_file_that_holds_no_such_key_is_refused_by_name(tmp_path):
             SealingKey.read(tmp_path / name)
         assert "secret" not in str(refused.value)
     (tmp_path / "a.pub").chmod(0o600)
-    for name in ("a.pub", "bad", "none"):
+    for name in ("a.pub", "bad"):
         with pytest.raises(ConfigError, match=f"{name} must hold an X25519 private key in PEM"):
             OpeningKey.read(tmp_path / name)
+    with pytest.raises(ConfigError, match="none does not exist; `hybrid dead-letters keygen`"):
+        OpeningKey.read(tmp_path / "none")
     (tmp_path / "a.pem").chmod(0o640)
     with pytest.raises(ConfigError, match="readable by its owner only"):
         OpeningKey.read(tmp_path / "a.pem")

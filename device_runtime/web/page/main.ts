@@ -204,20 +204,27 @@ class Page {
 
   private async askOnce(): Promise<void> {
     const [features, request] = [readAll(this.own), readAll(this.told)];
-    if (!features || !request) return outcome("A field holds no number: nothing was sent.", NaN);
+    if (!features || !request) return this.unsent("A field holds no number: nothing was sent.");
     const entity = String(this.entity.read() ?? "");
-    if (!entity) return outcome(`Say what it is about, under “The server is told” (${this.config.entity}): nothing was sent.`, NaN);
+    if (!entity) return this.unsent(`Say what it is about, under “The server is told” (${this.config.entity}): nothing was sent.`);
     const ask: Ask = { entity, request, features };
     const answer = await this.client.ask(ask);
     try {
       this.show(answer);
-      if (answered(answer)) this.latest = await this.store.inference(ask, answer);
+      this.latest = answered(answer) ? await this.store.inference(ask, answer) : null; // nothing can have happened to no prediction
       at("happened").hidden = this.latest === null;
       at("joined").textContent = "";
       await this.showKept();
     } finally {
       this.requests.answered(answer); // the last sign: what is shown and kept is of this one
     }
+  }
+
+  /** No prediction is shown, so nothing that happened is joined to the one before. */
+  private unsent(why: string): void {
+    this.latest = null;
+    for (const id of ["notice", "happened"]) at(id).hidden = true;
+    outcome(why, NaN);
   }
 
   private show(answer: Answer): void {
@@ -281,7 +288,7 @@ class Page {
       h("td", {}, kept.entity),
       h("td", { class: "number" }, kept.prediction === null ? "" : percent(kept.prediction)),
       h("td", {}, kept.label === null ? "not known" : kept.label ? "yes" : "no"),
-      h("td", {}, set.map(([name, value]) => `${name}: ${value}`).join(", ") || "nothing"),
+      h("td", { class: "set" }, set.map(([name, value]) => `${name}: ${value}`).join(", ") || "nothing"),
       h("td", {}, remove),
     );
   }

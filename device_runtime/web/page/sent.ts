@@ -86,7 +86,9 @@ export class Requests {
     }
     const name = `All ${count(sent.body.length, "byte")} of it`;
     const box = h("div", { class: "bytes", tabindex: 0, role: "region", "aria-label": name }, pre);
-    return [h("h3", {}, name), box, h("p", { class: "small" }, "Marked: the embedding. Beside it a browser tells every site its own name, your languages and your address.")];
+    const [marked, beside] = sent.body.length > sent.headerLength ? ["Marked: the embedding. ", "Beside it"] : ["", "Beside this"];
+    const others = `${marked}${beside} a browser tells every site its own name, your languages and your address.`;
+    return [h("h3", {}, name), box, h("p", { class: "small" }, others)];
   }
 }
 

@@ -34,5 +34,5 @@ def test_what_is_missing_is_named(hybrid):
         hybrid("list")
     with pytest.raises(ConfigError, match=r"--topic must be one of \['hybrid.device-embeddings.v1'"):
         hybrid("list", "--kafka", "127.0.0.1:1", "--topic", "other")
-    with pytest.raises(ConfigError, match=r"dead-letters\.pem must hold an X25519 private key"):
+    with pytest.raises(ConfigError, match=r"dead-letters\.pem does not exist; `hybrid dead-letters keygen`"):
         hybrid("replay", "--kafka", "127.0.0.1:1")

@@ -15,7 +15,7 @@ def test_the_online_store_is_chosen_shown_and_checked(tmp_path, monkeypatch):
     def store(*words):
         return CliRunner().invoke(app, ["features", "store", *words], catch_exceptions=False).stdout
 
-    assert json.loads(store())["kind"] == "sqlite"
+    assert json.loads(store()) == {"kind": "sqlite"}, "what is Redis's is not shown"
     store("redis", "--address", "redis.internal:6380", "--tls", "--password-file", str(tmp_path / "password"))
     chosen = json.loads(store())
     assert (chosen["kind"], chosen["address"], chosen["tls"]) == ("redis", "redis.internal:6380", True)

@@ -1,13 +1,19 @@
 import inspect
 import json
+import re
 
+import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from hybrid.cli import app
 from hybrid.cli.train import train
 from hybrid.errors import BudgetExceeded, ConfigError, NotFound
+from hybrid.federation.optimizers import ServerOptimizer
+from hybrid.registry import Registry
 from hybrid.spec import Training
+from hybrid.workspace import Workspace
 
 
 def test_trainings_of_one_run_share_one_budget(project, tmp_path):
@@ -29,6 +35,116 @@ def test_a_refused_training_leaves_no_run(project, tmp_path):
             project("train", "taxi", *words)
     assert not list((tmp_path / "runs").glob("*"))
     assert not (tmp_path / "monday").exists()
+
+
+class _Broken(BaseException):
+    """Ends a command where it stands. A process that is really killed: integration_tests/test_resume.py."""
+
+
+def _break(project, *words, at=ServerOptimizer):
+    """`hybrid train taxi`, broken off in its second round, or before its version is registered."""
+    with pytest.MonkeyPatch.context() as patch:
+        _raise_at(patch, at, _Broken)
+        with pytest.raises(_Broken):
+            project("train", "taxi", *words)
+
+
+def _raise_at(patch, owner, error):
+    name, last = ("step", 3) if owner is ServerOptimizer else ("create_version", 1)  # the first step is a trial
+    call, calls = getattr(owner, name), []
+
+    def broken(*arguments, **named):
+        calls.append(None)
+        if len(calls) == last:
+            raise error
+        return call(*arguments, **named)
+
+    patch.setattr(owner, name, broken)
+
+
+def _weights(printed):
+    return Registry(Workspace.current()).version("taxi", printed["version"]).weights
+
+
+@pytest.mark.parametrize("at", [ServerOptimizer, Registry])
+def test_a_broken_training_is_resumed_as_it_was_started(project, tmp_path, at):
+    """Its fold, seed and settings are read from the run; it gives the version that it would have given."""
+    words = ("--fold", "1/4", "--seed", "3", "--server-optimizer", "Adam", "--server-option", "betas=0.8,0.9")
+    words += ("--fleet", "phones", "--epsilon", "3")
+    whole = json.loads(project("train", "taxi", *words, "--run", "whole", "--json"))
+    _break(project, *words, "--run", "broken", at=at)
+    resumed = json.loads(project("train", "taxi", "--resume", "--json"))
+    assert resumed["training"] == whole["training"] | {"run": "broken"}
+    mine, theirs = _weights(resumed), _weights(whole)
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+    with pytest.raises(ConfigError, match="run 'broken' is finished: it is taxi:2"):
+        project("train", "taxi", "--resume", "--run", "broken")
+    with pytest.raises(NotFound, match="no interrupted training of taxi: `hybrid train taxi` starts one"):
+        project("train", "taxi", "--resume")
+
+
+def test_which_training_to_resume_must_be_clear(project):
+    """Two that were interrupted are named with how far they came; a run without one, or with no name, is told apart."""
+    for name in ("monday", "tuesday"):
+        _break(project, "--run", name)
+    with pytest.raises(ConfigError, match=r"choose by --run: monday \(. of 3 rounds\), tuesday \(. of 3 rounds\)"):
+        project("train", "taxi", "--resume")
+    with pytest.raises(NotFound, match="run 'friday' has no training to resume"):
+        project("train", "taxi", "--resume", "--run", "friday")
+    with pytest.raises(ConfigError, match="--run must be"):
+        project("train", "taxi", "--resume", "--run", "../monday")
+    with pytest.raises(ConfigError, match="run 'monday' holds an interrupted training"):
+        project("train", "taxi", "--run", "monday")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rounds", "4"), "training.rounds of run 'monday' must stay 3 to resume it, got 4"),
+        (("--seed", "1"), "seed of run 'monday' must stay 0 to resume it, got 1"),
+        (("--fold", "1/3"), "fold of run 'monday' must stay None to resume it, got '1/3'"),
+        (("--epsilon", "2"), r"epsilon of run 'monday' must stay 4\.0 to resume it, got 2\.0"),
+        (("--central",), "kind of run 'monday' must stay 'federated' to resume it, got 'central'"),
+        (("--fleet", "phones"), "fleet"),
+    ],
+)
+def test_an_option_given_again_must_say_the_same(broken_project, words, message):
+    """Another value is refused, and what it was is named; the same value is no other."""
+    with pytest.raises(ConfigError, match=message):
+        broken_project("train", "taxi", "--resume", *words)
+
+
+def test_what_changed_since_is_refused(broken_project, tmp_path):
+    """Other rows under the population's name, and another registered model of the same name."""
+    rows = pd.read_parquet("rows.parquet")
+    rows.assign(trips=rows.trips + 1).to_parquet("rows.parquet")
+    words = ("population", "import", "rows.parquet", "--user", "person", "--name", "taxi", "--replace")
+    broken_project(*words)
+    with pytest.raises(ConfigError, match="the rows to learn from changed since run 'monday' was started"):
+        broken_project("train", "taxi", "--resume")
+    (tmp_path / "model.py").write_text(
+        (tmp_path / "model.py").read_text().replace("(server * device).sum(1)", "server[:, 0] * device[:, 1]")
+    )
+    broken_project("register", "model.py")
+    with pytest.raises(ConfigError, match="the model's registered definition changed since run 'monday'"):
+        broken_project("train", "taxi", "--resume")
+
+
+def test_who_stops_a_training_is_told_how_it_goes_on(project, monkeypatch):
+    """Ctrl-C in its second round: exit status 130, and the command, which works."""
+    with monkeypatch.context() as patch:
+        _raise_at(patch, ServerOptimizer, KeyboardInterrupt)
+        result = CliRunner().invoke(app, ["train", "taxi", "--run", "monday"])
+    assert result.exit_code == 130
+    command = re.search(r"stopped with . of 3 rounds kept: `hybrid (.*)` goes on", result.stderr)[1]
+    assert json.loads(project(*command.split(), "--json"))["version"] == 1
+
+
+@pytest.fixture
+def broken_project(project):
+    """One with a training that was broken off, in the run "monday"."""
+    _break(project, "--run", "monday")
+    return project
 
 
 @pytest.fixture
@@ -63,5 +179,7 @@ def test_an_unknown_model_is_not_found(run):
 
 
 def test_help_teaches_with_an_example(run):
-    """Its last line can be pasted."""
-    assert "hybrid train coupon --epsilon 4 --fold 1/5" in run("--help").stdout
+    """Two lines of it can be pasted."""
+    shown = run("--help").stdout
+    assert "hybrid train coupon --epsilon 4 --fold 1/5" in shown
+    assert "hybrid train coupon --resume --run monday" in shown
