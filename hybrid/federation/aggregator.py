@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
-from hybrid.federation.records import values_of, with_values
+from hybrid.federation.records import values_of
 from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent
 from hybrid.privacy.ledger import AnyEntry, Entry, Ledger
 from hybrid.privacy.matrix import Matrix, matrix_sum
@@ -135,7 +135,8 @@ class PaidMechanism:
         repeats: entries of rounds that are only computed again, after a restart: see `next_attempt`.
 
     Raises:
-        ConfigError: noise is drawn, and there is no ledger to pay for what it covers.
+        ConfigError: noise is drawn, and there is no ledger to pay for what it covers; or rounds are to be repeated
+            whose noise cannot be.
     """
 
     def __init__(
@@ -153,13 +154,19 @@ class PaidMechanism:
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(size)
         self._repeats = {entry.round: entry for entry in repeats}  # of several attempts at a round, the last
+        if seed is None and self._repeats:
+            raise ConfigError("repeats must be left out without a seed: the system's noise is never the same again")
 
     def state(self) -> dict[str, Any]:
         """See `hybrid.federation.checkpoint.Stateful`."""
+        from hybrid.federation.checkpoint import values_of  # and with it torch, which serving devices does not need
+
         return values_of(self._state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `hybrid.federation.checkpoint.Stateful`."""
+        from hybrid.federation.checkpoint import with_values
+
         self._state = with_values(self._state, state)
 
     @property

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,7 +239,7 @@ async def _run(
     host = ScriptedHost([Readings(**GOOD)])  # type: ignore[arg-type]
     # A round stands for a day here: a device takes part in each.
     own = Policy(separation_s=0, participations=1_000_000)
-    trainer, room = _InTurn(Trainer(opened)), asyncio.Semaphore(CONCURRENCY)
+    trainer, room = cast(Trainer, _InTurn(Trainer(opened))), asyncio.Semaphore(CONCURRENCY)
     with Store.open(store, read_store_key(key_file, {}), opened.manifest) as kept:
 
         async def session(device: int) -> Outcome:
@@ -261,7 +261,7 @@ class _InTurn:
         self.gave_up: str | None = None
 
     def train(self, *arguments: Any, **more: Any) -> Float32 | None:
-        """See `device_runtime.participation.Trains`."""
+        """See `device_runtime.trainer.Trainer.train`."""
         with self._alone:
             update = self._trainer.train(*arguments, **more)
             self.gave_up = self._trainer.gave_up
