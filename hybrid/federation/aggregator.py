@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
-from hybrid.federation.records import values_of
+from hybrid.federation.records import values_of, with_values
 from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent
 from hybrid.privacy.ledger import AnyEntry, Entry, Ledger
 from hybrid.privacy.matrix import Matrix, matrix_sum
@@ -159,14 +159,10 @@ class PaidMechanism:
 
     def state(self) -> dict[str, Any]:
         """See `hybrid.federation.checkpoint.Stateful`."""
-        from hybrid.federation.checkpoint import values_of  # and with it torch, which serving devices does not need
-
         return values_of(self._state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `hybrid.federation.checkpoint.Stateful`."""
-        from hybrid.federation.checkpoint import with_values
-
         self._state = with_values(self._state, state)
 
     @property
