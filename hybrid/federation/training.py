@@ -141,6 +141,12 @@ def train(
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
+    if kind in ("federated", "noiseless") and settings.noise != "independent" and settings.server_optimizer != "SGD":
+        warnings.warn(
+            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
+            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
+            stacklevel=2,
+        )
     budget = check_allowed(model, kind, epsilon, settings)
     if fleet is not None and settings.separation is not None:
         raise ConfigError(f"separation must be left out on a simulated fleet, got {settings.separation}")
@@ -755,12 +761,6 @@ def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, setting
         raise ConfigError(
             "server_tower must be 'federated' or 'frozen' where label.visible_to is 'device': "
             "the server has no label to fit it on, got 'central'"
-        )
-    if rounds and settings.noise != "independent" and settings.server_optimizer != "SGD":
-        warnings.warn(
-            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
-            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
-            stacklevel=2,
         )
     if kind != "federated":
         return None

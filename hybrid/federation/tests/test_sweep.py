@@ -38,7 +38,7 @@ def _trained_alone(model, each, people, folder):
         ({"clip_quantile": (0.3, 0.5), "server_lr": (0.01, 0.1)}, {"server_tower": "federated", "server_lr": None}),
         ({"sampling": (0.2, 1.0), "proximal": (0.0, 0.5)}, {"server_tower": "frozen"}),
         (
-            {"noise": ("independent", "banded", "blt"), "separation": (2, 4)},
+            {"noise": ("independent", "banded", "blt"), "separation": (3, 5)},
             {"server_optimizer": "SGD", "server_lr": 2.0},
         ),
     ],
