@@ -117,8 +117,6 @@ class Attended:
 
     def state(self) -> dict[str, Any] | None:
         """See `hybrid.federation.checkpoint.Stateful`."""
-        from hybrid.federation.checkpoint import values_of
-
         return values_of(sum(self.tallies[1:], start=self.tallies[0])) if self.tallies else None
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
