@@ -69,12 +69,7 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
-    infer.add_argument(
-        "--engine",
-        choices=["executorch", "onnx"],
-        default=None,
-        help="what runs the bundle's programs (default ExecuTorch where it is installed with torch, else ONNX Runtime)",
-    )
+    _add_engine(infer, "what runs the bundle's programs (default ExecuTorch where it is there with torch, else ONNX)")
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.add_argument(
         "--trace",
@@ -91,13 +86,7 @@ def _add_infer(commands: Any) -> None:
         "train the server tower too, its slots; the model must declare serving.contribution. Where the device merges "
         "the embedding is kept anyway",
     )
-    infer.add_argument(
-        "--api-key-file",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600)",
-    )
+    _add_api_key_file(infer)
     infer.set_defaults(run=_infer)
 
 
@@ -160,22 +149,10 @@ def _add_update(commands: Any) -> None:
     update.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
     update.add_argument("--gateway", required=True, help="for example http://127.0.0.1:8080")
     update.add_argument("--timeout", type=float, default=10.0, help="seconds for each wait on the network (default 10)")
-    update.add_argument(
-        "--engine",
-        choices=["executorch", "onnx"],
-        default=None,
-        help="in which a new bundle's programs are tried (default: in each that is installed)",
-    )
+    _add_engine(update, "in which a new bundle's programs are tried (default: in each that is installed)")
     update.add_argument("--store", type=Path, default=None, help="encrypted SQLite file that knows of halted versions")
     _add_key_file(update)
-    update.add_argument(
-        "--api-key-file",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600); else "
-        "it may be in the environment variable HYBRID_API_KEY",
-    )
+    _add_api_key_file(update)
     update.set_defaults(run=_update)
 
 
@@ -222,6 +199,21 @@ def _add_key_file(command: argparse.ArgumentParser) -> None:
         help="holds the store's key, 64 hex digits, readable by its owner alone (chmod 600); else it must be in the "
         "environment variable HYBRID_STORE_KEY",
     )
+
+
+def _add_api_key_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--api-key-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600); else "
+        f"it may be in the environment variable {API_KEY_VARIABLE}",
+    )
+
+
+def _add_engine(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--engine", choices=["executorch", "onnx"], default=None, help=what)
 
 
 async def _infer(

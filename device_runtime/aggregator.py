@@ -60,6 +60,8 @@ class Aggregator:
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s must be > 0, got {timeout_s}")
         self._url, self._timeout_s = _checked(url), timeout_s
+        # Reading the authorities takes as long as a training. No session of TLS is kept with them.
+        self._authorities = httpx.create_ssl_context(trust_env=False)
 
     async def check_in(self, message: CheckIn, most: int) -> Reply:
         """Asks for something to do; `most`: bytes of the answer."""
@@ -73,7 +75,12 @@ class Aggregator:
     async def _ask(self, method: str, path: str, content: bytes, kind: str, most: int) -> Reply:
         # No proxy from the environment, and no other host that an answer names: who sees an update is declared.
         client = httpx.AsyncClient(
-            base_url=self._url, headers=_HEADERS, timeout=self._timeout_s, trust_env=False, follow_redirects=False
+            base_url=self._url,
+            headers=_HEADERS,
+            timeout=self._timeout_s,
+            verify=self._authorities,
+            trust_env=False,
+            follow_redirects=False,
         )
         try:
             async with asyncio.timeout(self._timeout_s), client:

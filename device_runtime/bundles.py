@@ -98,10 +98,13 @@ class Installed:
         """What is installed, as the folder says.
 
         Raises:
-            ConfigError: it cannot be read. It is not taken for an empty one, which would let old bundles in.
+            ConfigError: it cannot be read, or others than its owner may write it. It is not taken for an empty one,
+                which would let old bundles in.
         """
         file = self.folder / RECORD
         try:
+            if self.folder.stat().st_mode & 0o022:
+                raise ConfigError(f"folder {str(self.folder)!r} must be writable by its owner only (chmod 700)")
             record = Record.model_validate_json(file.read_bytes())
         except FileNotFoundError:
             return Record(model=self.model)
@@ -270,13 +273,16 @@ class Installed:
                 data = handle.read(MAX_BYTES + 1)
         except OSError as error:
             raise BundleError(f"its file cannot be read: {error.strerror}") from None
+        if hashlib.sha256(data).hexdigest() != entry.sha256:  # signed or not: what is known of it is the entry's
+            raise BundleError("its file is not the one that was installed")
         return read_bundle(data, self.trusted, runtime=RUNTIME)
 
     def _switch(self, record: Record, entry: Entry, data: bytes, halted: Callable[[int], bool]) -> None:
-        before, current = record.previous, record.current
-        if current is not None and current.sha256 != entry.sha256 and not halted(current.version):
+        before, current, made = record.previous, record.current, (entry.version, entry.created_ms)
+        # The same promotion again, in another file or not, leaves the one before it where it is.
+        if current is not None and made != (current.version, current.created_ms) and not halted(current.version):
             before = current
-        newest = max((entry.version, entry.created_ms), record.newest or (entry.version, entry.created_ms))
+        newest = max(made, record.newest or made)
         after = Record(model=self.model, current=entry, previous=before, newest=newest, left=record.left)
         try:
             self._publish(f"{entry.sha256}.bundle", data)

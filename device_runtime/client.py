@@ -50,6 +50,7 @@ TIMEOUT_S = 10.0  # beyond a gateway's deadline of 5 s, whose answer says why
 BACKOFF_S = 0.05  # before the second attempt; doubles
 # What a retry may find gone. Stale features and drift, 503 as well, stay so; a rate limit does for longer than we wait.
 PASSING = frozenset({(Unavailable.status, Unavailable.code), (Overloaded.status, Overloaded.code)})
+MAX_ANSWER = 4 << 20  # bytes of one: an embedding of 65,536 numbers takes less
 ALWAYS = (VERSION, FEATURE_AGE_MS, MERGED, STATUS, FALLBACK)
 _RANDOM = secrets.SystemRandom()
 
@@ -136,9 +137,10 @@ class InferenceClient:
         self._shown = bool(shown)
         # No proxy from the environment, and no other host that an answer names: who sees an embedding, or the key, is
         # declared.
+        self._timeout_s = timeout_s
         self._http = httpx.AsyncClient(
             base_url=gateway,
-            headers=shown,
+            headers=shown | {"Accept-Encoding": "identity"},
             timeout=timeout_s,
             trust_env=False,
             follow_redirects=False,
@@ -227,19 +229,33 @@ class InferenceClient:
     async def _attempt(self, ask: _Ask, body: bytes, headers: Mapping[str, str]) -> tuple[Answer, bool]:
         """One request: what became of it, and whether another may be sent."""
         try:
-            response = await self._http.post(self._path, content=body, headers=headers)
+            status, content = await self._post(body, headers)
         except httpx.ConnectError:
             return Answer(ask.device, ask.row, UNREACHABLE, error="the gateway cannot be reached"), True
-        except httpx.TimeoutException:
+        except (httpx.TimeoutException, TimeoutError):
             return Answer(ask.device, ask.row, TIMEOUT, error="the gateway did not answer in time"), False
         except httpx.HTTPError as error:
             text = f"the connection to the gateway broke ({type(error).__name__})"
             return Answer(ask.device, ask.row, UNREACHABLE, error=text), False
-        if response.status_code == Unauthenticated.status:
+        if status == Unauthenticated.status:
             raise refused(self._shown)
-        fields = read_answer(response.status_code, response.content, self._manifest, contribution=self._contribution)
-        again = (response.status_code, fields["status"]) in PASSING
-        return Answer(ask.device, ask.row, http_status=response.status_code, **fields), again
+        fields = read_answer(status, content, self._manifest, contribution=self._contribution)
+        again = (status, fields["status"]) in PASSING
+        return Answer(ask.device, ask.row, http_status=status, **fields), again
+
+    async def _post(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        """Status and body of an answer; of one that is too long, or packed though that was not asked for, no body."""
+        async with (
+            asyncio.timeout(self._timeout_s),  # from the connection to the last byte: httpx's is of each wait
+            self._http.stream("POST", self._path, content=body, headers=headers) as response,
+        ):
+            data = bytearray()
+            if response.headers.get("Content-Encoding", "identity") == "identity":
+                async for chunk in response.aiter_raw():
+                    data += chunk
+                    if len(data) > MAX_ANSWER:
+                        return response.status_code, b""
+            return response.status_code, bytes(data)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,18 @@ programs whose SHA-256 no installed bundle has; the zip's directory behind them 
 so that a download that broke goes on where it did, as long as the server's entity tag says that it is the same file. A
 server without ranges is asked for all of it. Whatever a server says of lengths, no more is read than was asked for, and
 of a whole file no more than its head promises. The bytes count for nothing before `hybrid.bundle.read_bundle` verified
-them.
+them. A tag is shown again only where it is the SHA-256 of the bytes, as the gateway's is: any other could be made for
+one device, and tell it apart.
 
 Source: RFC 9110, sections 8.8.3 (ETag), 13.1 (conditions) and 14 (ranges).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,7 +109,9 @@ def _attempt(download: _Download) -> tuple[Outcome, str | None]:
             return "unchanged", None
         try:
             data, tag = fetched
-            installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=tag)
+            # A tag of another kind could be this device's own, and tell it apart at each update from now on.
+            own = tag if tag == f'"{hashlib.sha256(data).hexdigest()}"' else None
+            installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=own)
         finally:
             _discard(installed.folder)
     except BundleError as error:
@@ -149,9 +154,16 @@ class _Source:
             trust_env=False,
             follow_redirects=False,
         ) as http:
-            yield cls(
-                http, f"{gateway.rstrip('/')}/v2/models/{model}/bundle", bool(shown), time.monotonic() + deadline_s
-            )
+            # A server that sends a byte now and again keeps to every timeout: in the end its connection is closed.
+            deadline = time.monotonic() + deadline_s
+            end = threading.Timer(deadline_s, http.close)
+            end.daemon = True
+            end.start()
+            try:
+                url = f"{gateway.rstrip('/')}/v2/models/{model}/bundle"
+                yield cls(http, url, bool(shown), deadline)
+            finally:
+                end.cancel()
 
     @contextmanager
     def get(self, headers: dict[str, str]) -> Iterator[httpx.Response]:
@@ -165,7 +177,11 @@ class _Source:
                 if response.headers.get("Content-Encoding", "identity") != "identity":
                     raise BundleError("the gateway sends the bundle encoded, though it was asked not to")
                 yield response
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # a client that was closed raises the latter
+            if time.monotonic() > self.deadline_s:
+                raise _Interrupted("the download took too long") from None
+            if isinstance(error, RuntimeError):
+                raise
             raise _Interrupted(f"the connection to the gateway broke ({type(error).__name__})") from None
 
     def read(self, response: httpx.Response, most: int) -> Iterator[bytes]:
@@ -237,6 +253,8 @@ class _Part:
             part = cls(folder, str(plan["tag"]), [range(int(a), int(b)) for a, b in plan["spans"]])
             part.here = (folder / PART).stat().st_size
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not _TAG.fullmatch(part.tag):  # no server is asked with what a damaged file holds
             return None
         fits = all(len(span) > 0 for span in part.spans) and sum(map(len, part.spans)) <= MAX_BYTES
         usable = fits and part.spans and len(part.spans[0]) <= part.here <= sum(map(len, part.spans))

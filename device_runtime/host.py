@@ -23,6 +23,7 @@ WARM_C = (60.0, 75.0, 90.0)  # fair, serious, critical from here on, of a sensor
 FAIR_BELOW_C = 10.0  # so near to where the kernel begins to slow the device down, it is fair no more than that
 SENSOR_C = (-40.0, 150.0)  # outside, a sensor is broken
 ANSWER_S = 2.0  # how long a service may take to answer
+_BUS = ("PATH", "DBUS_SYSTEM_BUS_ADDRESS")
 
 
 class Host(Protocol):
@@ -80,8 +81,17 @@ def ask_bus(service: str, path: str, interface: str, name: str) -> str | None:
     if busctl is None:
         return None
     command = [busctl, "--system", f"--timeout={ANSWER_S:g}", "get-property", service, path, interface, name]
+    # Of the environment where the bus is, and no more: keys of the store and of the API may be there.
+    environment = {name: value for name in _BUS if (value := os.environ.get(name)) is not None}
     try:
-        said = subprocess.run(command, capture_output=True, timeout=2 * ANSWER_S, check=True, stdin=subprocess.DEVNULL)
+        said = subprocess.run(
+            command,
+            capture_output=True,
+            timeout=2 * ANSWER_S,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return said.stdout.decode(errors="replace").strip()

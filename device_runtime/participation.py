@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from device_runtime import RUNTIME
 from device_runtime.aggregator import Reply
 from device_runtime.eligibility import Decision, Reason, both, decide
-from device_runtime.protocol import Event, State, advance
+from device_runtime.protocol import Event, State, Upload, advance
 from hybrid.bundle import Bundle, Manifest
 from hybrid.errors import ConfigError, PlanError
 from hybrid.plan import MAX_JSON, SIGNATURE, CheckIn, Halt, Policy, TrainPlan, open_signed
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from device_runtime.host import Host
+    from device_runtime.trainer import Trainer
 
 Float32 = NDArray[np.float32]
 
@@ -72,30 +73,6 @@ class Ending(StrEnum):
     FORGOTTEN = "forgotten"  # the person had something deleted that the update may have been trained with
     GAVE_UP = "gave_up"
     REFUSED = "refused"
-
-
-class Kept(Protocol):
-    """An update that waits to be sent: see `device_runtime.store.Upload`."""
-
-    @property
-    def plan(self) -> str:
-        """The plan's id."""
-        ...
-
-    @property
-    def upload(self) -> str:
-        """The upload's own."""
-        ...
-
-    @property
-    def body(self) -> bytes:
-        """As it travels."""
-        ...
-
-    @property
-    def expires_ms(self) -> int:
-        """From when on nobody takes it."""
-        ...
 
 
 class Examples(Protocol):
@@ -149,36 +126,16 @@ class Store(Protocol):
         """Calls within are one, and nobody's come between."""
         ...
 
-    def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:
+    def keep_upload(self, upload: Upload, *, device: int = 0) -> None:
         """Keeps an update until it is sent, or expires; on the disk once this returns."""
         ...
 
-    def pending(self, now_ms: int, *, device: int = 0) -> Sequence[Kept]:
+    def pending(self, now_ms: int, *, device: int = 0) -> Sequence[Upload]:
         """Updates that wait and have not expired."""
         ...
 
     def uploaded(self, plan_id: str, *, device: int = 0) -> None:
         """Deletes an update that was taken, or will never be."""
-        ...
-
-
-class Trains(Protocol):
-    """See `device_runtime.trainer.Trainer`."""
-
-    gave_up: str | None
-
-    def train(
-        self,
-        plan: TrainPlan,
-        weights: Float32,
-        server: Float32,
-        inputs: Float32,
-        labels: Float32,
-        *,
-        go_on: Callable[[], bool],
-        rng: np.random.Generator,
-    ) -> Float32 | None:
-        """One clipped update, or None."""
         ...
 
 
@@ -251,7 +208,7 @@ class Participation:
     """
 
     bundle: Bundle
-    trainer: Trains | None
+    trainer: Trainer | None
     store: Store
     host: Host
     aggregator: Asks
@@ -297,7 +254,7 @@ class Participation:
         if found := refusal(message, manifest, self.now_ms()):
             raise _Ended(*found, ask_again_s=self._later(None))
         self._move(Event.OFFERED)
-        await self._send(await self._train(message, weights), message.policy)
+        await self._send(await self._train(message, weights))
 
     async def _ask(self) -> tuple[TrainPlan | Halt, Float32]:
         """What a verified answer says."""
@@ -322,14 +279,15 @@ class Participation:
     def _halt(self, message: Halt) -> NoReturn:
         manifest = self.bundle.manifest
         if message.model != manifest.model:
-            raise _Ended(Ending.OTHER_MODEL, f"what was stopped is {message.model!r}, not {manifest.model!r}")
+            why = f"what was stopped is {message.model!r}, not {manifest.model!r}"
+            raise _Ended(Ending.OTHER_MODEL, why, ask_again_s=self._later(None))
         self.store.halt(message.model, message.versions, message.reason)
         if manifest.version not in message.versions:
             raise _Ended(Ending.NOTHING, "other versions were stopped", ask_again_s=self._later(None))
         self._forget_uploads()
         raise _Ended(Ending.HALTED, f"version {manifest.version} was stopped: {message.reason}")
 
-    async def _train(self, plan: TrainPlan, weights: Float32) -> Kept:
+    async def _train(self, plan: TrainPlan, weights: Float32) -> Upload:
         """An update that is in the store."""
         assert self.trainer is not None  # the refusal looked for a training program
         history = self.store.history(0, device=self.device)
@@ -337,10 +295,15 @@ class Participation:
         forgets = self.store.forgets
         newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
         if len(newest.labels) < plan.examples[0]:
-            raise _Ended(Ending.FEW_EXAMPLES, f"the plan asks for at least {plan.examples[0]} examples")
+            why = f"the plan asks for at least {plan.examples[0]} examples"
+            raise _Ended(Ending.FEW_EXAMPLES, why, ask_again_s=self._later(None))
         # Whoever loses the toss has decided too: another toss for the same plan would change its odds.
         takes_part = self.toss() < plan.sampling
-        if not self.store.begin(plan.id, self.now_ms(), device=self.device, takes_part=takes_part):
+        with self.store.together():
+            if self.store.history(0, device=self.device) != history:  # another process's, which looked when we did
+                raise _Ended(Ending.TAKEN_PART, "the device took part meanwhile", ask_again_s=self._later(None))
+            begun = self.store.begin(plan.id, self.now_ms(), device=self.device, takes_part=takes_part)
+        if not begun:
             raise _Ended(Ending.TAKEN_PART, "this plan was decided on before", ask_again_s=self._later(None))
         if not takes_part:
             raise _Ended(Ending.NOT_SAMPLED, "the toss fell the other way", ask_again_s=self._later(None))
@@ -356,11 +319,12 @@ class Participation:
             watch.stop.set()
         if update is None:
             self._interrupted(watch)
-        upload = _Upload(plan.id, secrets.token_hex(16), encode(update, plan.upload, rng), plan.expires_ms)
+        body = encode(update, plan.upload, rng)
+        upload = Upload(plan.id, secrets.token_hex(16), body, plan.expires_ms, plan.version, plan.policy)
         with self.store.together():
             if self.store.forgets != forgets:
                 raise _Ended(Ending.FORGOTTEN, "something was forgotten while training; the update is too")
-            self.store.keep_upload(upload.plan, upload.upload, upload.body, upload.expires_ms, device=self.device)
+            self.store.keep_upload(upload, device=self.device)
         self._move(Event.TRAINED)
         return upload
 
@@ -374,10 +338,10 @@ class Participation:
             raise _Ended(Ending.EXPIRED, "the plan expired while training")
         raise _Ended(Ending.GAVE_UP, self.trainer.gave_up or "training gave no update")
 
-    async def _send(self, upload: Kept, *policies: Policy) -> None:
+    async def _send(self, upload: Upload) -> None:
         """Sends an update until it is taken, refused, or this session's patience ends."""
         for attempt in range(ATTEMPTS):
-            self._may_send(upload, *policies)
+            self._may_send(upload)
             self._move(Event.SENT)
             reply = await self.aggregator.upload(upload.plan, upload.upload, upload.body)
             if reply.status == 200:
@@ -394,7 +358,7 @@ class Participation:
                 raise _Ended(Ending.WAITING, why, ask_again_s=wait)
             await self.sleep(wait)
 
-    def _may_send(self, upload: Kept, *policies: Policy) -> None:
+    def _may_send(self, upload: Upload) -> None:
         now_ms = self.now_ms()
         if now_ms >= upload.expires_ms:
             self.store.uploaded(upload.plan, device=self.device)
@@ -404,8 +368,11 @@ class Participation:
             self._withdraw()
         if all(kept.plan != upload.plan for kept in self.store.pending(now_ms, device=self.device)):
             raise _Ended(Ending.FORGOTTEN, "something was forgotten, and the update that waited with it")
+        if (reason := self.store.halted(upload.version)) is not None:
+            self._forget_uploads()
+            raise _Ended(Ending.HALTED, f"version {upload.version} was stopped: {reason}")
         # How often it takes part was decided when it began.
-        decision = both(*(decide(policy, readings, (), now_ms) for policy in (self.own, *policies)))
+        decision = both(*(decide(policy, readings, (), now_ms) for policy in (self.own, upload.policy)))
         if not decision.eligible:
             raise _Ended(Ending.WAITING, "the update is sent when the device may again", reasons=decision.reasons)
 
@@ -427,7 +394,7 @@ class Participation:
         raise _Ended(Ending.NO_CONSENT, "the person does not consent", reasons=(Reason.NO_CONSENT,))
 
     def _forget_uploads(self) -> None:
-        for upload in self.store.pending(self.now_ms(), device=self.device):
+        for upload in self.store.pending(0, device=self.device):  # expired ones too: the clock may be set back
             self.store.uploaded(upload.plan, device=self.device)
 
     def _pause(self, attempt: int, reply: Reply) -> float:
@@ -441,14 +408,6 @@ class Participation:
 
     def _move(self, event: Event) -> None:
         self._path.append(advance(self._path[-1], event))
-
-
-@dataclass(frozen=True)
-class _Upload:
-    plan: str
-    upload: str
-    body: bytes = field(repr=False)
-    expires_ms: int
 
 
 class _Watch:

@@ -8,7 +8,10 @@ torch: seconds and half a gigabyte. "onnx" is ONNX Runtime, which needs neither;
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +26,7 @@ from hybrid.features import Features
 Engine = Literal["executorch", "onnx"]
 # Arrays in the order of the program's inputs -> its outputs, which share no memory with it. RuntimeError: other shapes.
 Run = Callable[..., list[NDArray[np.float32]]]
+TRIAL_S = 10.0  # of the one inference that a bundle makes before it is installed
 _NEEDS: Mapping[Engine, tuple[str, ...]] = {"executorch": ("executorch", "torch"), "onnx": ("onnxruntime",)}
 _ENDINGS: Mapping[Engine, str] = {"executorch": ".pte", "onnx": ".onnx"}
 
@@ -63,6 +67,7 @@ class DeviceProgram:
         bundle: verified.
         name: "embed" or "predict".
         engine: what runs it; None: `default_engine`.
+        limit_s: of one run, in ONNX Runtime; ExecuTorch's cannot be ended. None: none.
 
     Attributes:
         engine: that runs it.
@@ -73,12 +78,14 @@ class DeviceProgram:
         ConfigError: the engine is not installed.
     """
 
-    def __init__(self, bundle: Bundle, name: str, engine: Engine | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, name: str, engine: Engine | None = None, *, limit_s: float | None = None
+    ) -> None:
         self.engine: Engine = default_engine() if engine is None else engine
         file = "device.pte" if self.engine == "executorch" else f"{name}.onnx"
         self.label = f"{file}:{name}" if self.engine == "executorch" else file
         self._features: Features = bundle.manifest.features
-        self._run = load_program(bundle, file, name)
+        self._run = load_program(bundle, file, name, limit_s=limit_s)
 
     def inputs(self, columns: Mapping[str, Sequence[Any]]) -> NDArray[np.float32]:
         """Raw device features by name, each (n,) -> (n, features) inputs.
@@ -92,8 +99,8 @@ class DeviceProgram:
 class EmbedProgram(DeviceProgram):
     """The device tower. See `DeviceProgram`."""
 
-    def __init__(self, bundle: Bundle, engine: Engine | None = None) -> None:
-        super().__init__(bundle, "embed", engine)
+    def __init__(self, bundle: Bundle, engine: Engine | None = None, *, limit_s: float | None = None) -> None:
+        super().__init__(bundle, "embed", engine, limit_s=limit_s)
         self._size = bundle.manifest.device_embedding
 
     def embed(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -104,8 +111,8 @@ class EmbedProgram(DeviceProgram):
         """
         try:
             (embedding,) = self._run(inputs)
-        except RuntimeError as error:
-            raise BundleError(f"program {self.label!r} does not take {inputs.shape} inputs") from error
+        except RuntimeError:  # of its text nothing: an index that a table lacks is in it, and that is a feature
+            raise BundleError(f"program {self.label!r} does not take {inputs.shape} inputs") from None
         if embedding.shape != (1, self._size) or not np.isfinite(embedding).all():
             raise BundleError(f"program {self.label!r} must return (1, {self._size}) finite numbers")
         return embedding
@@ -114,8 +121,8 @@ class EmbedProgram(DeviceProgram):
 class PredictProgram(DeviceProgram):
     """The merge on the device: device tower, then head over the server's embedding. See `DeviceProgram`."""
 
-    def __init__(self, bundle: Bundle, engine: Engine | None = None) -> None:
-        super().__init__(bundle, "predict", engine)
+    def __init__(self, bundle: Bundle, engine: Engine | None = None, *, limit_s: float | None = None) -> None:
+        super().__init__(bundle, "predict", engine, limit_s=limit_s)
         self._size = bundle.manifest.server_embedding
 
     def predict(self, inputs: NDArray[np.float32], server: NDArray[np.float32]) -> float:
@@ -127,10 +134,8 @@ class PredictProgram(DeviceProgram):
         assert server.shape == (1, self._size)
         try:
             (prediction,) = self._run(inputs, server)
-        except RuntimeError as error:
-            raise BundleError(
-                f"program {self.label!r} does not take (1, {self._size}) numbers of the server"
-            ) from error
+        except RuntimeError:  # as in `EmbedProgram.embed`
+            raise BundleError(f"program {self.label!r} does not take (1, {self._size}) numbers of the server") from None
         if prediction.shape != (1,) or not (np.isnan(prediction[0]) or 0 <= prediction[0] <= 1):
             raise BundleError(f"program {self.label!r} must return one probability")
         return float(prediction[0])
@@ -149,8 +154,8 @@ def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
         engine: whose programs; None: of each that is installed. Nothing here runs the others'.
 
     Raises:
-        BundleError: one does not load, for an operator that its engine lacks for example, or does not give what
-            its manifest says.
+        BundleError: one does not load, for an operator that its engine lacks for example, does not give what its
+            manifest says, or takes longer than `TRIAL_S`.
         ConfigError: no engine is installed, or this one is not.
     """
     manifest = bundle.manifest
@@ -160,18 +165,20 @@ def check_programs(bundle: Bundle, engine: Engine | None = None) -> None:
         for file in (name for name in bundle.programs if name.endswith(_ENDINGS[each])):
             load_program(bundle, file, None)
         if manifest.merge == "server":
-            EmbedProgram(bundle, each).embed(missing)
+            EmbedProgram(bundle, each, limit_s=TRIAL_S).embed(missing)
         else:
-            PredictProgram(bundle, each).predict(missing, np.zeros((1, manifest.server_embedding), np.float32))
+            server = np.zeros((1, manifest.server_embedding), np.float32)
+            PredictProgram(bundle, each, limit_s=TRIAL_S).predict(missing, server)
 
 
-def load_program(bundle: Bundle, file: str, method: str | None = "forward") -> Run:
+def load_program(bundle: Bundle, file: str, method: str | None = "forward", *, limit_s: float | None = None) -> Run:
     """A program in the engine that its file's ending names.
 
     Args:
         bundle: verified.
         file: the program's.
         method: of an ExecuTorch program, which may have several; None: all are loaded, and the last one returned.
+        limit_s: see `DeviceProgram`; a run that takes longer raises BundleError.
 
     Raises:
         BundleError: it is absent, or does not load.
@@ -184,7 +191,7 @@ def load_program(bundle: Bundle, file: str, method: str | None = "forward") -> R
         raise ConfigError(f"engine {engine!r} needs {' and '.join(_NEEDS[engine])}, which are not installed here")
     data = bundle.programs[file]
     try:
-        return _onnx(data) if engine == "onnx" else _executorch(data, method)
+        return _onnx(file, data, limit_s) if engine == "onnx" else _executorch(data, method)
     except RuntimeError as error:
         raise BundleError(f"program {file!r} does not load in {engine}: {error}") from None
 
@@ -219,13 +226,16 @@ def _executorch(data: bytes, name: str | None) -> Run:
     return run
 
 
-def _onnx(data: bytes) -> Run:
+def _onnx(file: str, data: bytes, limit_s: float | None) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     # One row of a small tower: threads would cost more than they compute, and spin while they wait.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong is raised, and is ours to word
+    # Constants may lie in files beside the program. It has no files: else it could read those of the device, from the
+    # working directory on, and what it computes of them would leave as an embedding.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its classes share no base of their own
@@ -233,12 +243,28 @@ def _onnx(data: bytes) -> Run:
     names = [tensor.name for tensor in session.get_inputs()]
 
     def run(*arrays: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        asked = onnxruntime.RunOptions()
         try:
-            return list(session.run(None, dict(zip(names, arrays, strict=True))))
+            with nullcontext() if limit_s is None else _ended(asked, limit_s):
+                return list(session.run(None, dict(zip(names, arrays, strict=True)), asked))
         except Exception as error:
+            if asked.terminate:
+                raise BundleError(f"program {file!r} takes more than {limit_s:g} s for one row") from None
             raise RuntimeError(_first_line(error)) from None
 
     return run
+
+
+@contextmanager
+def _ended(asked: Any, limit_s: float) -> Iterator[None]:
+    """Within, a run with these options ends with an error once so many seconds have passed."""
+    timer = threading.Timer(limit_s, setattr, (asked, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,32 @@
-"""How a participation goes on: which event leads from where to where, as a table; anything else is refused."""
+"""How a participation goes on, as a table of which event leads from where to where, and the update that comes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from hybrid.plan import Policy
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An update that waits to be sent, and what it may be sent under.
+
+    Attributes:
+        plan, upload: the plan's id, and its own.
+        body: as it travels, each time the same.
+        expires_ms: after which nobody takes it.
+        version: of the bundle that it was trained with.
+        policy: the plan's, which holds for every attempt.
+    """
+
+    plan: str
+    upload: str
+    body: bytes = field(repr=False)
+    expires_ms: int
+    version: int
+    policy: Policy = field(default_factory=Policy)
 
 
 class State(StrEnum):

@@ -31,6 +31,7 @@ CREATE TABLE participations (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE uploads (
     device INTEGER NOT NULL, plan TEXT NOT NULL, upload TEXT NOT NULL, body BLOB NOT NULL, expires_ms INTEGER NOT NULL,
+    version INTEGER NOT NULL DEFAULT 0, policy TEXT NOT NULL DEFAULT '{{}}',
     PRIMARY KEY (device, plan)
 ) STRICT;
 CREATE TABLE halted (
@@ -55,6 +56,10 @@ def prepare(database: Database, manifest: Manifest, name: str) -> None:
     if model != manifest.model:
         raise StoreError(f"store {name!r} must be of model {manifest.model!r}, it is of {model!r}")
     _note_version(database, manifest)
+    if not database.all("SELECT 1 FROM pragma_table_info('uploads') WHERE name = 'policy'"):
+        with database.transaction():  # of before an update kept its plan's: the strictest policy then
+            database.all("ALTER TABLE uploads ADD COLUMN version INTEGER NOT NULL DEFAULT 0")
+            database.all("ALTER TABLE uploads ADD COLUMN policy TEXT NOT NULL DEFAULT '{}'")
     if columns(database) != feature_columns(manifest):
         with database.transaction():
             _migrate(database, feature_columns(manifest))

@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 
 from device_runtime import retention, schema
 from device_runtime.encrypted import Database, Full
+from device_runtime.protocol import Upload
 from device_runtime.rows import DEVICE, REQUEST, Rows, feature_columns, quoted, values
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, StoreError
+from hybrid.plan import Policy
 
 FORGOTTEN = "forgotten"  # in place of the plans that a device took part in before its person had it forget
+_UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,6 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Upload:
-    """An update that waits to be sent.
-
-    Attributes:
-        plan, upload: their ids.
-        body: as it travels, each time the same.
-        expires_ms: after which nobody takes it.
-    """
-
-    plan: str
-    upload: str
-    body: bytes
-    expires_ms: int
 
 
 class Store(AbstractContextManager["Store"]):
@@ -343,8 +330,9 @@ class Store(AbstractContextManager["Store"]):
         """Deletes for good: everything of a device, or of all; or its events about one entity. Returns how many events.
 
         Updates that wait to be sent are deleted with it: they were trained with what is forgotten. What is left of
-        the plans that a forgotten device took part in is that it did, now: it waits as if it had just taken part, else
-        forgetting would let a person be counted twice. Halted versions stay halted.
+        the plans that a forgotten device took part in is how many they were, dated now: it waits as if it had just
+        taken part in all of them, else forgetting would let a person be counted more often. Halted versions stay
+        halted.
 
         Args:
             device: only this; None: all.
@@ -369,15 +357,16 @@ class Store(AbstractContextManager["Store"]):
         return gone
 
     def _forget_training(self, whose: str, those: tuple[int, ...], now_ms: int | None) -> None:
-        """`now_ms`: of the participation that stands for those that are forgotten; None: they are not."""
+        """`now_ms`: of the participations that stand for those that are forgotten; None: they are not."""
         with self._db.transaction():
             self._db.run(f"DELETE FROM uploads WHERE {whose}", those)  # noqa: S608
             self._db.run("INSERT INTO about VALUES ('forgets', '1') ON CONFLICT (name) DO UPDATE SET value = value + 1")
             if now_ms is not None:
-                took_part = self._db.all(f"SELECT DISTINCT device FROM participations WHERE {whose}", those)  # noqa: S608
+                sql = f"SELECT device, max(1, sum(took_part)) FROM participations WHERE {whose} GROUP BY device"  # noqa: S608
+                counts = self._db.all(sql, those)
                 self._db.run(f"DELETE FROM participations WHERE {whose}", those)  # noqa: S608
-                for (device,) in took_part:
-                    self._db.run("INSERT INTO participations VALUES (?, ?, ?, 1)", (device, FORGOTTEN, now_ms))
+                left = [(device, f"{FORGOTTEN} {i}", now_ms) for device, count in counts for i in range(1, count + 1)]
+                self._db.run_many("INSERT INTO participations VALUES (?, ?, ?, 1)", left)
             schema.rewrite_later(self._db)
 
     def export(self, device: int | None = None) -> Iterator[dict[str, Any]]:
@@ -437,16 +426,21 @@ class Store(AbstractContextManager["Store"]):
         found = self._db.all("SELECT value FROM about WHERE name = 'forgets'")
         return int(found[0][0]) if found else 0
 
-    def keep_upload(self, plan_id: str, upload_id: str, body: bytes, expires_ms: int, *, device: int = 0) -> None:
+    def keep_upload(self, upload: Upload, *, device: int = 0) -> None:
         """Keeps an update until it is sent; one of the same plan takes the other's place."""
         with self._db.transaction():
-            row = (device, plan_id, upload_id, body, expires_ms)
-            self._db.run("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", row)
+            sql = f"INSERT OR REPLACE INTO uploads ({_UPLOAD}, device) VALUES ({_marks(7)})"  # noqa: S608
+            row = (upload.plan, upload.upload, upload.body, upload.expires_ms, upload.version)
+            self._db.run(sql, (*row, upload.policy.model_dump_json(), device))
 
     def pending(self, now_ms: int, *, device: int = 0) -> list[Upload]:
-        """The updates that wait to be sent and have not expired."""
-        sql = "SELECT plan, upload, body, expires_ms FROM uploads WHERE device = ? AND expires_ms >= ? ORDER BY 4"
-        return [Upload(*row) for row in self._db.all(sql, (device, now_ms))]
+        """The updates that wait to be sent and have not expired, the first to expire first."""
+        sql = f"SELECT {_UPLOAD} FROM uploads WHERE device = ? AND expires_ms >= ? ORDER BY expires_ms"  # noqa: S608
+        found = self._db.all(sql, (device, now_ms))
+        return [
+            Upload(plan, upload, body, end_ms, version, Policy.model_validate_json(policy))
+            for plan, upload, body, end_ms, version, policy in found
+        ]
 
     def uploaded(self, plan_id: str, *, device: int = 0) -> None:
         """Deletes a plan's update: it was taken, or nobody wants it."""

@@ -316,8 +316,8 @@ class _Program:
         """(p,) of the batch's loss at `weights`."""
         try:
             outputs = self._run(weights, *batch)
-        except RuntimeError as error:
-            raise BundleError(f"program {PROGRAM!r} does not take what its manifest says") from error
+        except RuntimeError:  # of its text nothing: it may tell what it was given
+            raise BundleError(f"program {PROGRAM!r} does not take what its manifest says") from None
         if len(outputs) != 2 or outputs[1].shape != (self._size,):
             raise BundleError(f"program {PROGRAM!r} must return a loss and a gradient of {self._size} numbers")
         return outputs[1]

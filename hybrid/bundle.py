@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
+from hybrid.plan import MAX_PARAMETERS, Count, Name
 from hybrid.protocol import CONSTANT, DEVICE_ONLY
 from hybrid.spec import Clear, Noised
 
@@ -43,6 +44,8 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip's own zero: equal contents are equal b
 _ENTRY = struct.Struct("<4s5H3L2H")  # a local file header of a zip, APPNOTE 4.3.7
 _DIRECTORY_ENTRY, _DIRECTORY_END = 46, 22  # 4.3.12 and 4.3.16, without names
 
+Size = Annotated[int, Field(ge=0, le=1 << 16)]  # of an embedding, or rows of a call: what a device can hold
+Seconds = Annotated[FiniteFloat, Field(gt=0, le=1e14)]  # `timedelta.max` is less, and fits a store as milliseconds
 ProgramName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z]{1,8}$")]
 
 
@@ -78,10 +81,16 @@ class TrainProgram(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    rows: Annotated[int, Field(ge=1)]
-    server: Annotated[int, Field(ge=0)]
+    rows: Annotated[Size, Field(ge=1)]
+    server: Size
     missing: bool
     parameters: tuple[Parameter, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.size > MAX_PARAMETERS:
+            raise ValueError(f"parameters must be at most {MAX_PARAMETERS} numbers, got {self.size}")
+        return self
 
     @property
     def size(self) -> int:
@@ -105,9 +114,9 @@ class Keeping(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    label_window_s: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    label_window_s: Seconds | None = None
     label_absent: Literal[0, 1] | None = None
-    seconds: Annotated[FiniteFloat, Field(gt=0)] = 30 * 86400.0
+    seconds: Seconds = 30 * 86400.0
     bytes: Annotated[int, Field(ge=1 << 16)] = 16 << 20
     max_examples: Annotated[int, Field(ge=1)] = 1024
     max_seconds: Annotated[FiniteFloat, Field(gt=0)] = 60.0
@@ -167,13 +176,13 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[2] = 2
-    model: str
-    version: int
+    model: Name
+    version: Count
     definition_hash: str
     features: Features
     request: dict[str, Literal["text", "number"]] = {}
-    server_embedding: int
-    device_embedding: int
+    server_embedding: Size
+    device_embedding: Size
     merge: Literal["server", "device"]
     release: Annotated[Clear | Noised, Field(discriminator="kind")] | None
     programs: dict[ProgramName, Program]
@@ -240,17 +249,14 @@ def read_bundle(data: bytes, trusted: Ed25519PublicKey, *, runtime: int | None =
     """
     if len(data) > MAX_BYTES:
         raise BundleError(f"a bundle has at most {MAX_BYTES} bytes, got {len(data)}")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            _check_entries(archive.infolist())
-            text, signature = archive.read("manifest.json"), archive.read("manifest.sig")
-            manifest = _verified(text, signature, trusted, runtime)
-            programs = {name: archive.read(name) for name in manifest.programs}
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise BundleError(f"the bundle is damaged or truncated ({type(error).__name__})") from None
-    for name, program in manifest.programs.items():
+    head = read_head(data, trusted, runtime=runtime)
+    if len(data) != head.size:
+        raise BundleError(f"the bundle is damaged or truncated (it must have {head.size} bytes, got {len(data)})")
+    # The zip's directory is for other readers: what it says is not signed, and nothing here goes by it.
+    programs = {name: data[span.start : span.stop] for name, span in head.ranges().items()}
+    for name, program in head.manifest.programs.items():
         check_program(name, program, programs[name])
-    return Bundle(manifest, programs)
+    return Bundle(head.manifest, programs)
 
 
 def check_program(name: str, program: Program, data: bytes) -> None:
@@ -388,14 +394,6 @@ def _check_readable(text: bytes, runtime: int | None) -> None:
         )
     if runtime is not None and isinstance(needed, int) and needed > runtime:
         raise BundleError(f"the bundle needs device runtime {needed}, this app has {runtime}: the app must be updated")
-
-
-def _check_entries(entries: list[zipfile.ZipInfo]) -> None:
-    """Before the signature is checked nothing may be unpacked: some kB of compressed zeros are gigabytes."""
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
-        raise BundleError("a bundle's files must be stored without compression")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise BundleError("a bundle's files must have distinct names")
 
 
 def signing_key(folder: Path) -> Ed25519PrivateKey:

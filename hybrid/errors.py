@@ -27,6 +27,10 @@ class CohortTooSmall(HybridError):
     """Fewer devices answered than may be released together. Nothing was spent."""
 
 
+class RoundStopped(HybridError):
+    """A round was ended before its time: its version was halted, or its aggregator stopped. Nothing was spent."""
+
+
 class BundleError(HybridError):
     """A device bundle is not what its signature, manifest or limits promise."""
 
@@ -45,6 +49,14 @@ class UpdateError(HybridError):
 
 class StackError(HybridError):
     """A process of the local stack could not start, or died."""
+
+
+class AggregatorError(HybridError):
+    """An aggregator cannot be reached, or does not do what it is asked."""
+
+
+class FederationError(HybridError):
+    """The servers of a federated training could not start, or died; it ended before its last round."""
 
 
 class ServingError(HybridError):

@@ -38,6 +38,15 @@ def length(parameters: int, upload: Upload) -> int:
     return _HEADER.size + body
 
 
+def head(parameters: int, upload: Upload) -> bytes:
+    """What an update's body begins with.
+
+    >>> head(513, "int8").hex(" ")
+    '69 38 20 20 01 02 00 00'
+    """
+    return _HEADER.pack(_NAMES[upload], parameters)
+
+
 def encode(update: NDArray[np.float32], upload: Upload, rng: np.random.Generator) -> bytes:
     """An update as it travels.
 
@@ -48,7 +57,7 @@ def encode(update: NDArray[np.float32], upload: Upload, rng: np.random.Generator
     """
     assert update.ndim == 1
     assert np.isfinite(update).all()
-    header = _HEADER.pack(_NAMES[upload], len(update))
+    header = head(len(update), upload)
     if upload == "float32":
         return header + np.ascontiguousarray(update, "<f4").tobytes()
     values, scales = quantise(update[None], rng)

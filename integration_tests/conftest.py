@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,46 @@ class TritonServer:
     pid: int
 
 
+@dataclass
+class Recorder:
+    """Passes connections on to a port, and keeps what the client of each sent, byte for byte."""
+
+    port: int
+    sent: list = field(default_factory=list)
+
+    def __enter__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.port))
+                self.sent.append(bytearray())
+                for pair in ((client, server, self.sent[-1]), (server, client, bytearray())):
+                    self._threads.append(threading.Thread(target=self._pass, args=pair, daemon=True))
+                    self._threads[-1].start()
+
+    @staticmethod
+    def _pass(source, target, kept):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                kept += data
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
 def _processes_naming(text: str) -> list[str]:
     found = []
     for process in psutil.process_iter():
@@ -40,6 +82,12 @@ def _processes_naming(text: str) -> list[str]:
 def processes_naming() -> Callable[[str], list[str]]:
     """Gives the command lines in the process table that contain a text."""
     return _processes_naming
+
+
+@pytest.fixture(scope="session")
+def recording() -> type[Recorder]:
+    """Gives, of a port, a way to it that keeps what its clients send: see `Recorder`."""
+    return Recorder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,13 +3,11 @@
 import contextlib
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -43,54 +41,7 @@ from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
 from serving.kafka import lying_in
 
-MODEL = """
-from datetime import timedelta
-from pathlib import Path
-
-import torch
-from torch import nn
-
-from hybrid import Categorical, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, Training, View
-
-
-class Head(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 1)
-
-    def forward(self, server, device):
-        return self.linear(torch.cat([server, device], dim=1)).squeeze(-1)
-
-
-model = HybridModel(
-    name="stall",
-    server=Server(
-        service="sizes_v1",
-        entity=Entity(name="shop", join_key="shop_id"),
-        views=(View(name="sizes", source=Path("sizes.parquet"), features={"size": Numeric(mean=3, std=2)}),),
-        max_feature_age=timedelta(days=30),
-    ),
-    request={"budget": Numeric()},
-    device={
-        "mood": Categorical(vocabulary=("Zufrieden-Glasklar", "Missmutig-Vertrackt")),
-        "steps": Log1p(mean=8, std=2),
-    },
-    server_tower=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 4)),
-    device_tower=lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 4)),
-    head=Head,
-    label=Label(column="bought", visible_to="server"),
-    privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
-    merge="device",
-    training=Training(server_tower="federated"),
-    serving=Serving(
-        missing_entity="device-only",
-        unavailable="device-only",
-        stale_features="constant",
-        constant=0.125,
-        contribution=True,
-    ),
-)
-"""
+MODEL = Path(__file__).with_name("stall_model.py").read_text()
 SHOPS = {"bakery": 1.0, "kiosk": 2.5, "cinema": 6.0}
 LEARNED = np.array([0.5, 0.25, -1.0, 2.0], np.float32)
 TRAINING = TrainingRecord(
@@ -107,37 +58,6 @@ AGE_MS, MAX_AGE_MS = 3_600_000, 30 * 86_400_000
 TRANSPORTS = ("kafka", "direct")
 STORE_KEY = bytes(range(32))
 ROUND = Local(steps=3, lr=0.5)
-
-
-@dataclass
-class Recorder:
-    """Passes connections on to a port, and keeps every byte that clients sent."""
-
-    port: int
-    sent: bytearray = field(default_factory=bytearray)
-
-    def __enter__(self):
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._listener.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.port))
-                threading.Thread(target=self._pass, args=(client, server, self.sent), daemon=True).start()
-                threading.Thread(target=self._pass, args=(server, client, bytearray()), daemon=True).start()
-
-    def _pass(self, source, target, kept):
-        with contextlib.suppress(OSError), source, target:
-            while data := source.recv(1 << 16):
-                kept += data
-                target.sendall(data)
 
 
 @dataclass
@@ -309,7 +229,9 @@ def world(kafka, triton, cache, tmp_path_factory):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world: World, transport, tmp_path: Path):
+def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(
+    world: World, recording, transport, tmp_path: Path
+):
     """Six rows over each transport, the last of a shop that nobody knows; predictions and server embeddings to 1e-5.
 
     What the devices sent has entity and budget, and neither the name, the text nor a number of a device feature, nor an
@@ -317,7 +239,7 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     """
     name = {"kafka": "stall", "direct": "stall_direct"}[transport]
     asked_ms = time.time_ns() // 1_000_000
-    with Recorder(world.gateway) as recorder:
+    with recording(world.gateway) as recorder:
         status, summary, results = world.infer(name, tmp_path, gateway=recorder.url)
     assert (status, summary["predicted"], summary["statuses"]) == (0, 6, {"ok": 5, "unknown_entity": 1})
     assert summary["fallbacks"] == {"device-only": 1}
@@ -332,7 +254,7 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(world
     expected_ms = asked_ms - AGE_MS + MAX_AGE_MS
     assert fresh["expires_ms"].between(expected_ms - 600_000, expected_ms).all()
     assert last["expires_ms"].tolist() == [-1]
-    sent = bytes(recorder.sent)
+    sent = b"".join(recorder.sent)
     assert sent.count(b"POST /v2/models/" + name.encode() + b"/versions/1/infer") == 6
     assert b'"bakery"' in sent
     secrets = [b"embedding", b"mood", b"steps", b"Glasklar", b"Vertrackt", b"unheard of"]
@@ -498,12 +420,12 @@ def test_a_device_that_reaches_nobody_predicts_as_its_bundle_declares(world: Wor
 
 
 @pytest.mark.parametrize("place", ["file", "environment"])
-def test_devices_show_their_api_key_to_a_gateway_that_asks_for_one(world: World, place, tmp_path: Path):
+def test_devices_show_their_api_key_to_a_gateway_that_asks_for_one(world: World, recording, place, tmp_path: Path):
     """From a file or the environment, with each of six requests; it stands in nothing that they print or keep."""
     key = world.key.read_text().strip()
     given = {"file": (["--api-key-file", world.key], {}), "environment": ([], {"HYBRID_API_KEY": key})}
     arguments, environment = given[place]
-    with Recorder(int(world.closed.rpartition(":")[2])) as recorder:
+    with recording(int(world.closed.rpartition(":")[2])) as recorder:
         done, out = world.run("stall", tmp_path, *arguments, gateway=recorder.url, **environment)
     assert (done.returncode, json.loads(done.stdout)["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
     np.testing.assert_allclose(
@@ -511,7 +433,7 @@ def test_devices_show_their_api_key_to_a_gateway_that_asks_for_one(world: World,
         world.predictions(world.embeddings()),
         atol=1e-5,
     )
-    assert bytes(recorder.sent).count(f"Authorization: Bearer {key}\r\n".encode()) == 6
+    assert b"".join(recorder.sent).count(f"Authorization: Bearer {key}\r\n".encode()) == 6
     kept = [file.read_bytes() for file in tmp_path.iterdir()]
     assert not any(key.encode() in text for text in [*kept, done.stdout.encode(), done.stderr.encode()])
 

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 OPERATING = ROOT / "docs" / "operating.md"
+FLEET = ROOT / "docs" / "fleet.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
+AUDIT = ROOT / "docs" / "audit.md"
 
 
 def commands(document: Path) -> list[str]:
@@ -23,7 +25,9 @@ def commands(document: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, STUDY_COACH)], ids=lambda d: d.name
+    "document",
+    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, STUDY_COACH, AUDIT)],
+    ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
     """Outside the walkthroughs a document's commands are `make TARGET`, and make knows each target."""
@@ -66,17 +70,27 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
     assert re.search(r"epsilon (1\.99\d|2\.000) at delta 2\.3e-05 per user", printed), printed
 
 
-def test_the_walkthrough_and_operating_do_what_they_say(type_commands):
+def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands):
+    """At a claimed epsilon of 1 the bounds of six mechanisms lie in [0.4, 1), those of three bugs above it."""
+    printed = type_commands("\n".join(commands(AUDIT)))
+    rows = re.findall(r"│ (.+?) +│ +\d+ │ +(\d\.\d{3}) │.*│ +([\w ]+?) │", printed)
+    assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 6 + ["seen"] * 3, printed
+    assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:6]), printed
+    assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
+
+
+def test_the_walkthrough_operating_and_the_fleet_do_what_they_say(type_commands):
     """Their commands, typed in order in one shell, all succeed; every request is predicted, counted, and without skew.
 
-    One thing differs from what a reader types: the gateway and the servers take
-    free ports, since the default ones may be taken where tests run.
+    Devices of a fleet train, and another one joins them. One thing differs from what a reader types: gateway,
+    servers and aggregator take free ports, since the default ones may be taken where tests run.
     """
-    ports = dict(zip(("8080", "18003", "18004"), map(str, free_ports(3)), strict=True))
+    ports = dict(zip(("8080", "18003", "18004", "8090"), map(str, free_ports(4)), strict=True))
     options = ("--gateway-port", "--gateway-metrics-port", "--worker-metrics-port")
-    chosen = " ".join(f"{option} {port}" for option, port in zip(options, ports.values(), strict=True))
-    script = "\n".join(commands(WALKTHROUGH) + commands(OPERATING)).replace(
-        "hybrid up", f"hybrid up --free-ports {chosen}"
+    chosen = " ".join(f"{option} {port}" for option, port in zip(options, ports.values(), strict=False))
+    script = "\n".join(commands(WALKTHROUGH) + commands(OPERATING) + commands(FLEET))
+    script = script.replace("hybrid up", f"hybrid up --free-ports {chosen}").replace(
+        "--port 8090", f"--port {ports['8090']}"
     )
     for written, port in ports.items():
         script = script.replace(f"127.0.0.1:{written}", f"127.0.0.1:{port}")
@@ -94,3 +108,6 @@ def test_the_walkthrough_and_operating_do_what_they_say(type_commands):
     assert counted == dict.fromkeys(("hybrid_gateway_requests_total", "hybrid_merge_rows_total"), float(requests))
     assert f"coupon: {requests} rows: {requests} same" in printed
     assert f'"rows": {{"same": {requests}}}' in printed
+    assert re.search(r"privacy: epsilon \S+ at delta 0.0009 per device", printed), "a fleet's version says what it cost"
+    assert printed.count("uploads not taken: none") == 2
+    assert '"ending": "uploaded"' in printed, "another device joined"

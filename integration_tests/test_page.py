@@ -34,49 +34,7 @@ from hybrid.workspace import Workspace
 WIDTHS = {"phone": (360, 800), "desk": (1280, 800)}
 Tab = AbstractContextManager[BrowserContext]
 
-MODEL = """
-from datetime import timedelta
-from pathlib import Path
-
-import torch
-from torch import nn
-
-from hybrid import Categorical, Entity, Hash, HybridModel, Label, Log1p, Noised, Numeric, Privacy, Server, Serving, View
-
-
-class Head(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 1)
-
-    def forward(self, server, device):
-        return self.linear(torch.cat([server, device], dim=1)).squeeze(-1)
-
-
-model = HybridModel(
-    name="giving",
-    server=Server(
-        service="sizes_v1",
-        entity=Entity(name="shop", join_key="shop_id"),
-        views=(View(name="sizes", source=Path("sizes.parquet"), features={"size": Numeric(mean=3, std=2)}),),
-        max_feature_age=timedelta(days=30),
-    ),
-    request={"time": Categorical(vocabulary=("7AM", "2PM")), "budget": Numeric()},
-    device={
-        "mood": Categorical(vocabulary=("Zufrieden-Glasklar", "Missmutig-Vertrackt")),
-        "steps": Log1p(mean=8, std=2),
-        "street": Hash(buckets=31),
-    },
-    server_tower=lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 4)),
-    device_tower=lambda: nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 4)),
-    head=Head,
-    label=Label(column="bought", visible_to="server"),
-    privacy=Privacy(epsilon=8, delta=1e-4, clip=1.0, unit="user"),
-    merge="server",
-    release=Noised(clip=1.0, sigma=0.5),
-    serving=Serving(contribution=True),
-)
-"""
+STALL = Path(__file__).with_name("stall_model.py").read_text()
 SHOPS = {"bakery": 1.0, "kiosk": 2.5, "cinema": 6.0}
 TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
 SECRETS = {"mood": "Missmutig-Vertrackt", "steps": "7319.25", "street": "Große Straße 7"}
@@ -101,17 +59,40 @@ class World:
             return float(torch.sigmoid(head(torch.tensor([server], dtype=torch.float32), device))[0])
 
 
+def changed(text_: str, changes: dict[str, str]) -> str:
+    """The text with each of these once exchanged for another."""
+    for old, new in changes.items():
+        assert text_.count(old) == 1, old
+        text_ = text_.replace(old, new)
+    return text_
+
+
+def stall() -> str:
+    """The shop's model with a text as request feature and a hashed device feature, without fallbacks."""
+    more = {
+        'request={"budget"': 'request={"time": Categorical(vocabulary=("7AM", "2PM")), "budget"',
+        '"steps": Log1p(mean=8, std=2),': '"steps": Log1p(mean=8, std=2),\n        "street": Hash(buckets=31),',
+        "Entity, HybridModel": "Entity, Hash, HybridModel",
+        'training=Training(server_tower="federated"),': "",
+    }
+    return changed(STALL.partition("    serving=")[0] + ")\n", more)
+
+
+def giving() -> str:
+    """The same, merged on the server, noised, with the server's embedding for whoever asks."""
+    release = 'merge="server",\n    release=Noised(clip=1.0, sigma=0.5),'
+    names = {'"stall"': '"giving"', "sizes_v1": "sizes_v2", "Numeric, Privacy": "Noised, Numeric, Privacy"}
+    serving = "\n    serving=Serving(contribution=True),"
+    return changed(stall(), names | {'merge="device",': release + serving})
+
+
 def promoted(folder: Path, environment: dict[str, str]) -> tuple[Workspace, Network]:
     """Two registered models with the same weights, promoted by the command: merged on the server, and on the device."""
     now = datetime.now(UTC)
     columns = {"shop_id": list(SHOPS), "size": list(SHOPS.values()), "event_timestamp": [now] * len(SHOPS)}
     pd.DataFrame(columns).to_parquet(folder / "sizes.parquet")
     workspace = Workspace(folder / ".hybrid")
-    on_device = MODEL.replace('"server",\n    release=Noised(clip=1.0, sigma=0.5)', '"device"')
-    on_device = (
-        on_device.replace("contribution=True", "").replace('"giving"', '"stall"').replace("sizes_v1", "sizes_v2")
-    )
-    for name, text_ in (("giving", MODEL), ("stall", on_device)):
+    for name, text_ in (("giving", giving()), ("stall", stall())):
         file = folder / f"{name}.py"
         file.write_text(text_)
         model, registry = load_model(file), Registry(workspace)
@@ -305,6 +286,9 @@ def test_the_store_survives_a_reload_takes_a_label_and_is_empty_once_forgotten(w
         visit.page.get_by_text("All is forgotten").wait_for()
         assert export_of(visit.page) == []
         assert visit.page.locator("#records").inner_text() == ""
+        # The key that was deleted is this model's alone: another one's page of this origin still reads what it kept.
+        names = visit.page.evaluate("async () => (await indexedDB.databases()).map(({ name }) => name)")
+        assert [name for name in names if "key" in name] == ["hybrid-page-key-stall"]
 
 
 def answering(refusal: tuple | None):

@@ -26,6 +26,7 @@ from torch import nn
 
 from device_runtime.bundles import Installed
 from device_runtime.eligibility import Reason
+from device_runtime.protocol import Upload
 from device_runtime.rows import Rows
 from device_runtime.store import Served, Store
 from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Serving, View
@@ -224,46 +225,6 @@ class Peer:
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
             request.wfile.write(body)
-
-
-@dataclass
-class Recorder:
-    """Passes connections on to a port, and keeps what the client of each sent, byte for byte."""
-
-    port: int
-    sent: list = field(default_factory=list)
-
-    def __enter__(self):
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(10)
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.port))
-                self.sent.append(bytearray())
-                for pair in ((client, server, self.sent[-1]), (server, client, bytearray())):
-                    self._threads.append(threading.Thread(target=self._pass, args=pair, daemon=True))
-                    self._threads[-1].start()
-
-    @staticmethod
-    def _pass(source, target, kept):
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                kept += data
-                target.sendall(data)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
 
 
 @dataclass
@@ -510,10 +471,12 @@ def test_a_lost_answer_and_a_busy_peer_are_counted_once(world: World, peer: Peer
     assert time.monotonic() - began >= 1
 
 
-def test_a_replayed_upload_is_counted_once_and_another_under_its_id_is_refused(world: World, peer: Peer, device: Path):
+def test_a_replayed_upload_is_counted_once_and_another_under_its_id_is_refused(
+    world: World, peer: Peer, device: Path, recording
+):
     """An observer sends what it saw again, and then something else in its name."""
     plan = peer.offer(world, world.plan(7))
-    with Recorder(peer.port) as recorder:
+    with recording(peer.port) as recorder:
         assert world.session(device, recorder.url)["ending"] == "uploaded"
     total = peer.total[plan.id].copy()
     request = bytes(recorder.sent[1])
@@ -574,13 +537,13 @@ def test_withdrawn_consent_ends_training_and_deletes_what_waits(world: World, pe
         (slow.parent / "consent").unlink()
         (ended,) = said(process)["sessions"]
         assert (ended["ending"], ended["path"][-2:]) == ("no_consent", ["training", "dropped"])
-        store.keep_upload("ab" * 16, "cd" * 16, b"update", now_ms() + 600_000)
+        store.keep_upload(Upload("ab" * 16, "cd" * 16, b"update", now_ms() + 600_000, 4))
         ended = world.session(slow, peer.url, readings=[GOOD | {"consent": False}])
         assert (ended["ending"], store.pending(now_ms())) == ("no_consent", [])
     assert (peer.attempts, len(peer.check_ins)) == (0, 1)
 
 
-def test_an_aggregator_that_is_gone_finds_the_update_when_it_is_back(world: World, device: Path):
+def test_an_aggregator_that_is_gone_finds_the_update_when_it_is_back(world: World, device: Path, recording):
     """Gone at the check-in: nothing is begun. Gone after it: the update waits in the store, and is counted once."""
     with Peer() as peer:
         port = peer.port
@@ -590,7 +553,7 @@ def test_an_aggregator_that_is_gone_finds_the_update_when_it_is_back(world: Worl
     with Peer() as peer:
         peer.offer(world, plan)
         peer.busy = 1
-        with Recorder(peer.port) as recorder:
+        with recording(peer.port) as recorder:
             process = world.train(device, recorder.url)
             until(lambda: peer.attempts == 1, process)
         (ended,) = said(process)["sessions"]  # nobody listens where the recorder was
@@ -700,7 +663,7 @@ def sentinel_world(world: World, first: dict, second: dict) -> World:
 
 
 @pytest.fixture(scope="module")
-def captured(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def captured(world: World, recording, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What two devices send: of each an inference session, labels, and two sessions of training for two plans.
 
     (device, session) -> the bytes of each connection; session 0 is the inference's.
@@ -711,7 +674,7 @@ def captured(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict:
     with Peer(predict=gateway(people)) as peer:
         stores = [people.store(folder / str(user), range(user, user + 1), served=False) for user in range(2)]
         for user, store in enumerate(stores):
-            with Recorder(peer.port) as recorder:
+            with recording(peer.port) as recorder:
                 assert said(infer(people, store, recorder.url))["predicted"] == 6
             found[user, 0] = list(map(bytes, recorder.sent))
             with people.open(store) as kept:
@@ -720,7 +683,7 @@ def captured(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict:
         for session in (1, 2):
             peer.offer(people, people.plan(100 + session), moved=1 + session / 100)
             for user, store in enumerate(stores):
-                with Recorder(peer.port) as recorder:
+                with recording(peer.port) as recorder:
                     assert people.session(store, recorder.url)["ending"] == "uploaded"
                 found[user, session] = list(map(bytes, recorder.sent))
     return found

@@ -96,9 +96,9 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
     """One process of the gateway."""
     import uvicorn
 
+    from hybrid.http import BoundedHttp
     from serving.exchange import Limits
     from serving.gateway import MAX_BODY_BYTES, Gateway, over_kafka
-    from serving.http import BoundedHttp
 
     limits = Limits(deadline_s=arguments.deadline_s)
     deployments = Deployments(arguments.deployments)

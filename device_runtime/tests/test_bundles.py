@@ -115,6 +115,38 @@ def test_a_version_that_was_promoted_again_is_newer(installed: Installed, sign: 
     assert file.read_bytes() == later
 
 
+def test_the_same_promotion_in_another_file_does_not_push_out_the_one_before(installed: Installed, sign: Sign):
+    """What a zip says of times is not signed: whoever serves it could else leave a device nothing to go back to."""
+    for version in (4, 5):
+        installed.install(sign(version), now_ms=NOW)
+    data = bytearray(sign(5))
+    data[data.rindex(b"PK\x01\x02") + 12] ^= 1  # the last file's time in the directory, APPNOTE 4.3.12
+    installed.install(bytes(data), now_ms=NOW)
+    assert (installed.record().current.version, installed.record().previous.version) == (5, 4)
+    assert installed.open(halted=lambda version: version == 5).manifest.version == 4
+
+
+def test_a_file_that_is_not_the_one_that_was_installed_does_not_run(installed: Installed, sign: Sign):
+    """Rightly signed as it is: under the name of another it would pass for that version where one was halted."""
+    for version in (4, 5):
+        installed.install(sign(version), now_ms=NOW)
+    current = installed.record().current.sha256
+    (installed.folder / f"{current}.bundle").write_bytes(sign(3))
+    assert installed.open().manifest.version == 4
+    with pytest.raises(BundleError, match="version 5: its file is not the one that was installed"):
+        installed.open(halted=lambda version: version == 4)
+
+
+def test_a_folder_that_others_may_write_is_refused(installed: Installed, sign: Sign):
+    """They could put an old bundle and its record there, rightly signed once."""
+    installed.install(sign(5), now_ms=NOW)
+    for mode in (0o770, 0o707):
+        installed.folder.chmod(mode)
+        for use in (installed.open, lambda: installed.install(sign(6), now_ms=NOW), installed.tag):
+            with pytest.raises(ConfigError, match=r"must be writable by its owner only \(chmod 700\)"):
+                use()
+
+
 def test_deleting_the_bundles_does_not_let_an_old_one_in(installed: Installed, sign: Sign):
     """The newest that ever was is in the record, which a person who clears the app's downloads keeps."""
     installed.install(sign(5), now_ms=NOW)
@@ -146,7 +178,9 @@ def test_where_the_current_bundle_is_damaged_or_halted_the_one_before_runs(insta
     file = installed.folder / f"{installed.record().current.sha256}.bundle"
     file.write_bytes(file.read_bytes()[:-1])
     assert installed.open().manifest.version == 1
-    with pytest.raises(BundleError, match=r"version 2: the bundle is damaged.*; version 1 was halted"):
+    with pytest.raises(
+        BundleError, match=r"version 2: its file is not the one that was installed; version 1 was halted"
+    ):
         installed.open(halted=lambda version: version == 1)
 
 

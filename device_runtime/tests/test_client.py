@@ -1,11 +1,14 @@
 import asyncio
+import gzip
 import json
 import logging
 import math
 import re
 import socket
 import struct
+import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -247,6 +250,51 @@ def test_a_silent_gateway_times_out_once(manifest: Manifest, program: EmbedProgr
 
     (got,) = asyncio.run(session())
     assert (got.status, got.attempts) == ("timeout", 1)
+
+
+@pytest.mark.parametrize(
+    ("header", "piece", "pause_s", "status"),
+    [
+        (b"", b"X" * 65536, 0.0, "bad_answer"),
+        (b"Content-Encoding: gzip\r\n", gzip.compress(bytes(64 << 20)), 0.0, "bad_answer"),
+        (b"", b"X", 0.02, "timeout"),
+    ],
+    ids=["without end", "packed", "drop by drop"],
+)
+def test_an_answer_is_read_no_further_than_it_may_be_long_and_no_longer_than_it_may_take(
+    manifest: Manifest, program: EmbedProgram, rows: Rows, header: bytes, piece: bytes, pause_s: float, status: str
+):
+    """What a gateway sends on and on, or packed though nobody asked for that, fills no device and holds none up."""
+
+    one = head(rows, 1)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert b"accept-encoding: identity\r\n" in asked
+        writer.write(b"HTTP/1.1 200 OK\r\n" + header + b"\r\n")
+        with suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(pause_s)
+        writer.close()
+
+    async def session() -> Answer:
+        answers: list[Answer] = []
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            timeout_s = 0.3 if pause_s else 30.0
+            async with InferenceClient(manifest, program, url, timeout_s=timeout_s) as client:
+                await client.run(iter([one]), answers.append)
+        return answers[0]
+
+    tracemalloc.start()
+    try:
+        got = asyncio.run(asyncio.wait_for(session(), 60))
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+    assert got.status == status
 
 
 def test_no_more_requests_are_in_flight_than_asked_for(manifest: Manifest, program: EmbedProgram, rows: Rows):

@@ -2,10 +2,13 @@ import hashlib
 import io
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -42,6 +45,7 @@ class Peer:
         asked: the requests' headers.
         key: bearer that it wants; None: none.
         after: called when a request was answered.
+        own_tag: in place of the file's SHA-256.
     """
 
     file: bytes = b""
@@ -55,10 +59,11 @@ class Peer:
     key: str | None = None
     after: Callable[[], None] = lambda: None
     url: str = ""
+    own_tag: str = ""
 
     @property
     def tag(self) -> str:
-        return f'"{hashlib.sha256(self.file).hexdigest()}"'
+        return self.own_tag or f'"{hashlib.sha256(self.file).hexdigest()}"'
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         assert handler.path == "/v2/models/meals/bundle"
@@ -182,6 +187,19 @@ def test_a_download_that_broke_goes_on_where_it_did(peer: Peer, installed: Insta
     assert current(installed) == peer.file
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_tag_that_could_be_this_devices_own_is_not_shown_again(
+    peer: Peer, installed: Installed, sign: Sign, ranges: bool
+):
+    """A gateway that gives each device a tag of its own would know it by that; at the price of a head each time."""
+    peer.file, peer.ranges, peer.own_tag = sign(3, {"large.bin": noise(1)}), ranges, '"device-4711"'
+    assert update(installed, peer.url, now_ms=NOW).outcome == "installed"
+    peer.asked.clear()
+    again = update(installed, peer.url, now_ms=NOW)
+    assert (again.outcome, again.bytes) == ("unchanged", FIRST if ranges else len(peer.file))
+    assert not any("4711" in value for asked in peer.asked for value in asked.values())
+
+
 def test_a_file_that_changed_meanwhile_is_begun_anew(peer: Peer, installed: Installed, sign: Sign):
     """Half of version 3, then the server has 4: nothing of 3 is put into it."""
     peer.file, peer.cut = sign(3, {"large.bin": noise(1)}), 100_000
@@ -242,6 +260,28 @@ def test_a_bundle_signed_by_another_is_not_fetched(peer: Peer, tmp_path: Path, s
     moved = update(installed, peer.url, now_ms=NOW)
     assert (moved.outcome, moved.version, moved.bytes) == ("refused", None, FIRST)
     assert "not signed by the key this device trusts" in moved.reason
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 206 Partial Content\r\n"])
+def test_an_answer_that_comes_drop_by_drop_ends_with_the_time_that_it_may_take(installed: Installed, head: bytes):
+    """A byte now and again is enough for each wait on the network, and not for all of them together."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(head)
+                while not select.select([connection], [], [], 0.05)[0] or connection.recv(4096):
+                    connection.sendall(b"X")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url, begun = f"http://127.0.0.1:{server.getsockname()[1]}", time.monotonic()
+        moved = update(installed, url, now_ms=NOW, timeout_s=1.0, deadline_s=0.5)
+        thread.join(10)
+    assert (moved.outcome, moved.reason) == ("interrupted", "the download took too long")
+    assert time.monotonic() - begun < 5
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -338,6 +378,8 @@ def test_what_a_damaged_part_holds_is_not_believed(peer: Peer, installed: Instal
         (download.PLAN, lambda data: b"[1]"),
         (download.PLAN, lambda data: data.replace(b"[[0", b"[[1")),
         (download.PLAN, lambda data: json.dumps({"tag": peer.tag, "spans": [[0, 10**12]]}).encode()),
+        (download.PLAN, lambda data: data.replace(b'{"tag": "', b'{"tag": "\\n')),
+        (download.PLAN, lambda data: data.replace(b'{"tag": "', b'{"tag": "\\u20ac')),
         (download.PART, lambda data: b""),
         (download.PART, lambda data: data + bytes(MAX_BYTES)),
         (download.PART, lambda data: data[:FIRST] + bytes(len(data) - FIRST)),

@@ -181,6 +181,18 @@ def test_a_bus_that_does_not_answer_is_none(monkeypatch: pytest.MonkeyPatch, tmp
         assert ask_bus(LOGIND, "/", LOGIND, "IdleHint") == said
 
 
+def test_a_program_that_is_asked_is_told_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The store's key and the API key may be in the environment, which a process passes on unless told otherwise."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("HYBRID_STORE_KEY", "HYBRID_API_KEY", "SECRET_OF_ANOTHER"):
+        monkeypatch.setenv(name, "sentinel")
+    (tmp_path / "busctl").write_text("#!/bin/sh\nset\n")
+    (tmp_path / "busctl").chmod(0o755)
+    said = ask_bus(LOGIND, "/", LOGIND, "IdleHint")
+    assert said is not None
+    assert "sentinel" not in said
+
+
 def test_the_machine_that_runs_this_test_can_be_read():
     """Whatever it is: a reading without an exception, and its disk has room."""
     readings = LinuxHost(Path(__file__).parent, lambda: True).read()

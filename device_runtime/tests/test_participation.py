@@ -25,7 +25,7 @@ from device_runtime.participation import (
     read_policy,
     refusal,
 )
-from device_runtime.protocol import NEXT, State
+from device_runtime.protocol import NEXT, State, Upload
 from hybrid import Clear, Numeric
 from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
@@ -74,14 +74,6 @@ GOOD = Readings(
 )
 DAY_MS = 86_400_000
 OFTEN = Policy(separation_s=0, participations=99)
-
-
-@dataclass
-class Kept:
-    plan: str
-    upload: str
-    body: bytes
-    expires_ms: int
 
 
 @dataclass
@@ -135,15 +127,14 @@ class MemoryStore:
     def together(self):
         return nullcontext()
 
-    def keep_upload(self, plan_id, upload_id, body, expires_ms, *, device=0):
+    def keep_upload(self, kept, *, device=0):
         if self.full:
             raise StoreError("no space is left")
-        self.waiting[plan_id] = Kept(plan_id, upload_id, body, expires_ms)
-        self.kept.append(body)
+        self.waiting[kept.plan] = kept
+        self.kept.append(kept.body)
 
     def pending(self, now_ms, *, device=0):
-        self.waiting = {plan: kept for plan, kept in self.waiting.items() if now_ms < kept.expires_ms}
-        return list(self.waiting.values())
+        return [kept for kept in self.waiting.values() if now_ms < kept.expires_ms]
 
     def uploaded(self, plan_id, *, device=0):
         self.waiting.pop(plan_id, None)
@@ -382,6 +373,21 @@ def test_a_second_participation_waits_for_the_separation():
     assert world.session().ending is Ending.UPLOADED
 
 
+def test_of_two_processes_with_one_store_one_takes_part():
+    """Both looked before either had begun; the other's plan is another one, and begins within the separation."""
+    world = World()
+    examples = world.store.examples
+
+    def meanwhile(*arguments):
+        world.store.begin("1e" * 16, NOW - 1)
+        return examples(*arguments)
+
+    world.store.examples = meanwhile
+    outcome = world.session()
+    assert (outcome.ending, outcome.path[-1]) == (Ending.TAKEN_PART, "dropped")
+    assert (world.trainer.trained, world.aggregator.sent, world.store.history(0)) == ([], [], [NOW - 1])
+
+
 def test_a_clock_that_was_set_back_speaks_against_it():
     """It took part in what is now the future."""
     world = World()
@@ -448,6 +454,16 @@ def test_consent_withdrawn_deletes_an_update_that_waits():
     assert world.session().ending is Ending.WAITING
     assert len(world.store.waiting) == 1
     world.readings = (Readings(),)
+    assert world.session().ending is Ending.NO_CONSENT
+    assert world.store.waiting == {}
+
+
+def test_consent_withdrawn_deletes_an_update_that_has_expired_too():
+    """A clock that is set back would bring it to life again, when the person consents anew."""
+    world = World()
+    world.aggregator.uploads = [Reply(0)]
+    world.session()
+    world.now_ms, world.readings = PLAN.expires_ms, (Readings(),)
     assert world.session().ending is Ending.NO_CONSENT
     assert world.store.waiting == {}
 
@@ -529,7 +545,7 @@ def test_an_expired_update_is_deleted_unsent():
     sent = len(world.aggregator.sent)
     world.session()
     assert [plan for plan, *_ in world.aggregator.sent[sent:]] == []
-    assert world.store.waiting == {}
+    assert world.store.pending(world.now_ms) == []  # the store deletes it when it is opened next
     world = World().answers(changed(expires_ms=NOW + 20_000))
     world.aggregator.uploads = [Reply(503, retry_after_s=20.0)]
     assert world.session().ending is Ending.EXPIRED
@@ -544,6 +560,31 @@ def test_an_update_waits_while_the_device_is_in_use():
     assert world.aggregator.sent == []
     world.readings, world.now_ms = (GOOD,), NOW + 60_000
     assert world.session().ending is Ending.UPLOADED
+
+
+def test_an_update_that_waits_keeps_to_its_plans_conditions():
+    """The app would send over a network that costs; the plan of an earlier session would not."""
+    costly = replace(GOOD, metered=True)
+    world = World(own=Policy(unmetered=False))
+    world.aggregator.uploads = [Reply(0)]
+    assert world.session().ending is Ending.WAITING
+    sent, world.readings = len(world.aggregator.sent), (costly,)
+    outcome = world.session()
+    assert (outcome.ending, outcome.reasons) == (Ending.WAITING, (Reason.METERED,))
+    assert len(world.aggregator.sent) == sent
+
+
+def test_an_update_of_a_halted_version_is_not_sent_by_the_version_after_it():
+    """Nor by the session that trained it, where another one heard of the halt meanwhile."""
+    world = World()
+    world.aggregator.uploads = [Reply(0)]
+    world.session()
+    sent = len(world.aggregator.sent)
+    world.store.halt("meals", (7,), "it predicts nonsense")
+    world.manifest = MANIFEST.model_copy(update={"version": 8})
+    outcome = world.session()
+    assert (outcome.ending, outcome.why) == (Ending.HALTED, "version 7 was stopped: it predicts nonsense")
+    assert (len(world.aggregator.sent), world.store.waiting) == (sent, {})
 
 
 def test_retry_after_is_honoured_within_a_sessions_patience():
@@ -589,7 +630,7 @@ def test_the_kill_switch_stops_a_version_until_there_is_another():
     world = World()
     world.aggregator.uploads = [Reply(0)]
     world.session()
-    world.store.waiting["1e" * 16] = Kept("1e" * 16, "00" * 16, b"", NOW + DAY_MS)
+    world.store.waiting["1e" * 16] = Upload("1e" * 16, "00" * 16, b"", NOW + DAY_MS, 7)
     halt = Halt(model="meals", versions=(6, 7), reason="it predicts nonsense")
     halted = World(store=MemoryStore()).answers(halt)
     outcome = halted.session()
@@ -609,6 +650,12 @@ def test_a_halt_of_others_stops_nothing_here():
     world.answers(Halt(model="meals", versions=(6,), reason="x"))
     assert (world.session().ending, world.store.stopped) == (Ending.NOTHING, {6: "x"})
     assert world.answers(PLAN).session().ending is Ending.UPLOADED
+
+
+def test_who_finds_nothing_to_do_comes_back_later():
+    """A peer that replays another model's halt, or a plan that asks for too many examples, is not asked at once."""
+    for message in (Halt(model="other", versions=(7,), reason="x"), changed(examples=(6, 64))):
+        assert World().answers(message).session().ask_again_s >= ASK_AGAIN_S
 
 
 def test_a_halt_that_nobody_signed_stops_nothing():

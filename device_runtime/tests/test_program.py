@@ -1,10 +1,12 @@
 import gc
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
@@ -98,6 +100,70 @@ def test_a_signed_program_that_cannot_run_is_refused(bundle: Bundle, engine: Eng
         EmbedProgram(Bundle(wider, bundle.programs), engine).embed(np.zeros((1, 3), np.float32))
     with pytest.raises(BundleError, match=r"does not take \(1, 4\) inputs"):
         EmbedProgram(bundle, engine).embed(np.zeros((1, 4), np.float32))
+
+
+def onnx_program(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto]) -> bytes:
+    """x (n, 3) -> y (n, 4), as the bundle's tower."""
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])
+    graph = onnx.helper.make_graph(nodes, "tower", [x], [y], constants)
+    opset = onnx.helper.make_opsetid("", 17)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+
+
+def test_a_signed_program_reads_no_file_of_the_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ONNX lets constants lie in files; one of the app's own, read as weights, would leave as the embedding."""
+    monkeypatch.chdir(tmp_path)
+    Path("photo.raw").write_bytes(np.arange(12, dtype="<f4").tobytes())
+    weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[3, 4], data_location="EXTERNAL")
+    for name, value in {"location": "photo.raw", "offset": "0", "length": "48"}.items():
+        weights.external_data.add(key=name, value=value)
+    program = onnx_program([onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], [weights])
+    with pytest.raises(BundleError, match=r"'embed\.onnx' does not load in onnx"):
+        EmbedProgram(changed(bundle, "embed.onnx", program), "onnx")
+
+
+def test_an_engine_s_error_does_not_tell_a_feature(bundle: Bundle):
+    """ONNX Runtime names an index that a table lacks, which is the feature; the error with all its causes does not."""
+    table = onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [3, 4], [0.0] * 12)
+    first = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
+    nodes = [
+        onnx.helper.make_node("Gather", ["x", "i"], ["column"], axis=1),
+        onnx.helper.make_node("Cast", ["column"], ["index"], to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("GatherND", ["t", "index"], ["y"]),
+    ]
+    program = EmbedProgram(changed(bundle, "embed.onnx", onnx_program(nodes, [table, first])), "onnx")
+    assert program.embed(np.array([[2, 0, 0]], np.float32)).shape == (1, 4)
+    absent = np.array([[4711, 0, 0]], np.float32)
+    with pytest.raises(BundleError, match="does not take") as caught:
+        program.embed(absent)
+    assert "4711" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_bundle_whose_program_does_not_end_does_not_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    """Signed as it is, it would keep the folder's lock for ever, and with it the bundle that mends it."""
+    monkeypatch.setattr(programs, "TRIAL_S", 0.2)
+    helper, kind = onnx.helper, onnx.TensorProto
+    values = [helper.make_tensor_value_info(name, kind.FLOAT, ["n", 4]) for name in ("a", "b")]
+    truths = [helper.make_tensor_value_info(name, kind.BOOL, []) for name in ("c", "d")]
+    number = helper.make_tensor_value_info("i", kind.INT64, [])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Tanh", ["a"], ["b"])],
+        "body",
+        [number, truths[0], values[0]],
+        [truths[1], values[1]],
+    )
+    constants = [
+        helper.make_tensor("times", kind.INT64, [], [2**62]),
+        helper.make_tensor("true", kind.BOOL, [], [True]),
+        helper.make_tensor("w", kind.FLOAT, [3, 4], [0.5] * 12),
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["first"]),
+        helper.make_node("Loop", ["times", "true", "first"], ["y"], body=body),
+    ]
+    with pytest.raises(BundleError, match=r"'embed\.onnx' takes more than 0\.2 s for one row"):
+        check_programs(changed(bundle, "embed.onnx", onnx_program(nodes, constants)), "onnx")
 
 
 def test_a_program_without_its_method_is_refused(bundle: Bundle):

@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-from hybrid.cli import dead_letters, features, models, page, population, privacy, promote, skew, stack, sweep, train
+from hybrid.cli import (
+    audit,
+    dead_letters,
+    features,
+    fleet,
+    models,
+    page,
+    population,
+    privacy,
+    promote,
+    skew,
+    stack,
+    sweep,
+    train,
+)
 from hybrid.errors import HybridError
 
 app = typer.Typer(
@@ -22,7 +36,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for group in (models, features, population, train, sweep, privacy, promote, stack, page, dead_letters, skew):
+GROUPS = (models, features, population, train, sweep, privacy, audit, promote, stack, page, fleet, dead_letters, skew)
+for group in GROUPS:
     app.add_typer(group.app)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +19,17 @@ from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.federation.training import Kind, OnFleet
+    from hybrid.federation.training import Federation, Kind, OnFleet
     from hybrid.spec import HybridModel, Training
     from hybrid.version import TrainingRecord
 
 app = typer.Typer()
+
+
+class Where(StrEnum):
+    """Where federated rounds run, if not in this process."""
+
+    LOCAL = "local"
 
 
 @app.command()
@@ -104,6 +111,10 @@ def train(
     ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="With --fleet: seconds after which a round closes; 60 by default.")
+    ] = None,
+    federation: Annotated[
+        Where | None,
+        typer.Option(help="local: over a real Flower SuperLink, two SuperNodes and two aggregators, started for it."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="Where users of federated rounds are trained, as torch names it: cpu, cuda, cuda:1.")
@@ -195,6 +206,7 @@ def train(
             settings=order.settings,
             progress=progress,
             fleet=order.fleet,
+            federation=None if federation is None else _local_flower(registry.model(model).file),
             about={"fold": order.fold, "registered": digest},
             device=device,
             resume=resume,
@@ -275,7 +287,9 @@ def _resumable(model: str, run: Path) -> Iterator[None]:
         from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
 
         config = started(run) if (run / CONFIG).exists() else {}
-        if config.get("kind") in BY_ROUNDS:
+        if config.get("federation") is not None:
+            said = "with its rounds charged, and cannot be resumed: start another run"
+        elif config.get("kind") in BY_ROUNDS:
             of, again = config["training"]["rounds"], f"hybrid train {model} --resume --run {run.name}"
             said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
         else:
@@ -309,6 +323,12 @@ def _options(words: list[str]) -> dict[str, Any]:
 
 def _option(text: str) -> float | bool:
     return text == "true" if text in {"true", "false"} else float(text)
+
+
+def _local_flower(file: Path) -> Federation:
+    from hybrid.local.flower import LocalFlower
+
+    return LocalFlower(file, say=lambda text: typer.echo(text, err=True))
 
 
 def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, as_json: bool) -> None:

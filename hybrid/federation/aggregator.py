@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.checkpoint import values_of, with_values
-from hybrid.federation.engine import Engine
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
+from hybrid.federation.records import values_of, with_values
 from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent
-from hybrid.privacy.ledger import AnyEntry, Ledger, MatrixEntry
+from hybrid.privacy.ledger import AnyEntry, Entry, Ledger
 from hybrid.privacy.matrix import Matrix, matrix_sum
 from hybrid.privacy.mechanisms import (
     Aggregation,
@@ -24,10 +23,14 @@ from hybrid.privacy.mechanisms import (
     PaidNoise,
     Release,
     SeededNoise,
+    SystemNoise,
     adaptive_gaussian_sum,
     gaussian_sum,
     quantile_noise_for,
 )
+
+if TYPE_CHECKING:
+    from hybrid.federation.engine import Engine  # and with it torch, which serving devices does not need
 
 PURPOSE = "train"
 COHORT, NOISE, LOCAL, SCHEDULE = 0, 1, 3, 4  # independent streams of one seed; the fleet's is 2
@@ -127,16 +130,23 @@ class PaidMechanism:
     Args:
         settings: of every round.
         ledger: pays for each round; None for an oracle, whose rounds have no noise and no privacy.
-        seed: of the noise.
+        seed: of the noise; None: it is the operating system's, as people's is.
         size: p, the length of a flat update.
         repeats: entries of rounds that are only computed again, after a restart: see `next_attempt`.
 
     Raises:
-        ConfigError: noise is drawn, and there is no ledger to pay for what it covers.
+        ConfigError: noise is drawn, and there is no ledger to pay for what it covers; or rounds are to be repeated
+            whose noise cannot be.
     """
 
     def __init__(
-        self, settings: Round, ledger: Ledger | None, *, seed: int, size: int, repeats: Iterable[AnyEntry] = ()
+        self,
+        settings: Round,
+        ledger: Ledger | None,
+        *,
+        seed: int | None,
+        size: int,
+        repeats: Iterable[AnyEntry] = (),
     ) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
@@ -144,6 +154,8 @@ class PaidMechanism:
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(size)
         self._repeats = {entry.round: entry for entry in repeats}  # of several attempts at a round, the last
+        if seed is None and self._repeats:
+            raise ConfigError("repeats must be left out without a seed: the system's noise is never the same again")
 
     def state(self) -> dict[str, Any]:
         """See `hybrid.federation.checkpoint.Stateful`."""
@@ -162,6 +174,10 @@ class PaidMechanism:
     def released(self) -> int:
         """How many rounds it has released: with a matrix, steps of the horizon that are used up."""
         return self._state.round
+
+    def go_on(self, clip: float) -> None:
+        """Goes on with an adaptive clip where a process before left it: at the norm of its last release."""
+        self._state = replace(self._state, clip=clip)
 
     def next_attempt(self, number: int) -> int:
         """At round `number`: a new one, with noise and a ledger entry of its own, unless the round is a repetition.
@@ -183,12 +199,7 @@ class PaidMechanism:
         entry = self._repeats.get(number)
         if entry is None or (entry.event, entry.clip) != (self._settings.event, self._state.clip):
             return None
-        step = entry.step if isinstance(entry, MatrixEntry) else None
-        return entry if step == self._step() else None
-
-    def _step(self) -> int | None:
-        """The next one of the horizon, from 1, with a matrix."""
-        return None if self._settings.matrix is None else self._state.round + 1
+        return entry if isinstance(entry, Entry) or entry.step == self._state.round + 1 else None
 
     def release(self, number: int, attempt: int, cohort: Cohort) -> Release:
         """The noised sum of a round's cohort.
@@ -201,15 +212,17 @@ class PaidMechanism:
         Raises:
             BudgetExceeded, CohortTooSmall: nothing is spent.
         """
-        clip, step, paid = self._state.clip, self._step(), self._repeated(number)
+        clip, event, paid = self._state.clip, self._settings.event, self._repeated(number)
+        step = self._state.round + 1 if isinstance(event, MatrixEvent) else None
 
         def pay() -> None:
             self._repeats.pop(number, None)  # a second release in this process is a new attempt in any case
             if self._ledger is not None and (paid is None or attempt != paid.attempt):
-                event = self._settings.event
                 self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt, step=step)
 
-        noise = PaidNoise(SeededNoise(self._seed, NOISE, number, attempt), pay)
+        seed = self._seed
+        source = SystemNoise() if seed is None else SeededNoise(seed, NOISE, number, attempt)
+        noise = PaidNoise(source, pay)
         self._state, release = self._mechanism.step(self._state, cohort, noise)
         return release
 

@@ -10,7 +10,7 @@ import platform
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -140,30 +140,6 @@ class Checkpoints:
             part.restore(checkpoint.state[name])
 
 
-def values_of(record: Any) -> dict[str, Any]:
-    """A dataclass's or NamedTuple's values by their names, records in it alike: what `Stateful.state` may return."""
-    names = getattr(record, "_fields", None) or [each.name for each in fields(record)]
-    values = {name: getattr(record, name) for name in names}
-    return {name: values_of(value) if _is_record(value) else value for name, value in values.items()}
-
-
-def with_values(record: Record, values: Mapping[str, Any]) -> Record:
-    """What `values_of` took apart, put together as `record` is: the same types in the same places.
-
-    >>> from hybrid.privacy.mechanisms import AggregationState
-    >>> state = AggregationState(round=3, size=2, clip=0.1)
-    >>> with_values(replace(state, round=0, clip=1.0), values_of(state)) == state
-    True
-    """
-    changes = {
-        name: with_values(getattr(record, name), value) if _is_record(getattr(record, name)) else value
-        for name, value in values.items()
-    }
-    if isinstance(record, tuple):
-        return record._replace(**changes)  # type: ignore[attr-defined, no-any-return]
-    return replace(record, **changes)  # type: ignore[type-var]
-
-
 def digest(arrays: Iterable[NDArray[Any]]) -> str:
     """SHA-256 of what arrays hold, their shapes and types included, in hex."""
     return _sha256({str(place): array for place, array in enumerate(arrays)}).hex()
@@ -190,12 +166,6 @@ def _processor() -> str:
         lines = []
     models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return ", ".join(sorted(models)) or f"{platform.machine()} {platform.processor()}"
-
-
-def _is_record(value: Any) -> bool:
-    return (is_dataclass(value) and not isinstance(value, type)) or (
-        isinstance(value, tuple) and hasattr(value, "_fields")
-    )
 
 
 def _packed(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from hybrid.errors import ConfigError, NotFound
 from hybrid.federation.aggregator import PURPOSE
 from hybrid.federation.checkpoint import Checkpoint, machine
 from hybrid.federation.engine import chunk_size
+from hybrid.privacy.accountant import Event, GaussianEvent
 from hybrid.privacy.ledger import AnyEntry, Ledger
 from hybrid.spec import definition_hash
 
@@ -114,6 +115,7 @@ class Process:
         ledger: that pays; None for an oracle.
         since: place of the ledger's first entry that may be repeated on this machine.
         repeats: entries of rounds that are computed again, to the same releases.
+        went_on: whether there was a process before.
     """
 
     config: str
@@ -124,6 +126,7 @@ class Process:
     ledger: Ledger | None
     since: int
     repeats: tuple[AnyEntry, ...]
+    went_on: bool
 
     @classmethod
     def of(
@@ -159,12 +162,33 @@ class Process:
             _check_ledger(run_dir, before["entries"], moved=moved)
         since = len(entries) if before is None or moved else before["since"]
         repeats = tuple(e for e in entries[since:] if e.purpose == PURPOSE and e.round > done)
-        return cls(definition_hash(config), noise_multiplier, rounds - done, here, moved, ledger, since, repeats)
+        return cls(
+            definition_hash(config),
+            noise_multiplier,
+            rounds - done,
+            here,
+            moved,
+            ledger,
+            since,
+            repeats,
+            begun is not None,
+        )
 
     @property
     def unpaid(self) -> int:
         """Releases to come that the ledger does not hold."""
         return self.left - len({entry.round for entry in self.repeats})
+
+    def due(self, event: Event) -> list[Event]:
+        """What the ledger is to set aside for the releases to come.
+
+        Args:
+            event: cost of a round, or of all of them where their noise is correlated: the first step pays for all.
+        """
+        if isinstance(event, GaussianEvent):
+            return [replace(event, count=self.unpaid)] if self.unpaid else []
+        entries = [] if self.ledger is None or not self.went_on else self.ledger.entries
+        return [] if any(entry.purpose == PURPOSE and entry.event == event for entry in entries) else [event]
 
     def state(self) -> dict[str, Any]:
         """See `hybrid.federation.checkpoint.Stateful`."""

@@ -21,6 +21,7 @@ def server_app(
     on_round: Callable[[int, Float32], None],
     *,
     done: int = 0,
+    timeout_s: float = TIMEOUT_S,
 ) -> ServerApp:
     """Builds the app.
 
@@ -34,6 +35,7 @@ def server_app(
         rounds: how many, those that are done included.
         on_round: called with the round's number and the weights after it, (p,); first with `done` and `initial`.
         done: rounds of an earlier process.
+        timeout_s: after which a round goes on without the nodes that did not answer.
     """
     app = ServerApp()
 
@@ -43,7 +45,7 @@ def server_app(
         on_round(done, initial)
         for number in range(done + 1, rounds + 1):
             messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
-            replies = grid.send_and_receive(messages, timeout=TIMEOUT_S)
+            replies = grid.send_and_receive(messages, timeout=timeout_s)
             aggregated, _ = strategy.aggregate_train(number, replies)
             arrays = arrays if aggregated is None else aggregated
             on_round(number, flat_array(arrays).astype(np.float32))

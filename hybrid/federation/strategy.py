@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -13,11 +13,13 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from hybrid.features import Float32
-from hybrid.federation.optimizers import ServerOptimizer
+
+if TYPE_CHECKING:  # it imports torch, and a ClientApp, which imports this, is a new process in each round
+    from hybrid.federation.optimizers import ServerOptimizer
 
 # Names of the records and of what is in them, on both sides of the wire.
 WEIGHTS, SUM, PLAN = "weights", "sum", "plan"
-FLAT, ROUND = "flat", "round"
+FLAT, ROUND, ATTEMPT = "flat", "round", "attempt"
 
 
 def flat_record(flat: NDArray[np.floating]) -> ArrayRecord:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
-from hybrid.privacy.accountant import Event, MatrixEvent, noise_multiplier_for
+from hybrid.privacy.accountant import Event, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger, costs
 from hybrid.privacy.matrix import Matrix, optimised
 from hybrid.spec import HybridModel, Training, definition_hash
@@ -91,11 +91,12 @@ def train(
     settings: Training | None = None,
     progress: Progress | None = None,
     fleet: OnFleet | None = None,
+    federation: Federation | None = None,
     device: str = "cpu",
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> Trained:
-    """Trains a model, in one process, on a population it can see whole: a simulation.
+    """Trains a model on a population it can see whole: a simulation, in one process but for a `federation`.
 
     "federated": where server_tower is "central", it and the head are fitted on the
     label that the server sees; then device tower and head, and the server tower where the settings say
@@ -124,6 +125,7 @@ def train(
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
         fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
+        federation: runs the federated rounds in place of this process.
         device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
             on the same one only.
         about: what else tells this run from another, as JSON values: kept in config.json, and the same to resume.
@@ -131,9 +133,11 @@ def train(
             That the code of towers and head is, too, is the caller's to know.
 
     Raises:
+        FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger.
         NotFound: (resume) no training began in the run directory.
         ConfigError: the budget, delta, optimiser, label or device does not allow this training; the run directory
-            holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was.
+            holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was; or a
+            federation is given with what it cannot do.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
@@ -152,7 +156,10 @@ def train(
         optimizer_for(settings, np.zeros(2, np.float32))
         device_named(device)
     network = Network.build(model, seed=seed)
-    run = _Run(kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device)
+    _check_federation(federation, kind, settings, fleet, resume=resume)
+    run = _Run(
+        kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device, federation
+    )
     config = _config(run, budget, about or {})
     begun = latest(run_dir, config) if resume else None
     if not resume:
@@ -162,6 +169,23 @@ def train(
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
+
+
+def _check_federation(
+    federation: Federation | None, kind: Kind, settings: Training, fleet: OnFleet | None, *, resume: bool
+) -> None:
+    """Raises: ConfigError: a federation is given with what it cannot do."""
+    if federation is None:
+        return
+    if fleet is not None or kind not in BY_ROUNDS:
+        raise ConfigError("federation must be left out with a fleet, and where there are no federated rounds")
+    if settings.separation is not None:
+        raise ConfigError(
+            "separation must be left out with a federation: an aggregator that is started again has lost the noise of "
+            f"earlier rounds, which later ones need, got {settings.separation}"
+        )
+    if resume:
+        raise ConfigError("resume must be left out with a federation, whose state ended with it: start another run")
 
 
 @dataclass(frozen=True)
@@ -177,6 +201,72 @@ class OnFleet:
     trace: Trace
     deadline_s: float
     expected_examples: float = 20.0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Federated rounds that run elsewhere.
+
+    Attributes:
+        network: as it is before the first round.
+        examples: of everybody.
+        settings: how users train and the server steps.
+        round: how one is sampled, clipped and noised.
+        initial: (p,) the weights to start from.
+        planned_cohort: expected number of participants of a round.
+        seed: of coins.
+        device: where users are trained, as torch names it.
+        delta: of the account; None: without noise and privacy.
+        attempts_before: at any round, at most, by earlier trainings of the run.
+        folder: of the run.
+    """
+
+    network: Network
+    examples: Examples
+    settings: Training
+    round: Round
+    initial: Float32 = field(repr=False)
+    planned_cohort: float
+    seed: int
+    device: str
+    delta: float | None
+    attempts_before: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How rounds that ran elsewhere ended.
+
+    Attributes:
+        clip: the L2 norm that the last of them clipped to, the largest where aggregators differ.
+        failed_rounds: in which no node answered.
+    """
+
+    clip: float
+    failed_rounds: int
+
+
+class Federation(Protocol):
+    """Where rounds run, if not in this process."""
+
+    name: str  # in the run's config
+    assumption: str  # what its randomness is like and what is not composed, for the record
+
+    def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
+        """Runs them all.
+
+        Every release must be of an aggregator that has no more of them than rounds, each with noise of its own
+        for people of its own: then what the run's ledger was charged before the first round covers everybody.
+
+        Args:
+            rounds: what to run.
+            after: called with each round's number and the weights after it; first with 0 and the initial ones.
+
+        Raises:
+            FederationError: it ended before the last round.
+        """
+        ...
 
 
 @dataclass
@@ -217,6 +307,7 @@ class _Run:
     progress: Progress | None
     fleet: OnFleet | None = None
     device: str = "cpu"
+    federation: Federation | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     begun: Checkpoint | None = None
     curves: Curves = field(default_factory=dict)
@@ -281,7 +372,8 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         cohort = _cohort(run)
         rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
         process = _process(run, rounds, ledger)
-        _reserve(ledger, rounds, process.unpaid, of=settings.rounds)
+        if due := process.due(rounds.event):
+            ledger.reserve(due)
         write_json(run.folder / CONFIG, run.config)  # what was refused changes no file
         clip, released = _simulate(run, process, cohort, rounds)
         spent = ledger.spent()
@@ -293,27 +385,20 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
         "mechanism": f"{_mechanism(settings, rounds)}, zero-out adjacency; accountant: {spent.method}",
-        "assumption": _assumption(rounds),
+        "assumption": _assumption(run, rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
 
 
-def _reserve(ledger: Ledger, rounds: Round, unpaid: int, *, of: int) -> None:
-    """Sets aside the last `unpaid` rounds of so many; steps of a matrix mechanism that goes on are paid for."""
-    if not unpaid:
-        return
-    event = rounds.of(unpaid)
-    if not (isinstance(event, MatrixEvent) and ledger.is_paid(event, purpose=PURPOSE, step=of - unpaid + 1)):
-        ledger.reserve([event])
-
-
-def _assumption(rounds: Round) -> str:
+def _assumption(run: _Run, rounds: Round) -> str:
+    """Under which the record's epsilon holds."""
+    drawn = SIMULATED if run.federation is None else run.federation.assumption
     if rounds.matrix is not None:
         people = rounds.matrix.participation
         said = SCHEDULED.format(separation=people.separation, most=people.most, rounds=people.rounds)
-        return f"{said}; {SIMULATED}"
-    return SIMULATED if rounds.sampling == 1 else f"{SAMPLED}; {SIMULATED}"
+        return f"{said}; {drawn}"
+    return drawn if rounds.sampling == 1 else f"{SAMPLED}; {drawn}"
 
 
 @dataclass(frozen=True)
@@ -374,6 +459,8 @@ def _process(run: _Run, rounds: Round, ledger: Ledger | None) -> Process:
 def _simulate(run: _Run, process: Process, cohort: _Cohort, rounds: Round) -> tuple[float, int]:
     """All rounds that are left, through Flower's apps; returns the last clip and how many rounds were released."""
     ready, total = _prepared(run), run.settings.rounds
+    if run.federation is not None:
+        return _elsewhere(run, process, ready, rounds, cohort.planned)
     aggregator = SimulatedAggregator(
         ready.engine, process.ledger, rounds, seed=run.seed, fleet=cohort.attended, repeats=process.repeats
     )
@@ -389,6 +476,41 @@ def _simulate(run: _Run, process: Process, cohort: _Cohort, rounds: Round) -> tu
     simulate(server_app(strategy, ready.optimizer.weights, total, after, done=run.done), {1: client_app(aggregator)})
     run.oracle.update(cohort.oracle(run))
     return aggregator.clip, total - strategy.failed_rounds
+
+
+def _elsewhere(run: _Run, process: Process, ready: _Ready, rounds: Round, planned: float) -> tuple[float, int]:
+    """All rounds, on other processes; returns as `_simulate`.
+
+    The run's ledger is charged for all of them before the first: aggregators keep ledgers of their own, and what
+    they hold when this process dies must not be missing here. People of different aggregators are different
+    people, so that what one aggregator's cost is what each is charged, not their sum.
+    """
+    assert run.federation is not None
+    ledger, before = process.ledger, 0
+    if ledger is not None:
+        before = max((entry.attempt for entry in ledger.entries if entry.purpose == PURPOSE), default=0)
+        for number in range(1, run.settings.rounds + 1):
+            attempt = ledger.next_attempt(PURPOSE, number)
+            ledger.spend(rounds.event, purpose=PURPOSE, clip=rounds.clip, round_number=number, attempt=attempt)
+    side = ready.engine.side
+    task = Rounds(
+        network=run.network,
+        examples=run.examples,
+        settings=run.settings,
+        round=rounds,
+        initial=side.flat(),
+        planned_cohort=planned,
+        seed=run.seed,
+        device=run.device,
+        delta=None if ledger is None else ledger.delta,
+        attempts_before=before,
+        folder=run.folder,
+    )
+    average = TailAverage(run.settings.average_last)
+    checkpoints = Checkpoints(run.folder, run.network.weights, {PROCESS: process, "run": run, "average": average})
+    run.watch.start()
+    outcome = run.federation.train(task, _rounds(run, side, average, checkpoints, moved=False))
+    return outcome.clip, run.settings.rounds - outcome.failed_rounds
 
 
 _TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {
@@ -671,6 +793,7 @@ def _config(run: _Run, budget: float | None, about: Mapping[str, Any]) -> dict[s
         **about,
         **({} if budget is None else {"epsilon": budget, "privacy": model.privacy.model_dump(mode="json")}),
         "training": run.settings.model_dump(mode="json"),
+        "federation": None if run.federation is None else run.federation.name,
         "fleet": None if fleet is None else asdict(fleet) | {"trace": fleet.trace.model_dump(mode="json")},
         "definition": definition_hash(model.definition() | {"parts": {part: str(module) for part, module in parts}}),
         "data": _data(run.examples),

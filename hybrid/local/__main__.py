@@ -1,4 +1,7 @@
-"""`python -m hybrid.local install` downloads what the local stack runs; `supervise` is the stack's own process."""
+"""`python -m hybrid.local install` downloads what the local stack runs.
+
+`supervise` is the stack's own process, `aggregate` that of one aggregator of a local federation.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,13 @@ def main(arguments: list[str]) -> int:
                 from hybrid.local.stack import Settings, supervise
 
                 return supervise(Settings.model_validate_json(settings))
+            case ["aggregate", settings]:
+                from pathlib import Path
+
+                from hybrid.federation.parts import Part, aggregate
+
+                aggregate(Part.read(Path(settings)))
+                return 0
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

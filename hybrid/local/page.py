@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,8 +30,8 @@ _TYPES = {
 }
 # What the page's client asks the gateway for, and nothing else of it.
 _PASSED = {
-    "GET": re.compile(r"/v2/(?:health/ready|models/[a-z0-9_%-]+/bundle)"),
-    "POST": re.compile(r"/v2/models/[a-z0-9_%-]+/versions/\d+/infer"),
+    "GET": re.compile(r"/v2/(?:health/ready|models/[a-z0-9_]+/bundle)", re.ASCII),
+    "POST": re.compile(r"/v2/models/[a-z0-9_]+/versions/\d+/infer", re.ASCII),
 }
 _ASKED = ("Content-Type", "Inference-Header-Content-Length", "If-None-Match", "Range", "If-Range", "Authorization")
 _ANSWERED = ("Content-Type", "ETag", "Content-Range", "Retry-After", "WWW-Authenticate")
@@ -86,6 +87,11 @@ class PageServer(ThreadingHTTPServer):
                 f"port {port} cannot be used ({error.strerror}): choose another with --port, or any free one with "
                 "--port 0"
             ) from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A tab that is closed meanwhile is no error: the terminal is for the person."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

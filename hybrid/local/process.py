@@ -162,12 +162,19 @@ def log_has(line: str) -> Callable[[Path], bool]:
     return lambda log: any(map(pattern.fullmatch, log.read_text(errors="replace").splitlines()))
 
 
-def http_ok(url: str) -> Callable[[Path], bool]:
-    """A readiness check: GET `url` is answered with status 200, by this machine itself and through no proxy."""
-    from urllib.error import URLError
-    from urllib.request import ProxyHandler, build_opener
+def http_ok(url: str, authority: Path | None = None) -> Callable[[Path], bool]:
+    """A readiness check: GET `url` is answered with status 200, by this machine itself and through no proxy.
 
-    opener = build_opener(ProxyHandler({}))
+    Args:
+        url: http:// or https://.
+        authority: a PEM file of who signed the server's certificate.
+    """
+    import ssl
+    from urllib.error import URLError
+    from urllib.request import HTTPSHandler, ProxyHandler, build_opener
+
+    context = None if authority is None else ssl.create_default_context(cafile=authority)
+    opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context))
 
     def check(_log: Path) -> bool:
         try:

@@ -1,8 +1,8 @@
 import hashlib
 import io
 import json
+import struct
 import threading
-import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -167,7 +167,7 @@ def test_a_bundle_that_is_too_large_is_refused():
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_nothing_is_unpacked_before_the_signature_is_checked(compression: int):
-    """A small archive that would unpack to gigabytes is refused by its directory, even where that says 10 bytes."""
+    """A small archive that would unpack to gigabytes is refused, even where it says that it has 10 bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr("manifest.json", bytes(1 << 20))
@@ -178,13 +178,32 @@ def test_nothing_is_unpacked_before_the_signature_is_checked(compression: int):
             read_bundle(said, KEY.public_key())
 
 
-def test_a_name_that_comes_twice_is_refused(data: bytes):
-    """Which of the two would be read is for no zip library to decide."""
-    buffer = io.BytesIO(data)
-    with zipfile.ZipFile(buffer, "a") as archive, warnings.catch_warnings(action="ignore"):
-        archive.writestr("manifest.json", b"{}")
-    with pytest.raises(BundleError, match="distinct names"):
-        read_bundle(buffer.getvalue(), KEY.public_key())
+@pytest.mark.parametrize("tail", [b"0", b"PK\x05\x06" + bytes(18), bytes(1 << 16)])
+def test_more_than_the_head_promises_is_refused(data: bytes, tail: bytes):
+    """Behind the end, where a zip may have a second directory, and in front of the beginning."""
+    for padded, why in ((data + tail, "must have"), (tail + data, "must hold manifest")):
+        with pytest.raises(BundleError, match=why):
+            read_bundle(padded, KEY.public_key())
+
+
+def directory(entries: int, place: int) -> bytes:
+    """A zip that is a directory alone, of files without a byte; `place` of each in the zip64 form."""
+    extra = struct.pack("<HHQ", 1, 8, place)
+    found = b"".join(
+        struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 45, 45, 0, 0, 0, 33, 0, 0, 0, 4, len(extra), 0, 0, 0, 0, 0xFFFFFFFF)
+        + number.to_bytes(4)
+        + extra
+        for number in range(entries)
+    )
+    return found + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, entries, entries, len(found), 0, 0)
+
+
+@pytest.mark.parametrize("place", [0, 2**63, 2**64 - 1])
+def test_a_zips_directory_is_not_believed(place: int):
+    """One that sends its reader to where no file has bytes, or lists 60,000 files, is refused as any other damage."""
+    for entries in (1, 60_000):
+        with pytest.raises(BundleError, match="must hold manifest"):
+            read_bundle(directory(entries, place), KEY.public_key())
 
 
 def signed(data: bytes, change: Callable[[dict], object]) -> bytes:
@@ -224,6 +243,26 @@ def test_a_bundle_for_this_runtime_is_read(data: bytes):
     newer = signed(data, lambda manifest: manifest.update(minimum_runtime=7))
     assert read_bundle(newer, KEY.public_key(), runtime=7).manifest.minimum_runtime == 7
     assert read_bundle(newer, KEY.public_key()).manifest.minimum_runtime == 7
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"server_embedding": 1 << 40},
+        {"device_embedding": -1},
+        {"version": 1 << 63},
+        {"version": 0},
+        {"model": "../coupon"},
+        {"keeping": {"seconds": 1e300}},
+        {"keeping": {"label_window_s": 1e300}},
+        {"train": {"rows": 1 << 40, "server": 4, "missing": False, "parameters": []}},
+        {"train": {"rows": 4, "server": 4, "missing": False, "parameters": [{"name": "w", "shape": [1 << 40]}]}},
+    ],
+)
+def test_a_size_that_no_device_can_hold_is_refused_though_signed(data: bytes, fields: dict):
+    """Before anything is made of that size, and before a store is opened with it."""
+    with pytest.raises(BundleError, match="of another format: 1 fields differ"):
+        read_bundle(signed(data, lambda manifest: manifest.update(fields)), KEY.public_key())
 
 
 @pytest.mark.parametrize("text", [b"[]", b"2", b"null", b"{}", b"{", b"\xff", b"", b"[" * 100_000])

@@ -23,7 +23,7 @@ interface Config {
   readonly disclosure: { readonly delta: number; readonly epsilons: readonly (number | null)[] } | null;
 }
 
-const KEY = "hybrid-page-key";
+const KEY = "hybrid-page-key-"; // and the model: forgetting one must not leave the others without theirs
 const GATEWAY = "gateway";
 const PAUSE_MS = 250; // after the last change, before it is asked about
 const RECORDS = 20;
@@ -87,7 +87,7 @@ class Page {
 
   private async openStore(): Promise<void> {
     this.store?.close();
-    this.store = await Store.open(this.manifest, await keptKey(KEY));
+    this.store = await Store.open(this.manifest, await keptKey(KEY + this.config.model));
   }
 
   private describe(): void {
@@ -131,7 +131,7 @@ class Page {
     const earlier = new Map([...this.told].map(([name, control]) => [name, control.read()]));
     this.told.clear();
     [...this.manifest.request].forEach(([name, kind], place) => {
-      const [id, words] = [`told-${place}`, choices[name]];
+      const [id, words] = [`told-${place}`, Object.hasOwn(choices, name) ? choices[name] : undefined];
       const control =
         kind === "number" ? figure(name, id, "a number") : words ? choice(name, id, words, true) : written(name, id, "any text");
       control.write(earlier.get(name) ?? words?.[0] ?? null);
@@ -302,7 +302,7 @@ class Page {
 
   private async forget(): Promise<void> {
     await this.store.forget();
-    await forgetKey(KEY); // what the disk may still hold says nothing without it
+    await forgetKey(KEY + this.config.model); // what the disk may still hold says nothing without it
     this.latest = null;
     at("happened").hidden = true;
     await this.openStore();

@@ -42,7 +42,7 @@ export class Requests {
   }
 
   private total(): string {
-    const sum = `${count(this.number, "request")} with ${size(this.bytes)} left since this page was opened.`;
+    const sum = `${count(this.number, "request")} for predictions, ${size(this.bytes)}, left since this page was opened.`;
     if (!this.epsilons.length) return sum;
     const known = this.epsilons[this.number - 1];
     const all = known === undefined || known === null ? "more than this page reckons" : known.toPrecision(3);

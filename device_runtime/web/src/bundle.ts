@@ -380,8 +380,9 @@ export class Bundles {
         `the bundle of version ${version} is older than that of version ${before.current.version}, which is installed`,
       );
     }
-    // The same bytes again must not push the one before out.
-    const previous = before && same(before.current.data, data) ? before.previous : (before?.current ?? null);
+    // The same promotion again must not push the one before out, whatever a zip that nobody signed has changed in.
+    const again = before?.current.version === version && before.current.created_ms === created_ms;
+    const previous = again ? before!.previous : (before?.current ?? null);
     slots.put({ model, current: kept, previous } satisfies Slot);
     await committed(transaction);
     return { ...bundle, etag };

@@ -245,14 +245,17 @@ function refused(shown: boolean): Unauthenticated {
 /**
  * The bundle of a model's default version from its gateway; null where it is still the one with `etag`.
  *
- * A download that breaks off is resumed from where it was, as long as the gateway has the same bytes.
+ * A download that breaks off is resumed from where it was, as long as the gateway has the same bytes. Only a tag that is
+ * the bytes' SHA-256 is given, as the gateway's is: one that says more could tell devices apart at their next download.
  *
+ * @param timeoutMs for each wait on the network: a gateway that says nothing must not keep the installed bundle from going on.
  * @throws BundleError it cannot be had, or is too large.
  */
 export async function download(
   gateway: string | URL,
   model: string,
   etag: string | null = null,
+  timeoutMs = TIMEOUT_MS,
 ): Promise<{ data: Uint8Array<ArrayBuffer>; etag: string | null } | null> {
   const base = new URL(gateway, globalThis.location?.href).href.replace(/\/$/, "");
   const url = `${base}/v2/models/${encodeURIComponent(model)}/bundle`;
@@ -261,14 +264,19 @@ export async function download(
   for (let attempt = 1; ; attempt++) {
     const headers: Record<string, string> = etag && !got ? { "If-None-Match": etag } : {};
     if (got && tag) Object.assign(headers, { Range: `bytes=${got}-`, "If-Range": tag });
+    const silent = new AbortController();
+    const wait = () => setTimeout(() => silent.abort(), timeoutMs);
+    let waiting = wait();
     try {
-      const response = await fetch(url, { ...PRIVATE, headers });
+      const response = await fetch(url, { ...PRIVATE, headers, signal: silent.signal });
       if (response.status === 304) return null;
       if (response.status !== 206) [chunks, got] = [[], 0];
       if (!response.ok || !response.body) throw await unfetched(response);
       tag = response.headers.get("ETag");
       const reader = response.body.getReader();
       for (let read = await reader.read(); !read.done; read = await reader.read()) {
+        clearTimeout(waiting);
+        waiting = wait();
         got += read.value.length;
         if (got > MAX_BYTES) {
           void reader.cancel();
@@ -276,12 +284,21 @@ export async function download(
         }
         chunks.push(read.value);
       }
-      return { data: joined(chunks, got), etag: tag };
+      const data = joined(chunks, got);
+      return { data, etag: (await tagOf(data)) === tag ? tag : null };
     } catch (error) {
       if (error instanceof BundleError) throw error;
       if (attempt === ATTEMPTS) throw new BundleError("the bundle cannot be fetched: the gateway cannot be reached");
+    } finally {
+      clearTimeout(waiting);
     }
   }
+}
+
+/** A gateway's tag of these bytes. Another kind of tag could be this device's own: it is not kept, nor shown again. */
+async function tagOf(data: Uint8Array<ArrayBuffer>): Promise<string> {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
+  return `"${Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("")}"`;
 }
 
 async function unfetched(response: Response): Promise<BundleError> {

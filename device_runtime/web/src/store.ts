@@ -181,7 +181,8 @@ export class Store {
         const cursor = request.result;
         if (!cursor) return resolve();
         const [atMs, size] = cursor.key as [number, number];
-        if (now - atMs > seconds * 1000 || total + size > bytes) {
+        // As far in the future as it may be in the past: a clock that was wrong stamped it.
+        if (Math.abs(now - atMs) > seconds * 1000 || total + size > bytes) {
           rows.delete(cursor.primaryKey);
           deleted++;
         } else {

@@ -1,9 +1,13 @@
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { once } from "node:events";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import { test } from "node:test";
 
 import { NO_ANSWER, readAnswer } from "../src/answers.ts";
 import { readManifest } from "../src/bundle.ts";
-import { outputsWithContribution, requestBody } from "../src/client.ts";
+import { download, outputsWithContribution, requestBody } from "../src/client.ts";
 import { clipAndNoise, systemNoise } from "../src/mechanisms.ts";
 import { mergeOnDevice } from "../src/merge.ts";
 import type { PredictProgram } from "../src/program.ts";
@@ -120,4 +124,38 @@ test("without a gateway the embedding learned for a missing server answers, as t
   assert.deepEqual([answer.prediction, answer.fallback, answer.version], [-0.75, "device-only", 7]);
   const limited = await mergeOnDevice(device, program, { ...NO_ANSWER, status: "rate_limited" }, Float32Array.of(), 0);
   assert.ok(Number.isNaN(limited.prediction) && limited.fallback === "none");
+});
+
+test("only a tag that every device of these bytes is given is kept", async () => {
+  const data = Buffer.from("a bundle's bytes");
+  const common = `"${createHash("sha256").update(data).digest("hex")}"`;
+  const tags = [common, '"device-4711"'];
+  const server = createServer((_, response) => response.setHeader("ETag", tags.shift()!).end(data));
+  await once(server.listen(0, "127.0.0.1"), "listening");
+  try {
+    const gateway = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+    assert.equal((await download(gateway, "meals"))?.etag, common);
+    assert.equal((await download(gateway, "meals"))?.etag, null);
+  } finally {
+    server.close();
+    server.closeAllConnections();
+  }
+});
+
+test("a gateway that says nothing, or nothing more, is given up", { timeout: 20_000 }, async () => {
+  let asked = 0;
+  const server = createServer((_, response) => {
+    if (++asked > 3) response.writeHead(200, { "Content-Length": 100 }).write("PK");
+  });
+  await once(server.listen(0, "127.0.0.1"), "listening");
+  try {
+    const gateway = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+    for (const requests of [3, 6]) {
+      await assert.rejects(download(gateway, "meals", null, 100), /the gateway cannot be reached/);
+      assert.equal(asked, requests);
+    }
+  } finally {
+    server.closeAllConnections();
+    server.close();
+  }
 });

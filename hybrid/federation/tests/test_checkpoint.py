@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hybrid.errors import ConfigError, NotFound
-from hybrid.federation.checkpoint import FILE, Checkpoint, Checkpoints, digest, machine, values_of, with_values
+from hybrid.federation.checkpoint import FILE, Checkpoint, Checkpoints, digest, machine
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
+from hybrid.federation.records import values_of, with_values
 
 OPTIMIZERS = ["Yogi", *sorted(set(dir(torch.optim)) - {"LBFGS", "Muon", "Optimizer", "SparseAdam"})]
 OPTIMIZERS = [

@@ -45,6 +45,8 @@ WAYS = {
     "adam": {"server_optimizer": "Adam"},
     "yogi": {"server_optimizer": "Yogi"},
     "adaptive-clip": {"clip_quantile": 0.5},
+    "banded": {"separation": 3, "noise": "banded", "server_optimizer": "SGD"},
+    "blt": {"separation": 3, "noise": "blt", "server_optimizer": "SGD"},
     "tail-average": {"average_last": 0.5},
     "federated-tower": {"server_tower": "federated"},
     "frozen-tower": {"server_tower": "frozen"},

@@ -1,12 +1,14 @@
-"""HTTP/1.1 as the gateway reads it: uvicorn over httptools, with a bound on what a connection makes it keep."""
+"""HTTP/1.1 as our services read it: uvicorn over httptools, with bounds on what a connection makes them keep."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
+CONNECTION_S = 60.0  # of a `TimedHttp`, from its first to its last byte
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -42,3 +44,20 @@ class BoundedHttp(HttpToolsProtocol):
         """From the parser."""
         self._kept = 0
         super().on_message_complete()
+
+
+class TimedHttp(BoundedHttp):
+    """A `BoundedHttp` that is cut after `CONNECTION_S`, whatever goes on: for peers that ask once and leave.
+
+    A head, a body and an answer that trickle are all bounded by it.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """From the event loop."""
+        super().connection_made(transport)
+        self._cut = self.loop.call_later(CONNECTION_S, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """From the event loop."""
+        self._cut.cancel()
+        super().connection_lost(exc)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import uvicorn
 
-from serving.http import MAX_HEAD_BYTES, BoundedHttp
+from hybrid.http import MAX_HEAD_BYTES, BoundedHttp
 
 
 async def app(scope, receive, send):

@@ -1,0 +1,155 @@
+"""`hybrid fleet`: training on real devices, here on one machine."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybrid.cli.runs import progress_bar, run_folder
+from hybrid.errors import ConfigError
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hybrid.federation.aggregator import Round
+    from hybrid.local.devices import People
+    from hybrid.local.fleet import Outcome, Promoted
+    from hybrid.version import TrainingRecord
+
+app = typer.Typer()
+group = typer.Typer(help="Train on real devices.", no_args_is_help=True)
+app.add_typer(group, name="fleet")
+
+
+@group.callback()
+def _group() -> None:
+    """Without it, `run` would not be a command of its own."""
+
+
+@group.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    *,
+    devices: Annotated[int, typer.Option(min=1, help="How many: the first people of the population.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    round_s: Annotated[float, typer.Option(min=1, help="Seconds that a round is open; it closes by the clock.")] = 30.0,
+    version: Annotated[str, typer.Option(help="Promoted version to begin from: number or alias.")] = "production",
+    population: Annotated[
+        str | None, typer.Option(help="Whose rows the devices hold; by default the population of the model's name.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Privacy to spend at most; only less than the model declares.")
+    ] = None,
+    noiseless: Annotated[
+        bool, typer.Option("--noiseless", help="Without noise and without privacy: to see what noise costs.")
+    ] = False,
+    sampling: Annotated[
+        float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That the devices share.")] = 2,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the aggregator; 0: a free one.")] = 0,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Trains a promoted version further on real devices of this machine, over HTTP.
+
+    Each device has an encrypted store with a person's examples and the version's
+    signed bundle. It checks in with an aggregator, decides whether it takes part,
+    trains with the bundle's program and uploads one clipped update. The aggregator
+    sums what comes, writes the ledger, adds the operating system's noise, and lets
+    one sum a round out; Flower's ServerApp steps the weights. The result is a new
+    version; with --noiseless it is none.
+
+    Example: hybrid fleet run coupon --devices 200 --rounds 3
+    """
+    if noiseless and epsilon is not None:
+        raise ConfigError("--epsilon must be left out with --noiseless: it trains without privacy")
+    from hybrid.bundle import signing_key
+    from hybrid.federation.fleet_aggregator import FleetAggregator
+    from hybrid.local.fleet import Promoted, train
+
+    workspace = Workspace.current()
+    changed = {"rounds": rounds} | ({} if sampling is None else {"sampling": sampling})
+    promoted = Promoted.open(model, int(version) if version.isdecimal() else version, workspace, **changed)
+    budget = None if noiseless else promoted.budget(epsilon, devices)
+    people = promoted.people(population or model, devices, workspace)
+    folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
+    with folder as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):
+        task = promoted.task(round_s, wanted=devices)
+        aggregator = FleetAggregator(task, settings, ledger, signing_key(workspace.keys))
+        with progress_bar(f"training of {model} on {devices} devices") as progress:
+            outcome = train(
+                promoted,
+                aggregator,
+                people,
+                planned=settings.sampling * devices,
+                rest_s=round_s,
+                processes=processes,
+                port=port,
+                progress=progress,
+            )
+        report = _report(promoted, settings, outcome, people) | {"run": str(run_dir)}
+        if ledger is not None:
+            about = {"population": population or model, "run": run_dir.name}
+            record = promoted.record(settings, ledger, outcome, people, **about)
+            report |= _register(promoted, record, workspace)
+        (run_dir / "fleet.json").write_text(json.dumps(report, indent=2))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+
+
+def _report(promoted: Promoted, settings: Round, outcome: Outcome, people: People) -> dict[str, Any]:
+    """As JSON values."""
+    return {
+        "model": promoted.version.model,
+        "from_version": promoted.version.number,
+        "devices": people.users,
+        "examples": int(people.offsets[-1]),
+        "sampling": settings.sampling,
+        "noise_multiplier": settings.noise_multiplier,
+        "rounds": outcome.rounds,
+        "failed_rounds": outcome.failed,
+        "refused": outcome.refused,
+        "oracle_endings": dict(outcome.endings),
+    }
+
+
+def _register(promoted: Promoted, record: TrainingRecord, workspace: Workspace) -> dict[str, Any]:
+    from hybrid.registry import Registry
+
+    number = Registry(workspace).create_version(
+        promoted.version.model,
+        weights=promoted.network.weights(),
+        training=record,
+        curves={},
+        expected_hash=promoted.version.definition_hash,
+    )
+    return {"version": number, "training": record.model_dump(mode="json"), "privacy": list(record.privacy_lines())}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    name = report["model"]
+    table = Table("round", "seconds", "weights moved by")
+    for row in report["rounds"]:
+        table.add_row(str(row["round"]), f"{row['seconds']:.1f}", f"{row['moved']:.4g}")
+    Console(highlight=False).print(table)
+    ended = ", ".join(f"{count} {ending}" for ending, count in sorted(report["oracle_endings"].items()))
+    print(f"{report['devices']} devices with {report['examples']} examples; sessions (oracle): {ended}")
+    print("uploads not taken: " + (", ".join(f"{n} {reason}" for reason, n in report["refused"].items()) or "none"))
+    if "version" in report:
+        print("privacy: " + "\n  ".join(report["privacy"]))
+        print(f"{name}:{report['version']}, from {name}:{report['from_version']}")
+        print(f"Next: `hybrid promote {name} {report['version']} production`.")
+    else:
+        print("privacy: none, --noiseless; no version is registered")
+    print(f"run: {report['run']}")

@@ -1,0 +1,307 @@
+"""How devices reach the aggregator: check-in and upload over HTTP, as `hybrid.plan` says.
+
+Nothing that tells devices apart is read, kept or logged: no header, no address, no id of an upload.
+`python -m hybrid.federation.checkin` is the process of an aggregator, until SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from hybrid.bundle import signing_key
+from hybrid.errors import ConfigError, HybridError
+from hybrid.federation.aggregator import Round
+from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
+from hybrid.federation.pace import LONGEST_S
+from hybrid.http import TimedHttp
+from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
+from hybrid.privacy.ledger import Ledger
+
+HEALTH = "/health"  # for probes: it answers, whether a round is open or not
+MAX_CHECK_IN = 1024  # bytes of its body
+MAX_DRAINED = 1 << 20  # bytes of a body that are read although it is refused, so that its sender sees the answer
+CONNECTIONS = 2048  # at once; those beyond are answered 503 by uvicorn
+IN_FLIGHT = 1024  # uploads, and check-ins, at once
+IN_FLIGHT_BYTES = 256 << 20  # of uploads that are on their way
+BUSY_S = 10.0  # who finds it busy comes again within these
+LARGE = 1 << 20  # bytes of an update that is summed beside the loop, which others wait for
+DRAIN_S = 5  # for what is on its way when the service ends
+BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
+_RANDOM = secrets.SystemRandom()
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_UPDATE_PARTS = 6  # of "/v1/plans/{plan}/updates/{upload}", cut at its slashes
+_ID = frozenset("0123456789abcdef")
+
+
+def application(aggregator: FleetAggregator) -> Application:
+    """The ASGI application that devices speak to."""
+    check_ins, uploads = _Gate(IN_FLIGHT, IN_FLIGHT_BYTES), _Gate(IN_FLIGHT, IN_FLIGHT_BYTES)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        route = scope["method"], scope["path"]
+        upload = _upload_of(scope["path"])
+        with suppress(ConnectionError):  # its sender went away
+            if route == ("POST", CHECK_IN):
+                with check_ins.room(MAX_CHECK_IN) as room:
+                    await _send(send, await _check_in(aggregator, receive) if room else await _busy(receive))
+            elif upload is not None and scope["method"] == "PUT":
+                expected = aggregator.body_bytes(upload[0])
+                with uploads.room(expected or 0) as room:
+                    taken = _upload(aggregator, *upload, expected, receive) if room else _busy(receive)
+                    await _send(send, await taken)
+            elif route == ("GET", HEALTH):
+                await _send(send, Reply(200))
+            else:
+                known = upload is not None or scope["path"] in (CHECK_IN, HEALTH)
+                await _send(send, Reply(405 if known else 404))
+
+    return app
+
+
+@contextmanager
+def listening(
+    aggregator: FleetAggregator,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    certificate: tuple[Path, Path] | None = None,
+) -> Iterator[int]:
+    """Serves devices from a thread of its own until the block ends.
+
+    Args:
+        aggregator: which.
+        host: where, loopback by default.
+        port: 0: a free one.
+        certificate: the chain's and the key's file (PEM); None: without TLS, for loopback or behind what ends it.
+
+    Yields:
+        The port.
+
+    Raises:
+        ConfigError: it cannot be listened on, or the certificate cannot be read.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"port {port} of {host} cannot be listened on: {error}") from None
+    cert, key = certificate or (None, None)
+    config = uvicorn.Config(
+        application(aggregator),
+        http=TimedHttp,
+        loop="asyncio",
+        lifespan="off",
+        ws="none",
+        limit_concurrency=CONNECTIONS,
+        backlog=BACKLOG,
+        proxy_headers=False,  # nothing here asks for a caller's address
+        server_header=False,
+        date_header=False,
+        access_log=False,
+        log_config=None,
+        log_level="warning",  # below it uvicorn names addresses and paths
+        timeout_graceful_shutdown=DRAIN_S,
+        ssl_certfile=cert,
+        ssl_keyfile=key,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"the certificate cannot be used: {error}") from None
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([bound],), name="check-in", daemon=True)
+    thread.start()
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+class _Gate:
+    """How many requests may be on their way at once, and how many bytes of bodies they may have together."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self._left, self._left_bytes = most, most_bytes
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[bool]:
+        """Whether there is room for a body of `size` bytes; it is kept until the end."""
+        room = self._left > 0 and self._left_bytes >= size
+        taken = (1, size) if room else (0, 0)
+        self._left, self._left_bytes = self._left - taken[0], self._left_bytes - taken[1]
+        try:
+            yield room
+        finally:
+            self._left, self._left_bytes = self._left + taken[0], self._left_bytes + taken[1]
+
+
+async def _busy(receive: Receive) -> Reply:
+    await _body(receive, 0)
+    return Reply(503, retry_after_s=1 + _RANDOM.random() * (BUSY_S - 1))
+
+
+async def _check_in(aggregator: FleetAggregator, receive: Receive) -> Reply:
+    body = await _body(receive, MAX_CHECK_IN)
+    if body is None:
+        return Reply(413)
+    try:
+        said = CheckIn.model_validate_json(body)
+    except ValidationError:
+        return Reply(400)
+    return aggregator.check_in(said)
+
+
+async def _upload(aggregator: FleetAggregator, plan: str, upload: str, expected: int | None, receive: Receive) -> Reply:
+    body = await _body(receive, expected or 0)
+    if body is None and expected is not None:
+        return aggregator.oversize()
+    if len(body or b"") >= LARGE:
+        return await asyncio.to_thread(aggregator.upload, plan, upload, body or b"")
+    return aggregator.upload(plan, upload, body or b"")
+
+
+async def _body(receive: Receive, most: int) -> bytes | None:
+    """All of a request's body; None where it is longer than `most` bytes, and then no more of it is kept.
+
+    Raises:
+        ConnectionError: its sender went away.
+    """
+    parts: list[bytes] = []
+    length, more = 0, True
+    while more and length <= most + MAX_DRAINED:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError
+        part, more = message.get("body", b""), message.get("more_body", False)
+        length += len(part)
+        if length <= most:
+            parts.append(part)
+    return b"".join(parts) if length <= most else None
+
+
+async def _send(send: Send, reply: Reply) -> None:
+    headers = [(b"content-length", str(len(reply.body)).encode())]
+    if reply.body:
+        headers.append((b"content-type", b"application/octet-stream"))
+    if reply.retry_after_s is not None:
+        seconds = max(1, math.ceil(min(reply.retry_after_s, LONGEST_S)))
+        headers.append((b"retry-after", str(seconds).encode()))
+    if reply.status in (400, 413):  # there may be more of its body
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})
+
+
+def _upload_of(path: str) -> tuple[str, str] | None:
+    """Plan and upload of `hybrid.plan.UPDATE`; None where it is another path."""
+    parts = path.split("/")
+    if len(parts) != _UPDATE_PARTS or (parts[1], parts[2], parts[4]) != ("v1", "plans", "updates"):
+        return None
+    plan, upload = parts[3], parts[5]
+    return (plan, upload) if all(len(name) == 32 and _ID.issuperset(name) for name in (plan, upload)) else None
+
+
+class Service(BaseModel):
+    """What a process of an aggregator is told, as JSON.
+
+    Attributes:
+        task: what every round asks of devices.
+        sampling, clip, noise_multiplier, minimum: of `hybrid.federation.aggregator.Round`.
+        rounds: that are reserved in the ledger, those it has already among them.
+        epsilon, delta: that the ledger allows for all of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Task
+    sampling: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    clip: Positive
+    noise_multiplier: Positive
+    minimum: Annotated[int, Field(ge=0)] = 0
+    rounds: Count
+    epsilon: Positive
+    delta: Annotated[FiniteFloat, Field(gt=0, lt=1)]
+
+    @classmethod
+    def read(cls, file: Path) -> Service:
+        """Raises: ConfigError: it cannot be read, or is no such JSON."""
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"settings {str(file)!r} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise ConfigError(f"{file.name!r} must be the settings of an aggregator as JSON: {faults}") from None
+
+    @contextmanager
+    def aggregator(self, ledger: Path, keys: Path) -> Iterator[FleetAggregator]:
+        """It, with its ledger open.
+
+        Args:
+            ledger: the folder of the ledger; one process at a time.
+            keys: the folder of the control plane's signing key.
+
+        Raises:
+            BudgetExceeded: what is left of the rounds would cost more than is allowed.
+            ConfigError: the ledger is another's, or the settings are none that a fleet can keep.
+        """
+        settings = Round(self.sampling, self.clip, self.noise_multiplier, self.minimum)
+        with Ledger.open(ledger, budget_epsilon=self.epsilon, delta=self.delta) as account:
+            if left := max(0, self.rounds - len(account.entries)):
+                account.reserve([settings.of(left)])
+            yield FleetAggregator(self.task, settings, account, signing_key(keys))
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=Path, required=True, help="JSON, see Service")
+    parser.add_argument("--ledger", type=Path, required=True, help="folder of the privacy ledger; made where missing")
+    parser.add_argument("--keys", type=Path, required=True, help="folder of the signing key")
+    parser.add_argument("--host", default="127.0.0.1", help="where devices reach it (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8090, help="default %(default)s")
+    parser.add_argument("--tls-cert", type=Path, default=None, help="certificate chain (PEM), with --tls-key")
+    parser.add_argument("--tls-key", type=Path, default=None, help="its key (PEM)")
+    arguments = parser.parse_args()
+    if (arguments.tls_cert is None) != (arguments.tls_key is None):
+        parser.error("--tls-cert and --tls-key go together")
+    certificate = None if arguments.tls_cert is None else (arguments.tls_cert, arguments.tls_key)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        service = Service.read(arguments.settings)
+        with (
+            service.aggregator(arguments.ledger, arguments.keys) as aggregator,
+            listening(aggregator, arguments.host, arguments.port, certificate=certificate) as port,
+        ):
+            print(f"devices check in at port {port}", flush=True)
+            ended.wait()
+            aggregator.stop("its process ends")
+    except HybridError as error:
+        raise SystemExit(f"aggregator: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

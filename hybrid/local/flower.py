@@ -1,0 +1,533 @@
+"""A Flower federation on this machine: a SuperLink, and SuperNodes in front of aggregators that simulate their people.
+
+Every connection is TLS, with certificates made for one training; SuperNodes
+show keys that were registered before; what runs apps asks with a shared secret.
+Nothing of it outlives the training, or us.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from hybrid.errors import FederationError, NotFound, StackError
+from hybrid.features import Float32
+from hybrid.federation.flower_app import APP, Job, Progress
+from hybrid.federation.parts import Budget, Part, write_rows
+from hybrid.federation.remote import new_token
+from hybrid.federation.training import Outcome, Rounds
+from hybrid.local.process import Process, Service, free_ports, http_ok, is_running, log_has
+from hybrid.privacy.ledger import FILE as LEDGER
+from hybrid.privacy.ledger import Ledger
+
+CONNECTION = "local"  # its name in Flower's own config
+RESTARTS = 9  # of a server that does not live for long
+SETTLED_S = 30.0  # after which it did
+LONGEST_WAIT_S = 15.0  # before a restart
+START_TIMEOUT_S = 120.0
+ROUND_TIMEOUT_S = 180.0
+_COMMAND_TIMEOUT_S = 60.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class LocalFlower:
+    """A `hybrid.federation.training.Federation` of processes on this machine.
+
+    A SuperNode or an aggregator that dies is started again, so that it costs its
+    share of a round or two; so is the SuperLink, which keeps its state in a file.
+    The training ends where the ServerApp dies.
+
+    Attributes:
+        model_file: the team's.
+        aggregators: how many, each with a SuperNode of its own and an equal share of the people; >= 1.
+        say: is told what happens.
+        round_timeout_s: after which a round goes on without those that did not answer.
+    """
+
+    model_file: Path
+    aggregators: int = 2
+    say: Callable[[str], None] = field(default=lambda _: None, repr=False)
+    round_timeout_s: float = ROUND_TIMEOUT_S
+    name = "local"
+    assumption = (
+        "simulated devices, whose coins repeat with the seed (it is in the run's config.json); noise is from the "
+        "operating system, of each aggregator for its own people, so that the largest of their epsilons is "
+        "everybody's; per run: repeats and tuning are not composed"
+    )
+
+    def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
+        """See `hybrid.federation.training.Federation`."""
+        folder = _new_folder(rounds.folder)
+        servers = _Servers(folder, self.aggregators)
+        try:
+            _prepare(servers, rounds, self)
+            with _running(servers, self.say) as (keeper, run):
+                failed = _follow(servers, keeper, run, after)
+            return Outcome(_last_clip(servers, rounds), failed)
+        except StackError as error:
+            raise FederationError(str(error)) from None
+        finally:
+            _remove_private(servers)
+
+
+@dataclass(frozen=True)
+class _Servers:
+    """Where everything of one federation is.
+
+    Attributes:
+        folder: of the federation.
+        count: of aggregators, and of SuperNodes.
+        superlink: its TCP port.
+        aggregators, supernodes: theirs, in order.
+    """
+
+    folder: Path
+    count: int
+    superlink: int = field(init=False)
+    aggregators: tuple[int, ...] = field(init=False)
+    supernodes: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        superlink, *others = free_ports(1 + 2 * self.count)
+        object.__setattr__(self, "superlink", superlink)
+        object.__setattr__(self, "aggregators", tuple(others[: self.count]))
+        object.__setattr__(self, "supernodes", tuple(others[self.count :]))
+
+    @property
+    def job(self) -> Path:
+        return self.folder / "job"
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "keys"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def home(self) -> Path:
+        """Flower's own folder."""
+        return self.folder / "flwr"
+
+    def aggregator(self, index: int) -> Path:
+        return self.folder / f"aggregator-{index + 1}"
+
+    def environment(self) -> dict[str, str]:
+        """Of Flower's processes: no telemetry, no look for updates, no proxy in front of this machine."""
+        return {
+            "FLWR_HOME": str(self.home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PYTHONUNBUFFERED": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+
+def _new_folder(run: Path) -> Path:
+    """One of its own: a run may have several trainings."""
+    number = 1
+    while (folder := run / f"federation-{number}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
+    """Writes all that the processes read."""
+    for folder in (servers.job, servers.keys, servers.home):
+        folder.mkdir(mode=0o700)
+    _write_certificates(servers.keys)
+    for index in range(servers.count):
+        _write_part(servers, rounds, flower, index)
+    for name in ("superlink", *(f"supernode-{index + 1}" for index in range(servers.count))):
+        _write_secret(servers.keys / f"{name}.secret", secrets.token_bytes(32))
+    np.save(servers.job / "initial.npy", rounds.initial)
+    job = Job(
+        rounds=rounds.settings.rounds,
+        planned_cohort=rounds.planned_cohort,
+        training=rounds.settings,
+        nodes=servers.count,
+        start_timeout_s=START_TIMEOUT_S,
+        round_timeout_s=flower.round_timeout_s,
+    )
+    (servers.job / "job.json").write_text(job.model_dump_json(indent=2))
+    connection = {"address": f"127.0.0.1:{servers.superlink}", "root-certificates": str(servers.keys / "ca.pem")}
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in connection.items()]
+    text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{"".join(lines)}'
+    (servers.home / "config.toml").write_text(text)
+
+
+def _write_part(servers: _Servers, rounds: Rounds, flower: LocalFlower, index: int) -> None:
+    folder, how = servers.aggregator(index), rounds.round
+    folder.mkdir(mode=0o700)
+    write_rows(folder, rounds.examples, index, servers.count)
+    np.savez(folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
+    new_token(folder / "token")
+    part = Part(
+        model_file=flower.model_file,
+        folder=folder,
+        index=index,
+        of=servers.count,
+        population=rounds.examples.users,
+        seed=rounds.seed,
+        attempts_before=rounds.attempts_before,
+        training=rounds.settings,
+        device=rounds.device,
+        sampling=how.sampling,
+        clip=how.clip,
+        noise_multiplier=how.noise_multiplier,
+        quantile=how.quantile,
+        planned_cohort=rounds.planned_cohort / servers.count,
+        budget=None if rounds.delta is None else Budget(delta=rounds.delta, rounds=rounds.settings.rounds),
+        port=servers.aggregators[index],
+        certificate=servers.keys / "server.pem",
+        key=servers.keys / "server.key",
+    )
+    (folder / "part.json").write_text(part.model_dump_json(indent=2))
+
+
+def _stages(servers: _Servers) -> tuple[Sequence[Service], ...]:
+    """Started in this order; those of one stage together."""
+    indices = range(servers.count)
+    return (
+        (_superlink(servers), *(_aggregator(servers, index) for index in indices)),
+        (_superexec(servers, "superlink", servers.superlink), *(_supernode(servers, index) for index in indices)),
+        tuple(_superexec(servers, f"supernode-{index + 1}", servers.supernodes[index]) for index in indices),
+    )
+
+
+def _aggregator(servers: _Servers, index: int) -> Service:
+    name, port = f"aggregator-{index + 1}", servers.aggregators[index]
+    return Service(
+        name=name,
+        command=[sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(servers.aggregator(index) / "part.json")],
+        ready=http_ok(f"https://127.0.0.1:{port}/health", authority=servers.keys / "ca.pem"),
+        ports={"control": port},
+    )
+
+
+def _superlink(servers: _Servers) -> Service:
+    port = servers.superlink
+    return Service(
+        name="superlink",
+        command=[
+            *(_script("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)),
+            *_tls(servers),
+            *("--enable-supernode-auth", "--database", str(servers.folder / "superlink.db")),
+            # What hybrid-towers needs is installed; without this each app would be given an environment of its own.
+            *("--isolation", "process", "--disable-runtime-dependency-installation"),
+            *("--superexec-auth-secret-file", str(servers.keys / "superlink.secret")),
+        ],
+        ready=log_has(".*Uvicorn running on .*"),
+        ports={"superlink": port},
+        environment=servers.environment(),
+    )
+
+
+def _supernode(servers: _Servers, index: int) -> Service:
+    name, port = f"supernode-{index + 1}", servers.supernodes[index]
+    config = {
+        "aggregator": f"https://127.0.0.1:{servers.aggregators[index]}",
+        "token": str(servers.aggregator(index) / "token"),
+        "authority": str(servers.keys / "ca.pem"),
+    }
+    return Service(
+        name=name,
+        command=[
+            *(_script("flower-supernode"), "--superlink", f"127.0.0.1:{servers.superlink}"),
+            *("--root-certificates", str(servers.keys / "ca.pem")),
+            *("--auth-supernode-private-key", str(servers.keys / name)),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *_tls(servers),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(servers.keys / f"{name}.secret")),
+            *("--node-config", " ".join(f'{key}="{value}"' for key, value in config.items())),
+        ],
+        ready=log_has(".*SuperNode ID: .*"),
+        ports={"runtime": port},
+        environment=servers.environment(),
+        prepare=lambda: _register(servers, name),
+    )
+
+
+def _register(servers: _Servers, name: str) -> None:
+    """Gives a SuperNode a key that the SuperLink knows.
+
+    A new one at each start: one that died is taken for alive for a minute, in which its key is refused and each
+    round waits for it; so it is unregistered, and its round goes on without it.
+    """
+    for log in servers.logs.glob(f"{name}.*.log"):
+        for node in re.findall(r"SuperNode ID: (\d+)", log.read_text(errors="replace")):
+            _flwr(servers, "supernode", "unregister", node, CONNECTION)
+        log.rename(log.with_suffix(".old"))
+    _write_node_key(servers.keys / name)
+    _flwr(servers, "supernode", "register", str(servers.keys / f"{name}.pub"), CONNECTION)
+
+
+def _superexec(servers: _Servers, whose: str, port: int) -> Service:
+    """What starts the apps' processes for a SuperLink or a SuperNode."""
+    return Service(
+        name=f"{whose}-apps",
+        command=[
+            *(_script("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}"),
+            *("--root-certificates", str(servers.keys / "ca.pem")),
+            *("--superexec-auth-secret-file", str(servers.keys / f"{whose}.secret")),
+        ],
+        ready=lambda _log: True,
+        environment=servers.environment(),
+    )
+
+
+def _tls(servers: _Servers) -> list[str]:
+    files = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.pem"}
+    return [word for option, name in files.items() for word in (f"--ssl-{option}", str(servers.keys / name))]
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+class _Keeper:
+    """Keeps servers running."""
+
+    def __init__(self, servers: _Servers, say: Callable[[str], None]) -> None:
+        self._servers, self._say = servers, say
+        self._processes: dict[str, Process] = {}
+        self._since: dict[str, float] = {}
+        self._deaths: dict[str, int] = {}  # since it last lived for long
+        self._due: dict[str, float] = {}  # of those that are down: when to start them
+
+    def start(self, stage: Sequence[Service]) -> None:
+        """Returns when all of the stage is ready."""
+        for service in stage:
+            self._start(service)
+        for service in stage:
+            self._processes[service.name].wait_ready()
+
+    def check(self) -> None:
+        """Starts again what died, later each time: a SuperLink takes a SuperNode for alive a minute longer.
+
+        Raises:
+            StackError: it dies again and again.
+        """
+        for name, process in self._processes.items():
+            if name in self._due:
+                if time.monotonic() >= self._due[name]:
+                    self._start_again(name, process.service)
+            elif process.exit_status() is not None:
+                told = process.obituary()
+                process.stop()  # what it started, too
+                if time.monotonic() - self._since[name] > SETTLED_S:
+                    self._deaths[name] = 0
+                self._put_off(name, told)
+
+    def _start(self, service: Service) -> None:
+        self._processes[service.name] = Process(service, self._servers.logs)
+        self._since[service.name] = time.monotonic()
+
+    def _start_again(self, name: str, service: Service) -> None:
+        log = self._servers.logs / f"{name}.log"
+        if log.exists():
+            log.rename(log.with_name(f"{name}.{len(list(self._servers.logs.glob(f'{name}.*')))}.log"))
+        try:
+            self._start(service)
+        except StackError as error:  # what it needs may itself be down for a moment
+            self._put_off(name, str(error))
+        else:
+            del self._due[name]
+
+    def _put_off(self, name: str, told: str) -> None:
+        deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
+        if deaths > RESTARTS:
+            raise StackError(told)
+        wait_s = min(2.0 ** (deaths - 1), LONGEST_WAIT_S)
+        self._due[name] = time.monotonic() + wait_s
+        self._say(f"{told.split(';', maxsplit=1)[0]}; it is started again in {wait_s:g} s")
+
+    def stop(self) -> None:
+        """Last started first."""
+        for process in reversed(self._processes.values()):
+            process.stop()
+
+
+@contextmanager
+def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[tuple[_Keeper, str]]:
+    """All servers, ready, and the id of a run that was begun on them."""
+    keeper = _Keeper(servers, say)
+    try:
+        first, second, third = _stages(servers)
+        say(f"Starting a SuperLink, {servers.count} aggregators and their SuperNodes; logs: {servers.logs}")
+        keeper.start(first)
+        keeper.start(second)
+        keeper.start(third)
+        job = f"job={json.dumps(str(servers.job / 'job.json'))}"
+        told = _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
+        run = re.search(r"started run (\d+)", told)
+        if run is None:
+            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
+        yield keeper, run[1]
+    finally:
+        keeper.stop()
+
+
+def _follow(servers: _Servers, keeper: _Keeper, run: str, after: Callable[[int, Float32], None]) -> int:
+    """Hands on the weights after each round; returns in how many rounds no node answered.
+
+    Raises:
+        FederationError: the ServerApp did not begin, or ended before the last round.
+    """
+    progress, deadline = Progress(servers.job), time.monotonic() + START_TIMEOUT_S
+    while True:
+        process = progress.process()
+        runs = process is not None and is_running(*process)
+        failed = progress.failed_rounds()
+        for number, flat in progress.take():
+            after(number, flat)
+        if failed is not None:
+            return failed
+        if process is not None and not runs:
+            raise FederationError(f"the ServerApp ended before its last round; {_told(servers, run)}")
+        if process is None and time.monotonic() > deadline:
+            raise FederationError(f"the ServerApp did not start within {START_TIMEOUT_S:g} s; {_told(servers, run)}")
+        keeper.check()
+        time.sleep(_POLL_S)
+
+
+def _told(servers: _Servers, run: str) -> str:
+    """The end of what the ServerApp logged."""
+    try:
+        lines = _flwr(servers, "log", run, CONNECTION, "--show").splitlines()[-15:]
+    except StackError as error:
+        return str(error)
+    return "\n".join(["its last lines:", *(f"  {line}" for line in lines)])
+
+
+def _flwr(servers: _Servers, *words: str) -> str:
+    """What a `flwr` command prints.
+
+    Raises:
+        StackError: it fails.
+    """
+    environment = {**os.environ, **servers.environment()}
+    try:
+        done = subprocess.run(
+            [_script("flwr"), *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise StackError(f"`flwr {words[0]}` did not end within {_COMMAND_TIMEOUT_S:g} s") from None
+    if done.returncode:
+        raise StackError(f"`flwr {words[0]}` failed: {done.stdout.strip()} {done.stderr.strip()}")
+    return done.stdout
+
+
+def _last_clip(servers: _Servers, rounds: Rounds) -> float:
+    """The largest that an aggregator's last release was clipped to."""
+    clips = []
+    for index in range(servers.count):
+        try:
+            entries = Ledger.read(servers.aggregator(index)).entries
+        except NotFound:
+            continue
+        clips += [entry.clip for entry in entries[-1:]]
+    return max(clips, default=rounds.round.clip)
+
+
+def _remove_private(servers: _Servers) -> None:
+    """Leaves ledgers and logs: no key, no token, no row of anybody's."""
+    for folder in (servers.keys, servers.job, servers.home):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in servers.folder.glob("superlink.db*"):
+        file.unlink()
+    for index in range(servers.count):
+        for item in servers.aggregator(index).glob("*"):
+            if item.is_dir():
+                shutil.rmtree(item, ignore_errors=True)
+            elif item.name != LEDGER:
+                item.unlink()
+
+
+def _write_certificates(folder: Path) -> None:
+    """An authority of this federation alone, and one certificate for all that listens on loopback."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    def builder(subject: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hybrid local federation")]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=5))
+            .not_valid_after(now + timedelta(days=30))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        )
+
+    now, authority, server = datetime.now(UTC), ec.generate_private_key(ec.SECP256R1()), None
+    signs = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    own = (
+        builder("hybrid local federation", authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(signs, critical=True)
+        .sign(authority, hashes.SHA256())
+    )
+    server = ec.generate_private_key(ec.SECP256R1())
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        builder("localhost", server)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(authority, hashes.SHA256())
+    )
+    from cryptography.hazmat.primitives import serialization
+
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "ca.pem").write_bytes(own.public_bytes(pem))
+    (folder / "server.pem").write_bytes(certificate.public_bytes(pem))
+    _write_secret(folder / "server.key", server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+
+
+def _write_node_key(file: Path) -> None:
+    """A SuperNode's key, as OpenSSH writes them, and its public half in `<file>.pub`."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, form = ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH
+    _write_secret(file, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    file.with_name(f"{file.name}.pub").write_bytes(public)
+
+
+def _write_secret(file: Path, content: bytes) -> None:
+    """For its owner only."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        out.write(content)

@@ -1,0 +1,46 @@
+"""An aggregator's process that is made to be killed: rounds of some seconds, one after another.
+
+`python aggregator_process.py FOLDER PORT` goes on where the last one ended, by what `released.jsonl` says of it.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hybrid.bundle import signing_key
+from hybrid.federation.aggregator import Round
+from hybrid.federation.checkin import listening
+from hybrid.federation.fleet_aggregator import FleetAggregator, Task
+from hybrid.privacy.ledger import Ledger
+
+SETTINGS = Round(sampling=1.0, clip=0.5, noise_multiplier=1.0, minimum=0)
+
+
+def main(folder: Path, port: int) -> None:
+    """Writes each round's sum once it is out, as who holds the weights would."""
+    task = Task.model_validate_json((folder / "task.json").read_bytes())
+    flat = np.load(folder / "weights.npy")
+    with (
+        Ledger.open(folder / "run", budget_epsilon=1e6, delta=1e-4) as ledger,
+        (folder / "released.jsonl").open("a") as released,
+    ):
+        ledger.reserve([replace(SETTINGS.event, count=100)])
+        aggregator = FleetAggregator(task, SETTINGS, ledger, signing_key(folder / "keys"))
+        with listening(aggregator, port=port):
+            number = len((folder / "released.jsonl").read_text().splitlines()) + 1
+            print("ready", flush=True)
+            while True:
+                release = aggregator.run_round(number, flat)
+                line = {"round": number, "received": release.received, "sum": release.sum[:4].tolist()}
+                released.write(json.dumps(line) + "\n")
+                released.flush()
+                os.fsync(released.fileno())
+                number += 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
