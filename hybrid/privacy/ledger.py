@@ -149,11 +149,9 @@ class _Steps:
 
     def paid(self, entry: AnyEntry) -> bool:
         """Whether it is one more step of a mechanism that is paid for."""
-        return isinstance(entry, MatrixEntry) and self.goes_on(entry.purpose, entry.event, entry.step)
-
-    def goes_on(self, purpose: str, event: MatrixEvent, step: int) -> bool:
-        """Whether the mechanism has begun, and the step comes after its last."""
-        return 0 < self._last.get((purpose, event), 0) < step
+        if isinstance(entry, Entry):
+            return False
+        return 0 < self._last.get((entry.purpose, entry.event), 0) < entry.step
 
     def note(self, entry: AnyEntry) -> None:
         """It is in the ledger."""
@@ -341,10 +339,6 @@ class Ledger:
         self._steps.note(entry)
         self._attempts[purpose, round_number] = attempt
         self.entries.append(entry)
-
-    def is_paid(self, event: MatrixEvent, *, purpose: str, step: int) -> bool:
-        """Whether a step would be one more of a mechanism that was charged, and so free."""
-        return self._steps.goes_on(purpose, event, step)
 
     def next_attempt(self, purpose: str, round_number: int) -> int:
         """The number of the next attempt at a round: after a crash, never one whose noise may have been seen."""

@@ -54,8 +54,6 @@ WAYS = {
     "poisson": {"sampling": 0.5},
     "fleet": {"sampling": 0.3, "fleet": FLEET},
     "turns": {"separation": 3},
-    "banded": {"separation": 3, "noise": "banded", "server_optimizer": "SGD", "server_lr": 1.0},
-    "blt": {"separation": 3, "noise": "blt", "server_optimizer": "SGD", "server_lr": 1.0},
     "noiseless": {"kind": "noiseless"},
 }
 
