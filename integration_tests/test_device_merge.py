@@ -200,7 +200,7 @@ def world(kafka, triton, cache, tmp_path_factory):
     publish(workspace, "stall_direct", "device", declared.model_copy(update={"transport": "direct"}), "slots")
     for transport in TRANSPORTS:
         giving = Serving(transport=transport, contribution=True, missing_entity="device-only")
-        publish(workspace, f"giving-{transport}", "server", giving, "embedding")
+        publish(workspace, f"giving_{transport}", "server", giving, "embedding")
         publish(workspace, f"sharing_{transport}", "server", giving, "slots")
     publish(workspace, "silent", "server", Serving(), "embedding")
     models = ["--feast", str(workspace.feast), "--triton", triton(workspace.triton).grpc]
@@ -290,7 +290,7 @@ def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, t
 
     The store keeps the tower's.
     """
-    status, summary, results = world.infer(f"giving-{transport}", tmp_path, "--contribution")
+    status, summary, results = world.infer(f"giving_{transport}", tmp_path, "--contribution")
     assert (status, summary["statuses"]) == (0, {"ok": 5, "unknown_entity": 1})
     server = world.embeddings()
     np.testing.assert_allclose(np.stack(results["server_embedding"]), server, atol=1e-5)
@@ -300,7 +300,7 @@ def test_an_enrolled_device_is_given_what_the_server_contributed(world: World, t
     with Store.open(tmp_path / "rows.sqlite", STORE_KEY) as kept:  # what a fallback answered is no example
         contributed = [event["inference"]["server"] for event in kept.export()]
     assert contributed == [*(row.tolist() for row in results["server_embedding"][:-1]), []]
-    _, _, results = world.infer(f"giving-{transport}", tmp_path)
+    _, _, results = world.infer(f"giving_{transport}", tmp_path)
     assert [len(row) for row in results["server_embedding"]] == [0] * 6
     np.testing.assert_allclose(results["prediction"], world.predictions(server), atol=1e-5)
 
@@ -365,7 +365,7 @@ def test_slots_are_given_to_those_who_ask_by_name(world: World):
             np.testing.assert_array_equal(answer.as_numpy("server_slots"), world.slots()[:3])
             assert client.infer(name, inputs).as_numpy("server_slots") is None
         with pytest.raises(triton_grpc.InferenceServerException, match="devices do not train the server tower"):
-            client.infer("giving-kafka", inputs, outputs=wanted)
+            client.infer("giving_kafka", inputs, outputs=wanted)
 
 
 def test_a_model_that_declares_no_contribution_gives_none(world: World, tmp_path: Path):

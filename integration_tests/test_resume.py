@@ -84,7 +84,9 @@ class _Project:
     def start(self, *words: str) -> multiprocessing.Process:
         """The command, running."""
         process = self._processes.Process(target=_hybrid, args=(self.folder, words))
-        process.start()
+        with pytest.MonkeyPatch.context() as path:
+            path.syspath_prepend(Path(__file__).parents[1])  # where it finds `_hybrid`
+            process.start()
         return process
 
     def run(self, *words: str) -> str:

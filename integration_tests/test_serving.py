@@ -284,7 +284,7 @@ def read(broker, topic):
 
 
 def test_kafkas_own_console_consumer_reads_the_topics(serving):
-    """Records are Arrow streams, which name their columns, with the producer's time."""
+    """Records are Arrow streams, which name their columns, with the producer's time; later ones only where they say more."""
     records = 2  # of which one may be the garbage of another test
     assert [serving.infer().status_code for _ in range(records)] == [200] * records
     for message in (DeviceEmbeddings, Predictions):
@@ -301,7 +301,7 @@ def test_kafkas_own_console_consumer_reads_the_topics(serving):
         command = local_kafka.command(serving.cache, program, *arguments, *limits)
         output = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
         assert output.startswith(b"CreateTime:")
-        assert all(column.encode() in output for column in message.COLUMNS)
+        assert all(column.encode() in output for column in message.COLUMNS if column not in message.LATER)
 
 
 def test_each_gateway_gets_its_own_answers_and_ends_in_order(serving):

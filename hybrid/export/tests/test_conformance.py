@@ -51,3 +51,11 @@ def test_an_export_must_return_the_same_shape():
     """(4, 3) squeezed or cut is refused before values are compared."""
     with pytest.raises(ConfigError, match=r"returns shape \(4, 1\), torch \(4, 3\)"):
         check("part", torch.nn.Identity(), lambda values: values[:, :1], ONES)
+
+
+def test_a_small_number_may_be_as_inexact_as_the_largest_of_its_row():
+    """Next to 1e6 an error of 5 is within 1e-5 of the row; in a row of its own 1.1e-5 is not."""
+    values = torch.tensor([[1e6, 1.0], [1.0, 1.0]])
+    check("part", torch.nn.Identity(), lambda given: given + np.float32([[0, 5], [0, 0]]), [values])
+    with pytest.raises(ConfigError, match="1 of 4 values"):
+        check("part", torch.nn.Identity(), lambda given: given + np.float32([[0, 5], [0, 1.1e-5]]), [values])
