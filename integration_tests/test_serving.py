@@ -284,7 +284,7 @@ def read(broker, topic):
 
 
 def test_kafkas_own_console_consumer_reads_the_topics(serving):
-    """Records are Arrow streams, which name their columns, with the producer's time; later ones only where they say more."""
+    """Records are Arrow streams, which name their columns, with the producer's time; a later one where it says more."""
     records = 2  # of which one may be the garbage of another test
     assert [serving.infer().status_code for _ in range(records)] == [200] * records
     for message in (DeviceEmbeddings, Predictions):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybrid.errors import ConfigError
 from hybrid.features import Features
 
-TOLERANCE = 1e-5  # against torch in float32; absolute, and relative to the largest output of a row that exceeds 1
+TOLERANCE = 1e-5  # against torch in float32; absolute, and as much relative to the largest output of the row
 ROWS = 64
 EXTREMES = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-38, -1e30, 3.4e38, 1.0, 60.0)
 
@@ -69,8 +69,8 @@ def check(
     if got.shape != expected.shape:
         raise ConfigError(f"{part}: the export returns shape {got.shape}, torch {expected.shape}")
     # One row's numbers are sums over the same inputs: where these are large, a small sum of them is as inexact.
-    largest = np.abs(np.where(np.isfinite(expected), expected, 0)).reshape(len(expected), -1).max(axis=1, initial=1)
-    allowed = TOLERANCE * largest.reshape(-1, *[1] * (expected.ndim - 1))
+    largest = np.abs(np.where(np.isfinite(expected), expected, 0)).reshape(len(expected), -1).max(axis=1, initial=0)
+    allowed = TOLERANCE + TOLERANCE * largest.reshape(-1, *[1] * (expected.ndim - 1))
     differ = ~np.isclose(got, expected, rtol=0, atol=allowed, equal_nan=True)
     if differ.any():
         raise ConfigError(
