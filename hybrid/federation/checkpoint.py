@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from hybrid.errors import ConfigError, NotFound
 FILE = "checkpoint.npz"
 STEP, STATE, SHA256 = "step", "state", "sha256"  # names in the file, beside those of weights, "part.name"
 SHARE = 0.02  # of a training's time that its checkpoints may take
-Record = TypeVar("Record")
 
 
 class Stateful(Protocol):
