@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 from hybrid.errors import ConfigError, NotFound
 
 FILE = "checkpoint.npz"
-STEP, STATE, SHA256 = "step", "state", "sha256"  # names in the file, beside those of weights, "part.name"
+STEP, STATE = "step", "state"  # names in the file, beside those of weights, "part.name"
 SHARE = 0.02  # of a training's time that its checkpoints may take
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Stateful(Protocol):
@@ -61,7 +61,8 @@ class Checkpoint:
         arrays: dict[str, NDArray[Any]] = {STEP: np.int64(self.step), **self.weights}  # type: ignore[dict-item]
         arrays[STATE] = np.frombuffer(json.dumps(_packed(self.state, arrays)).encode(), dtype=np.uint8)
         content = io.BytesIO()
-        np.savez(content, **arrays, **{SHA256: np.frombuffer(_sha256(arrays), dtype=np.uint8)})  # type: ignore[arg-type]
+        np.savez(content, **arrays)  # type: ignore[arg-type]
+        content.write(hashlib.sha256(content.getbuffer()).digest())  # behind its end, where readers of npz do not look
         draft = folder / f".{FILE}"
         with draft.open("wb") as file:
             file.write(content.getbuffer())
@@ -82,17 +83,13 @@ class Checkpoint:
             content = (folder / FILE).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(f"run {folder.name!r} has no checkpoint") from None
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            recorded = arrays.pop(SHA256).tobytes()
-            whole = recorded == _sha256(arrays)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError):
-            whole = False
-        if not whole:
+        archive, recorded = content[:-_DIGEST], content[-_DIGEST:]
+        if hashlib.sha256(archive).digest() != recorded:
             raise ConfigError(
                 f"the checkpoint of run {folder.name!r} is damaged, or of another release: start another run"
             )
+        with np.load(io.BytesIO(archive), allow_pickle=False) as written:
+            arrays = dict(written)
         state = _unpacked(json.loads(arrays.pop(STATE).tobytes()), arrays)
         weights = {name: array for name, array in arrays.items() if "." in name}
         return cls(int(arrays[STEP]), weights, state)
@@ -141,7 +138,12 @@ class Checkpoints:
 
 def digest(arrays: Iterable[NDArray[Any]]) -> str:
     """SHA-256 of what arrays hold, their shapes and types included, in hex."""
-    return _sha256({str(place): array for place, array in enumerate(arrays)}).hex()
+    found = hashlib.sha256()
+    for array in arrays:
+        content = np.ascontiguousarray(array)
+        found.update(f"{content.dtype.str} {np.shape(array)}\n".encode())
+        found.update(content.data.cast("B") if content.size else b"")
+    return found.hexdigest()
 
 
 def machine() -> dict[str, str]:
@@ -197,15 +199,6 @@ def _unpacked(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
         return items if kind == "list" else tuple(items)
     array = arrays[content]
     return torch.from_numpy(array) if kind == "tensor" else array[()] if kind == "scalar" else array
-
-
-def _sha256(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    found = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        found.update(f"{name} {array.dtype.str} {np.shape(arrays[name])}\n".encode())
-        found.update(array.data.cast("B") if array.size else b"")
-    return found.digest()
 
 
 def _sync(folder: Path) -> None:

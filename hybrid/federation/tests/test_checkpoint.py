@@ -85,7 +85,7 @@ def test_a_checkpoint_gives_back_what_was_put_in(tmp_path_factory, state):
 @given(st.data())
 @settings(deadline=None, max_examples=200)
 def test_a_damaged_checkpoint_is_never_taken_for_another_state(tmp_path_factory, data):
-    """Cut short anywhere, or with any byte changed, it is refused, or the byte meant nothing and all is as it was."""
+    """Cut short anywhere, or with any byte changed, it is refused before anything of it is read."""
     folder = tmp_path_factory.mktemp("run")
     weights, state = {"head.weight": np.arange(6, dtype=np.float32)}, {"mean": np.arange(3.0), "rounds": 5}
     Checkpoint(7, weights, state).write(folder)
@@ -96,14 +96,8 @@ def test_a_damaged_checkpoint_is_never_taken_for_another_state(tmp_path_factory,
     else:
         del content[place:]
     (folder / FILE).write_bytes(content)
-    try:
-        read = Checkpoint.read(folder)
-    except ConfigError as error:
-        assert "checkpoint" in str(error)  # noqa: PT017
-        return
-    assert read.step == 7
-    _same(dict(read.weights), weights)
-    _same(read.state, state)
+    with pytest.raises(ConfigError, match="is damaged, or of another release"):
+        Checkpoint.read(folder)
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
