@@ -220,6 +220,10 @@ class Training(Declared):
         separation: b: users take part by a schedule, each in every b-th round, in place of by coins (`sampling` is
             then of no account): no amplification is claimed, only that nobody takes part oftener or sooner again;
             None: by coins.
+        buffer: K: asynchronous training, in which a round is over as soon as K updates came, each from a device that
+            began at one of the latest versions; `rounds` and `separation`, which it needs, count such flushes. None: by
+            rounds that all begin and end together.
+        max_staleness: flushes that may happen while a device trains; what is later is not taken. With a buffer.
         noise: of the rounds: "independent"; or correlated between them, so that later rounds take back part of the
             noise of earlier ones, which needs a separation: "banded", or "blt", which remembers less.
         noise_memory: vectors that correlated noise remembers from round to round: bands - 1, or buffers of "blt";
@@ -245,6 +249,8 @@ class Training(Declared):
     server_options: dict[str, FiniteFloat | bool | tuple[FiniteFloat, FiniteFloat]] = {}
     average_last: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
     separation: Annotated[int, Field(ge=1)] | None = None
+    buffer: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 10
     noise: Literal["independent", "banded", "blt"] = "independent"
     noise_memory: Annotated[int, Field(ge=1, le=1000)] | None = None
     clip_quantile: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
@@ -256,6 +262,8 @@ class Training(Declared):
     def _noise(self) -> Self:
         if self.noise != "independent" and self.separation is None:
             raise ValueError(f"separation must be given with noise={self.noise!r}: how soon again a user may take part")
+        if self.buffer is not None and self.separation is None:
+            raise ValueError(f"separation must be given with buffer={self.buffer}: how many flushes a user waits")
         if self.noise == "independent" and self.noise_memory is not None:
             raise ValueError("noise_memory must be left out with noise='independent', which remembers nothing")
         if self.separation is not None and self.clip_quantile is not None:

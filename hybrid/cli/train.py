@@ -83,6 +83,15 @@ def train(
     separation: Annotated[
         int | None, typer.Option(help="Users take part in every so-manieth round, by a schedule, not by --sampling.")
     ] = None,
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Asynchronously: the server steps when K updates came; --rounds, --separation count that."
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(help="With --buffer: steps that may happen while a device trains.")
+    ] = None,
     noise: Annotated[
         str | None,
         typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt."),
@@ -164,6 +173,8 @@ def train(
         "server_options": _options(server_options) if server_options else None,
         "average_last": average_last,
         "separation": separation,
+        "buffer": buffer,
+        "max_staleness": max_staleness,
         "noise": noise,
         "noise_memory": noise_memory,
         "clip_quantile": clip_quantile,

@@ -148,6 +148,8 @@ def train(
             stacklevel=2,
         )
     budget = check_allowed(model, kind, epsilon, settings)
+    if settings.buffer is not None:
+        raise ConfigError(f"buffer must be left out: asynchronous training is not simulated yet, got {settings.buffer}")
     if fleet is not None and settings.separation is not None:
         raise ConfigError(f"separation must be left out on a simulated fleet, got {settings.separation}")
     if budget is not None:
