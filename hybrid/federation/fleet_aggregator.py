@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,7 @@ from hybrid.errors import ConfigError, RoundStopped
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round
 from hybrid.federation.clock import Clock, SystemClock
+from hybrid.federation.horizon import Horizon
 from hybrid.federation.pace import MEMORY, Arrivals, wait_s
 from hybrid.federation.rounds import Answer, OpenRound
 from hybrid.plan import (
@@ -36,6 +38,7 @@ from hybrid.plan import (
     Policy,
     Positive,
     TrainPlan,
+    Turn,
     sign,
 )
 from hybrid.privacy.ledger import Ledger
@@ -79,9 +82,9 @@ class Task(BaseModel):
     round_s: Annotated[float, Field(gt=0, le=7 * 86_400)]
     wanted: Positive
 
-    def plan(self, *, sampling: float, clip: float, expires_ms: int) -> TrainPlan:
+    def plan(self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None) -> TrainPlan:
         """Of one attempt at a round."""
-        fields = self.model_dump(exclude={"round_s", "wanted"})
+        fields = self.model_dump(exclude={"round_s", "wanted"}) | {"turn": turn}
         return TrainPlan(id=secrets.token_hex(16), sampling=sampling, clip=clip, expires_ms=expires_ms, **fields)
 
 
@@ -142,6 +145,9 @@ class FleetAggregator:
         settings: how a round is sampled, clipped and noised.
         ledger: pays for each round before its noise is drawn; None where there is no noise, and so no privacy.
         key: signs plans and halts; devices trust its public half.
+        noise_state: a file for the noise of earlier rounds, which later ones need where `settings` have a matrix. It
+            is secret, and goes on where a process before left it, see `hybrid.federation.horizon`; what goes on is paid
+            for, and not to be reserved again.
         clock: by which rounds close.
 
     Attributes:
@@ -150,7 +156,8 @@ class FleetAggregator:
 
     Raises:
         ConfigError: the clip adapts, which needs norms before the clip, which devices do not tell; a minimum is
-            asked for beside sampling below 1, whose amplification it would break; or there is noise and no ledger.
+            asked for beside sampling below 1, whose amplification it would break; there is noise and no ledger; or
+            a matrix, and sampling below 1, which it claims nothing of, or no file for its state, or another's.
     """
 
     def __init__(
@@ -160,6 +167,7 @@ class FleetAggregator:
         ledger: Ledger | None,
         key: Ed25519PrivateKey,
         *,
+        noise_state: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
         if settings.quantile is not None:
@@ -171,7 +179,9 @@ class FleetAggregator:
             )
         self._task, self._settings, self._key = task, settings, key
         self._mechanism = PaidMechanism(settings, ledger, seed=None, size=task.parameters)
+        self._horizon = self._on_disk(noise_state, ledger)
         self._clock: Clock = clock or SystemClock()
+        self._alone = threading.Lock()  # of a round
         self._lock = threading.Lock()
         self._summing = threading.Lock()  # of its own: a large update keeps nobody from checking in
         self._offer: _Offer | None = None
@@ -181,6 +191,18 @@ class FleetAggregator:
         self._stopped = ""
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
         self.refused: Counter[Refused] = Counter()
+
+    def _on_disk(self, file: Path | None, ledger: Ledger | None) -> Horizon | None:
+        settings = self._settings
+        if settings.matrix is None:
+            return None
+        if settings.sampling < 1:
+            raise ConfigError(f"sampling must be 1 with a matrix, which claims none, got {settings.sampling!r}")
+        if file is None:
+            raise ConfigError(
+                "noise_state must be a file with a matrix: without the noise of earlier rounds none goes on"
+            )
+        return Horizon(file, self._mechanism, settings, ledger, size=self._task.parameters)
 
     @property
     def clip(self) -> float:
@@ -192,17 +214,33 @@ class FleetAggregator:
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`. Blocks until the round has closed, by the clock.
 
-        A round run again is a new attempt, with another plan, other noise and a ledger entry of its own.
+        A round run again is a new attempt, with another plan, other noise and a ledger entry of its own. With a matrix
+        each attempt uses up a step of the horizon.
 
         Raises:
+            BudgetExceeded, CohortTooSmall: see `hybrid.federation.client_app.Aggregator`.
+            OSError: the state of the noise cannot be written; nothing leaves.
             ConfigError: a round is open already, or the version was halted before.
             PlanError: `flat` is not (parameters,) finite.
             RoundStopped: it was halted or stopped before its end; nothing is spent.
         """
-        attempt = self._mechanism.next_attempt(number)
-        release = self._mechanism.release(number, attempt, lambda clip: self._collect(flat, clip))
+        if not self._alone.acquire(blocking=False):
+            raise ConfigError("a round is open already: an aggregator runs one at a time")
+        try:
+            attempt = self._mechanism.next_attempt(number)
+            release = self._released(number, attempt, flat)
+        finally:
+            self._alone.release()
         log.info("round %d, attempt %d: released", number, attempt)
         return release
+
+    def _released(self, number: int, attempt: int, flat: Float32) -> Release:
+        before = self._mechanism.released
+        try:
+            return self._mechanism.release(number, attempt, lambda clip: self._collect(flat, clip))
+        finally:
+            if self._horizon is not None:
+                self._horizon.settle(before)
 
     def halt(self, versions: Iterable[int], reason: str) -> None:
         """The kill switch: devices of these versions are told to stop, and a round for one of them ends unreleased."""
@@ -233,18 +271,25 @@ class FleetAggregator:
                 self._remember(offer.round)
         if offer.stop.is_set():
             raise RoundStopped(f"the round was stopped: {self._stopped}; nothing is spent")
+        if self._horizon is not None:
+            self._horizon.draws()
         return total
 
     def _open(self, flat: Float32, clip: float) -> _Offer:
         begins_ms, lasts_ms = self._clock.now_ms(), self._task.round_s * 1e3
-        plan = self._task.plan(sampling=self._settings.sampling, clip=clip, expires_ms=begins_ms + math.ceil(lasts_ms))
+        plan = self._task.plan(
+            sampling=self._settings.sampling,
+            clip=clip,
+            expires_ms=begins_ms + math.ceil(lasts_ms),
+            turn=None if self._horizon is None else self._horizon.turn(),
+        )
         signed = sign(plan, self._key, flat)
         offer = _Offer(OpenRound(plan), signed, begins_ms + int(LAST_OFFER * lasts_ms))
         with self._lock:
-            if self._offer is not None:
-                raise ConfigError("a round is open already: an aggregator runs one at a time")
             if self._stopped:
                 raise ConfigError(f"no round is opened any more: {self._stopped}")
+            if self._horizon is not None:
+                self._horizon.opened()
             self._offer = offer
         return offer
 
