@@ -19,6 +19,9 @@ from hybrid.federation.fleet import FLEET, Fleet, Work
 TICK_S = 5.0
 """How often devices look whether there is a place: the more often, the fewer places are empty."""
 
+IDLE_TICKS = 12
+"""That pass at once where nobody is on the way and nobody came: a fleet may be away for hours."""
+
 LONGEST_WAIT_S = 7 * 86_400.0
 """Of simulated time, for one flush."""
 
@@ -137,6 +140,8 @@ class Schedule:
 
     def _landed(self, flights: Flights) -> tuple[Flights, Flush | None, int]:
         """Takes up whose time is over, in their order, until the buffer is full; and how many of them sent nothing."""
+        if not (flights.ends_s <= self._time(flights.tick)).any():
+            return flights, None, 0
         order = np.argsort(flights.ends_s, kind="stable")
         order = order[: np.searchsorted(flights.ends_s[order], self._time(flights.tick), side="right")]
         stale = flights.version - flights.began[order] > self.buffer.oldest
@@ -148,7 +153,7 @@ class Schedule:
             order, counts = order[:taken], counts[:taken]
         users, number = flights.users[order], flights.version + 1
         free_at = flights.free_at.copy()
-        free_at[users] = number + self.separation - 1  # who sent nothing rests too: only the aggregator knows
+        free_at[users] = np.where(counts, number + self.separation - 1, flights.version)  # not counted: need not rest
         came = np.concatenate([flights.came, users[counts]])
         began = np.concatenate([flights.came_began, flights.began[order][counts]])
         flying = np.delete(np.arange(len(flights.users)), order)
@@ -171,11 +176,14 @@ class Schedule:
 
     def _started(self, flights: Flights) -> Flights:
         """Free places are taken, and the tick is over."""
-        now = self._time(flights.tick)
+        now, places = self._time(flights.tick), self.at_once - len(flights.users)
+        if places <= 0:
+            return replace(flights, tick=flights.tick + 1)
         rng = np.random.default_rng([self.seed, FLEET, 1 + flights.tick])
         rested = rng.permutation(np.flatnonzero(flights.free_at <= flights.version))
         there = rested[self.fleet.available(rested, now)]
-        users = there[: max(0, self.at_once - len(flights.users))]
+        users = there[:places]
+        idle = not len(users) and not len(flights.users)
         kinds = self.fleet.device_class[users]
         dropout = np.array([one.dropout for one in self.fleet.trace.classes])
         seconds = self.fleet.seconds(users, self.work, self.examples[users])
@@ -184,7 +192,7 @@ class Schedule:
         free_at[users] = _FLYING
         return replace(
             flights,
-            tick=flights.tick + 1,
+            tick=flights.tick + (IDLE_TICKS if idle else 1),
             users=np.concatenate([flights.users, users]),
             began=np.concatenate([flights.began, np.full(len(users), flights.version)]),
             ends_s=np.concatenate([flights.ends_s, now + np.minimum(seconds, self.work.deadline_s)]),

@@ -47,6 +47,7 @@ Progress = Callable[[int, int], None]  # done, of how many
 Curves = dict[str, list[tuple[int, float]]]
 
 POINTS = 50  # of a curve over a federated training
+ROUND_S = 60.0  # after which a round on a simulated fleet closes, by default
 ASYNCHRONOUS_S = 600.0  # after which a device of an asynchronous training gives up, by default
 AT_ONCE = 4  # devices that are on the way for each place of a buffer, by default
 SMALL = 100_000  # parameters below which a second thread costs more than it brings
@@ -133,7 +134,8 @@ def train(
         run_dir: made where it is missing; its ledger is shared by every training in it.
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
-        fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
+        fleet: simulates devices that are away, slow or lost; by default all who are asked answer, or, with a buffer,
+            they are phones.
         federation: runs the federated rounds in place of this process.
         device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
             on the same one only.
@@ -162,7 +164,7 @@ def train(
             f"separation must be left out on a simulated fleet, unless it has a buffer, got {settings.separation}"
         )
     if kind in BY_ROUNDS and fleet is None and settings.buffer is not None:
-        fleet = OnFleet(Trace.load(PHONES), ASYNCHRONOUS_S)
+        fleet = OnFleet.of(settings, Trace.load(PHONES))
     if budget is not None:
         check_delta(model, examples_train.users)
     if kind in BY_ROUNDS:
@@ -216,6 +218,11 @@ class OnFleet:
     deadline_s: float
     expected_examples: float = 20.0
     concurrency: int | None = None
+
+    @classmethod
+    def of(cls, settings: Training, trace: Trace) -> OnFleet:
+        """With the defaults: a minute for a round, ten for a device of an asynchronous training."""
+        return cls(trace, ROUND_S if settings.buffer is None else ASYNCHRONOUS_S)
 
 
 @dataclass(frozen=True)
