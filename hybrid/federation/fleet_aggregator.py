@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybrid.errors import ConfigError, RoundStopped
+from hybrid.errors import ConfigError, Halted, RoundStopped
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round
 from hybrid.federation.clock import Clock, SystemClock
@@ -178,7 +178,7 @@ class FleetAggregator:
         self._ended: OrderedDict[str, OpenRound | None] = OrderedDict()  # only of the last one uploads are known
         self._closed_ms = self._clock.now_ms()
         self._halts: dict[int, bytes] = {}
-        self._stopped = ""
+        self._stopped: RoundStopped | None = None
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
         self.refused: Counter[Refused] = Counter()
 
@@ -195,9 +195,9 @@ class FleetAggregator:
         A round run again is a new attempt, with another plan, other noise and a ledger entry of its own.
 
         Raises:
-            ConfigError: a round is open already, or the version was halted before.
+            ConfigError: a round is open already.
             PlanError: `flat` is not (parameters,) finite.
-            RoundStopped: it was halted or stopped before its end; nothing is spent.
+            Halted, RoundStopped: it was halted or stopped, before or in the round; nothing is spent.
         """
         attempt = self._mechanism.next_attempt(number)
         release = self._mechanism.release(number, attempt, lambda clip: self._collect(flat, clip))
@@ -211,12 +211,16 @@ class FleetAggregator:
         with self._lock:
             self._halts |= dict.fromkeys(numbers, signed)
         if self._task.version in numbers:
-            self.stop(f"version {self._task.version} was halted")
+            self._end(Halted(f"version {self._task.version} was halted"))
 
     def stop(self, reason: str) -> None:
         """Ends the open round, unreleased, and opens no other."""
+        self._end(RoundStopped(reason))
+
+    def _end(self, why: RoundStopped) -> None:
         with self._lock:
-            self._stopped = reason
+            if not isinstance(self._stopped, Halted):
+                self._stopped = why
             if self._offer is not None:
                 self._offer.stop.set()
 
@@ -232,7 +236,8 @@ class FleetAggregator:
                 self._offer, self._closed_ms = None, self._clock.now_ms()
                 self._remember(offer.round)
         if offer.stop.is_set():
-            raise RoundStopped(f"the round was stopped: {self._stopped}; nothing is spent")
+            assert self._stopped is not None
+            raise type(self._stopped)(f"the round was stopped: {self._stopped}; nothing is spent")
         return total
 
     def _open(self, flat: Float32, clip: float) -> _Offer:
@@ -243,8 +248,8 @@ class FleetAggregator:
         with self._lock:
             if self._offer is not None:
                 raise ConfigError("a round is open already: an aggregator runs one at a time")
-            if self._stopped:
-                raise ConfigError(f"no round is opened any more: {self._stopped}")
+            if self._stopped is not None:
+                raise type(self._stopped)(f"no round is opened any more: {self._stopped}")
             self._offer = offer
         return offer
 
@@ -314,7 +319,9 @@ class FleetAggregator:
     def _wait(self, now_ms: int, now_s: float) -> float:
         """Seconds until a device is to come again. Where rounds follow each other, the next opens when one closes."""
         task = self._task
-        if self._stopped or (self._offer is None and now_ms - self._closed_ms > IDLE_ROUNDS * 1e3 * task.round_s):
+        if self._stopped is not None or (
+            self._offer is None and now_ms - self._closed_ms > IDLE_ROUNDS * 1e3 * task.round_s
+        ):
             return IDLE_S
         opens_s = 0.0 if self._offer is None else max(0.0, (self._offer.round.plan.expires_ms - now_ms) / 1e3)
         fleet = self._arrivals.fleet(now_s)
