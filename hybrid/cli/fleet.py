@@ -96,14 +96,94 @@ def run(
             raise FederationError(f"none of the {rounds} rounds was released; run: {run_dir}")
         report = _report(promoted, settings, outcome, people) | {"run": str(run_dir)}
         if ledger is not None:
-            about = {"population": population or model, "run": run_dir.name}
-            record = promoted.record(settings, ledger, outcome, people, **about)
+            record = promoted.record(
+                settings,
+                ledger,
+                users=devices,
+                examples=int(people.offsets[-1]),
+                aggregators=outcome.aggregators,
+                population=population or model,
+                run=run_dir.name,
+            ).model_copy(update={"rounds": rounds - outcome.failed})
             report |= _register(promoted, record, workspace)
         (run_dir / "fleet.json").write_text(json.dumps(report, indent=2))
     if as_json:
         print(json.dumps(report))
     else:
         _print(report)
+
+
+@group.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    *,
+    folder: Annotated[Path, typer.Option(help="A new one, for what the processes read.")],
+    devices: Annotated[int, typer.Option(min=1, help="Expected to check in, over all aggregators.")],
+    aggregators: Annotated[int, typer.Option(min=1, help="How many, each with devices of its own.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    round_s: Annotated[
+        float, typer.Option(min=1, help="Seconds that a round is open; it closes by the clock.")
+    ] = 3600.0,
+    version: Annotated[str, typer.Option(help="Promoted version to begin from: number or alias.")] = "production",
+    population: Annotated[str, typer.Option(help="What the version's record calls the people.")] = "devices",
+    epsilon: Annotated[
+        float | None, typer.Option(help="Privacy to spend at most; only less than the model declares.")
+    ] = None,
+    sampling: Annotated[
+        float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one."),
+    ] = None,
+) -> None:
+    """Prepares a training on devices for servers that you start yourself, on several machines.
+
+    It writes what an aggregator's process and Flower's ServerApp read, and
+    charges the run for all rounds: from then on no process can spend more.
+    docs/flower.md says how to start them; then `hybrid fleet finish`.
+
+    Example: hybrid fleet prepare coupon --devices 20000 --aggregators 2 --folder spring
+    """
+    from hybrid.local.fleet import Promoted
+    from hybrid.local.prepared import prepare as write
+
+    workspace = Workspace.current()
+    changed = {"rounds": rounds} | ({} if sampling is None else {"sampling": sampling})
+    promoted = Promoted.open(model, int(version) if version.isdecimal() else version, workspace, **changed)
+    budget = promoted.budget(epsilon, devices)
+    runs = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
+    with runs as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):
+        assert ledger is not None
+        prepared = write(
+            folder,
+            promoted,
+            settings,
+            ledger,
+            round_s=round_s,
+            devices=devices,
+            aggregators=aggregators,
+            population=population,
+            run=run_dir.name,
+        )
+    print("privacy: " + "\n  ".join(prepared.record.privacy_lines()))
+    print(f"run: {run_dir}")
+    print(f"Next: start the servers on {folder} (docs/flower.md), then `hybrid fleet finish {folder}`.")
+
+
+@group.command()
+def finish(folder: Annotated[Path, typer.Argument(help="Of `hybrid fleet prepare`, after its last round.")]) -> None:
+    """Registers the version that a prepared training gave.
+
+    Example: hybrid fleet finish spring
+    """
+    from hybrid.local.prepared import finish as register
+
+    number, prepared = register(folder, Workspace.current())
+    name = prepared.model
+    print("privacy: " + "\n  ".join(prepared.record.privacy_lines()))
+    print(f"{name}:{number}, from {name}:{prepared.version}")
+    print(f"Next: `hybrid promote {name} {number} production`.")
 
 
 @group.command()

@@ -108,6 +108,14 @@ class Progress:
             file.unlink()
             yield After(int(file.stem.removeprefix("after-")), flat)
 
+    def last(self) -> After | None:
+        """The last round that is over and was not taken."""
+        files = sorted(self.folder.glob("after-*.f32"))
+        if not files:
+            return None
+        flat = np.frombuffer(files[-1].read_bytes(), dtype="<f4").astype(np.float32)
+        return After(int(files[-1].stem.removeprefix("after-")), flat)
+
     def failed_rounds(self) -> int | None:
         """In how many rounds no node answered; None before the end."""
         file = self.folder / "done.json"

@@ -116,8 +116,7 @@ class Promoted:
     @property
     def side(self) -> DeviceSide:
         """What devices train."""
-        federated, missing = self.settings.server_tower == "federated", self.settings.tower_dropout > 0
-        return DeviceSide(self.network, server_tower=federated, missing=missing)
+        return device_side(self.network, self.settings)
 
     def budget(self, epsilon: float | None, devices: int) -> float:
         """The epsilon to spend at most.
@@ -192,8 +191,8 @@ class Promoted:
             ledger.reserve([found.of(settings.rounds)])
             yield found, ledger
 
-    def task(self, round_s: float, *, wanted: int) -> Task:
-        """What every round asks of devices; see `Task` for both arguments."""
+    def task(self, round_s: float, *, wanted: int, policy: Policy = EACH_ROUND) -> Task:
+        """What every round asks of devices; see `Task` for the arguments."""
         assert self.manifest.train is not None
         settings, keeping = self.settings, self.manifest.keeping
         epochs = settings.local_epochs
@@ -209,7 +208,7 @@ class Promoted:
             model=self.version.model,
             version=self.version.number,
             definition_hash=self.version.definition_hash,
-            policy=EACH_ROUND,
+            policy=policy,
             examples=(1, keeping.max_examples),
             seconds=min(60.0, keeping.max_seconds),
             memory_mb=min(512, keeping.max_memory_mb),
@@ -220,28 +219,86 @@ class Promoted:
             wanted=wanted,
         )
 
-    def record(self, settings: Round, ledger: Ledger, outcome: Outcome, people: People, **about: str) -> TrainingRecord:
-        """How a new version came to be; `about`: its `population` and `run`."""
+    def job(self, round_s: float, *, planned: float, nodes: int) -> Job:
+        """What a ServerApp is told. A round that an aggregator lost by a crash fits into its time once more.
+
+        Args:
+            round_s: how long a round is open.
+            planned: expected number of its participants, over all nodes.
+            nodes: how many there are.
+        """
+        timeout_s, rounds = 2 * round_s + SLACK_S, self.settings.rounds
+        return Job(
+            rounds=rounds, planned_cohort=planned, training=self.settings, nodes=nodes, round_timeout_s=timeout_s
+        )
+
+    def record(
+        self, settings: Round, ledger: Ledger, *, users: int, examples: int | None, aggregators: int, **about: str
+    ) -> TrainingRecord:
+        """How a new version came to be, if all of its rounds are released.
+
+        Args:
+            settings: of a round.
+            ledger: that paid for them.
+            users: whose devices check in.
+            examples: that they hold; None: nobody knows.
+            aggregators: each with devices of its own.
+            about: the record's `population` and `run`.
+        """
         spent = ledger.spent()
         assumes = [OWN_COINS] if settings.sampling < 1 else []
-        assumes += [OWN_NOISE, NO_TOKENS] if outcome.aggregators > 1 else [NO_TOKENS]
+        assumes += [OWN_NOISE, NO_TOKENS] if aggregators > 1 else [NO_TOKENS]
         return TrainingRecord(
             kind="federated",
-            users=people.users,
-            examples=int(people.offsets[-1]),
+            users=users,
+            examples=examples,
             settings=self.settings,
             epsilon=spent.epsilon,
             delta=self.network.model.privacy.delta,
             noise_multiplier=settings.noise_multiplier,
             clip=settings.clip,
             sampling=settings.sampling,
-            rounds=self.settings.rounds - outcome.failed,
+            rounds=self.settings.rounds,
             mechanism=f"Gaussian noise on sums of clipped updates, zero-out adjacency; accountant: {spent.method}",
             assumption="; ".join(assumes),
             unit="device",
             protects=self.network.model.protects,
             **about,
         )
+
+
+def device_side(network: Network, settings: Training) -> DeviceSide:
+    """What devices train."""
+    return DeviceSide(network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0)
+
+
+def service(task: Task, settings: Round, rounds: int, delta: float | None) -> CheckInService:
+    """What the process of an aggregator is told: a budget of exactly so many rounds; `delta`: None without noise."""
+    event = settings.event
+    assert isinstance(event, GaussianEvent)  # `Promoted.open` refuses noise that spans rounds
+    return CheckInService(
+        task=task,
+        sampling=settings.sampling,
+        clip=settings.clip,
+        noise_multiplier=settings.noise_multiplier,
+        minimum=settings.minimum,
+        rounds=rounds,
+        epsilon=None if delta is None else Budget(delta=delta, rounds=rounds).epsilon(event),
+        delta=delta,
+    )
+
+
+def pay_ahead(ledger: Ledger | None, settings: Round, rounds: int) -> None:
+    """Charges a run for all rounds before the first: its aggregators are processes with ledgers of their own.
+
+    Raises:
+        BudgetExceeded: not enough is left.
+    """
+    if ledger is None:
+        return
+    for number in range(1, rounds + 1):
+        attempt = ledger.next_attempt(PURPOSE, number)
+        ledger.spend(settings.event, purpose=PURPOSE, clip=settings.clip, round_number=number, attempt=attempt)
 
 
 @dataclass
@@ -365,12 +422,9 @@ def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: C
     ports = free_ports(AGGREGATORS)
     halves = [order.people.of(range(first, end)) for first, end in pairwise(cuts)]
     delta = None if ledger is None else ledger.delta
-    services = [service(order, delta, wanted=half.users) for half in halves]
-    if ledger is not None:
-        for number in range(1, rounds + 1):
-            attempt = ledger.next_attempt(PURPOSE, number)
-            event, clip = order.settings.event, order.settings.clip
-            ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt)
+    asks = [order.promoted.task(order.round_s, wanted=half.users) for half in halves]
+    services = [service(task, order.settings, rounds, delta) for task in asks]
+    pay_ahead(ledger, order.settings, rounds)
 
     @contextmanager
     def devices() -> Iterator[None]:
@@ -389,7 +443,7 @@ def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: C
 
     outcome.failed = run_job(
         new_folder(run_dir),
-        job(order, nodes=AGGREGATORS),
+        order.promoted.job(order.round_s, planned=order.planned, nodes=AGGREGATORS),
         order.promoted.side.flat(),
         _Fronting(services, ports, order.keys, say),
         after=order.noted(outcome),
@@ -397,34 +451,6 @@ def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: C
         beside=devices(),
     )
     return outcome
-
-
-def service(order: Order, delta: float | None, *, wanted: int) -> CheckInService:
-    """What the process of an aggregator with `wanted` devices is told; `delta`: None without noise."""
-    settings, rounds = order.settings, order.promoted.settings.rounds
-    event = settings.event
-    assert isinstance(event, GaussianEvent)  # `Promoted.open` refuses noise that spans rounds
-    return CheckInService(
-        task=order.promoted.task(order.round_s, wanted=wanted),
-        sampling=settings.sampling,
-        clip=settings.clip,
-        noise_multiplier=settings.noise_multiplier,
-        minimum=settings.minimum,
-        rounds=rounds,
-        epsilon=None if delta is None else Budget(delta=delta, rounds=rounds).epsilon(event),
-        delta=delta,
-    )
-
-
-def job(order: Order, *, nodes: int) -> Job:
-    """What the ServerApp is told. A round that an aggregator lost by a crash still fits into its time once more."""
-    return Job(
-        rounds=order.promoted.settings.rounds,
-        planned_cohort=order.planned,
-        training=order.promoted.settings,
-        nodes=nodes,
-        round_timeout_s=2 * order.round_s + SLACK_S,
-    )
 
 
 @dataclass(frozen=True)
