@@ -88,7 +88,7 @@ def listening(
         port: 0: a free one.
         name: of the thread.
         certificate: None: without TLS.
-        options: of `uvicorn.Config`.
+        options: of `uvicorn.Config`; heads are bounded, see `BoundedHttp`, unless `http` says otherwise.
 
     Yields:
         The port.
@@ -116,7 +116,7 @@ def listening(
         timeout_graceful_shutdown=DRAIN_S,
         ssl_certfile=cert,
         ssl_keyfile=key,
-        **options,
+        **{"http": BoundedHttp} | options,
     )
     try:
         config.load()
