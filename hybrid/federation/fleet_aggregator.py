@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybrid.errors import ConfigError, RoundStopped
+from hybrid.errors import ConfigError, Halted, RoundStopped
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round
 from hybrid.federation.buffer import Buffer
@@ -227,7 +227,7 @@ class FleetAggregator:
         self._began_ms = self._closed_ms = self._clock.now_ms()
         self._lasted_s = task.round_s  # the last round
         self._halts: dict[int, bytes] = {}
-        self._stopped = ""
+        self._stopped: RoundStopped | None = None
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
         self.refused: Counter[Refused] = Counter()
 
@@ -259,9 +259,9 @@ class FleetAggregator:
         Raises:
             BudgetExceeded, CohortTooSmall: see `hybrid.federation.client_app.Aggregator`.
             OSError: the state of the noise cannot be written; nothing leaves.
-            ConfigError: a round is open already, or the version was halted before.
+            ConfigError: a round is open already.
             PlanError: `flat` is not (parameters,) finite.
-            RoundStopped: it was halted or stopped before its end; nothing is spent.
+            Halted, RoundStopped: it was halted or stopped, before or in the round; nothing is spent.
         """
         if not self._alone.acquire(blocking=False):
             raise ConfigError("a round is open already: an aggregator runs one at a time")
@@ -288,12 +288,16 @@ class FleetAggregator:
         with self._lock:
             self._halts |= dict.fromkeys(numbers, signed)
         if self._task.version in numbers:
-            self.stop(f"version {self._task.version} was halted")
+            self._end(Halted(f"version {self._task.version} was halted"))
 
     def stop(self, reason: str) -> None:
         """Ends the open round, unreleased, and opens no other."""
+        self._end(RoundStopped(reason))
+
+    def _end(self, why: RoundStopped) -> None:
         with self._lock:
-            self._stopped = reason
+            if not isinstance(self._stopped, Halted):
+                self._stopped = why
             self._over.set()
 
     def _collect(self, flat: Float32, clip: float) -> ClippedSum:
@@ -303,8 +307,8 @@ class FleetAggregator:
             self._clock.wait(self._over, ends_ms)
         finally:
             total = self._close()
-        if self._stopped:
-            raise RoundStopped(f"the round was stopped: {self._stopped}; nothing is spent")
+        if self._stopped is not None:
+            raise type(self._stopped)(f"the round was stopped: {self._stopped}; nothing is spent")
         if self._horizon is not None:
             self._horizon.draws()
         return total
@@ -324,8 +328,8 @@ class FleetAggregator:
         with self._summing:
             self._sum = self._sum or self._empty()
         with self._lock:
-            if self._stopped:
-                raise ConfigError(f"no round is opened any more: {self._stopped}")
+            if self._stopped is not None:
+                raise type(self._stopped)(f"no round is opened any more: {self._stopped}")
             if self._horizon is not None:
                 self._horizon.opened()
             self._offer, self._versions[plan.id], self._began_ms = offer, version, begins_ms
@@ -424,7 +428,7 @@ class FleetAggregator:
         uploads, late = version.uploads, self._staleness(version)
         if upload not in uploads and any(upload in other for other in others):
             return Answer.OTHER_BYTES  # no honest device draws an id twice: it was taken from another plan's
-        total = self._sum if late <= self._oldest and not self._stopped else None
+        total = self._sum if late <= self._oldest and self._stopped is None else None
         weight = 1.0 if self._buffer is None else self._buffer.weight(late)
         answer = uploads.take(upload, body, self._clock.now_ms(), total, weight)
         if self._buffer is not None and total is not None and total.full:
@@ -441,7 +445,7 @@ class FleetAggregator:
         """Seconds until a device is to come again. Where rounds follow each other, the next opens when one closes."""
         task = self._task
         idle = not self._alone.locked() and now_ms - self._closed_ms > IDLE_ROUNDS * 1e3 * task.round_s
-        if self._stopped or idle:
+        if self._stopped is not None or idle:
             return IDLE_S
         fleet, toss = self._arrivals.fleet(now_s), _RANDOM.random()
         if self._buffer is not None:  # as many are to come as a flush takes, while one lasts

@@ -44,7 +44,9 @@ def server_app(
         arrays = flat_record(initial)
         on_round(done, initial)
         for number in range(done + 1, rounds + 1):
-            messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
+            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+            for message in messages:
+                message.metadata.ttl = timeout_s  # so that nodes give up when the round does
             replies = grid.send_and_receive(messages, timeout=timeout_s)
             aggregated, _ = strategy.aggregate_train(number, replies)
             arrays = arrays if aggregated is None else aggregated

@@ -1,4 +1,6 @@
-"""A Flower federation on this machine: a SuperLink, and SuperNodes in front of aggregators that simulate their people.
+"""A Flower federation on this machine: a SuperLink, and SuperNodes in front of aggregators.
+
+These simulate their people for `LocalFlower`, and front devices for `hybrid.local.fleet`.
 
 Every connection is TLS, with certificates made for one training; SuperNodes
 show keys that were registered before; what runs apps asks with a shared secret.
@@ -17,10 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -72,17 +75,121 @@ class LocalFlower:
 
     def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
         """See `hybrid.federation.training.Federation`."""
-        folder = _new_folder(rounds.folder)
-        servers = _Servers(folder, self.aggregators)
-        try:
-            _prepare(servers, rounds, self)
-            with _running(servers, self.say) as (keeper, run):
-                failed = _follow(servers, keeper, run, after)
-            return Outcome(_last_clip(servers, rounds), failed)
-        except StackError as error:
-            raise FederationError(str(error)) from None
-        finally:
-            _remove_private(servers)
+        job = Job(
+            rounds=rounds.settings.rounds,
+            planned_cohort=rounds.planned_cohort,
+            training=rounds.settings,
+            nodes=self.aggregators,
+            start_timeout_s=START_TIMEOUT_S,
+            round_timeout_s=self.round_timeout_s,
+        )
+        folder = new_folder(rounds.folder)
+        failed = run_job(folder, job, rounds.initial, _Simulated(self, rounds), after=after, say=self.say)
+        return Outcome(_last_clip(folder, rounds), failed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one aggregator of a federation is.
+
+    Attributes:
+        folder: its own. Of what is in it, only its ledger outlives the federation.
+        token: the file with what its control side is to ask for.
+        port: of its control side, TCP on loopback.
+        certificate: of that, chain and key; of the authority that all processes of the federation trust.
+    """
+
+    folder: Path
+    token: Path
+    port: int
+    certificate: tuple[Path, Path]
+
+
+class Aggregators(Protocol):
+    """What stands behind the SuperNodes."""
+
+    def write(self, index: int, place: Place) -> None:
+        """Writes what the process of one of them reads."""
+        ...
+
+    def command(self, index: int, place: Place) -> Sequence[str]:
+        """Runs it, with a control side (`hybrid.federation.remote`), until SIGTERM."""
+        ...
+
+
+def run_job(
+    folder: Path,
+    job: Job,
+    initial: Float32,
+    aggregators: Aggregators,
+    *,
+    after: Callable[[int, Float32], None],
+    say: Callable[[str], None],
+    beside: AbstractContextManager[object] | None = None,
+) -> int:
+    """Runs a job's rounds on servers of its own, of which nothing is left afterwards but ledgers and logs.
+
+    Args:
+        folder: of the federation, see `new_folder`.
+        job: how many rounds, on how many nodes.
+        initial: (p,) the weights to start from.
+        aggregators: one behind each node.
+        after: called with each round's number and the weights after it; first with 0 and the initial ones.
+        say: is told what happens.
+        beside: entered when all servers are ready, before the first round, and left after the last one.
+
+    Returns:
+        In how many rounds no node answered.
+
+    Raises:
+        FederationError: it ended before the last round.
+    """
+    servers = _Servers(folder, job.nodes)
+    try:
+        _prepare(servers, job, initial, aggregators)
+        with _running(servers, aggregators, say) as keeper, beside or nullcontext():
+            return _follow(servers, keeper, _begin(servers), after)
+    except StackError as error:
+        raise FederationError(str(error)) from None
+    finally:
+        _remove_private(servers)
+
+
+@dataclass(frozen=True)
+class _Simulated:
+    """Aggregators that simulate their share of the people."""
+
+    flower: LocalFlower
+    rounds: Rounds
+
+    def write(self, index: int, place: Place) -> None:
+        rounds, how, of = self.rounds, self.rounds.round, self.flower.aggregators
+        write_rows(place.folder, rounds.examples, index, of)
+        np.savez(place.folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
+        part = Part(
+            model_file=self.flower.model_file,
+            folder=place.folder,
+            index=index,
+            of=of,
+            population=rounds.examples.users,
+            seed=rounds.seed,
+            attempts_before=rounds.attempts_before,
+            training=rounds.settings,
+            device=rounds.device,
+            sampling=how.sampling,
+            clip=how.clip,
+            noise_multiplier=how.noise_multiplier,
+            quantile=how.quantile,
+            planned_cohort=rounds.planned_cohort / of,
+            budget=None if rounds.delta is None else Budget(delta=rounds.delta, rounds=rounds.settings.rounds),
+            port=place.port,
+            certificate=place.certificate[0],
+            key=place.certificate[1],
+        )
+        (place.folder / "part.json").write_text(part.model_dump_json(indent=2))
+
+    def command(self, index: int, place: Place) -> Sequence[str]:
+        return [sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(place.folder / "part.json")]
 
 
 @dataclass(frozen=True)
@@ -125,8 +232,10 @@ class _Servers:
         """Flower's own folder."""
         return self.folder / "flwr"
 
-    def aggregator(self, index: int) -> Path:
-        return self.folder / f"aggregator-{index + 1}"
+    def aggregator(self, index: int) -> Place:
+        folder = self.folder / f"aggregator-{index + 1}"
+        certificate = self.keys / "server.pem", self.keys / "server.key"
+        return Place(folder, folder / "token", self.aggregators[index], certificate)
 
     def environment(self) -> dict[str, str]:
         """Of Flower's processes: no telemetry, no look for updates, no proxy in front of this machine."""
@@ -142,8 +251,8 @@ class _Servers:
         }
 
 
-def _new_folder(run: Path) -> Path:
-    """One of its own: a run may have several trainings."""
+def new_folder(run: Path) -> Path:
+    """One for a federation of its own: a run may have several trainings."""
     number = 1
     while (folder := run / f"federation-{number}").exists():
         number += 1
@@ -151,24 +260,19 @@ def _new_folder(run: Path) -> Path:
     return folder
 
 
-def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
+def _prepare(servers: _Servers, job: Job, initial: Float32, aggregators: Aggregators) -> None:
     """Writes all that the processes read."""
     for folder in (servers.job, servers.keys, servers.home):
         folder.mkdir(mode=0o700)
     _write_certificates(servers.keys)
     for index in range(servers.count):
-        _write_part(servers, rounds, flower, index)
+        place = servers.aggregator(index)
+        place.folder.mkdir(mode=0o700)
+        new_token(place.token)
+        aggregators.write(index, place)
     for name in ("superlink", *(f"supernode-{index + 1}" for index in range(servers.count))):
         _write_secret(servers.keys / f"{name}.secret", secrets.token_bytes(32))
-    np.save(servers.job / "initial.npy", rounds.initial)
-    job = Job(
-        rounds=rounds.settings.rounds,
-        planned_cohort=rounds.planned_cohort,
-        training=rounds.settings,
-        nodes=servers.count,
-        start_timeout_s=START_TIMEOUT_S,
-        round_timeout_s=flower.round_timeout_s,
-    )
+    np.save(servers.job / "initial.npy", initial)
     (servers.job / "job.json").write_text(job.model_dump_json(indent=2))
     connection = {"address": f"127.0.0.1:{servers.superlink}", "root-certificates": str(servers.keys / "ca.pem")}
     lines = [f"{name} = {json.dumps(value)}\n" for name, value in connection.items()]
@@ -176,52 +280,23 @@ def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
     (servers.home / "config.toml").write_text(text)
 
 
-def _write_part(servers: _Servers, rounds: Rounds, flower: LocalFlower, index: int) -> None:
-    folder, how = servers.aggregator(index), rounds.round
-    folder.mkdir(mode=0o700)
-    write_rows(folder, rounds.examples, index, servers.count)
-    np.savez(folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
-    new_token(folder / "token")
-    part = Part(
-        model_file=flower.model_file,
-        folder=folder,
-        index=index,
-        of=servers.count,
-        population=rounds.examples.users,
-        seed=rounds.seed,
-        attempts_before=rounds.attempts_before,
-        training=rounds.settings,
-        device=rounds.device,
-        sampling=how.sampling,
-        clip=how.clip,
-        noise_multiplier=how.noise_multiplier,
-        quantile=how.quantile,
-        planned_cohort=rounds.planned_cohort / servers.count,
-        budget=None if rounds.delta is None else Budget(delta=rounds.delta, rounds=rounds.settings.rounds),
-        port=servers.aggregators[index],
-        certificate=servers.keys / "server.pem",
-        key=servers.keys / "server.key",
-    )
-    (folder / "part.json").write_text(part.model_dump_json(indent=2))
-
-
-def _stages(servers: _Servers) -> tuple[Sequence[Service], ...]:
+def _stages(servers: _Servers, aggregators: Aggregators) -> tuple[Sequence[Service], ...]:
     """Started in this order; those of one stage together."""
     indices = range(servers.count)
     return (
-        (_superlink(servers), *(_aggregator(servers, index) for index in indices)),
+        (_superlink(servers), *(_aggregator(servers, index, aggregators) for index in indices)),
         (_superexec(servers, "superlink", servers.superlink), *(_supernode(servers, index) for index in indices)),
         tuple(_superexec(servers, f"supernode-{index + 1}", servers.supernodes[index]) for index in indices),
     )
 
 
-def _aggregator(servers: _Servers, index: int) -> Service:
-    name, port = f"aggregator-{index + 1}", servers.aggregators[index]
+def _aggregator(servers: _Servers, index: int, aggregators: Aggregators) -> Service:
+    place = servers.aggregator(index)
     return Service(
-        name=name,
-        command=[sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(servers.aggregator(index) / "part.json")],
-        ready=http_ok(f"https://127.0.0.1:{port}/health", authority=servers.keys / "ca.pem"),
-        ports={"control": port},
+        name=f"aggregator-{index + 1}",
+        command=aggregators.command(index, place),
+        ready=http_ok(f"https://127.0.0.1:{place.port}/health", authority=servers.keys / "ca.pem"),
+        ports={"control": place.port},
     )
 
 
@@ -247,7 +322,7 @@ def _supernode(servers: _Servers, index: int) -> Service:
     name, port = f"supernode-{index + 1}", servers.supernodes[index]
     config = {
         "aggregator": f"https://127.0.0.1:{servers.aggregators[index]}",
-        "token": str(servers.aggregator(index) / "token"),
+        "token": str(servers.aggregator(index).token),
         "authority": str(servers.keys / "ca.pem"),
     }
     return Service(
@@ -369,23 +444,32 @@ class _Keeper:
 
 
 @contextmanager
-def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[tuple[_Keeper, str]]:
-    """All servers, ready, and the id of a run that was begun on them."""
+def _running(servers: _Servers, aggregators: Aggregators, say: Callable[[str], None]) -> Iterator[_Keeper]:
+    """All servers, ready."""
     keeper = _Keeper(servers, say)
     try:
-        first, second, third = _stages(servers)
+        first, second, third = _stages(servers, aggregators)
         say(f"Starting a SuperLink, {servers.count} aggregators and their SuperNodes; logs: {servers.logs}")
         keeper.start(first)
         keeper.start(second)
         keeper.start(third)
-        job = f"job={json.dumps(str(servers.job / 'job.json'))}"
-        told = _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
-        run = re.search(r"started run (\d+)", told)
-        if run is None:
-            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
-        yield keeper, run[1]
+        yield keeper
     finally:
         keeper.stop()
+
+
+def _begin(servers: _Servers) -> str:
+    """Begins the run; returns its id.
+
+    Raises:
+        StackError: it cannot be begun.
+    """
+    job = f"job={json.dumps(str(servers.job / 'job.json'))}"
+    told = _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
+    run = re.search(r"started run (\d+)", told)
+    if run is None:
+        raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
+    return run[1]
 
 
 def _follow(servers: _Servers, keeper: _Keeper, run: str, after: Callable[[int, Float32], None]) -> int:
@@ -444,12 +528,12 @@ def _flwr(servers: _Servers, *words: str) -> str:
     return done.stdout
 
 
-def _last_clip(servers: _Servers, rounds: Rounds) -> float:
+def _last_clip(folder: Path, rounds: Rounds) -> float:
     """The largest that an aggregator's last release was clipped to."""
     clips = []
-    for index in range(servers.count):
+    for aggregator in folder.glob("aggregator-*"):
         try:
-            entries = Ledger.read(servers.aggregator(index)).entries
+            entries = Ledger.read(aggregator).entries
         except NotFound:
             continue
         clips += [entry.clip for entry in entries[-1:]]
@@ -463,7 +547,7 @@ def _remove_private(servers: _Servers) -> None:
     for file in servers.folder.glob("superlink.db*"):
         file.unlink()
     for index in range(servers.count):
-        for item in servers.aggregator(index).glob("*"):
+        for item in servers.aggregator(index).folder.glob("*"):
             if item.is_dir():
                 shutil.rmtree(item, ignore_errors=True)
             elif item.name != LEDGER:

@@ -185,7 +185,7 @@ def test_a_stopped_flush_releases_nothing_and_takes_nothing_more(tmp_path):
     with pytest.raises(RoundStopped):
         fleet.flush(happens)
     assert fleet.send(fleet.plans[0], 2, 1, 0) == 410
-    with pytest.raises(ConfigError, match="enough"):
+    with pytest.raises(RoundStopped, match="enough"):
         fleet.flush()
 
 

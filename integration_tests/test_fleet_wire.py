@@ -1,0 +1,81 @@
+"""A fleet behind Flower's wire: real devices, aggregators' processes, SuperNodes and a SuperLink."""
+
+import numpy as np
+import pytest
+
+from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.federation.aggregator import Round, SimulatedAggregator
+from hybrid.federation.checkin import Service
+from hybrid.federation.flower_app import Job
+from hybrid.local.fleet import Order, Promoted, train_over_flower
+from hybrid.local.prepared import prepare
+from hybrid.plan import Policy
+from hybrid.privacy.ledger import Ledger
+from hybrid.spec import Training
+from hybrid.version import TrainingRecord, Version
+from integration_tests.test_fleet_rounds import LOCAL, USERS, World, run_server
+
+ROUND_S = 15  # enough for a hundred devices that train one after another on half a core
+
+
+def promoted(world: World, rounds: int) -> Promoted:
+    settings = Training(
+        rounds=rounds,
+        sampling=1.0,
+        local_steps=LOCAL.steps,
+        local_lr=LOCAL.lr,
+        server_optimizer="SGD",
+        server_lr=1.0,
+        server_options={"momentum": 0.5},
+    )
+    record = TrainingRecord(kind="noiseless", run="before", population="people", users=USERS, examples=0)
+    version = Version("kiosk", 4, "cd" * 32, {}, record, world.network.weights())
+    return Promoted(version, world.network, settings, world.bundle, world.trust, world.manifest)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("fleet"))
+
+
+def test_200_devices_behind_flower_train_what_the_simulator_trains(world, tmp_path, processes_naming):
+    """The same plan, people and server, two rounds, half of the updates longer than the clip, and no noise, to 1e-5.
+
+    Each of two aggregators has a hundred devices; everybody takes part, with all rows in each local step, so that
+    nothing is left to chance.
+    """
+    norms = np.linalg.norm(np.concatenate(list(world.engine().updates(world.weights, np.arange(USERS)))), axis=1)
+    settings, simulated = Round(sampling=1.0, clip=float(np.median(norms)), noise_multiplier=0.0, minimum=0), {}
+    run_server(
+        SimulatedAggregator(world.engine(), None, settings, seed=0), USERS, 2, world.weights, simulated.__setitem__
+    )
+    order = Order(promoted(world, 2), settings, world.people, ROUND_S, 2, world.folder / "keys", print)
+    outcome = train_over_flower(order, None, tmp_path / "run", print)
+    assert (outcome.failed, outcome.endings["uploaded"]) == (0, 2 * USERS)
+    np.testing.assert_allclose(order.promoted.side.flat(), simulated[2], atol=1e-5)
+    assert np.linalg.norm(simulated[2] - simulated[1]) > 0.01
+    assert processes_naming(str(tmp_path)) == []
+    left = {path.name for path in (tmp_path / "run").glob("federation-1/**/*") if path.is_file()}
+    assert all(name.endswith(".log") for name in left), left
+
+
+def test_a_prepared_training_is_paid_for_before_its_first_round_and_no_process_can_release_more(world, tmp_path):
+    """Two rounds: two entries in the run's ledger; an aggregator releases two and no third; epsilon is the same."""
+    going_on = promoted(world, 2)
+    with going_on.paid(6.0, 200, tmp_path / "run") as (settings, ledger):
+        about = {"round_s": 0.05, "devices": 200, "aggregators": 2, "population": "people", "run": "spring"}
+        prepared = prepare(tmp_path / "spring", going_on, settings, ledger, **about)
+        with pytest.raises(ConfigError, match="folder must be a new one"):
+            prepare(tmp_path / "spring", going_on, settings, ledger, **about)
+    assert [entry.round for entry in Ledger.read(tmp_path / "run").entries] == [1, 2]
+    service, job = Service.read(tmp_path / "spring" / "aggregator.json"), Job.read(tmp_path / "spring/job/job.json")
+    assert (job.nodes, job.rounds, job.planned_cohort, service.task.wanted) == (2, 2, 200, 100)
+    assert service.task.policy == Policy(), "a device takes part at most once a day"
+    with service.aggregator(tmp_path / "aggregator", world.folder / "keys") as aggregator:
+        for number in (1, 2):
+            aggregator.run_round(number, np.load(tmp_path / "spring/job/initial.npy"))
+        with pytest.raises(BudgetExceeded):
+            aggregator.run_round(3, world.weights)
+    spent = Ledger.read(tmp_path / "aggregator").spent().epsilon
+    assert spent == pytest.approx(prepared.record.epsilon) == Ledger.read(tmp_path / "run").spent().epsilon
+    assert (prepared.record.rounds, prepared.record.examples, prepared.record.users) == (2, None, 200)
