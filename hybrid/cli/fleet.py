@@ -45,6 +45,25 @@ def run(
     sampling: Annotated[
         float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
     ] = None,
+    separation: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="A device takes part once in so many rounds, as it remembers; in place of --sampling."
+        ),
+    ] = None,
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Asynchronously: the server steps when K updates came; --rounds, --separation count that."
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(help="With --buffer: steps that may happen while a device trains.")
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="That the devices share.")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the aggregator; 0: a free one.")] = 0,
     federation: Annotated[
@@ -72,6 +91,8 @@ def run(
     Example: hybrid fleet run coupon --devices 200 --rounds 3
 
     Example: hybrid fleet run coupon --federation local
+
+    Example: hybrid fleet run coupon --rounds 20 --separation 5 --buffer 20 --noise banded
     """
     if noiseless and epsilon is not None:
         raise ConfigError("--epsilon must be left out with --noiseless: it trains without privacy")
@@ -80,8 +101,11 @@ def run(
     from hybrid.local.fleet import Order, Promoted, train, train_over_flower
 
     workspace = Workspace.current()
-    changed = {"rounds": rounds} | ({} if sampling is None else {"sampling": sampling})
-    promoted = Promoted.open(model, int(version) if version.isdecimal() else version, workspace, **changed)
+    given = {"sampling": sampling, "separation": separation, "noise": noise}
+    given |= {"buffer": buffer, "max_staleness": max_staleness}
+    changed = {name: value for name, value in given.items() if value is not None}
+    selected = int(version) if version.isdecimal() else version
+    promoted = Promoted.open(model, selected, workspace, rounds=rounds, **changed)
     budget = None if noiseless else promoted.budget(epsilon, devices)
     people = promoted.people(population or model, devices, workspace)
     folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")

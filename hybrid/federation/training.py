@@ -152,12 +152,8 @@ def train(
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
-    if kind in ("federated", "noiseless") and settings.noise != "independent" and settings.server_optimizer != "SGD":
-        warnings.warn(
-            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
-            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
-            stacklevel=2,
-        )
+    if kind in ("federated", "noiseless"):
+        check_linear(settings)
     budget = check_allowed(model, kind, epsilon, settings)
     if fleet is not None and settings.separation is not None and settings.buffer is None:
         raise ConfigError(
@@ -201,6 +197,16 @@ def _check_federation(
         )
     if resume:
         raise ConfigError("resume must be left out with a federation, whose state ended with it: start another run")
+
+
+def check_linear(settings: Training) -> None:
+    """Warns where noise is correlated between rounds, and the server's steps keep it from cancelling."""
+    if settings.noise != "independent" and settings.server_optimizer != "SGD":
+        warnings.warn(
+            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
+            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -406,7 +412,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "clip": clip,
         "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
-        "mechanism": f"{_mechanism(settings, rounds)}, zero-out adjacency; accountant: {spent.method}",
+        "mechanism": f"{mechanism_of(settings)}, zero-out adjacency; accountant: {spent.method}",
         "assumption": _assumption(run, rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
@@ -726,8 +732,9 @@ def round_settings(
     )
 
 
-def _mechanism(settings: Training, rounds: Round) -> str:
-    if rounds.matrix is not None and settings.noise != "independent":
+def mechanism_of(settings: Training) -> str:
+    """What is added to what, in words, for the record."""
+    if settings.noise != "independent":
         return f"{_NAMES[settings.noise]} on sums of clipped updates"
     if settings.clip_quantile is None:
         return "Gaussian noise on sums of clipped updates"

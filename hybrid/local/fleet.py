@@ -19,6 +19,7 @@ from hybrid.bundle import Manifest, read_bundle, signing_key, trusted_key
 from hybrid.errors import BadRequest, ConfigError
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, Round
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.checkin import Service as CheckInService
 from hybrid.federation.checkin import listening
 from hybrid.federation.client_app import client_app
@@ -30,14 +31,24 @@ from hybrid.federation.population import Population
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
-from hybrid.federation.training import check_allowed, check_delta, optimizer_for, round_settings
+from hybrid.federation.training import (
+    AT_ONCE,
+    check_allowed,
+    check_delta,
+    check_linear,
+    least_noise,
+    mechanism_of,
+    optimizer_for,
+    planned_cohort,
+    round_settings,
+)
 from hybrid.local.devices import Opened, People, running
 from hybrid.local.flower import Place, new_folder, run_job
 from hybrid.local.process import free_ports
 from hybrid.network import Network
 from hybrid.plan import Local, Policy
-from hybrid.privacy.accountant import GaussianEvent, noise_multiplier_for
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.ledger import Ledger, costs
 from hybrid.registry import Registry
 from hybrid.spec import Training
 from hybrid.version import TrainingRecord, Version
@@ -45,13 +56,17 @@ from hybrid.version import TrainingRecord, Version
 if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
-NO_TOKENS = (
-    "no device sends two updates to one round, which nothing enforces until there are tokens; what the version that "
-    "it began from had cost is not in it"
-)
+BEGAN = "what the version that it began from had cost is not in it"
+NO_TOKENS = f"no device sends two updates to one round, which nothing enforces until there are tokens; {BEGAN}"
 OWN_COINS = (
     "each device tosses its own coin for each round, and nobody but the aggregator sees who, or how many, took part"
 )
+TURNS = (
+    "each device is in at most one of any {separation} {what} one after another and in at most {most}, in a fixed "
+    "horizon of {rounds}, by what its store remembers, which nothing else enforces until there are tokens; who takes "
+    "part may be known: no sampling is assumed"
+)
+REST_S = 1.0  # of a device between two sessions, where training is asynchronous: here a flush stands for hours
 AGGREGATORS = 2  # of a federation on this machine
 SLACK_S = 60.0  # of a round over Flower, for all but two times its length
 OWN_NOISE = "noise is of each aggregator for its own devices, so that the largest of their epsilons is everybody's"
@@ -106,17 +121,19 @@ class Promoted:
         network = Network.build(declared)
         network.load_weights(found.weights)
         settings = Training(**found.training.settings.model_dump() | changed)
-        if settings.separation is not None:
-            raise ConfigError(
-                f"separation of {name} must be left out on devices: until a token is issued for each turn, nobody sees "
-                f"to it that they take turns, got {settings.separation}; train a version by coins"
-            )
+        check_linear(settings)
         return cls(found, network, settings, bundle, trust, manifest)
 
     @property
     def side(self) -> DeviceSide:
         """What devices train."""
         return device_side(self.network, self.settings)
+
+    @property
+    def buffer(self) -> Buffer | None:
+        """Of an asynchronous training."""
+        settings = self.settings
+        return None if settings.buffer is None else Buffer(settings.buffer, settings.max_staleness)
 
     def budget(self, epsilon: float | None, devices: int) -> float:
         """The epsilon to spend at most.
@@ -176,17 +193,18 @@ class Promoted:
 
         Raises:
             BudgetExceeded: the ledger has not enough left.
-            ConfigError: it is another's, or of another budget.
+            ConfigError: it is another's, or of another budget; or the buffer is larger than the fleet.
         """
         model, settings = self.network.model, self.settings
-        chance = {"sampling": settings.sampling, "planned": settings.sampling * devices}
+        if settings.buffer is not None and settings.buffer > devices:
+            raise ConfigError(f"buffer must be at most the {devices} devices, got {settings.buffer}")
+        chance = {"sampling": settings.sampling, "planned": planned_cohort(settings, devices)}
         if budget is None:
             yield round_settings(model, settings, 0.0, **chance), None
             return
         delta = model.privacy.delta
         with Ledger.open(run_dir, budget_epsilon=budget, delta=delta) as ledger:
-            besides = [entry.event for entry in ledger.entries]
-            noise = noise_multiplier_for(budget, delta, settings.sampling, settings.rounds, besides=besides)
+            noise = least_noise(settings, budget, delta, sampling=settings.sampling, besides=costs(ledger.entries))
             found = round_settings(model, settings, noise, **chance)
             ledger.reserve([found.of(settings.rounds)])
             yield found, ledger
@@ -245,9 +263,14 @@ class Promoted:
             aggregators: each with devices of its own.
             about: the record's `population` and `run`.
         """
-        spent = ledger.spent()
+        spent, matrix = ledger.spent(), settings.matrix
         assumes = [OWN_COINS] if settings.sampling < 1 else []
-        assumes += [OWN_NOISE, NO_TOKENS] if aggregators > 1 else [NO_TOKENS]
+        if matrix is not None:
+            people, what = matrix.participation, "rounds" if self.buffer is None else "flushes"
+            turns = {"separation": people.separation, "most": people.most, "rounds": people.rounds, "what": what}
+            assumes = [TURNS.format(**turns)]
+        assumes += [OWN_NOISE] if aggregators > 1 else []
+        assumes += [NO_TOKENS if matrix is None else BEGAN]
         return TrainingRecord(
             kind="federated",
             users=users,
@@ -257,9 +280,9 @@ class Promoted:
             delta=self.network.model.privacy.delta,
             noise_multiplier=settings.noise_multiplier,
             clip=settings.clip,
-            sampling=settings.sampling,
+            sampling=None if matrix else settings.sampling,
             rounds=self.settings.rounds,
-            mechanism=f"Gaussian noise on sums of clipped updates, zero-out adjacency; accountant: {spent.method}",
+            mechanism=f"{mechanism_of(self.settings)}, zero-out adjacency; accountant: {spent.method}",
             assumption="; ".join(assumes),
             unit="device",
             protects=self.network.model.protects,
@@ -273,9 +296,17 @@ def device_side(network: Network, settings: Training) -> DeviceSide:
 
 
 def service(task: Task, settings: Round, rounds: int, delta: float | None) -> CheckInService:
-    """What the process of an aggregator is told: a budget of exactly so many rounds; `delta`: None without noise."""
+    """What the process of an aggregator is told: a budget of exactly so many rounds; `delta`: None without noise.
+
+    Raises:
+        ConfigError: devices take turns.
+    """
     event = settings.event
-    assert isinstance(event, GaussianEvent)  # `Promoted.open` refuses noise that spans rounds
+    if not isinstance(event, GaussianEvent):
+        raise ConfigError(
+            "separation must be left out where aggregators are processes of their own: each would need a horizon, and "
+            f"they are told no other mechanism than coins, got {event.separation}"
+        )
     return CheckInService(
         task=task,
         sampling=settings.sampling,
@@ -328,7 +359,7 @@ class Order:
         promoted: the version; its network has the last weights afterwards.
         settings: of every round.
         people: whose devices take part.
-        round_s: how long a round is open; no device stays away for longer.
+        round_s: how long a round is open, or a flush waits at most; no device stays away for longer.
         processes: that the devices share.
         keys: folder of the control plane's signing key.
         progress: called with how many rounds are done, of how many.
@@ -345,11 +376,12 @@ class Order:
     @property
     def planned(self) -> float:
         """Expected number of participants of a round."""
-        return self.settings.sampling * self.people.users
+        return planned_cohort(self.promoted.settings, self.people.users)
 
     def opened(self, port: int) -> Opened:
         """What devices have whose aggregator is at that port."""
-        return Opened(self.promoted.bundle, self.promoted.trust, f"http://127.0.0.1:{port}", self.round_s)
+        rest_s = self.round_s if self.promoted.buffer is None else min(self.round_s, REST_S)
+        return Opened(self.promoted.bundle, self.promoted.trust, f"http://127.0.0.1:{port}", rest_s)
 
     def noted(self, outcome: Outcome) -> Callable[[int, Float32], None]:
         """What is called with each round's number and the weights after it: loads them, and says so."""
@@ -380,14 +412,21 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
     Raises:
         StackError: a process of devices failed.
     """
-    outcome, promoted = Outcome(), order.promoted
-    task = promoted.task(order.round_s, wanted=order.people.users)
-    aggregator = FleetAggregator(task, order.settings, ledger, signing_key(order.keys))
-    with (
-        tempfile.TemporaryDirectory(prefix="hybrid-fleet-") as folder,
-        listening(aggregator, port=port) as bound,
-        running(order.opened(bound), order.people, Path(folder), processes=order.processes) as started,
-    ):
+    outcome, promoted, buffer = Outcome(), order.promoted, order.promoted.buffer
+    task = promoted.task(order.round_s, wanted=order.people.users if buffer is None else AT_ONCE * buffer.updates)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-")))
+        aggregator = FleetAggregator(
+            task,
+            order.settings,
+            ledger,
+            signing_key(order.keys),
+            noise_state=folder / "noise.state",  # which no other process goes on with
+            buffer=buffer,
+        )
+        bound = stack.enter_context(listening(aggregator, port=port))
+        devices = running(order.opened(bound), order.people, folder, processes=order.processes)
+        started = stack.enter_context(devices)
         started.wait_ready()
         initial = promoted.side.flat()
         strategy = NoisedSum(order.planned, optimizer_for(promoted.settings, initial))
