@@ -26,6 +26,7 @@ from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
 from hybrid.federation.flower_app import Job
+from hybrid.federation.noise import least_noise, planned_cohort, round_settings
 from hybrid.federation.parts import Budget
 from hybrid.federation.population import Population
 from hybrid.federation.server_app import server_app
@@ -36,11 +37,8 @@ from hybrid.federation.training import (
     check_allowed,
     check_delta,
     check_linear,
-    least_noise,
     mechanism_of,
     optimizer_for,
-    planned_cohort,
-    round_settings,
 )
 from hybrid.local.devices import Opened, People, running
 from hybrid.local.flower import Place, new_folder, run_job
