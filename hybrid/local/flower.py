@@ -26,8 +26,8 @@ import numpy as np
 
 from hybrid.errors import FederationError, NotFound, StackError
 from hybrid.features import Float32
-from hybrid.federation.flower_app import APP, Job, Progress
-from hybrid.federation.parts import Budget, Part, write_rows
+from hybrid.federation.flower_app import APP, DONE, Job, Progress
+from hybrid.federation.parts import RELEASE, Budget, Part, write_rows
 from hybrid.federation.remote import new_token
 from hybrid.federation.training import Outcome, Rounds
 from hybrid.local.process import Process, Service, free_ports, http_ok, is_running, log_has
@@ -36,9 +36,11 @@ from hybrid.privacy.ledger import Ledger
 
 CONNECTION = "local"  # its name in Flower's own config
 RESTARTS = 9  # of a server that does not live for long
-SETTLED_S = 30.0  # after which it did
+APP_RESTARTS = 5  # of a ServerApp, without a round in between
+SETTLED_S = 10.0  # after which it did
 LONGEST_WAIT_S = 15.0  # before a restart
 START_TIMEOUT_S = 120.0
+APP_TIMEOUT_S = 60.0  # of a ServerApp's start
 ROUND_TIMEOUT_S = 180.0
 _COMMAND_TIMEOUT_S = 60.0
 _POLL_S = 0.2
@@ -48,9 +50,9 @@ _POLL_S = 0.2
 class LocalFlower:
     """A `hybrid.federation.training.Federation` of processes on this machine.
 
-    A SuperNode or an aggregator that dies is started again, so that it costs its
-    share of a round or two; so is the SuperLink, which keeps its state in a file.
-    The training ends where the ServerApp dies.
+    What dies is started again. A SuperNode or an aggregator costs its share of a
+    round or two; the SuperLink, the ServerApp, and all of it at once, cost none:
+    they keep where they are in files (docs/decisions/0026).
 
     Attributes:
         model_file: the team's.
@@ -72,12 +74,15 @@ class LocalFlower:
 
     def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
         """See `hybrid.federation.training.Federation`."""
-        folder = _new_folder(rounds.folder)
-        servers = _Servers(folder, self.aggregators)
+        servers = _Servers(rounds.folder, self.aggregators)
+        follower = _Follower(Progress(servers.job), rounds.done, after)
         try:
-            _prepare(servers, rounds, self)
-            with _running(servers, self.say) as (keeper, run):
-                failed = _follow(servers, keeper, run, after)
+            failed = follower.failed_rounds()
+            if failed is None:
+                _prepare(servers, rounds, self)
+                with _running(servers, self.say) as (keeper, app):
+                    failed = _follow(follower, keeper, app)
+            _remove_done(servers)
             return Outcome(_last_clip(servers, rounds), failed)
         except StackError as error:
             raise FederationError(str(error)) from None
@@ -142,25 +147,25 @@ class _Servers:
         }
 
 
-def _new_folder(run: Path) -> Path:
-    """One of its own: a run may have several trainings."""
-    number = 1
-    while (folder := run / f"federation-{number}").exists():
-        number += 1
-    folder.mkdir(parents=True)
-    return folder
-
-
 def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
-    """Writes all that the processes read."""
+    """Writes all that the processes read; of a training that goes on, what they had written stays.
+
+    Raises:
+        FederationError: what they had written is not that of the training.
+    """
+    _remove_private(servers)
+    if servers.logs.exists():
+        servers.logs.rename(servers.logs.with_name(f"logs.{len(list(servers.folder.glob('logs*')))}"))
     for folder in (servers.job, servers.keys, servers.home):
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_kept(servers, rounds)
     _write_certificates(servers.keys)
     for index in range(servers.count):
         _write_part(servers, rounds, flower, index)
     for name in ("superlink", *(f"supernode-{index + 1}" for index in range(servers.count))):
         _write_secret(servers.keys / f"{name}.secret", secrets.token_bytes(32))
-    np.save(servers.job / "initial.npy", rounds.initial)
+    if not rounds.done:  # else they are not the initial ones
+        np.save(servers.job / "initial.npy", rounds.initial)
     job = Job(
         rounds=rounds.settings.rounds,
         planned_cohort=rounds.planned_cohort,
@@ -176,9 +181,23 @@ def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
     (servers.home / "config.toml").write_text(text)
 
 
+def _check_kept(servers: _Servers, rounds: Rounds) -> None:
+    """Raises: FederationError: it is of fewer rounds, or of other aggregators, whose ledgers others' people are in."""
+    kept, others = Progress(servers.job).kept(), servers.aggregator(servers.count)
+    here = 0 if kept is None else kept.step
+    if here < rounds.done:
+        raise FederationError(
+            f"{servers.job} must hold the {rounds.done} rounds that the run's checkpoint has, got {here}: "
+            "start another run"
+        )
+    if kept is not None and (others.exists() or not servers.aggregator(servers.count - 1).exists()):
+        count = len(list(servers.folder.glob("aggregator-*")))
+        raise FederationError(f"aggregators must stay the {count} that the training began with, got {servers.count}")
+
+
 def _write_part(servers: _Servers, rounds: Rounds, flower: LocalFlower, index: int) -> None:
     folder, how = servers.aggregator(index), rounds.round
-    folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o700, exist_ok=True)
     write_rows(folder, rounds.examples, index, servers.count)
     np.savez(folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
     new_token(folder / "token")
@@ -368,47 +387,112 @@ class _Keeper:
             process.stop()
 
 
+class _App:
+    """Keeps a ServerApp running: one Flower run after another, each going on where the one before was killed."""
+
+    def __init__(self, servers: _Servers, say: Callable[[str], None]) -> None:
+        self._servers, self._say, self._progress = servers, say, Progress(servers.job)
+        self._run, self._since = "", 0.0
+        self._due: float | None = None  # where none runs: when to start one
+        self._done, self._deaths = -1, 0  # since that round
+
+    def start(self) -> None:
+        """Begins a Flower run.
+
+        Raises:
+            StackError: the SuperLink does not take it.
+        """
+        self._progress.expect()
+        job = f"job={json.dumps(str(self._servers.job / 'job.json'))}"
+        told = _flwr(self._servers, "run", str(APP), CONNECTION, "--run-config", job)
+        run = re.search(r"started run (\d+)", told)
+        if run is None:
+            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
+        self._run, self._since = run[1], time.monotonic()
+
+    def check(self, done: int) -> None:
+        """Starts it again where it died.
+
+        Args:
+            done: rounds that are over.
+
+        Raises:
+            FederationError: it dies again and again, and no round is over in between.
+        """
+        if self._due is not None:
+            if time.monotonic() < self._due:
+                return
+            self._due = None
+            try:
+                self.start()
+            except StackError as error:  # the SuperLink may itself be down for a moment
+                self._put_off(str(error), done)
+        elif (process := self._progress.process()) is not None:
+            if not is_running(*process):
+                self._put_off("the ServerApp ended before its last round", done)
+        elif time.monotonic() - self._since > APP_TIMEOUT_S:
+            self._put_off(f"the ServerApp did not start within {APP_TIMEOUT_S:g} s", done)
+
+    def _put_off(self, told: str, done: int) -> None:
+        self._deaths = self._deaths + 1 if done == self._done else 1
+        self._done = done
+        if self._deaths > APP_RESTARTS:
+            raise FederationError(f"{told}, {self._deaths} times; {_told(self._servers, self._run)}")
+        wait_s = min(2.0 ** (self._deaths - 1), LONGEST_WAIT_S)
+        self._due = time.monotonic() + wait_s
+        self._say(f"{told.splitlines()[0]}; it is started again in {wait_s:g} s")
+
+
 @contextmanager
-def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[tuple[_Keeper, str]]:
-    """All servers, ready, and the id of a run that was begun on them."""
-    keeper = _Keeper(servers, say)
+def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[tuple[_Keeper, _App]]:
+    """All servers, ready, and a ServerApp on them."""
+    keeper, app = _Keeper(servers, say), _App(servers, say)
     try:
         first, second, third = _stages(servers)
         say(f"Starting a SuperLink, {servers.count} aggregators and their SuperNodes; logs: {servers.logs}")
         keeper.start(first)
         keeper.start(second)
         keeper.start(third)
-        job = f"job={json.dumps(str(servers.job / 'job.json'))}"
-        told = _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
-        run = re.search(r"started run (\d+)", told)
-        if run is None:
-            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
-        yield keeper, run[1]
+        app.start()
+        yield keeper, app
     finally:
         keeper.stop()
 
 
-def _follow(servers: _Servers, keeper: _Keeper, run: str, after: Callable[[int, Float32], None]) -> int:
-    """Hands on the weights after each round; returns in how many rounds no node answered.
+@dataclass
+class _Follower:
+    """Hands on the weights after each round, once.
+
+    Attributes:
+        progress: of the ServerApp.
+        done: rounds that were handed on.
+        after: takes them.
+    """
+
+    progress: Progress
+    done: int
+    after: Callable[[int, Float32], None]
+
+    def failed_rounds(self) -> int | None:
+        """Hands on what there is; in how many rounds no node answered, or None where more will come."""
+        failed = self.progress.failed_rounds()
+        for number, flat in self.progress.take(self.done):
+            self.after(number, flat)
+            self.done = number
+        return failed
+
+
+def _follow(follower: _Follower, keeper: _Keeper, app: _App) -> int:
+    """Returns, after the last round, in how many no node answered.
 
     Raises:
-        FederationError: the ServerApp did not begin, or ended before the last round.
+        FederationError, StackError: the ServerApp, or another process, dies again and again.
     """
-    progress, deadline = Progress(servers.job), time.monotonic() + START_TIMEOUT_S
-    while True:
-        process = progress.process()
-        runs = process is not None and is_running(*process)
-        failed = progress.failed_rounds()
-        for number, flat in progress.take():
-            after(number, flat)
-        if failed is not None:
-            return failed
-        if process is not None and not runs:
-            raise FederationError(f"the ServerApp ended before its last round; {_told(servers, run)}")
-        if process is None and time.monotonic() > deadline:
-            raise FederationError(f"the ServerApp did not start within {START_TIMEOUT_S:g} s; {_told(servers, run)}")
+    while (failed := follower.failed_rounds()) is None:
+        app.check(follower.done)
         keeper.check()
         time.sleep(_POLL_S)
+    return failed
 
 
 def _told(servers: _Servers, run: str) -> str:
@@ -457,17 +541,29 @@ def _last_clip(servers: _Servers, rounds: Rounds) -> float:
 
 
 def _remove_private(servers: _Servers) -> None:
-    """Leaves ledgers and logs: no key, no token, no row of anybody's."""
-    for folder in (servers.keys, servers.job, servers.home):
+    """Leaves ledgers, logs, and what a training goes on from, sums with their noise among it.
+
+    No key, no token, no row of anybody's.
+    """
+    for folder in (servers.keys, servers.home):
         shutil.rmtree(folder, ignore_errors=True)
     for file in servers.folder.glob("superlink.db*"):
         file.unlink()
     for index in range(servers.count):
         for item in servers.aggregator(index).glob("*"):
-            if item.is_dir():
+            if item.is_dir() and item.name != RELEASE:
                 shutil.rmtree(item, ignore_errors=True)
-            elif item.name != LEDGER:
+            elif item.is_file() and item.name != LEDGER:
                 item.unlink()
+
+
+def _remove_done(servers: _Servers) -> None:
+    """Of a training that is over, ledgers, logs, and that it is over, stay."""
+    for index in range(servers.count):
+        shutil.rmtree(servers.aggregator(index) / RELEASE, ignore_errors=True)
+    for item in servers.job.glob("*"):
+        if item.name != DONE:
+            item.unlink()
 
 
 def _write_certificates(folder: Path) -> None:
