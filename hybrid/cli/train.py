@@ -119,7 +119,13 @@ def train(
         ),
     ] = None,
     deadline: Annotated[
-        float | None, typer.Option(help="With --fleet: seconds after which a round closes; 60 by default.")
+        float | None,
+        typer.Option(
+            help="With --fleet: seconds until a round closes, by default 60; with --buffer: a device gives up, 600."
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="With --buffer: devices that train at once; by default 4 for each update of it.")
     ] = None,
     federation: Annotated[
         Where | None,
@@ -204,7 +210,7 @@ def train(
         seed=seed,
         federation=federation,
     )
-    order = order.with_settings(changed).with_fleet(fleet, deadline)
+    order = order.with_settings(changed).with_fleet(fleet, deadline, concurrency)
     Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model
@@ -284,16 +290,20 @@ class _Order:
         changed = {name: value for name, value in given.items() if value is not None}
         return replace(self, settings=Training(**self.settings.model_dump() | changed))
 
-    def with_fleet(self, trace: Path | None, deadline: float | None) -> _Order:
-        """On the fleet of a trace file, and with another deadline, where they were given."""
+    def with_fleet(self, trace: Path | None, deadline: float | None, concurrency: int | None) -> _Order:
+        """On the fleet of a trace file, and with another deadline or concurrency, where they were given."""
         from hybrid.federation.fleet import PHONES, Trace
         from hybrid.federation.training import OnFleet
 
-        fleet = self.fleet
-        if trace is not None:
-            fleet = OnFleet(Trace.load(PHONES if trace == Path("phones") else trace), 60.0)
+        fleet, asynchronous = self.fleet, self.settings.buffer is not None
+        if concurrency is not None and not asynchronous:
+            raise ConfigError(f"--concurrency must be left out without --buffer, got {concurrency}")
+        if trace is not None or (fleet is None and asynchronous):
+            fleet = OnFleet.of(self.settings, Trace.load(PHONES if trace in (None, Path("phones")) else trace))
         if fleet is not None and deadline is not None:
             fleet = replace(fleet, deadline_s=deadline)
+        if fleet is not None and concurrency is not None:
+            fleet = replace(fleet, concurrency=concurrency)
         return replace(self, fleet=fleet)
 
 

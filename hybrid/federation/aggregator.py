@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.fleet import FLEET, Fleet, Tally, Work
+from hybrid.federation.flights import Flights, Flush, Schedule
 from hybrid.federation.records import values_of, with_values
 from hybrid.privacy.accountant import Event, GaussianEvent, MatrixEvent
 from hybrid.privacy.ledger import AnyEntry, Entry, Ledger
 from hybrid.privacy.matrix import Matrix, matrix_sum
 from hybrid.privacy.mechanisms import (
     Aggregation,
+    ClippedSum,
     Cohort,
     PaidNoise,
     Release,
@@ -333,3 +335,111 @@ class SimulatedAggregator:
         )
         self._fleet.tallies.append(Tally.of(self._fleet.fleet, attendance, self._examples))
         return attendance.finished
+
+
+class BufferedAggregator:
+    """Simulates asynchronous training: each of its rounds is a flush. See `hybrid.federation.buffer`.
+
+    Args:
+        engine: trains any users of the population.
+        ledger: pays for all flushes before the first's noise is drawn; None for an oracle, without noise and privacy.
+        settings: of every flush.
+        schedule: which devices begin when, and come when.
+        seed: of noise and local order: the same seed repeats a run bit by bit.
+        repeats: see `PaidMechanism`.
+
+    Attributes:
+        log: of the flushes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger | None,
+        settings: Round,
+        schedule: Schedule,
+        *,
+        seed: int,
+        repeats: Iterable[AnyEntry] = (),
+    ) -> None:
+        self._engine, self._schedule, self._seed = engine, schedule, seed
+        self._mechanism = PaidMechanism(settings, ledger, seed=seed, size=engine.size, repeats=repeats)
+        self._flights = Flights.none(engine.users)
+        self._versions: dict[int, Float32] = {}  # that somebody may still come from
+        self.log = FlushLog.empty(len(schedule.fleet.trace.classes))
+
+    @property
+    def clip(self) -> float:
+        """The L2 norm that the next flush clips to."""
+        return self._mechanism.clip
+
+    def state(self) -> dict[str, Any]:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return {
+            "mechanism": self._mechanism.state(),
+            "flights": values_of(self._flights),
+            "versions": self._versions,
+            "log": values_of(self.log),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self._mechanism.restore(state["mechanism"])
+        self._flights = with_values(self._flights, state["flights"])
+        self._versions = dict(state["versions"])
+        self.log = with_values(self.log, state["log"])
+
+    def run_round(self, number: int, flat: Float32) -> Release:
+        """See `hybrid.federation.client_app.Aggregator`; `flat` is the version that devices begin at from now on."""
+        versions = self._versions | {number - 1: flat}
+        flights, flush = self._schedule.flush(self._flights)
+        assert flush.number == number  # a flush that was not released is the same flush again
+        attempt = self._mechanism.next_attempt(number)
+        release = self._mechanism.release(number, attempt, lambda norm: self._sum(versions, flush, norm, attempt))
+        wanted = set(flights.began.tolist())
+        self._versions = {version: kept for version, kept in versions.items() if version in wanted}
+        self._flights, self.log = flights, self.log.after(flush, self._schedule.fleet)
+        return release
+
+    def _sum(self, versions: Mapping[int, Float32], flush: Flush, norm: float, attempt: int) -> ClippedSum:
+        """Users that began at one version train in one batch."""
+        total, below, above = np.zeros(self._engine.size), 0, 0
+        for version in np.unique(flush.began):
+            users = np.sort(flush.users[flush.began == version])
+            stream = local_stream(self._seed, flush.number, attempt)
+            one = self._engine.clipped_sum(versions[int(version)], users, norm, stream=(*stream, int(version)))
+            total += self._schedule.buffer.weight(flush.number - 1 - int(version)) * one.total
+            below, above = below + one.below, above + one.above
+        return ClippedSum(total, len(flush.users), below, above)
+
+
+@dataclass(frozen=True)
+class FlushLog:
+    """What became of devices in an asynchronous training. An oracle's: a fleet's classes and losses stay with it.
+
+    Attributes:
+        time_s: of each flush: seconds since midnight, UTC, of the first day.
+        staleness: of each flush, the mean.
+        lost: of each flush, devices that began and sent nothing.
+        updates: (classes,) that were counted, of each class of devices.
+    """
+
+    time_s: list[float]
+    staleness: list[float]
+    lost: list[int]
+    updates: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, classes: int) -> FlushLog:
+        """Before the first flush."""
+        return cls([], [], [], np.zeros(classes, np.int64))
+
+    def after(self, flush: Flush, fleet: Fleet) -> FlushLog:
+        """With one more."""
+        counted = np.bincount(fleet.device_class[flush.users], minlength=len(self.updates))
+        return FlushLog(
+            [*self.time_s, flush.time_s],
+            [*self.staleness, float(flush.staleness.mean())],
+            [*self.lost, flush.lost],
+            self.updates + counted,
+        )

@@ -19,6 +19,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hybrid.errors import ConfigError
@@ -53,4 +54,4 @@ class Buffer:
 
     def weight(self, staleness: int) -> float:
         """Of a clipped update whose device began `staleness` flushes before the newest version; in (0, 1]."""
-        return (1.0 + staleness) ** -0.5
+        return 1.0 / math.sqrt(1.0 + staleness)

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.aggregator import PURPOSE, Attended, Round, SimulatedAggregator
+from hybrid.federation.aggregator import PURPOSE, Attended, BufferedAggregator, Round, SimulatedAggregator
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.central import Fitting, fit_everything, fit_server_side
 from hybrid.federation.checkpoint import Checkpoint, Checkpoints, Stateful, digest
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide, Engine, device_named, predict
-from hybrid.federation.fleet import Fleet, OverSelection, Trace, Work, over_selection, turnout
+from hybrid.federation.fleet import HOUR, PHONES, Fleet, OverSelection, Trace, Work, over_selection, turnout
+from hybrid.federation.flights import Schedule
 from hybrid.federation.metrics import auc, calibration, log_loss
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
@@ -45,6 +47,9 @@ Progress = Callable[[int, int], None]  # done, of how many
 Curves = dict[str, list[tuple[int, float]]]
 
 POINTS = 50  # of a curve over a federated training
+ROUND_S = 60.0  # after which a round on a simulated fleet closes, by default
+ASYNCHRONOUS_S = 600.0  # after which a device of an asynchronous training gives up, by default
+AT_ONCE = 4  # devices that are on the way for each place of a buffer, by default
 SMALL = 100_000  # parameters below which a second thread costs more than it brings
 SAMPLED = (
     "each round the server tosses an independent coin for each user (Poisson), and nobody sees who, or how many, "
@@ -53,6 +58,11 @@ SAMPLED = (
 SCHEDULED = (
     "each user takes part at most once in any {separation} rounds one after another and at most {most} times, in a "
     "fixed horizon of {rounds} rounds; who takes part may be known: no sampling is assumed"
+)
+FLUSHED = (
+    "each user is in at most one of any {separation} flushes one after another and in at most {most}, in a fixed "
+    "horizon of {rounds} flushes of {updates} updates; who takes part, and when an update comes, may be known: no "
+    "sampling is assumed"
 )
 SIMULATED = (
     "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's config.json); "
@@ -124,7 +134,8 @@ def train(
         run_dir: made where it is missing; its ledger is shared by every training in it.
         settings: in place of `model.training`.
         progress: called with how much is done, of how much, after each round or epoch; at last with (1, 1).
-        fleet: simulates devices that are away, slow or lost; by default all who are asked answer.
+        fleet: simulates devices that are away, slow or lost; by default all who are asked answer, or, with a buffer,
+            they are phones.
         federation: runs the federated rounds in place of this process.
         device: where torch trains the users of federated rounds: "cpu", "cuda", "cuda:1". A seed repeats a training
             on the same one only.
@@ -149,10 +160,12 @@ def train(
             stacklevel=2,
         )
     budget = check_allowed(model, kind, epsilon, settings)
-    if settings.buffer is not None:
-        raise ConfigError(f"buffer must be left out: asynchronous training is not simulated yet, got {settings.buffer}")
-    if fleet is not None and settings.separation is not None:
-        raise ConfigError(f"separation must be left out on a simulated fleet, got {settings.separation}")
+    if fleet is not None and settings.separation is not None and settings.buffer is None:
+        raise ConfigError(
+            f"separation must be left out on a simulated fleet, unless it has a buffer, got {settings.separation}"
+        )
+    if kind in BY_ROUNDS and fleet is None and settings.buffer is not None:
+        fleet = OnFleet.of(settings, Trace.load(PHONES))
     if budget is not None:
         check_delta(model, examples_train.users)
     if kind in BY_ROUNDS:
@@ -193,13 +206,20 @@ class OnFleet:
 
     Attributes:
         trace: of device classes and their hours.
-        deadline_s: seconds from a round's start to its end; > 0.
+        deadline_s: seconds from a round's start to its end, or, with a buffer, until a device gives up; > 0.
         expected_examples: of a user, an assumption made in the open: real counts would make the sampling private.
+        concurrency: with a buffer, devices that are on the way at once, at most; None: `AT_ONCE` x buffer.
     """
 
     trace: Trace
     deadline_s: float
     expected_examples: float = 20.0
+    concurrency: int | None = None
+
+    @classmethod
+    def of(cls, settings: Training, trace: Trace) -> OnFleet:
+        """With the defaults: a minute for a round, ten for a device of an asynchronous training."""
+        return cls(trace, ROUND_S if settings.buffer is None else ASYNCHRONOUS_S)
 
 
 @dataclass(frozen=True)
@@ -398,7 +418,10 @@ def _assumption(run: _Run, rounds: Round) -> str:
     drawn = SIMULATED if run.federation is None else run.federation.assumption
     if rounds.matrix is not None:
         people = rounds.matrix.participation
-        said = SCHEDULED.format(separation=people.separation, most=people.most, rounds=people.rounds)
+        form = SCHEDULED if run.settings.buffer is None else FLUSHED
+        said = form.format(
+            separation=people.separation, most=people.most, rounds=people.rounds, updates=run.settings.buffer
+        )
         return f"{said}; {drawn}"
     return drawn if rounds.sampling == 1 else f"{SAMPLED}; {drawn}"
 
@@ -464,9 +487,15 @@ def _simulate(run: _Run, process: Process, cohort: _Cohort, rounds: Round) -> tu
     ready, total = _prepared(run), run.settings.rounds
     if run.federation is not None:
         return _elsewhere(run, process, ready, rounds, cohort.planned)
-    aggregator = SimulatedAggregator(
-        ready.engine, process.ledger, rounds, seed=run.seed, fleet=cohort.attended, repeats=process.repeats
-    )
+    aggregator: SimulatedAggregator | BufferedAggregator
+    if cohort.flights is not None:
+        aggregator = BufferedAggregator(
+            ready.engine, process.ledger, rounds, cohort.flights, seed=run.seed, repeats=process.repeats
+        )
+    else:
+        aggregator = SimulatedAggregator(
+            ready.engine, process.ledger, rounds, seed=run.seed, fleet=cohort.attended, repeats=process.repeats
+        )
     strategy = NoisedSum(cohort.planned, ready.optimizer)
     average = TailAverage(run.settings.average_last)
     parts: dict[str, Stateful] = {PROCESS: process, "run": run, "strategy": strategy}
@@ -477,7 +506,7 @@ def _simulate(run: _Run, process: Process, cohort: _Cohort, rounds: Round) -> tu
         checkpoints.restore(run.begun)
     after = _rounds(run, ready.engine.side, average, checkpoints, moved=process.moved)
     simulate(server_app(strategy, ready.optimizer.weights, total, after, done=run.done), {1: client_app(aggregator)})
-    run.oracle.update(cohort.oracle(run))
+    run.oracle.update(cohort.oracle(run) if isinstance(aggregator, SimulatedAggregator) else _flown(run, aggregator))
     return aggregator.clip, total - strategy.failed_rounds
 
 
@@ -543,12 +572,14 @@ class _Cohort:
         sampling: probability that a user is asked, those asked too many included: what is accounted.
         planned: expected number of those who answer: what sums are divided by.
         attended: the fleet; None where all who are asked answer.
+        flights: how devices come, of an asynchronous training.
         over: how the fleet's sampling was found.
     """
 
     sampling: float
     planned: float
     attended: Attended | None = None
+    flights: Schedule | None = None
     over: OverSelection | None = None
 
     def oracle(self, run: _Run) -> dict[str, float]:
@@ -575,6 +606,8 @@ def _cohort(run: _Run) -> _Cohort:
     steps = settings.local_epochs or settings.local_steps
     upload = length(size, settings.upload)
     work = Work(steps=steps, download_bytes=4 * size, upload_bytes=upload, deadline_s=run.fleet.deadline_s)
+    if settings.buffer is not None:
+        return _Cohort(1.0, settings.buffer, flights=_flights(run, work, settings.buffer))
     over = over_selection(
         trace,
         users=users,
@@ -583,7 +616,37 @@ def _cohort(run: _Run) -> _Cohort:
         work=work,
         examples=run.fleet.expected_examples,
     )
-    return _Cohort(over.sampling, over.expected, Attended(Fleet.draw(trace, users, run.seed), work), over)
+    return _Cohort(over.sampling, over.expected, Attended(Fleet.draw(trace, users, run.seed), work), over=over)
+
+
+def _flights(run: _Run, work: Work, updates: int) -> Schedule:
+    """How devices come to a buffer for so many updates."""
+    assert run.fleet is not None and run.settings.separation is not None  # noqa: PT018
+    concurrency = run.fleet.concurrency
+    return Schedule(
+        fleet=Fleet.draw(run.fleet.trace, run.examples.users, run.seed),
+        work=work,
+        buffer=Buffer(updates, run.settings.max_staleness),
+        separation=run.settings.separation,
+        at_once=AT_ONCE * updates if concurrency is None else concurrency,
+        examples=np.diff(run.examples.offsets),
+        seed=run.seed,
+    )
+
+
+def _flown(run: _Run, aggregator: BufferedAggregator) -> dict[str, float]:
+    """How an asynchronous training turned out, into a file and in three numbers."""
+    assert run.fleet is not None
+    log, trace = aggregator.log, run.fleet.trace
+    updates = {one.name: int(count) for one, count in zip(trace.classes, log.updates, strict=True)}
+    told = {"time_s": log.time_s, "staleness": log.staleness, "lost": log.lost, "updates": updates}
+    write_json(run.folder / "fleet.json", {"oracle": told})
+    counted, lost = int(log.updates.sum()), sum(log.lost)
+    return {
+        "fleet_hours": (log.time_s[-1] - trace.start_s(1)) / HOUR,
+        "fleet_staleness": float(np.mean(log.staleness)),
+        "fleet_lost": lost / (counted + lost),
+    }
 
 
 def _size(run: _Run) -> int:
@@ -638,6 +701,8 @@ def matrix_of(settings: Training) -> Matrix | None:
 
 def planned_cohort(settings: Training, users: int) -> float:
     """Expected number of participants of a round: what sums are divided by."""
+    if settings.buffer is not None:
+        return settings.buffer
     return users * settings.sampling if settings.separation is None else users / settings.separation
 
 

@@ -6,8 +6,18 @@ import torch
 from torch import nn
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError
-from hybrid.federation.aggregator import PaidMechanism, Round, SimulatedAggregator, groups, takes_part
+from hybrid.federation.aggregator import (
+    BufferedAggregator,
+    PaidMechanism,
+    Round,
+    SimulatedAggregator,
+    groups,
+    takes_part,
+)
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.engine import Engine
+from hybrid.federation.fleet import Fleet, Trace, Work
+from hybrid.federation.flights import Flights, Schedule
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
 from hybrid.privacy.accountant import epsilon
@@ -216,3 +226,91 @@ def test_a_matrix_mechanism_repeats_with_its_seed(aggregator):
         sums.append(np.array([one.run_round(number, flat).sum for number in range(1, 9)]))
     np.testing.assert_array_equal(sums[0], sums[1])
     assert (sums[0] != sums[2]).all()
+
+
+# Asynchronous.
+
+EAGER = Trace(
+    classes=[
+        {
+            "name": "any",
+            "share": 1.0,
+            "startup_seconds": 10.0,
+            "seconds_per_example": 1.0,
+            "download_bytes_per_second": 1e6,
+            "upload_bytes_per_second": 1e6,
+            "dropout": 0.1,
+            "spread": 1.5,
+            "availability": [1.0] * 24,
+        }
+    ],
+    time_zones=[{"utc_offset_hours": 0, "share": 1}],
+    round_minutes=10,
+)
+
+
+def schedule(examples, *, updates=4, separation=5, oldest=6):
+    """Of devices that are always there, some of them far slower than others."""
+    return Schedule(
+        fleet=Fleet.draw(EAGER, examples.users, 0),
+        work=Work(steps=1, download_bytes=0, upload_bytes=0, deadline_s=1000.0),
+        buffer=Buffer(updates, oldest),
+        separation=separation,
+        at_once=12,
+        examples=np.diff(examples.offsets),
+        seed=0,
+    )
+
+
+def test_a_flush_is_the_weighted_sum_of_updates_clipped_before_the_weight(tiny_model, tiny_examples):
+    """Each user's update from the version it began at, clipped to 0.1, times 1 / sqrt(1 + staleness); nothing else."""
+    examples = tiny_examples(USERS)
+    engine = Engine.build(Network.build(tiny_model()), examples, LocalTraining(1, 0.5))
+    plan, clip = schedule(examples), 0.1
+    one = BufferedAggregator(
+        engine, None, Round(1.0, clip, 0.0, 0, matrix=optimised("independent", 8, 5)), plan, seed=0
+    )
+    rng, versions, flights, stale = np.random.default_rng(0), [], Flights.none(USERS), 0
+    for number in range(1, 9):
+        versions.append(engine.side.flat() + rng.normal(0, 0.1, engine.size).astype(np.float32))
+        released = one.run_round(number, versions[-1]).sum
+        flights, flush = plan.flush(flights)
+        expected = np.zeros(engine.size)
+        for user, began in zip(flush.users, flush.began, strict=True):
+            for (update,) in engine.updates(versions[began], np.array([user])):  # none of a user without examples
+                norm = np.linalg.norm(update.astype(np.float64))
+                expected += update * min(1.0, clip / norm) / np.sqrt(number - began)  # number - began = 1 + staleness
+        np.testing.assert_allclose(released, expected, atol=1e-6)
+        stale += int((flush.staleness > 0).sum())
+    assert stale > 0
+
+
+def test_all_flushes_of_a_horizon_are_paid_for_by_the_first(tiny_model, tiny_examples, tmp_path):
+    """One entry a flush, its step among them, of the matrix mechanism whose rounds they are; then none is left."""
+    examples = tiny_examples(USERS)
+    engine = Engine.build(Network.build(tiny_model()), examples, LocalTraining(1, 0.5))
+    matrix = optimised("banded", 3, 5)
+    with Ledger.open(tmp_path, budget_epsilon=1e9, delta=1e-3) as ledger:
+        one = BufferedAggregator(engine, ledger, Round(1.0, 0.1, 1.0, 0, matrix=matrix), schedule(examples), seed=0)
+        for number in (1, 2, 3):
+            one.run_round(number, engine.side.flat())
+        assert [(entry.round, entry.step, entry.event) for entry in ledger.entries] == [
+            (number, number, matrix.event(1.0)) for number in (1, 2, 3)
+        ]
+        with pytest.raises(BudgetExceeded):
+            one.run_round(4, engine.side.flat())
+        assert ledger.spent().epsilon == epsilon([matrix.event(1.0)], 1e-3).epsilon
+
+
+def test_only_versions_that_somebody_still_trains_from_are_kept(tiny_model, tiny_examples):
+    """Fewer than devices on the way, however many flushes there were; and the log has one line a flush."""
+    examples = tiny_examples(USERS)
+    engine = Engine.build(Network.build(tiny_model()), examples, LocalTraining(1, 0.5))
+    one = BufferedAggregator(
+        engine, None, Round(1.0, 0.1, 0.0, 0, matrix=optimised("independent", 40, 5)), schedule(examples), seed=0
+    )
+    for number in range(1, 41):
+        one.run_round(number, engine.side.flat())
+        assert len(one.state()["versions"]) <= 12
+    assert len(one.log.time_s) == len(one.log.staleness) == len(one.log.lost) == 40
+    assert int(one.log.updates.sum()) == 40 * 4

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -25,6 +26,16 @@ from hybrid.privacy.mechanisms import ClippedSum
 ROUNDS = 20
 QUICK = Training(rounds=ROUNDS, sampling=1.0, local_lr=2.0, server_lr=0.05)  # its noise is quickly worked out
 FLEET = OnFleet(Trace.load(PHONES), deadline_s=60.0)
+AWAKE = replace(
+    FLEET,
+    trace=FLEET.trace.model_copy(
+        update={
+            "classes": tuple(
+                one.model_copy(update={"availability": (0.9,) * 24, "spread": 1.0}) for one in FLEET.trace.classes
+            )
+        }
+    ),
+)
 
 # Where a process may be killed: (owner, name) of what it calls, and before or after the call.
 POINTS = {
@@ -54,6 +65,7 @@ WAYS = {
     "poisson": {"sampling": 0.5},
     "fleet": {"sampling": 0.3, "fleet": FLEET},
     "turns": {"separation": 3},
+    "asynchronous": {"separation": 3, "buffer": 60, "noise": "banded", "server_optimizer": "SGD", "fleet": AWAKE},
     "noiseless": {"kind": "noiseless"},
 }
 

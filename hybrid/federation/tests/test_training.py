@@ -284,10 +284,52 @@ def test_a_server_optimizer_that_is_not_linear_is_warned_of(tiny_model, people, 
         train(tiny_model(), people[0], run_dir=tmp_path / "SGD", settings=linear)
 
 
+def test_an_asynchronous_training_claims_no_sampling_and_counts_flushes(tiny_model, people, tmp_path):
+    """On phones, without being told: 20 flushes of 30, 4 apart, so five participations, charged as one Gaussian."""
+    settings = Training(rounds=20, separation=4, buffer=30, noise="banded", server_optimizer="SGD", server_lr=1.0)
+    record = train(tiny_model(), *people, run_dir=tmp_path, settings=settings).record
+    matrix = optimised("banded", 20, 4)
+    assert record.epsilon == epsilon([matrix.event(record.noise_multiplier)], 1e-3).epsilon
+    assert 0.99 * 8 < record.epsilon <= 8
+    assert record.sampling is None
+    assert record.assumption.startswith(
+        "each user is in at most one of any 4 flushes one after another and in at most 5, in a fixed horizon of 20 "
+        "flushes of 30 updates; who takes part, and when an update comes, may be known: no sampling is assumed"
+    )
+    told = json.loads((tmp_path / "fleet.json").read_text())["oracle"]
+    assert len(told["time_s"]) == 20
+    assert sum(told["updates"].values()) == 20 * 30
+    assert record.oracle["fleet_hours"] > 0
+    assert 0 <= record.oracle["fleet_lost"] < 1
+
+
+def test_where_all_devices_are_alike_a_flush_is_a_round(tiny_model, people, tmp_path):
+    """Nobody is slow and all are in each flush: every update is fresh, and the weights are those of rounds with all."""
+    alike = {"startup_seconds": 1.0, "seconds_per_example": 0.0, "dropout": 0.0, "spread": 0.0}
+    one = Trace.load(PHONES).classes[0].model_copy(update=alike | {"share": 1.0, "availability": (1.0,) * 24})
+    trace = Trace.load(PHONES).model_copy(update={"classes": (one,)})
+    settings = QUICK.model_copy(update={"separation": 1, "buffer": USERS})
+    fleet = OnFleet(trace, deadline_s=60.0, concurrency=USERS)
+    flushes = train(tiny_model(), *people, run_dir=tmp_path, settings=settings, fleet=fleet, kind="noiseless")
+    everybody = QUICK.model_copy(update={"sampling": 1.0})
+    rounds = train(tiny_model(), *people, run_dir=tmp_path / "rounds", settings=everybody, kind="noiseless")
+    assert flushes.record.oracle["fleet_staleness"] == 0
+    for name, weights in rounds.weights.items():
+        np.testing.assert_allclose(flushes.weights[name], weights, atol=1e-5)
+
+
+def test_a_buffer_that_would_leave_nobody_is_refused(tiny_model, people, tmp_path):
+    """Before anything is spent."""
+    settings = Training(rounds=2, separation=10, buffer=USERS)
+    with pytest.raises(ConfigError, match="buffer x separation must be at most the"):
+        train(tiny_model(), people[0], run_dir=tmp_path, settings=settings)
+    assert not any(entry for entry in Ledger.read(tmp_path).entries)
+
+
 def test_users_who_take_turns_are_not_on_a_fleet(tiny_model, people, tmp_path):
     """Refused before anything is spent: the simulated fleet tosses coins."""
     settings = Training(rounds=2, separation=2)
-    with pytest.raises(ConfigError, match="separation must be left out on a simulated fleet, got 2"):
+    with pytest.raises(ConfigError, match="separation must be left out on a simulated fleet, unless it has a buffer"):
         train(tiny_model(), people[0], run_dir=tmp_path, settings=settings, fleet=OnFleet(Trace.load(PHONES), 60.0))
     assert not (tmp_path / "ledger.jsonl").exists()
 
