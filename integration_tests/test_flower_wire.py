@@ -1,6 +1,8 @@
 """Federated rounds through a real SuperLink, SuperNodes and aggregators, and what kill -9 does to them."""
 
 import contextlib
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,6 +12,8 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -19,17 +23,19 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid.cli import app
-from hybrid.errors import FederationError
+from hybrid.federation.aggregator import coins, local_stream
 from hybrid.federation.population import Examples
-from hybrid.federation.training import train
+from hybrid.federation.training import engine_for, train
 from hybrid.local.flower import LocalFlower
+from hybrid.network import Network
 from hybrid.privacy.ledger import Ledger
 from hybrid.registry import Registry
 from hybrid.spec import load_model
 from hybrid.workspace import Workspace
 
 USERS, ROWS = 200, 6
-KILLS = int(os.environ.get("HYBRID_TEST_KILLS", "1"))  # of each server; one takes about seven rounds, 50 s
+KILLS = int(os.environ.get("HYBRID_TEST_KILLS", "1"))  # of each; one costs about two rounds of six seconds
+ROUND_S = 6.0
 MODEL = """
     from datetime import timedelta
 
@@ -76,10 +82,10 @@ MODEL = """
     )
 """
 VICTIMS = {
-    "superlink": ("flower-superlink",),
-    "supernode": ("flower-supernode", "aggregator-1"),
-    "aggregator": ("hybrid.local", "aggregate", "aggregator-2"),
     "serverapp": ("flwr-serverapp",),
+    "superlink": ("flower-superlink",),
+    "supernode": ("flower-supernode", "aggregator-{part}"),
+    "aggregator": ("hybrid.local aggregate", "aggregator-{part}"),
 }
 
 
@@ -101,44 +107,75 @@ def people(model):
 
 
 def with_rounds(model, rounds):
-    return model.training.model_copy(update={"rounds": rounds})
+    return model.training.model_copy(update={"rounds": rounds, "server_optimizer": "SGD"})
 
 
-def entries(run):
-    """Lines of releases in the ledgers of both aggregators."""
-    files = run.glob("federation-1/aggregator-*/ledger.jsonl")
-    return sum(line.startswith('{"kind":"spent"') for file in files for line in file.read_text().splitlines())
+def hardly_noised(model):
+    """With a budget that no declaration may have: the noise is there, and paid for, but moves no weight by 1e-6."""
+    return model.model_copy(update={"privacy": model.privacy.model_copy(update={"epsilon": 1e10})})
 
 
-def kill(victim, run):
+@dataclass(frozen=True)
+class Noted(LocalFlower):
+    """Leaves the weights before the first round, and after each, in `<run>.rounds`, also when it goes on."""
+
+    def train(self, rounds, after):
+        folder = noted(rounds.folder.parent)
+        folder.mkdir(exist_ok=True)
+        if not rounds.done:
+            np.save(folder / "000000.npy", rounds.initial)
+
+        def note(number, flat):
+            np.save(folder / f"{number:06d}.npy", flat)
+            after(number, flat)
+
+        return super().train(rounds, note)
+
+
+def noted(run):
+    return run.with_name(f"{run.name}.rounds")
+
+
+def rounds_over(run):
+    """How many, as far as the weights after them tell."""
+    return len(list(noted(run).glob("*.npy"))) - 1
+
+
+def kill(victim, run, part):
     """SIGKILL to the process of this run; whether there was one."""
-    found = False
+    words, found = [word.format(part=part) for word in VICTIMS[victim]], False
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             line = " ".join(process.cmdline())
-            if str(run) in line and all(word in line for word in VICTIMS[victim]):
+            if str(run) in line and all(word in line for word in words):
                 process.send_signal(signal.SIGKILL)
                 found = True
     return found
 
 
 @contextlib.contextmanager
-def killing(run, *victims):
-    """Kills each at a random point of a round, the next when two more releases were made. Yields who was killed."""
-    seed = random.randrange(10**6)
-    print(f"seed of the kills: {seed}")
+def killing(run, victims, seed):
+    """Kills one after another, each a random time after a second round is over, now and then once more at its restart.
+
+    Yields who was killed: those of the list at least.
+    """
     chance, over, killed = random.Random(seed), threading.Event(), []
 
+    def strike(victim, part):
+        while not over.is_set() and not kill(victim, run, part):
+            over.wait(0.05)
+        killed.extend([] if over.is_set() else [victim])
+
     def work():
-        for victim in victims:
-            before = entries(run)
-            while entries(run) < before + 2 and not over.wait(0.05):
+        for number, victim in enumerate(victims):
+            while rounds_over(run) < 1 + 2 * number and not over.wait(0.05):
                 pass
-            over.wait(chance.uniform(0, 7))  # a round takes so long
-            while not over.is_set() and not kill(victim, run):
-                over.wait(0.05)
-            if not over.is_set():
-                killed.append(victim)
+            over.wait(chance.uniform(0, ROUND_S))
+            part = chance.choice([1, 2])
+            strike(victim, part)
+            if chance.random() < 0.2:
+                over.wait(chance.uniform(0, ROUND_S))
+                strike(victim, part)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -149,7 +186,29 @@ def killing(run, *victims):
         thread.join()
 
 
-def check_ledgers(run, rounds):
+@contextlib.contextmanager
+def watching(run):
+    """Yields a dictionary of all sums that an aggregator let out: (aggregator, name of the round) -> digests."""
+    seen, over = {}, threading.Event()
+
+    def work():
+        while not over.wait(0.02):
+            for file in run.glob("federation-1/aggregator-*/release/latest.sum"):
+                with contextlib.suppress(FileNotFoundError):
+                    named, _, released = file.read_bytes().partition(b"\n")
+                    key = file.parts[-3], *json.loads(named)["key"]
+                    seen.setdefault(key, set()).add(hashlib.sha256(released).hexdigest())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def check_ledgers(run, rounds, released=()):
     """Nobody was charged less than was released, and the run's ledger covers each aggregator's."""
     whole = Ledger.read(run)
     assert [entry.round for entry in whole.entries] == list(range(1, rounds + 1))
@@ -158,89 +217,129 @@ def check_ledgers(run, rounds):
         assert len(own.entries) <= rounds
         assert len({(entry.round, entry.attempt) for entry in own.entries}) == len(own.entries)
         assert own.spent().epsilon <= whole.spent().epsilon
+        left = [number for name, _, number, _ in released if name == folder.name]
+        assert len(left) <= len(own.entries)
+        assert set(left) <= {entry.round for entry in own.entries}
+
+
+def shares(model, run, rounds, seed):
+    """(rounds, 2) of bool: whose sums each round's step is made of, worked out from the weights and the ledgers.
+
+    A step is the mean of those people's updates whose coins fell at the attempt that their aggregator's ledger has
+    last.
+    """
+    settings, found = with_rounds(model, rounds), []
+    network = Network.build(model, seed=seed)
+    with np.load(run / "checkpoint.npz") as kept:
+        network.load_weights({name: value for name, value in kept.items() if "." in name})  # the server's as fitted
+    everybody = people(model)
+    engine = engine_for(network, everybody, settings)
+    attempts = [
+        {entry.round: entry.attempt for entry in Ledger.read(run / f"federation-1/aggregator-{part + 1}").entries}
+        for part in range(2)
+    ]
+    weights = [np.load(noted(run) / f"{number:06d}.npy") for number in range(rounds + 1)]
+    for number in range(1, rounds + 1):
+        parts = [
+            part_sum(engine, weights[number - 1], number, attempts[part].get(number, 1), part, seed, settings, model)
+            for part in range(2)
+        ]
+        step = (weights[number] - weights[number - 1]) * (settings.sampling * USERS) / settings.server_lr
+        ways = list(itertools.product([True, False], repeat=2))
+        off = [np.abs(step - sum(s * w for s, w in zip(parts, way, strict=True))).max() for way in ways]
+        assert min(off) / (settings.sampling * USERS) * settings.server_lr < 1e-5, (number, off)
+        found.append(ways[int(np.argmin(off))])
+    return np.array(found)
+
+
+def part_sum(engine, flat, number, attempt, part, seed, settings, model):
+    """What one aggregator's people add up to."""
+    fell = coins(seed, number, attempt, USERS) < settings.sampling
+    users = np.flatnonzero(fell & (np.arange(USERS) % 2 == part))
+    total = engine.clipped_sum(flat, users, model.privacy.clip, stream=(*local_stream(seed, number, attempt), part))
+    return total.total
 
 
 def check_nothing_private_is_left(run):
-    """Ledgers and logs stay; no key, no token, no row."""
+    """Ledgers, logs and that it is over stay; no key, no token, no row."""
     left = {path.name for path in run.glob("federation-1/**/*") if path.is_file()}
-    assert not [name for name in left if not name.endswith((".log", ".old")) and name != "ledger.jsonl"]
+    assert not [name for name in left - {"ledger.jsonl", "done.json"} if not name.endswith((".log", ".old"))]
 
 
-def test_the_wire_gives_the_weights_of_one_process(model_file, tmp_path, processes_naming):
-    """The same seed, plan and people without noise: to 1e-5, over TLS, two SuperNodes and two aggregators."""
-    model = load_model(model_file)
-    here = train(model, people(model), kind="noiseless", seed=5, run_dir=tmp_path / "here")
-    run = tmp_path / "wire"
-    wire = train(
-        model, people(model), kind="noiseless", seed=5, run_dir=run, federation=LocalFlower(model_file, say=print)
-    )
-    start = train(
-        model, people(model), kind="noiseless", seed=5, run_dir=tmp_path / "one", settings=with_rounds(model, 1)
-    )
-    for name, value in here.weights.items():
-        np.testing.assert_allclose(wire.weights[name], value, atol=1e-5, err_msg=name)
-    assert max(np.abs(value - start.weights[name]).max() for name, value in here.weights.items()) > 0.01
-    assert processes_naming(str(run)) == []
-    check_nothing_private_is_left(run)
+def test_servers_killed_at_random_moments_cost_shares_of_rounds_and_no_privacy(model_file, tmp_path, processes_naming):
+    """ServerApp, SuperLink, SuperNodes and aggregators die by SIGKILL, each so many times: the training ends.
 
-
-def test_servers_killed_at_random_points_cost_shares_of_rounds_and_no_privacy(model_file, tmp_path, processes_naming):
-    """A SuperNode, an aggregator and the SuperLink die by SIGKILL, each in another round: the training ends."""
-    model, rounds, run = load_model(model_file), 2 + 8 * KILLS, tmp_path / "run"
-    victims = ["supernode", "aggregator", "superlink"] * KILLS
-    flower = LocalFlower(model_file, say=print, round_timeout_s=60)
-    with killing(run, *victims) as killed:
-        result = train(model, people(model), run_dir=run, settings=with_rounds(model, rounds), federation=flower)
-    assert killed == victims
-    assert all(np.isfinite(value).all() for value in result.weights.values())
-    assert result.record.rounds >= rounds - len(killed)
-    assert result.record.epsilon == Ledger.read(run).spent().epsilon <= 6
-    check_ledgers(run, rounds)
-    assert processes_naming(str(run)) == []
-    check_nothing_private_is_left(run)
-
-
-def test_a_killed_server_app_ends_the_training_with_a_sentence(model_file, tmp_path, processes_naming):
-    """What the rounds may have cost is in the ledger; no process is left, and no row of anybody's."""
-    model, run = load_model(model_file), tmp_path / "run"
-    with killing(run, "serverapp") as killed, pytest.raises(FederationError, match="the ServerApp ended before"):
-        train(
-            model,
-            people(model),
-            run_dir=run,
-            settings=with_rounds(model, 50),
-            federation=LocalFlower(model_file, say=print),
-        )
-    assert killed == ["serverapp"]
-    check_ledgers(run, 50)
-    assert processes_naming(str(run)) == []
-    check_nothing_private_is_left(run)
-
-
-def test_nothing_outlives_a_training_that_is_killed(model_file, tmp_path, processes_naming):
-    """SIGKILL to the training itself, after a round: within seconds no process of it is left, and all is charged."""
-    run = tmp_path / "run"
-    code = f"""
-        from pathlib import Path
-        from integration_tests import test_flower_wire as wire
-        file, run = Path({str(model_file)!r}), Path({str(run)!r})
-        model = wire.load_model(file)
-        federation = wire.LocalFlower(file, say=print)
-        wire.train(model, wire.people(model), run_dir=run, settings=wire.with_rounds(model, 50), federation=federation)
+    Every sum that left is in its aggregator's ledger, and each round has one; each step is that of the people of both
+    aggregators, of one, or of none, to 1e-5; and few are missing.
     """
-    training = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    try:
-        while entries(run) < 2:
-            assert training.poll() is None
-            time.sleep(0.1)
-    finally:
-        training.kill()
-        training.wait()
-    deadline = time.monotonic() + 15
-    while processes_naming(str(run)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    victims = list(VICTIMS) * KILLS
+    random.Random(7).shuffle(victims)
+    model, rounds, run = hardly_noised(load_model(model_file)), 2 + 2 * len(victims), tmp_path / "run"
+    flower = Noted(model_file, say=print, round_timeout_s=60)
+    with watching(run) as released, killing(run, victims, seed=KILLS) as killed:
+        result = train(
+            model, people(model), seed=3, run_dir=run, settings=with_rounds(model, rounds), federation=flower
+        )
+    counted = shares(model, run, rounds, seed=3)
+    print(f"killed {Counter(killed)}; {rounds} rounds, {(~counted).sum()} of {counted.size} shares missing")
+    assert Counter(killed) >= Counter(victims)
+    assert all(np.isfinite(value).all() for value in result.weights.values())
+    assert result.record.rounds == counted.any(axis=1).sum()
+    assert (~counted).sum() <= 4 * (len(killed) - Counter(killed)["serverapp"])
+    assert all(len(digests) == 1 for digests in released.values())
+    assert len({name for _, name, _, _ in released}) == 1  # whatever died, it is one training
+    check_ledgers(run, rounds, released)
     assert processes_naming(str(run)) == []
-    check_ledgers(run, 50)
+    check_nothing_private_is_left(run)
+
+
+def test_a_training_that_is_killed_goes_on_to_the_weights_of_one_process(model_file, tmp_path, processes_naming):
+    """SIGKILL to all of it at random moments, resumed each time: without noise, the weights of one process to 1e-5.
+
+    That is over TLS, two SuperNodes and two aggregators. After a kill no process is left.
+    """
+    rounds, run, chance, killed = 2 + KILLS, tmp_path / "run", random.Random(KILLS), 0
+    model = load_model(model_file)
+    while True:
+        training = subprocess.Popen([sys.executable, "-c", textwrap.dedent(GO_ON), model_file, run, str(rounds)])
+        try:
+            before = rounds_over(run)
+            while killed < KILLS and training.poll() is None and rounds_over(run) == before and chance.random() < 0.9:
+                time.sleep(chance.uniform(0, ROUND_S))
+        finally:
+            if killed < KILLS:
+                training.kill()
+            status = training.wait(300)
+        deadline = time.monotonic() + 15
+        while processes_naming(str(run)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_naming(str(run)) == []
+        if killed == KILLS:
+            break
+        assert status == -signal.SIGKILL
+        killed += 1
+    assert status == 0
+    here = train(
+        model, people(model), kind="noiseless", seed=5, run_dir=tmp_path / "here", settings=with_rounds(model, rounds)
+    )
+    with np.load(run / "checkpoint.npz") as wire:
+        for name, value in here.weights.items():
+            np.testing.assert_allclose(wire[name], value, atol=1e-5, err_msg=name)
+    first, last = (np.load(noted(run) / f"{number:06d}.npy") for number in (1, rounds))
+    assert np.abs(last - first).max() > 0.01
+    check_nothing_private_is_left(run)
+
+
+GO_ON = """
+    import sys
+    from pathlib import Path
+    from integration_tests.test_flower_wire import Noted, load_model, people, train, with_rounds
+    file, run, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    model = load_model(file)
+    how = {"kind": "noiseless", "seed": 5, "run_dir": run, "settings": with_rounds(model, rounds)}
+    begun = (run / "config.json").exists()
+    train(model, people(model), **how, federation=Noted(file, say=print, round_timeout_s=60), resume=begun)
+"""
 
 
 def test_the_command_makes_a_version_like_any_other(model_file, monkeypatch):

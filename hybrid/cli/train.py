@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.runs import Where, examples_of, interrupted, progress_bar, run_folder
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, FederationError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ def train(
 
     A federated training that was stopped or killed, at whatever point, goes on
     with --resume, and gives the version that it would have given, bit by bit on
-    the same machine; no round is charged twice. How it was started is read from
-    its run: an option given again must say the same.
+    the same machine; no round is charged twice. With --federation it goes on, too,
+    with noise that is drawn anew. How it was started is read from its run: an
+    option given again must say the same.
 
     Example: hybrid train coupon --epsilon 4 --fold 1/5
 
@@ -195,7 +196,12 @@ def train(
         new = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}"
         folder, order = run_folder(workspace.runs, run, new), _Order.new(declared)
     order = order.but(
-        kind=kind if central or server_only else None, population=population, fold=fold, epsilon=epsilon, seed=seed
+        kind=kind if central or server_only else None,
+        population=population,
+        fold=fold,
+        epsilon=epsilon,
+        seed=seed,
+        federation=federation,
     )
     order = order.with_settings(changed).with_fleet(fleet, deadline, concurrency)
     Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
@@ -216,7 +222,7 @@ def train(
             settings=order.settings,
             progress=progress,
             fleet=order.fleet,
-            federation=None if federation is None else _local_flower(registry.model(model).file),
+            federation=None if order.federation is None else _local_flower(registry.model(model).file),
             about={"fold": order.fold, "registered": digest},
             device=device,
             resume=resume,
@@ -238,11 +244,12 @@ class _Order:
     seed: int
     settings: Training
     fleet: OnFleet | None
+    federation: Where | None
 
     @classmethod
     def new(cls, model: HybridModel) -> _Order:
         """As the model declares it."""
-        return cls("federated", model.name, None, None, 0, model.training, None)
+        return cls("federated", model.name, None, None, 0, model.training, None, None)
 
     @classmethod
     def started(cls, run: Path) -> _Order:
@@ -253,7 +260,7 @@ class _Order:
         from hybrid.spec import Training
 
         config = started(run)
-        fleet = config.get("fleet")
+        fleet, federation = config.get("fleet"), config.get("federation")
         return cls(
             config["kind"],
             config["population"],
@@ -262,6 +269,7 @@ class _Order:
             config["seed"],
             Training(**config["training"]),
             None if fleet is None else OnFleet(**fleet | {"trace": Trace(**fleet["trace"])}),
+            None if federation is None else Where(federation),
         )
 
     def but(self, **given: Any) -> _Order:
@@ -294,17 +302,18 @@ class _Order:
 
 @contextmanager
 def _resumable(model: str, run: Path) -> Iterator[None]:
-    """Where somebody stops it, says how it goes on."""
+    """Where somebody stops it, or its federation ends, says how it goes on."""
+    again = f"hybrid train {model} --resume --run {run.name}"
     try:
         yield
+    except FederationError as error:
+        raise FederationError(f"{error}\n`{again}` goes on") from None
     except KeyboardInterrupt:
         from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
 
         config = started(run) if (run / CONFIG).exists() else {}
-        if config.get("federation") is not None:
-            said = "with its rounds charged, and cannot be resumed: start another run"
-        elif config.get("kind") in BY_ROUNDS:
-            of, again = config["training"]["rounds"], f"hybrid train {model} --resume --run {run.name}"
+        if config.get("kind") in BY_ROUNDS:
+            of = config["training"]["rounds"]
             said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
         else:
             said = "before anything was spent: start it again"

@@ -1,8 +1,9 @@
 """What Flower runs on a SuperLink and its SuperNodes: the apps of `server_app` and `client_app`, told where things are.
 
 A SuperLink starts the ServerApp in a process of its own, which reads a `Job`
-from the folder that the run's config names and leaves the weights after each
-round there. A SuperNode starts a process for each message, so a ClientApp
+from the folder that the run's config names, and leaves the weights after each
+round there, and where it stands: killed, and run again on the same folder, it
+goes on (docs/decisions/0026). A SuperNode starts a process for each message, so a ClientApp
 imports nothing heavy; where its aggregator is, is in the node's own config, which
 the SuperLink does not see: `aggregator`, a URL, `token`, a file, and, where
 the certificate is not of a public authority, `authority`, a PEM file.
@@ -10,13 +11,15 @@ the certificate is not of a public authority, `authority`, a PEM file.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 from flwr.app import Context, Message
@@ -24,17 +27,22 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from pydantic import Field
 
-from hybrid.errors import ConfigError, FederationError
+from hybrid.errors import ConfigError, FederationError, NotFound
 from hybrid.features import Float32
 from hybrid.federation.client_app import client_app
 from hybrid.federation.remote import RemoteAggregator, read_token
-from hybrid.federation.strategy import ATTEMPT, PLAN
+from hybrid.federation.strategy import ATTEMPT, PLAN, RUN, NoisedSum
 from hybrid.spec import Declared, Training
+
+if TYPE_CHECKING:  # it imports torch
+    from hybrid.federation.checkpoint import Checkpoint
 
 APP = Path(__file__).with_name("app")
 """The folder that `flwr run` takes."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DONE = "done.json"  # in the job's folder, once all rounds are over
+STRATEGY = "strategy"  # in what is kept, beside RUN
 _POLL_S = 1.0
 
 server = ServerApp()  # one assignment each: so `flwr run` looks for them
@@ -48,7 +56,7 @@ class Job(Declared):
         rounds: how many.
         planned_cohort: expected number of participants of a round, over all nodes.
         training: whose server optimiser, its learning rate and options.
-        nodes: SuperNodes to wait for before the first round; >= 1.
+        nodes: SuperNodes to wait for before the first round; >= 1. After a restart it goes on with any.
         start_timeout_s: how long to wait for them.
         round_timeout_s: after which a round goes on without the nodes that did not answer.
     """
@@ -78,6 +86,32 @@ class Progress:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The ServerApp's: one process at a time is at the job; this waits for the one before to end."""
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def keep(self, number: int, run: str, strategy: NoisedSum) -> None:
+        """The ServerApp's: where it stands after a round; what its next process goes on from."""
+        from hybrid.federation.checkpoint import Checkpoint
+
+        Checkpoint(number, {}, {RUN: run, STRATEGY: strategy.state()}).write(self.folder)
+
+    def kept(self) -> Checkpoint | None:
+        """What was kept last; None where nobody was asked for anything yet.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        from hybrid.federation.checkpoint import Checkpoint
+
+        try:
+            return Checkpoint.read(self.folder)
+        except NotFound:
+            return None
+
     def begin(self) -> None:
         """The ServerApp's: says which process it is."""
         import psutil
@@ -91,7 +125,7 @@ class Progress:
 
     def end(self, failed_rounds: int) -> None:
         """The ServerApp's: all rounds are over."""
-        self._write("done.json", json.dumps({"failed_rounds": failed_rounds}).encode())
+        self._write(DONE, json.dumps({"failed_rounds": failed_rounds}).encode())
 
     def process(self) -> tuple[int, float] | None:
         """Its id and start, in Unix seconds, once it has begun."""
@@ -101,12 +135,17 @@ class Progress:
         told = json.loads(file.read_text())
         return told["pid"], told["started"]
 
-    def take(self) -> Iterator[After]:
-        """Every round that is over and was not taken yet, in order."""
+    def expect(self) -> None:
+        """A process that has not begun yet is the next to tell."""
+        (self.folder / "process.json").unlink(missing_ok=True)
+
+    def take(self, done: int) -> Iterator[After]:
+        """Every round that is over and later than `done`, in order; each is removed when the next is asked for."""
         for file in sorted(self.folder.glob("after-*.f32")):
-            flat = np.frombuffer(file.read_bytes(), dtype="<f4").astype(np.float32)
+            number = int(file.stem.removeprefix("after-"))
+            if number > done:  # else it was taken, and told again by a process that went on
+                yield After(number, np.frombuffer(file.read_bytes(), dtype="<f4").astype(np.float32))
             file.unlink()
-            yield After(int(file.stem.removeprefix("after-")), flat)
 
     def last(self) -> After | None:
         """The last round that is over and was not taken."""
@@ -118,44 +157,68 @@ class Progress:
 
     def failed_rounds(self) -> int | None:
         """In how many rounds no node answered; None before the end."""
-        file = self.folder / "done.json"
+        file = self.folder / DONE
         return int(json.loads(file.read_text())["failed_rounds"]) if file.exists() else None
 
     def _write(self, name: str, content: bytes) -> None:
         draft = self.folder / f".{name}"
-        draft.write_bytes(content)
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the next round is kept
         draft.replace(self.folder / name)
 
 
 @server.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """Runs the job's rounds."""
+    """Runs the job's rounds, from where a process before left them."""
     _end_with_parent()
-    from hybrid.federation.server_app import server_app
-    from hybrid.federation.strategy import NoisedSum
-    from hybrid.federation.training import optimizer_for
-
     file = Path(str(context.run_config["job"]))
     job, progress = Job.read(file), Progress(file.parent)
-    progress.begin()
-    initial: Float32 = np.load(file.with_name("initial.npy"))
+    with progress.alone():
+        progress.begin()
+        _run(grid, context, job, progress)
+
+
+def _run(grid: Grid, context: Context, job: Job, progress: Progress) -> None:
+    """Each round is kept before the next is asked for, under the name that the first process gave the training.
+
+    So a round that a process died in is asked for again as the same one, from the same weights, and an aggregator
+    that had released its sum gives that sum.
+    """
+    from hybrid.federation.server_app import server_app
+    from hybrid.federation.training import optimizer_for
+
+    initial: Float32 = np.load(progress.folder / "initial.npy")
     strategy = NoisedSum(job.planned_cohort, optimizer_for(job.training, initial))
-    _wait_for_nodes(grid, job)
-    rounds = server_app(strategy, initial, job.rounds, progress.put, timeout_s=job.round_timeout_s)
-    rounds(grid, context)
+    kept, run, done = progress.kept(), str(context.run_id), 0
+    if kept is None:
+        progress.keep(0, run, strategy)
+    else:
+        strategy.restore(kept.state[STRATEGY])
+        run, done = kept.state[RUN], kept.step
+    _wait_for_nodes(grid, 1 if done else job.nodes, job.start_timeout_s)
+
+    def after(number: int, flat: Float32) -> None:
+        if number > done:
+            progress.keep(number, run, strategy)
+        progress.put(number, flat)
+
+    weights = strategy.optimizer.weights
+    server_app(strategy, weights, job.rounds, after, done=done, timeout_s=job.round_timeout_s, run=run)(grid, context)
     progress.end(strategy.failed_rounds)
 
 
-def _wait_for_nodes(grid: Grid, job: Job) -> None:
+def _wait_for_nodes(grid: Grid, nodes: int, timeout_s: float) -> None:
     """Returns when enough SuperNodes are connected.
 
     Raises:
         FederationError: they did not come in time.
     """
-    deadline = time.monotonic() + job.start_timeout_s
-    while (here := len(list(grid.get_node_ids()))) < job.nodes:
+    deadline = time.monotonic() + timeout_s
+    while (here := len(list(grid.get_node_ids()))) < nodes:
         if time.monotonic() > deadline:
-            raise FederationError(f"{job.nodes} SuperNodes must connect within {job.start_timeout_s:g} s, {here} did")
+            raise FederationError(f"{nodes} SuperNodes must connect within {timeout_s:g} s, {here} did")
         time.sleep(_POLL_S)
 
 
@@ -185,7 +248,7 @@ def train(message: Message, context: Context) -> Message:
     aggregator = RemoteAggregator(
         url=str(node["aggregator"]),
         token=read_token(Path(str(node["token"]))),
-        run=str(message.metadata.run_id),
+        run=str(message.content[PLAN][RUN]),
         attempt=int(message.content[PLAN].get(ATTEMPT, 1)),
         authority=Path(str(node["authority"])) if "authority" in node else None,
         timeout_s=message.metadata.ttl,

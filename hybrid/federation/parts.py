@@ -30,6 +30,8 @@ from hybrid.spec import Declared, Training, load_model
 RETRIES = 1000
 """More than any training has attempts at one round: so many numbers apart are the coins of two trainings of one run."""
 
+RELEASE = "release"  # in a part's folder: its latest sum, as it left
+
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -162,7 +164,7 @@ def aggregate(part: Part) -> None:
         PartAggregator(part, engine, paid_mechanism(part, ledger, engine.size)),
         read_token(part.folder / "token"),
         size=engine.size,
-        folder=part.folder / "release",
+        folder=part.folder / RELEASE,
     )
     ended = told_to_end()
     with threads_for(network), controlled(app, host="127.0.0.1", port=part.port, certificate=part.tls):

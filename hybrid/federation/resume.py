@@ -106,15 +106,19 @@ class Process:
     such round is a new attempt, with other noise and an entry of its own, as it
     always is on a fleet.
 
+    Where rounds run elsewhere (a `Federation`), all are paid for before the first,
+    and the aggregators' own ledgers count what is released: an entry is there
+    for its round, wherever and however often the training goes on.
+
     Attributes:
         config: hash of the run's config.
         noise_multiplier: of every round.
-        left: rounds that are to be done, repeated ones included.
+        left: rounds that are to be done, repeated ones included; elsewhere, all.
         machine: what decides the last bit of a sum.
         moved: whether the run came from another machine, or need not compute what it did to the last bit.
         ledger: that pays; None for an oracle.
         since: place of the ledger's first entry that may be repeated on this machine.
-        repeats: entries of rounds that are computed again, to the same releases.
+        repeats: entries of rounds that are computed again, to the same releases; elsewhere, all that are paid for.
         went_on: whether there was a process before.
     """
 
@@ -139,6 +143,7 @@ class Process:
         rounds: int,
         noise_multiplier: float,
         device: str = "cpu",
+        elsewhere: bool = False,
     ) -> Self:
         """This process.
 
@@ -150,13 +155,15 @@ class Process:
             rounds: of the training, those that are done included.
             noise_multiplier: of every round.
             device: where users are trained, as torch names it.
+            elsewhere: by other processes, with ledgers of their own.
 
         Raises:
             ConfigError: the ledger does not hold what the checkpoint's rounds spent.
         """
         here = machine() | {"device": device, "chunk": str(chunk_size(torch.device("cpu")))}
-        before, done = (None, 0) if begun is None else (begun.state[PROCESS], begun.step)
-        moved = before is not None and (before["machine"] != here or device != "cpu")
+        before = None if begun is None else begun.state[PROCESS]
+        done = 0 if begun is None or elsewhere else begun.step
+        moved = before is not None and not elsewhere and (before["machine"] != here or device != "cpu")
         entries = [] if ledger is None else ledger.entries
         if before is not None and ledger is not None:
             _check_ledger(run_dir, before["entries"], moved=moved)
@@ -202,6 +209,33 @@ class Process:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Nothing: it was built from it."""
+
+
+@dataclass
+class Place:
+    """Where rounds that run elsewhere keep what they need: chosen before they are paid for.
+
+    Attributes:
+        folder: in the run's; not made yet.
+    """
+
+    folder: Path
+
+    @classmethod
+    def new(cls, run_dir: Path) -> Self:
+        """One of its own: a run may have several trainings."""
+        number = 1
+        while (folder := run_dir / f"federation-{number}").exists():
+            number += 1
+        return cls(folder)
+
+    def state(self) -> str:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        return self.folder.name
+
+    def restore(self, state: str) -> None:
+        """See `hybrid.federation.checkpoint.Stateful`."""
+        self.folder = self.folder.with_name(state)
 
 
 def _check_ledger(run_dir: Path, entries: int, *, moved: bool) -> None:

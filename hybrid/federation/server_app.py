@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from hybrid.features import Float32
-from hybrid.federation.strategy import NoisedSum, flat_array, flat_record
+from hybrid.federation.strategy import RUN, NoisedSum, flat_array, flat_record
 
 TIMEOUT_S = 3600.0  # of a round, after which who has not answered has failed; Flower's own
+SOONEST_S, LATEST_S = 0.1, 3.0  # from one look for replies to the next; Flower's own looks each 3 s
+SHARE = 0.05  # of the time that was waited already, between those
 
 
 def server_app(
@@ -22,6 +25,7 @@ def server_app(
     *,
     done: int = 0,
     timeout_s: float = TIMEOUT_S,
+    run: str = "",
 ) -> ServerApp:
     """Builds the app.
 
@@ -36,6 +40,8 @@ def server_app(
         on_round: called with the round's number and the weights after it, (p,); first with `done` and `initial`.
         done: rounds of an earlier process.
         timeout_s: after which a round goes on without the nodes that did not answer.
+        run: names the training to aggregators, in each process the same: asked for a round again, one that keeps
+            the round's sum gives that.
     """
     app = ServerApp()
 
@@ -44,12 +50,27 @@ def server_app(
         arrays = flat_record(initial)
         on_round(done, initial)
         for number in range(done + 1, rounds + 1):
-            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+            messages = list(strategy.configure_train(number, arrays, ConfigRecord({RUN: run}), grid))
             for message in messages:
                 message.metadata.ttl = timeout_s  # so that nodes give up when the round does
-            replies = grid.send_and_receive(messages, timeout=timeout_s)
-            aggregated, _ = strategy.aggregate_train(number, replies)
+            aggregated, _ = strategy.aggregate_train(number, _replies(grid, messages, timeout_s))
             arrays = arrays if aggregated is None else aggregated
             on_round(number, flat_array(arrays).astype(np.float32))
 
     return app
+
+
+def _replies(grid: Grid, messages: Iterable[Message], timeout_s: float) -> list[Message]:
+    """Of all nodes, or of those that answered in time; `Grid.send_and_receive`, which looks each 3 s, made prompt."""
+    waiting = {name for name in grid.push_messages(messages) if name is not None}  # None: it could not be sent
+    began, replies = time.monotonic(), list[Message]()
+    while waiting:
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            replies.append(reply)
+        waited_s = time.monotonic() - began
+        if waited_s >= timeout_s:
+            break
+        if waiting:
+            time.sleep(min(max(SOONEST_S, SHARE * waited_s), LATEST_S))
+    return replies

@@ -59,6 +59,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr ships no types
         for message in messages:
             self._sent += 1
             sent.append(str(self._sent))
+            message.metadata.__dict__["_message_id"] = sent[-1]  # as Flower's own do: its reply names it
             self._replies[sent[-1]] = self._handle(message)
         return sent
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it imports torch, and a ClientApp, which imports this, is a
 
 # Names of the records and of what is in them, on both sides of the wire.
 WEIGHTS, SUM, PLAN = "weights", "sum", "plan"
-FLAT, ROUND, ATTEMPT = "flat", "round", "attempt"
+FLAT, RUN, ROUND, ATTEMPT = "flat", "run", "round", "attempt"
 
 
 def flat_record(flat: NDArray[np.floating]) -> ArrayRecord:

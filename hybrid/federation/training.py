@@ -30,7 +30,7 @@ from hybrid.federation.metrics import auc, calibration, log_loss
 from hybrid.federation.noise import least_noise, planned_cohort, round_settings
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
-from hybrid.federation.resume import BY_ROUNDS, CONFIG, PROCESS, Process, check_free, latest
+from hybrid.federation.resume import BY_ROUNDS, CONFIG, PROCESS, Place, Process, check_free, latest
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
@@ -143,7 +143,8 @@ def train(
             That the code of towers and head is, too, is the caller's to know.
 
     Raises:
-        FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger.
+        FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger;
+            `resume=True` goes on with it.
         NotFound: (resume) no training began in the run directory.
         ConfigError: the budget, delta, optimiser, label or device does not allow this training; the run directory
             holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was; or a
@@ -166,7 +167,7 @@ def train(
         optimizer_for(settings, np.zeros(2, np.float32))
         device_named(device)
     network = Network.build(model, seed=seed)
-    _check_federation(federation, kind, settings, fleet, resume=resume)
+    _check_federation(federation, kind, settings, fleet)
     run = _Run(
         kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device, federation
     )
@@ -181,9 +182,7 @@ def train(
         return _finish(run, privacy)
 
 
-def _check_federation(
-    federation: Federation | None, kind: Kind, settings: Training, fleet: OnFleet | None, *, resume: bool
-) -> None:
+def _check_federation(federation: Federation | None, kind: Kind, settings: Training, fleet: OnFleet | None) -> None:
     """Raises: ConfigError: a federation is given with what it cannot do."""
     if federation is None:
         return
@@ -194,8 +193,6 @@ def _check_federation(
             "separation must be left out with a federation: an aggregator that is started again has lost the noise of "
             f"earlier rounds, which later ones need, got {settings.separation}"
         )
-    if resume:
-        raise ConfigError("resume must be left out with a federation, whose state ended with it: start another run")
 
 
 def check_linear(settings: Training) -> None:
@@ -245,7 +242,8 @@ class Rounds:
         device: where users are trained, as torch names it.
         delta: of the account; None: without noise and privacy.
         attempts_before: at any round, at most, by earlier trainings of the run.
-        folder: of the run.
+        folder: its own, in the run's. It is there where the training goes on, with what `Federation.train` left.
+        done: rounds that were handed on before.
     """
 
     network: Network
@@ -259,6 +257,7 @@ class Rounds:
     delta: float | None
     attempts_before: int
     folder: Path
+    done: int = 0
 
 
 @dataclass(frozen=True)
@@ -281,17 +280,18 @@ class Federation(Protocol):
     assumption: str  # what its randomness is like and what is not composed, for the record
 
     def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
-        """Runs them all.
+        """Runs them all, or those that are left.
 
         Every release must be of an aggregator that has no more of them than rounds, each with noise of its own
         for people of its own: then what the run's ledger was charged before the first round covers everybody.
 
         Args:
             rounds: what to run.
-            after: called with each round's number and the weights after it; first with 0 and the initial ones.
+            after: called with each round's number, from `rounds.done` + 1 on, and the weights after it. What it was
+                called with is on the disk when it returns.
 
         Raises:
-            FederationError: it ended before the last round.
+            FederationError: it ended before the last round; called again with the same folder it goes on.
         """
         ...
 
@@ -483,6 +483,7 @@ def _process(run: _Run, rounds: Round, ledger: Ledger | None) -> Process:
         rounds=run.settings.rounds,
         noise_multiplier=rounds.noise_multiplier,
         device=run.device,
+        elsewhere=run.federation is not None,
     )
 
 
@@ -522,31 +523,43 @@ def _elsewhere(run: _Run, process: Process, ready: _Ready, rounds: Round, planne
     people, so that what one aggregator's cost is what each is charged, not their sum.
     """
     assert run.federation is not None
-    ledger, before = process.ledger, 0
-    if ledger is not None:
-        before = max((entry.attempt for entry in ledger.entries if entry.purpose == PURPOSE), default=0)
-        for number in range(1, run.settings.rounds + 1):
-            attempt = ledger.next_attempt(PURPOSE, number)
-            ledger.spend(rounds.event, purpose=PURPOSE, clip=rounds.clip, round_number=number, attempt=attempt)
-    side = ready.engine.side
+    side, average, place = ready.engine.side, TailAverage(run.settings.average_last), Place.new(run.folder)
+    parts: dict[str, Stateful] = {PROCESS: process, "run": run, "average": average, "federation": place}
+    checkpoints = Checkpoints(run.folder, run.network.weights, parts)
+    run.watch.start()
+    if run.begun is not None:
+        checkpoints.restore(run.begun)
+    after, initial = _rounds(run, side, average, checkpoints, moved=False), side.flat()
+    after(run.done, initial)  # a checkpoint, before anything is charged
+    before = _charge(process, rounds, run.settings.rounds)
     task = Rounds(
         network=run.network,
         examples=run.examples,
         settings=run.settings,
         round=rounds,
-        initial=side.flat(),
+        initial=initial,
         planned_cohort=planned,
         seed=run.seed,
         device=run.device,
-        delta=None if ledger is None else ledger.delta,
+        delta=None if process.ledger is None else process.ledger.delta,
         attempts_before=before,
-        folder=run.folder,
+        folder=place.folder,
+        done=run.done,
     )
-    average = TailAverage(run.settings.average_last)
-    checkpoints = Checkpoints(run.folder, run.network.weights, {PROCESS: process, "run": run, "average": average})
-    run.watch.start()
-    outcome = run.federation.train(task, _rounds(run, side, average, checkpoints, moved=False))
+    outcome = run.federation.train(task, after)
     return outcome.clip, run.settings.rounds - outcome.failed_rounds
+
+
+def _charge(process: Process, rounds: Round, total: int) -> int:
+    """Pays for all rounds that are not paid for; returns how many attempts at one, at most, were made before them."""
+    ledger, paid = process.ledger, {entry.round for entry in process.repeats}
+    if ledger is None:
+        return 0
+    earlier = ledger.entries[: process.since]
+    for number in (number for number in range(1, total + 1) if number not in paid):
+        attempt = ledger.next_attempt(PURPOSE, number)
+        ledger.spend(rounds.event, purpose=PURPOSE, clip=rounds.clip, round_number=number, attempt=attempt)
+    return max((entry.attempt for entry in earlier if entry.purpose == PURPOSE), default=0)
 
 
 _TRAINERS: Mapping[str, Callable[[_Run], dict[str, Any]]] = {
@@ -693,7 +706,8 @@ def _rounds(
         if not resumed and (number % max(1, total // POINTS) == 0 or number == total):
             run.point(number)
         if not resumed or moved:
-            checkpoints.after(number, now=number in (run.done, total))  # the first, before anything is spent
+            # The first before anything is spent; elsewhere each, since what it holds is forgotten there.
+            checkpoints.after(number, now=number in (run.done, total) or run.federation is not None)
         if run.progress:
             run.progress(number, total)
 

@@ -29,6 +29,7 @@ from hybrid.federation.flower_app import Job
 from hybrid.federation.noise import least_noise, planned_cohort, round_settings
 from hybrid.federation.parts import Budget
 from hybrid.federation.population import Population
+from hybrid.federation.resume import Place
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
@@ -41,7 +42,7 @@ from hybrid.federation.training import (
     optimizer_for,
 )
 from hybrid.local.devices import Opened, People, running
-from hybrid.local.flower import Place, new_folder, run_job
+from hybrid.local.flower import Site, run_job
 from hybrid.local.process import free_ports
 from hybrid.network import Network
 from hybrid.plan import Local, Policy
@@ -78,7 +79,7 @@ class Promoted:
     Attributes:
         version: it.
         network: with its weights; training changes them.
-        settings: of its training, with what is asked for in their place.
+        settings: of its training, with what is asked for in their site.
         bundle: the file that devices have.
         trust: the key that they trust.
         manifest: the bundle's.
@@ -479,7 +480,7 @@ def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: C
                 outcome.endings += some.finish()
 
     outcome.failed = run_job(
-        new_folder(run_dir),
+        Place.new(run_dir).folder,
         order.promoted.job(order.round_s, planned=order.planned, nodes=AGGREGATORS),
         order.promoted.side.flat(),
         _Fronting(services, ports, order.keys, say),
@@ -499,22 +500,22 @@ class _Fronting:
     keys: Path
     say: Callable[[str], None] = field(repr=False)
 
-    def write(self, index: int, place: Place) -> None:
-        (place.folder / "settings.json").write_text(self.services[index].model_dump_json(indent=2))
+    def write(self, index: int, site: Site) -> None:
+        (site.folder / "settings.json").write_text(self.services[index].model_dump_json(indent=2))
         self.say(
             f"Aggregator {index + 1}: devices at http://127.0.0.1:{self.ports[index]}, "
-            f"control side at https://127.0.0.1:{place.port}, token in {place.token}"
+            f"control side at https://127.0.0.1:{site.port}, token in {site.token}"
         )
 
-    def command(self, index: int, place: Place) -> Sequence[str]:
-        chain, key = place.certificate
+    def command(self, index: int, site: Site) -> Sequence[str]:
+        chain, key = site.certificate
         options = {
-            "--settings": place.folder / "settings.json",
-            "--folder": place.folder,
+            "--settings": site.folder / "settings.json",
+            "--folder": site.folder,
             "--keys": self.keys,
-            "--token": place.token,
+            "--token": site.token,
             "--port": self.ports[index],
-            "--control-port": place.port,
+            "--control-port": site.port,
             "--control-tls-cert": chain,
             "--control-tls-key": key,
         }

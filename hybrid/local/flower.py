@@ -29,8 +29,8 @@ import numpy as np
 
 from hybrid.errors import FederationError, NotFound, StackError
 from hybrid.features import Float32
-from hybrid.federation.flower_app import APP, Job, Progress
-from hybrid.federation.parts import Budget, Part, write_rows
+from hybrid.federation.flower_app import APP, DONE, Job, Progress
+from hybrid.federation.parts import RELEASE, Budget, Part, write_rows
 from hybrid.federation.remote import new_token
 from hybrid.federation.training import Outcome, Rounds
 from hybrid.local.process import Process, Service, free_ports, http_ok, is_running, log_has
@@ -39,9 +39,11 @@ from hybrid.privacy.ledger import Ledger
 
 CONNECTION = "local"  # its name in Flower's own config
 RESTARTS = 9  # of a server that does not live for long
-SETTLED_S = 30.0  # after which it did
+APP_RESTARTS = 5  # of a ServerApp, without a round in between
+SETTLED_S = 10.0  # after which it did
 LONGEST_WAIT_S = 15.0  # before a restart
 START_TIMEOUT_S = 120.0
+APP_TIMEOUT_S = 60.0  # of a ServerApp's start
 ROUND_TIMEOUT_S = 180.0
 _COMMAND_TIMEOUT_S = 60.0
 _POLL_S = 0.2
@@ -51,9 +53,9 @@ _POLL_S = 0.2
 class LocalFlower:
     """A `hybrid.federation.training.Federation` of processes on this machine.
 
-    A SuperNode or an aggregator that dies is started again, so that it costs its
-    share of a round or two; so is the SuperLink, which keeps its state in a file.
-    The training ends where the ServerApp dies.
+    What dies is started again. A SuperNode or an aggregator costs its share of a
+    round or two; the SuperLink, the ServerApp, and all of it at once, cost none:
+    they keep where they are in files (docs/decisions/0026).
 
     Attributes:
         model_file: the team's.
@@ -83,13 +85,13 @@ class LocalFlower:
             start_timeout_s=START_TIMEOUT_S,
             round_timeout_s=self.round_timeout_s,
         )
-        folder = new_folder(rounds.folder)
-        failed = run_job(folder, job, rounds.initial, _Simulated(self, rounds), after=after, say=self.say)
-        return Outcome(_last_clip(folder, rounds), failed)
+        simulated = _Simulated(self, rounds)
+        failed = run_job(rounds.folder, job, rounds.initial, simulated, after=after, say=self.say, done=rounds.done)
+        return Outcome(_last_clip(rounds), failed)
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """Where one aggregator of a federation is.
 
     Attributes:
@@ -108,11 +110,11 @@ class Place:
 class Aggregators(Protocol):
     """What stands behind the SuperNodes."""
 
-    def write(self, index: int, place: Place) -> None:
+    def write(self, index: int, site: Site) -> None:
         """Writes what the process of one of them reads."""
         ...
 
-    def command(self, index: int, place: Place) -> Sequence[str]:
+    def command(self, index: int, site: Site) -> Sequence[str]:
         """Runs it, with a control side (`hybrid.federation.remote`), until SIGTERM."""
         ...
 
@@ -125,17 +127,19 @@ def run_job(
     *,
     after: Callable[[int, Float32], None],
     say: Callable[[str], None],
+    done: int = 0,
     beside: AbstractContextManager[object] | None = None,
 ) -> int:
-    """Runs a job's rounds on servers of its own, of which nothing is left afterwards but ledgers and logs.
+    """Runs a job's rounds on servers of its own; once it is over, ledgers and logs are left.
 
     Args:
-        folder: of the federation, see `new_folder`.
+        folder: of the federation; of one that goes on, with what was left there.
         job: how many rounds, on how many nodes.
         initial: (p,) the weights to start from.
         aggregators: one behind each node.
         after: called with each round's number and the weights after it; first with 0 and the initial ones.
         say: is told what happens.
+        done: rounds that were handed on before.
         beside: entered when all servers are ready, before the first round, and left after the last one.
 
     Returns:
@@ -145,10 +149,17 @@ def run_job(
         FederationError: it ended before the last round.
     """
     servers = _Servers(folder, job.nodes)
+    follower = _Follower(Progress(servers.job), done, after)
     try:
-        _prepare(servers, job, initial, aggregators)
-        with _running(servers, aggregators, say) as keeper, beside or nullcontext():
-            return _follow(servers, keeper, _begin(servers), after)
+        failed = follower.failed_rounds()
+        if failed is None:
+            _prepare(servers, job, initial, aggregators, done)
+            with _running(servers, aggregators, say) as keeper, beside or nullcontext():
+                app = _App(servers, say)
+                app.start()
+                failed = _follow(follower, keeper, app)
+        _remove_done(servers)
+        return failed
     except StackError as error:
         raise FederationError(str(error)) from None
     finally:
@@ -162,13 +173,13 @@ class _Simulated:
     flower: LocalFlower
     rounds: Rounds
 
-    def write(self, index: int, place: Place) -> None:
+    def write(self, index: int, site: Site) -> None:
         rounds, how, of = self.rounds, self.rounds.round, self.flower.aggregators
-        write_rows(place.folder, rounds.examples, index, of)
-        np.savez(place.folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
+        write_rows(site.folder, rounds.examples, index, of)
+        np.savez(site.folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
         part = Part(
             model_file=self.flower.model_file,
-            folder=place.folder,
+            folder=site.folder,
             index=index,
             of=of,
             population=rounds.examples.users,
@@ -182,14 +193,14 @@ class _Simulated:
             quantile=how.quantile,
             planned_cohort=rounds.planned_cohort / of,
             budget=None if rounds.delta is None else Budget(delta=rounds.delta, rounds=rounds.settings.rounds),
-            port=place.port,
-            certificate=place.certificate[0],
-            key=place.certificate[1],
+            port=site.port,
+            certificate=site.certificate[0],
+            key=site.certificate[1],
         )
-        (place.folder / "part.json").write_text(part.model_dump_json(indent=2))
+        (site.folder / "part.json").write_text(part.model_dump_json(indent=2))
 
-    def command(self, index: int, place: Place) -> Sequence[str]:
-        return [sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(place.folder / "part.json")]
+    def command(self, index: int, site: Site) -> Sequence[str]:
+        return [sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(site.folder / "part.json")]
 
 
 @dataclass(frozen=True)
@@ -232,10 +243,12 @@ class _Servers:
         """Flower's own folder."""
         return self.folder / "flwr"
 
-    def aggregator(self, index: int) -> Place:
-        folder = self.folder / f"aggregator-{index + 1}"
-        certificate = self.keys / "server.pem", self.keys / "server.key"
-        return Place(folder, folder / "token", self.aggregators[index], certificate)
+    def aggregator(self, index: int) -> Path:
+        return self.folder / f"aggregator-{index + 1}"
+
+    def site(self, index: int) -> Site:
+        folder, certificate = self.aggregator(index), (self.keys / "server.pem", self.keys / "server.key")
+        return Site(folder, folder / "token", self.aggregators[index], certificate)
 
     def environment(self) -> dict[str, str]:
         """Of Flower's processes: no telemetry, no look for updates, no proxy in front of this machine."""
@@ -251,33 +264,46 @@ class _Servers:
         }
 
 
-def new_folder(run: Path) -> Path:
-    """One for a federation of its own: a run may have several trainings."""
-    number = 1
-    while (folder := run / f"federation-{number}").exists():
-        number += 1
-    folder.mkdir(parents=True)
-    return folder
+def _prepare(servers: _Servers, job: Job, initial: Float32, aggregators: Aggregators, done: int) -> None:
+    """Writes all that the processes read; of a training that goes on, what they had written stays.
 
-
-def _prepare(servers: _Servers, job: Job, initial: Float32, aggregators: Aggregators) -> None:
-    """Writes all that the processes read."""
+    Raises:
+        FederationError: what they had written is not that of the training.
+    """
+    _remove_private(servers)
+    if servers.logs.exists():
+        servers.logs.rename(servers.logs.with_name(f"logs.{len(list(servers.folder.glob('logs*')))}"))
     for folder in (servers.job, servers.keys, servers.home):
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_kept(servers, done)
     _write_certificates(servers.keys)
     for index in range(servers.count):
-        place = servers.aggregator(index)
-        place.folder.mkdir(mode=0o700)
-        new_token(place.token)
-        aggregators.write(index, place)
+        site = servers.site(index)
+        site.folder.mkdir(mode=0o700, exist_ok=True)
+        new_token(site.token)
+        aggregators.write(index, site)
     for name in ("superlink", *(f"supernode-{index + 1}" for index in range(servers.count))):
         _write_secret(servers.keys / f"{name}.secret", secrets.token_bytes(32))
-    np.save(servers.job / "initial.npy", initial)
+    if not done:  # else they are not the initial ones
+        np.save(servers.job / "initial.npy", initial)
     (servers.job / "job.json").write_text(job.model_dump_json(indent=2))
     connection = {"address": f"127.0.0.1:{servers.superlink}", "root-certificates": str(servers.keys / "ca.pem")}
     lines = [f"{name} = {json.dumps(value)}\n" for name, value in connection.items()]
     text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{"".join(lines)}'
     (servers.home / "config.toml").write_text(text)
+
+
+def _check_kept(servers: _Servers, done: int) -> None:
+    """Raises: FederationError: it is of fewer rounds, or of other aggregators, whose ledgers others' people are in."""
+    kept, others = Progress(servers.job).kept(), servers.aggregator(servers.count)
+    here = 0 if kept is None else kept.step
+    if here < done:
+        raise FederationError(
+            f"{servers.job} must hold the {done} rounds that the run's checkpoint has, got {here}: start another run"
+        )
+    if kept is not None and (others.exists() or not servers.aggregator(servers.count - 1).exists()):
+        count = len(list(servers.folder.glob("aggregator-*")))
+        raise FederationError(f"aggregators must stay the {count} that the training began with, got {servers.count}")
 
 
 def _stages(servers: _Servers, aggregators: Aggregators) -> tuple[Sequence[Service], ...]:
@@ -291,12 +317,12 @@ def _stages(servers: _Servers, aggregators: Aggregators) -> tuple[Sequence[Servi
 
 
 def _aggregator(servers: _Servers, index: int, aggregators: Aggregators) -> Service:
-    place = servers.aggregator(index)
+    site = servers.site(index)
     return Service(
         name=f"aggregator-{index + 1}",
-        command=aggregators.command(index, place),
-        ready=http_ok(f"https://127.0.0.1:{place.port}/health", authority=servers.keys / "ca.pem"),
-        ports={"control": place.port},
+        command=aggregators.command(index, site),
+        ready=http_ok(f"https://127.0.0.1:{site.port}/health", authority=servers.keys / "ca.pem"),
+        ports={"control": site.port},
     )
 
 
@@ -322,7 +348,7 @@ def _supernode(servers: _Servers, index: int) -> Service:
     name, port = f"supernode-{index + 1}", servers.supernodes[index]
     config = {
         "aggregator": f"https://127.0.0.1:{servers.aggregators[index]}",
-        "token": str(servers.aggregator(index).token),
+        "token": str(servers.site(index).token),
         "authority": str(servers.keys / "ca.pem"),
     }
     return Service(
@@ -443,6 +469,62 @@ class _Keeper:
             process.stop()
 
 
+class _App:
+    """Keeps a ServerApp running: one Flower run after another, each going on where the one before was killed."""
+
+    def __init__(self, servers: _Servers, say: Callable[[str], None]) -> None:
+        self._servers, self._say, self._progress = servers, say, Progress(servers.job)
+        self._run, self._since = "", 0.0
+        self._due: float | None = None  # where none runs: when to start one
+        self._done, self._deaths = -1, 0  # since that round
+
+    def start(self) -> None:
+        """Begins a Flower run.
+
+        Raises:
+            StackError: the SuperLink does not take it.
+        """
+        self._progress.expect()
+        job = f"job={json.dumps(str(self._servers.job / 'job.json'))}"
+        told = _flwr(self._servers, "run", str(APP), CONNECTION, "--run-config", job)
+        run = re.search(r"started run (\d+)", told)
+        if run is None:
+            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
+        self._run, self._since = run[1], time.monotonic()
+
+    def check(self, done: int) -> None:
+        """Starts it again where it died.
+
+        Args:
+            done: rounds that are over.
+
+        Raises:
+            FederationError: it dies again and again, and no round is over in between.
+        """
+        if self._due is not None:
+            if time.monotonic() < self._due:
+                return
+            self._due = None
+            try:
+                self.start()
+            except StackError as error:  # the SuperLink may itself be down for a moment
+                self._put_off(str(error), done)
+        elif (process := self._progress.process()) is not None:
+            if not is_running(*process):
+                self._put_off("the ServerApp ended before its last round", done)
+        elif time.monotonic() - self._since > APP_TIMEOUT_S:
+            self._put_off(f"the ServerApp did not start within {APP_TIMEOUT_S:g} s", done)
+
+    def _put_off(self, told: str, done: int) -> None:
+        self._deaths = self._deaths + 1 if done == self._done else 1
+        self._done = done
+        if self._deaths > APP_RESTARTS:
+            raise FederationError(f"{told}, {self._deaths} times; {_told(self._servers, self._run)}")
+        wait_s = min(2.0 ** (self._deaths - 1), LONGEST_WAIT_S)
+        self._due = time.monotonic() + wait_s
+        self._say(f"{told.splitlines()[0]}; it is started again in {wait_s:g} s")
+
+
 @contextmanager
 def _running(servers: _Servers, aggregators: Aggregators, say: Callable[[str], None]) -> Iterator[_Keeper]:
     """All servers, ready."""
@@ -458,41 +540,40 @@ def _running(servers: _Servers, aggregators: Aggregators, say: Callable[[str], N
         keeper.stop()
 
 
-def _begin(servers: _Servers) -> str:
-    """Begins the run; returns its id.
+@dataclass
+class _Follower:
+    """Hands on the weights after each round, once.
+
+    Attributes:
+        progress: of the ServerApp.
+        done: rounds that were handed on.
+        after: takes them.
+    """
+
+    progress: Progress
+    done: int
+    after: Callable[[int, Float32], None]
+
+    def failed_rounds(self) -> int | None:
+        """Hands on what there is; in how many rounds no node answered, or None where more will come."""
+        failed = self.progress.failed_rounds()
+        for number, flat in self.progress.take(self.done):
+            self.after(number, flat)
+            self.done = number
+        return failed
+
+
+def _follow(follower: _Follower, keeper: _Keeper, app: _App) -> int:
+    """Returns, after the last round, in how many no node answered.
 
     Raises:
-        StackError: it cannot be begun.
+        FederationError, StackError: the ServerApp, or another process, dies again and again.
     """
-    job = f"job={json.dumps(str(servers.job / 'job.json'))}"
-    told = _flwr(servers, "run", str(APP), CONNECTION, "--run-config", job)
-    run = re.search(r"started run (\d+)", told)
-    if run is None:
-        raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
-    return run[1]
-
-
-def _follow(servers: _Servers, keeper: _Keeper, run: str, after: Callable[[int, Float32], None]) -> int:
-    """Hands on the weights after each round; returns in how many rounds no node answered.
-
-    Raises:
-        FederationError: the ServerApp did not begin, or ended before the last round.
-    """
-    progress, deadline = Progress(servers.job), time.monotonic() + START_TIMEOUT_S
-    while True:
-        process = progress.process()
-        runs = process is not None and is_running(*process)
-        failed = progress.failed_rounds()
-        for number, flat in progress.take():
-            after(number, flat)
-        if failed is not None:
-            return failed
-        if process is not None and not runs:
-            raise FederationError(f"the ServerApp ended before its last round; {_told(servers, run)}")
-        if process is None and time.monotonic() > deadline:
-            raise FederationError(f"the ServerApp did not start within {START_TIMEOUT_S:g} s; {_told(servers, run)}")
+    while (failed := follower.failed_rounds()) is None:
+        app.check(follower.done)
         keeper.check()
         time.sleep(_POLL_S)
+    return failed
 
 
 def _told(servers: _Servers, run: str) -> str:
@@ -528,12 +609,12 @@ def _flwr(servers: _Servers, *words: str) -> str:
     return done.stdout
 
 
-def _last_clip(folder: Path, rounds: Rounds) -> float:
+def _last_clip(rounds: Rounds) -> float:
     """The largest that an aggregator's last release was clipped to."""
     clips = []
-    for aggregator in folder.glob("aggregator-*"):
+    for folder in rounds.folder.glob("aggregator-*"):
         try:
-            entries = Ledger.read(aggregator).entries
+            entries = Ledger.read(folder).entries
         except NotFound:
             continue
         clips += [entry.clip for entry in entries[-1:]]
@@ -541,17 +622,29 @@ def _last_clip(folder: Path, rounds: Rounds) -> float:
 
 
 def _remove_private(servers: _Servers) -> None:
-    """Leaves ledgers and logs: no key, no token, no row of anybody's."""
-    for folder in (servers.keys, servers.job, servers.home):
+    """Leaves ledgers, logs, and what a training goes on from, sums with their noise among it.
+
+    No key, no token, no row of anybody's.
+    """
+    for folder in (servers.keys, servers.home):
         shutil.rmtree(folder, ignore_errors=True)
     for file in servers.folder.glob("superlink.db*"):
         file.unlink()
     for index in range(servers.count):
-        for item in servers.aggregator(index).folder.glob("*"):
-            if item.is_dir():
+        for item in servers.aggregator(index).glob("*"):
+            if item.is_dir() and item.name != RELEASE:
                 shutil.rmtree(item, ignore_errors=True)
-            elif item.name != LEDGER:
+            elif item.is_file() and item.name != LEDGER:
                 item.unlink()
+
+
+def _remove_done(servers: _Servers) -> None:
+    """Of a training that is over, ledgers, logs, and that it is over, stay."""
+    for index in range(servers.count):
+        shutil.rmtree(servers.aggregator(index) / RELEASE, ignore_errors=True)
+    for item in servers.job.glob("*"):
+        if item.name != DONE:
+            item.unlink()
 
 
 def _write_certificates(folder: Path) -> None:

@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 
@@ -151,26 +153,37 @@ def test_a_part_is_read_as_it_was_written(part, tmp_path):
 
 
 class InThisProcess:
-    """A federation of two parts without servers; notes what the run's ledger says when it begins."""
+    """A federation of two parts without servers; notes what the run's ledger says when it begins, and where it is.
+
+    Killed when so many rounds are over, once, it goes on from what its parts and its strategy know.
+    """
 
     name, assumption = "test", "as a test says"
 
     def __init__(self, part, fails_after=None):
-        self.part, self.fails_after = part, fails_after
+        self.part, self.fails_after, self.begun, self.parts = part, fails_after, [], []
 
     def train(self, rounds, after):
-        self.charged = Ledger.read(rounds.folder).entries if rounds.delta else None
+        self.begun.append((rounds.folder.name, rounds.done, rounds.attempts_before))
+        self.charged = Ledger.read(rounds.folder.parent).entries if rounds.delta else None
         noise = {} if rounds.delta else {"budget": None}
         how = {"noise_multiplier": rounds.round.noise_multiplier, "clip": rounds.round.clip, **noise}
         how["network"] = rounds.network
-        parts = [self.part(index, 2, rounds=rounds.settings.rounds, **how)[0] for index in range(2)]
-        if self.fails_after is not None:
-            parts[0].run_round(1, rounds.initial)
-            raise FederationError("the ServerApp was killed")
-        strategy = NoisedSum(rounds.planned_cohort, optimizer_for(rounds.settings, rounds.initial))
-        app = server_app(strategy, rounds.initial, rounds.settings.rounds, after)
-        simulate(app, {index + 1: client_app(one) for index, one in enumerate(parts)})
-        return Outcome(rounds.round.clip, strategy.failed_rounds)
+        if not self.parts:
+            self.parts = [self.part(index, 2, rounds=rounds.settings.rounds, **how)[0] for index in range(2)]
+            self.strategy = NoisedSum(rounds.planned_cohort, optimizer_for(rounds.settings, rounds.initial))
+
+        def handed_on(number, flat):
+            if number > rounds.done:
+                after(number, flat)
+            if number == self.fails_after:
+                self.fails_after = None
+                raise FederationError("all of it was killed")
+
+        start, done = self.strategy.optimizer.weights, rounds.done
+        app = server_app(self.strategy, start, rounds.settings.rounds, handed_on, done=done)
+        simulate(app, {index + 1: client_app(one) for index, one in enumerate(self.parts)})
+        return Outcome(rounds.round.clip, self.strategy.failed_rounds)
 
 
 def test_all_rounds_are_in_the_runs_ledger_before_the_first_one_begins(part, tiny_model, tiny_examples, tmp_path):
@@ -185,7 +198,7 @@ def test_all_rounds_are_in_the_runs_ledger_before_the_first_one_begins(part, tin
 
 
 def test_a_federation_that_ends_early_costs_all_that_it_may_have_released(part, tiny_model, tiny_examples, tmp_path):
-    """One round of one part was released; the ledger holds four."""
+    """One round was released; the ledger holds four."""
     federation = InThisProcess(part, fails_after=1)
     with pytest.raises(FederationError):
         train(tiny_model(training=BATCHES), tiny_examples(USERS), run_dir=tmp_path / "run", federation=federation)
@@ -195,7 +208,6 @@ def test_a_federation_that_ends_early_costs_all_that_it_may_have_released(part, 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"resume": True}, "resume must be left out with a federation"),
         ({"kind": "central"}, "federation must be left out"),
         ({"fleet": OnFleet(Trace.load(PHONES), 60.0)}, "federation must be left out with a fleet"),
     ],
@@ -211,6 +223,57 @@ def test_a_federation_is_refused_with_what_it_cannot_do(part, tiny_model, tiny_e
             **given,
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fails_after", [0, 1, 3, 4])
+def test_a_federation_that_ended_early_goes_on_to_the_weights_of_one_process(
+    part, tiny_model, tiny_examples, tmp_path, fails_after
+):
+    """Without noise: where it left its rounds, in its own folder, and with the whole curve."""
+    model, people, run = tiny_model(training=BATCHES), tiny_examples(USERS), tmp_path / "run"
+    here = train(model, people, kind="noiseless", seed=3, run_dir=tmp_path / "here")
+    quiet = InThisProcess(part, fails_after)
+    with pytest.raises(FederationError):
+        train(model, people, people, kind="noiseless", seed=3, run_dir=run, federation=quiet)
+    result = train(model, people, people, kind="noiseless", seed=3, run_dir=run, federation=quiet, resume=True)
+    assert quiet.begun == [("federation-1", 0, 0), ("federation-1", fails_after, 0)]
+    for name, value in here.weights.items():
+        np.testing.assert_allclose(result.weights[name], value, atol=1e-5)
+    assert [number for number, _ in result.curves["oracle_auc"]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("fails_after", [0, 3, 4])
+def test_a_federation_that_goes_on_is_charged_once(part, tiny_model, tiny_examples, tmp_path, fails_after):
+    """For all rounds, whichever were released."""
+    model, people, run = tiny_model(training=BATCHES), tiny_examples(USERS), tmp_path / "run"
+    federation = InThisProcess(part, fails_after)
+    with pytest.raises(FederationError):
+        train(model, people, run_dir=run, federation=federation)
+    before = (run / "ledger.jsonl").read_bytes()
+    result = train(model, people, run_dir=run, federation=federation, resume=True)
+    assert (run / "ledger.jsonl").read_bytes() == before
+    assert [entry.round for entry in Ledger.read(run).entries] == [1, 2, 3, 4]
+    assert result.record.epsilon == Ledger.read(run).spent().epsilon
+
+
+@pytest.mark.parametrize("paid", [0, 2, 3])
+def test_a_federation_killed_while_it_was_charged_is_charged_the_rest(part, tiny_model, tiny_examples, tmp_path, paid):
+    """The run's budget is that of four rounds: not one entry is made twice."""
+    model, people, run = tiny_model(training=BATCHES), tiny_examples(USERS), tmp_path / "run"
+    federation, spend, entries = InThisProcess(part), Ledger.spend, []
+
+    def dying(ledger, *arguments, **named):
+        if len(entries) == paid:
+            raise KeyboardInterrupt
+        entries.append(named)
+        spend(ledger, *arguments, **named)
+
+    with patch.object(Ledger, "spend", dying), pytest.raises(KeyboardInterrupt):
+        train(model, people, run_dir=run, federation=federation)
+    assert not federation.begun
+    train(model, people, run_dir=run, federation=federation, resume=True)
+    assert [(entry.round, entry.attempt) for entry in federation.charged] == [(n, 1) for n in (1, 2, 3, 4)]
+    assert federation.begun == [("federation-1", 0, 0)]
 
 
 def test_an_interrupted_federation_is_not_resumed_in_one_process(part, tiny_model, tiny_examples, tmp_path):

@@ -1,10 +1,13 @@
+import json
 import ssl
+import subprocess
 import sys
 import time
 
 import pytest
 
-from hybrid.errors import StackError
+from hybrid.errors import FederationError, StackError
+from hybrid.federation.checkpoint import Checkpoint
 from hybrid.local import flower
 from hybrid.local.process import Service
 
@@ -99,14 +102,111 @@ def _shake_hands(here, client, name):
     return peer.version() is not None
 
 
-def test_nothing_private_is_left_of_a_federation(tmp_path):
-    """Ledgers and logs stay."""
-    servers = flower._Servers(tmp_path, 2)
+@pytest.fixture
+def servers(tmp_path):
+    """With a file wherever a federation has some."""
     for folder in ("keys", "job", "flwr", "logs", "aggregator-1/examples", "aggregator-1/release", "aggregator-2"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "file").write_text("x")
     for file in ("superlink.db", "superlink.db-wal", "aggregator-1/token", "aggregator-1/ledger.jsonl"):
         (tmp_path / file).write_text("x")
+    (tmp_path / "job" / "done.json").write_text("{}")
+    return flower._Servers(tmp_path, 2)
+
+
+def left(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_private_is_left_of_a_federation(servers, tmp_path):
+    """Ledgers, logs and what it goes on from stay."""
     flower._remove_private(servers)
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"logs/file", "aggregator-1/ledger.jsonl"}
+    goes_on = {"job/file", "job/done.json", "aggregator-1/release/file"}
+    assert left(tmp_path) == {"logs/file", "aggregator-1/ledger.jsonl"} | goes_on
+
+
+def test_of_a_federation_that_is_over_ledgers_and_logs_are_left(servers, tmp_path):
+    """And that it is over: a command that was killed before it made a version needs no more."""
+    flower._remove_done(servers)
+    flower._remove_private(servers)
+    assert left(tmp_path) == {"logs/file", "aggregator-1/ledger.jsonl", "job/done.json"}
+
+
+@pytest.fixture
+def app(tmp_path, monkeypatch):
+    """A ServerApp's keeper, whose `flwr run` takes no time; what it ran, and what it said."""
+    monkeypatch.setattr(flower, "LONGEST_WAIT_S", 0.0)
+    servers, ran, said = flower._Servers(tmp_path, 2), [], []
+    servers.job.mkdir()
+
+    def flwr(_servers, *words):
+        ran.append(words)
+        return "started run 12" if words[0] == "run" else "its log"
+
+    monkeypatch.setattr(flower, "_flwr", flwr)
+    return flower._App(servers, said.append), ran, said
+
+
+def ended(tmp_path):
+    """A process that is no more tells that it began."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / "job" / "process.json").write_text(json.dumps({"pid": dead.pid, "started": 0.0}))
+
+
+def test_a_server_app_that_died_is_run_again(app, tmp_path):
+    """As often as it takes, where rounds are over in between."""
+    kept, ran, said = app
+    kept.start()
+    for number in range(20):
+        ended(tmp_path)
+        kept.check(number)
+        kept.check(number)
+    assert len(ran) == 21
+    assert said == ["the ServerApp ended before its last round; it is started again in 0 s"] * 20
+
+
+def test_a_server_app_that_dies_again_and_again_ends_the_training(app, tmp_path):
+    """With what it logged."""
+    kept, ran, said = app
+    kept.start()
+    for _ in range(flower.APP_RESTARTS):
+        ended(tmp_path)
+        kept.check(3)
+        kept.check(3)
+    ended(tmp_path)
+    with pytest.raises(FederationError, match="ended before its last round, 6 times; its last lines:\n  its log"):
+        kept.check(3)
+    assert [words[0] for words in ran] == ["run"] * (1 + flower.APP_RESTARTS) + ["log"]
+    assert len(said) == flower.APP_RESTARTS
+
+
+def test_a_server_app_that_never_begins_is_run_again(app, monkeypatch):
+    """It may have been killed while it was loaded, when it had not told its process yet."""
+    kept, ran, said = app
+    monkeypatch.setattr(flower, "APP_TIMEOUT_S", 0.0)
+    kept.start()
+    kept.check(0)
+    kept.check(0)
+    assert len(ran) == 2
+    assert said == ["the ServerApp did not start within 0 s; it is started again in 0 s"]
+
+
+@pytest.mark.parametrize(
+    ("done", "count", "told"),
+    [(2, 2, "must hold the 2 rounds that the run's checkpoint has, got 1"), (1, 3, "must stay the 2"), (1, 1, "the 2")],
+)
+def test_what_is_left_of_another_federation_is_refused(tmp_path, done, count, told):
+    """Fewer rounds than the checkpoint has, or ledgers of other people."""
+    Checkpoint(1, {}, {}).write(_made(tmp_path / "job"))
+    for index in (1, 2):
+        _made(tmp_path / f"aggregator-{index}")
+    servers = flower._Servers(tmp_path, count)
+    with pytest.raises(FederationError, match=told):
+        flower._check_kept(servers, done)
+    flower._check_kept(flower._Servers(tmp_path, 2), 1)
+
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
