@@ -1,6 +1,7 @@
 """Asynchronous flushes at a fleet's aggregator."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hybrid.errors import CohortTooSmall, ConfigError, RoundStopped
 from hybrid.federation.aggregator import Round
 from hybrid.federation.buffer import Buffer
+from hybrid.federation.clock import SystemClock
 from hybrid.federation.fleet_aggregator import FULL_S, FleetAggregator, Refused, Task
 from hybrid.plan import CheckIn, Local, open_signed
 from hybrid.privacy.ledger import Ledger
@@ -282,6 +284,44 @@ def test_what_a_buffer_needs_is_asked_for(tmp_path, fields, buffer, why):
     asked |= {"matrix": optimised("independent", 10, 2)} | fields
     with pytest.raises(ConfigError, match=why):
         FleetAggregator(task, Round(**asked), None, KEY, noise_state=tmp_path / "state", buffer=buffer)
+
+
+def test_what_is_kept_does_not_grow_with_the_flushes(tmp_path):
+    """Of 50 flushes' plans the uploads of three are known: those at most two versions late, and one more for repeats."""
+    fleet = Fleet(tmp_path, oldest=2)
+    for number in range(50):
+        fleet.flush(lambda number=number: [fleet.send(fleet.check_in(), 2 * number + each, 1, 0) for each in range(2)])
+    known = [plan for plan in fleet.plans if fleet.aggregator.body_bytes(plan.id) is not None]
+    assert (len(fleet.plans), known) == (50, fleet.plans[-3:])
+
+
+def test_many_at_once_are_in_one_flush_each(tmp_path):
+    """Eight threads send 25 updates each, the i-th along its own axis: in 66 flushes of three, each is counted once."""
+    size, threads = 200, 8
+    fleet = Fleet(tmp_path, updates=3, oldest=1000, size=size)
+    fleet.aggregator._clock = SystemClock()
+    released = []
+
+    def flushes():
+        for _ in range(66):
+            released.append(fleet.aggregator.run_round(1, np.zeros(size, np.float32)))
+
+    def send(numbers):
+        for number in numbers:
+            while (plan := fleet.check_in()) is None:
+                pass
+            while (status := fleet.send(plan, number, *np.eye(size)[number])) == 503:
+                pass
+            assert status == 200
+
+    with ThreadPoolExecutor(threads + 1) as pool:
+        flushing = pool.submit(flushes)
+        for sent in [pool.submit(send, range(first, size, threads)) for first in range(threads)]:
+            sent.result(60)
+        flushing.result(60)
+    assert [one.received for one in released] == [3] * 66
+    totals = np.sum([one.sum for one in released], axis=0)
+    assert ((totals > 0) & (totals <= 1)).sum() == 3 * 66
 
 
 class Device:
