@@ -1,11 +1,15 @@
 """Asynchronous training of real devices, and devices that take turns: stores, bundles, HTTP, Flower's apps."""
 
 import asyncio
+import shutil
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +29,13 @@ from hybrid.federation.checkin import listening
 from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator, Refused
 from hybrid.federation.optimizers import ServerOptimizer
-from hybrid.local.devices import GOOD
+from hybrid.local.devices import GOOD, Opened, command
+from hybrid.local.process import free_ports
+from hybrid.privacy.ledger import Ledger, costs
 from hybrid.privacy.matrix import optimised
 from hybrid.privacy.mechanisms import clip_rows
-from integration_tests.test_fleet_rounds import KEY, LAX, World, run_server
+from integration_tests.aggregator_process import BUFFER, SEPARATION
+from integration_tests.test_fleet_rounds import KEY, LAX, Killed, World, released, run_server
 
 DEVICES = 12
 TRAINED = [Readings(**GOOD)] * 3 + [Readings(**GOOD | {"charging": False})]  # unplugged before the update is sent
@@ -188,3 +195,49 @@ def test_devices_take_turns_by_what_their_stores_remember(world: World, store: P
                     took_part[device].append(number)
     assert received == [sum(number in rounds for rounds in took_part.values()) for number in range(1, 7)]
     assert all(second - first == 3 for first, second in took_part.values())
+
+
+def test_kill_9_of_aggregator_and_devices_shows_no_noise_twice_and_takes_no_turn_twice(world: World, tmp_path: Path):
+    """Twenty times, one or the other, at any moment of its start, of a flush, or between two.
+
+    All that was released is of one horizon, paid once, each step once and with an entry; no flush had more updates
+    than its buffer takes, and no device began more often than its separation, from the last step that its update might
+    have been in, allows.
+    """
+    devices, random = 6, np.random.default_rng(21)
+    (tmp_path / "task.json").write_text(world.task(round_s=3, wanted=devices).model_dump_json())
+    np.save(tmp_path / "weights.npy", world.weights)
+    shutil.copytree(world.folder / "keys", tmp_path / "keys")
+    (port,) = free_ports(1)
+    store = world.store(tmp_path / "devices.store", range(devices))
+    opened = Opened(world.bundle, world.trust, f"http://127.0.0.1:{port}", rest_s=0.5)
+    script = Path(__file__).with_name("aggregator_process.py")
+    with (
+        Killed([sys.executable, script, tmp_path, port, "flushes"]) as aggregator,
+        Killed(command(opened, store, world.key_file, devices)) as fleet,
+    ):
+        for kill in range(20):
+            if random.random() < 0.8:  # else while it starts
+                aggregator.ready()
+                fleet.ready()
+            time.sleep(random.uniform(0, 4))  # any moment is as good as another
+            victim = (aggregator, fleet)[kill % 2]
+            victim.kill()
+            victim.start()
+        before, deadline = len(released(tmp_path)), time.monotonic() + 90
+        while sum(line["received"] for line in released(tmp_path)[before:]) < devices:
+            assert time.monotonic() < deadline
+            for each in (aggregator, fleet):
+                assert each.process.poll() is None, each.process.communicate()
+            time.sleep(0.1)
+    found, entries = released(tmp_path), Ledger.read(tmp_path / "run").entries
+    assert len(costs(entries)) == 1
+    assert all(later["step"] > earlier["step"] for earlier, later in pairwise(found))
+    assert {line["step"] for line in found} <= {entry.step for entry in entries}
+    assert {line["received"] for line in found} <= set(range(BUFFER.updates + 1))
+    assert len({tuple(line["sum"]) for line in found}) == len(found)
+    opened_steps = entries[-1].step + 1
+    with Store.open(store, KEY, world.manifest) as kept:
+        begun = [len(kept.history(0, device=device)) for device in range(devices)]
+    assert all(count <= 1 + (opened_steps - 1) / (BUFFER.oldest + SEPARATION) for count in begun)
+    assert sum(begun) >= sum(line["received"] for line in found)

@@ -287,7 +287,7 @@ def test_what_a_buffer_needs_is_asked_for(tmp_path, fields, buffer, why):
 
 
 def test_what_is_kept_does_not_grow_with_the_flushes(tmp_path):
-    """Of 50 flushes' plans the uploads of three are known: those at most two versions late, and one more for repeats."""
+    """Of 50 flushes' plans the uploads of three are known: those at most two versions late, and one for repeats."""
     fleet = Fleet(tmp_path, oldest=2)
     for number in range(50):
         fleet.flush(lambda number=number: [fleet.send(fleet.check_in(), 2 * number + each, 1, 0) for each in range(2)])
@@ -300,11 +300,9 @@ def test_many_at_once_are_in_one_flush_each(tmp_path):
     size, threads = 200, 8
     fleet = Fleet(tmp_path, updates=3, oldest=1000, size=size)
     fleet.aggregator._clock = SystemClock()
-    released = []
 
     def flushes():
-        for _ in range(66):
-            released.append(fleet.aggregator.run_round(1, np.zeros(size, np.float32)))
+        return [fleet.aggregator.run_round(1, np.zeros(size, np.float32)) for _ in range(66)]
 
     def send(numbers):
         for number in numbers:
@@ -318,7 +316,7 @@ def test_many_at_once_are_in_one_flush_each(tmp_path):
         flushing = pool.submit(flushes)
         for sent in [pool.submit(send, range(first, size, threads)) for first in range(threads)]:
             sent.result(60)
-        flushing.result(60)
+        released = flushing.result(60)
     assert [one.received for one in released] == [3] * 66
     totals = np.sum([one.sum for one in released], axis=0)
     assert ((totals > 0) & (totals <= 1)).sum() == 3 * 66
