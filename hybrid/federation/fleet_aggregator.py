@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_OFFER = 0.9  # of a plan's time: who comes later would hardly be done before its end
+HELD = 0.1  # of a flush's time limit, for which a device that was sent off is counted on
 FULL_S = 1.0  # after which who finds a buffer full comes again: the control side takes it out as soon as it can
 IDLE_ROUNDS = 10.0  # round lengths after which no next round is counted on
 IDLE_S = 3600.0  # how long devices stay away then
@@ -129,19 +130,17 @@ _ANSWERS: dict[Answer, tuple[int, Refused | None]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Version:
     """A plan that uploads may come for.
 
     Attributes:
         uploads: that came.
         step: of the first sum that they may be in: how many were closed before it.
-        given: how often a device was given the plan.
     """
 
     uploads: Uploads
     step: int
-    given: int = 0
 
     @property
     def plan(self) -> TrainPlan:
@@ -226,6 +225,7 @@ class FleetAggregator:
         self._sum: OpenSum | None = None
         self._began_ms = self._closed_ms = self._clock.now_ms()
         self._lasted_s = task.round_s  # the last round
+        self._sent_off: deque[int] = deque()  # when devices were, that are counted on to come to the buffer
         self._halts: dict[int, bytes] = {}
         self._stopped: RoundStopped | None = None
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
@@ -373,20 +373,28 @@ class FleetAggregator:
                 return Reply(200, self._halts[said.version])
             if (said.model, said.version) != (task.model, task.version):
                 return Reply(204, retry_after_s=IDLE_S)
-            if (offer := self._offer) is not None and now_ms < offer.until_ms and self._has_room():
-                offer.version.given += 1
+            if (offer := self._offer) is not None and self._may_send_off(offer, now_ms):
                 return Reply(200, offer.signed)  # and it rests as its policy says, which is not for us to pace
             wait = self._wait(now_ms, now_s)
             self._arrivals.add(now_s, wait)
         return Reply(204, retry_after_s=wait)
 
-    def _has_room(self) -> bool:
-        """Whether another device may be on its way to a buffer; one that does not come leaves with its version."""
+    def _may_send_off(self, offer: _Offer, now_ms: int) -> bool:
+        """Whether a device may be given the plan, and, with a buffer, takes one of the places of those on their way.
+
+        A place comes free with each upload. Of those who have no turn yet, or die, nothing is heard: theirs do after
+        a while.
+        """
+        if now_ms >= offer.until_ms or self._staleness(offer.version) > self._oldest:
+            return False
         if self._buffer is None:
             return True
-        return (
-            sum(max(0, version.given - len(version.uploads)) for version in self._open_versions()) < self._task.wanted
-        )
+        while self._sent_off and now_ms - self._sent_off[0] >= HELD * 1e3 * self._task.round_s:
+            self._sent_off.popleft()
+        if len(self._sent_off) >= self._task.wanted:
+            return False
+        self._sent_off.append(now_ms)
+        return True
 
     def _open_versions(self) -> list[_Version]:
         """Those whose uploads are taken."""
@@ -414,7 +422,12 @@ class FleetAggregator:
             others = [each.uploads for each in self._open_versions() if each is not known]
         if known is not None:
             with self._summing:
-                status, reason = _ANSWERS[self._take(known, others, upload, body)]
+                answer = self._take(known, others, upload, body)
+            status, reason = _ANSWERS[answer]
+            if self._buffer is not None and answer is Answer.COUNTED:
+                with self._lock:
+                    if self._sent_off:
+                        self._sent_off.popleft()
         else:
             status, reason = (410, Refused.STALE) if ever else (404, Refused.UNKNOWN_PLAN)
         if reason is not None:

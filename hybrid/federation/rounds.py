@@ -102,10 +102,6 @@ class Uploads:
     plan: TrainPlan
     _seen: dict[bytes, bytes] = field(default_factory=dict, repr=False)
 
-    def __len__(self) -> int:
-        """How many were counted."""
-        return len(self._seen)
-
     def __contains__(self, upload: str) -> bool:
         """Whether one of that id was counted."""
         return bytes.fromhex(upload) in self._seen

@@ -192,20 +192,28 @@ def test_a_stopped_flush_releases_nothing_and_takes_nothing_more(tmp_path):
 
 
 def test_no_more_devices_are_sent_off_than_may_be_on_their_way(tmp_path):
-    """Of three places one comes free with each upload; devices that never come leave with their version."""
-    fleet = Fleet(tmp_path, updates=2, oldest=1, wanted=3)
+    """Of three places one comes free with each upload; those of devices that do not come do, after 6 of 60 s."""
+    fleet = Fleet(tmp_path, updates=3, wanted=3)
 
     def happens():
         plan = fleet.check_in()
         assert [fleet.check_in() is None for _ in range(3)] == [False, False, True]
         fleet.send(plan, 1, 1, 0)
+        fleet.send(plan, 1, 1, 0)  # a repeat frees none
         assert [fleet.check_in() is None for _ in range(2)] == [False, True]
-        fleet.send(plan, 2, 1, 0)
+        fleet.clock.at_ms += 5999
+        assert fleet.check_in() is None
+        fleet.clock.at_ms += 1
+        assert [fleet.check_in() is None for _ in range(4)] == [False, False, False, True]
 
     fleet.flush(happens)
-    assert [fleet.check_in() is None for _ in range(2)] == [False, True]  # two were given it and did not come
-    fleet.flush(lambda: None)
-    assert [fleet.check_in() is None for _ in range(4)] == [False, False, False, True]
+
+
+def test_no_device_is_sent_off_that_would_come_too_late(tmp_path):
+    """Where no update may be late, the plan of a flush that is over is not given any more."""
+    fleet = Fleet(tmp_path, oldest=0)
+    fleet.flush(lambda: [fleet.send(fleet.check_in(), number, 1, 0) for number in (1, 2)])
+    assert fleet.check_in() is None
 
 
 def test_who_is_told_to_come_again_is_paced_by_how_long_flushes_last(tmp_path):
