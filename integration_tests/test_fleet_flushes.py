@@ -23,6 +23,7 @@ from device_runtime.program import open_bundle
 from device_runtime.store import Store
 from device_runtime.trainer import Trainer
 from hybrid.bundle import trusted_key
+from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.federation.aggregator import Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.checkin import listening
@@ -30,10 +31,14 @@ from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator, Refused
 from hybrid.federation.optimizers import ServerOptimizer
 from hybrid.local.devices import GOOD, Opened, command
+from hybrid.local.fleet import Order, Promoted, service
 from hybrid.local.process import free_ports
 from hybrid.privacy.ledger import Ledger, costs
+from hybrid.privacy.matrix import Participation as Participants
 from hybrid.privacy.matrix import optimised
 from hybrid.privacy.mechanisms import clip_rows
+from hybrid.spec import Training
+from hybrid.version import TrainingRecord, Version
 from integration_tests.aggregator_process import BUFFER, SEPARATION
 from integration_tests.test_fleet_rounds import KEY, LAX, Killed, World, released, run_server
 
@@ -195,6 +200,49 @@ def test_devices_take_turns_by_what_their_stores_remember(world: World, store: P
                     took_part[device].append(number)
     assert received == [sum(number in rounds for rounds in took_part.values()) for number in range(1, 7)]
     assert all(second - first == 3 for first, second in took_part.values())
+
+
+def turning(world: World, **fields: object) -> Promoted:
+    """The version, to be trained by turns."""
+    asked = Training(rounds=8, separation=2, noise="banded", server_optimizer="SGD", **fields)
+    record = TrainingRecord(kind="noiseless", run="before", population="people", users=40, examples=0)
+    version = Version("kiosk", 4, "cd" * 32, {}, record, world.network.weights())
+    return Promoted(version, world.network, asked, world.bundle, world.trust, world.manifest)
+
+
+@pytest.mark.parametrize(("fields", "planned", "what"), [({}, 20, "rounds"), ({"buffer": 5}, 5, "flushes")])
+def test_a_training_by_turns_costs_its_budget_and_says_what_it_assumes(
+    world: World, tmp_path: Path, fields: dict, planned: int, what: str
+):
+    """Its horizon is reserved whole; the record names separation and participations, ceil(8 / 2), and no sampling."""
+    promoted = turning(world, **fields)
+    with promoted.paid(2.0, 40, tmp_path) as (settings, ledger):
+        assert ledger is not None
+        assert settings.matrix is not None
+        assert settings.matrix.participation == Participants(rounds=8, separation=2)
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve([settings.event])
+        ledger.spend(settings.event, purpose="train", clip=1.0, round_number=1, step=1)
+        about = {"users": 40, "examples": 0, "aggregators": 1, "population": "people", "run": "run"}
+        record = promoted.record(settings, ledger, **about)
+        order = Order(promoted, settings, world.people.of(range(40)), 30.0, 1, world.folder / "keys", print)
+        with pytest.raises(ConfigError, match="separation must be left out"):
+            service(promoted.task(30, wanted=40), settings, 8, 1e-4)
+    assert order.planned == planned
+    assert record.epsilon == pytest.approx(2.0, abs=1e-2)
+    assert (record.sampling, record.unit) == (None, "device")
+    assert (
+        f"at most one of any 2 {what} one after another and in at most 4, in a fixed horizon of 8" in record.assumption
+    )
+    assert "banded" in record.mechanism
+
+
+def test_a_buffer_that_the_fleet_cannot_fill_is_refused(world: World, tmp_path: Path):
+    with (
+        pytest.raises(ConfigError, match="buffer must be at most the 4 devices"),
+        turning(world, buffer=5).paid(2.0, 4, tmp_path),
+    ):
+        pass
 
 
 def test_kill_9_of_aggregator_and_devices_shows_no_noise_twice_and_takes_no_turn_twice(world: World, tmp_path: Path):
