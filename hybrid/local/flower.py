@@ -372,6 +372,9 @@ class _Keeper:
             self._put_off(name, str(error))
         else:
             del self._due[name]
+            if name.startswith("supernode") and (apps := self._processes.get(f"{name}-apps")) is not None:
+                apps.stop()  # it would look for the new one in up to 20 s only
+                self._start(apps.service)
 
     def _put_off(self, name: str, told: str) -> None:
         deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
