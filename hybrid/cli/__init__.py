@@ -14,6 +14,7 @@ import typer
 
 from hybrid.cli import (
     audit,
+    buffer,
     dead_letters,
     features,
     fleet,
@@ -36,7 +37,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-GROUPS = (models, features, population, train, sweep, privacy, audit, promote, stack, page, fleet, dead_letters, skew)
+GROUPS = (
+    models,
+    features,
+    population,
+    train,
+    sweep,
+    buffer,
+    privacy,
+    audit,
+    promote,
+    stack,
+    page,
+    fleet,
+    dead_letters,
+    skew,
+)
 for group in GROUPS:
     app.add_typer(group.app)
 

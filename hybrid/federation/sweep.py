@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, local_stream, takes_part
 from hybrid.federation.central import fit_everything, fit_server_side
 from hybrid.federation.engine import DeviceSide, Engine, predict
 from hybrid.federation.grid import Configuration
+from hybrid.federation.noise import least_noise, planned_cohort, round_settings
 from hybrid.federation.optimizers import TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.strategy import NoisedSum
@@ -32,11 +34,8 @@ from hybrid.federation.training import (
     check_delta,
     engine_for,
     fallbacks,
-    least_noise,
     optimizer_for,
     oracle,
-    planned_cohort,
-    round_settings,
     threads_for,
     write_json,
 )
@@ -123,6 +122,10 @@ def sweep(
     for each in configurations:
         check_allowed(model, "federated", None if each.is_oracle else each.epsilon, each.settings)
         optimizer_for(each.settings, np.zeros(2, np.float32))
+        if each.settings.buffer is not None:
+            raise ConfigError(
+                f"buffer must be left out of a sweep, whose configurations share cohorts, got {each.settings.buffer}"
+            )
     check_delta(model, examples_train.users)
     people = _People(model, examples_train, examples_test)
     total = sum(each.settings.rounds for each in configurations)

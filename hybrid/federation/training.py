@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from hybrid.federation.engine import DeviceSide, Engine, device_named, predict
 from hybrid.federation.fleet import HOUR, PHONES, Fleet, OverSelection, Trace, Work, over_selection, turnout
 from hybrid.federation.flights import Schedule
 from hybrid.federation.metrics import auc, calibration, log_loss
+from hybrid.federation.noise import least_noise, planned_cohort, round_settings
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.resume import BY_ROUNDS, CONFIG, PROCESS, Place, Process, check_free, latest
@@ -35,9 +36,7 @@ from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
-from hybrid.privacy.accountant import Event, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger, costs
-from hybrid.privacy.matrix import Matrix, optimised
 from hybrid.spec import HybridModel, Training, definition_hash
 from hybrid.update import length
 from hybrid.version import TrainingRecord
@@ -664,79 +663,10 @@ def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort)
     return least_noise(run.settings, budget, run.network.model.privacy.delta, sampling=cohort.sampling, besides=besides)
 
 
-def least_noise(
-    settings: Training, epsilon: float, delta: float, *, sampling: float, besides: Sequence[Event] = ()
-) -> float:
-    """The least noise multiplier with which all rounds of a training, and what is besides, stay within a budget.
-
-    Args:
-        settings: of the training.
-        epsilon: of the budget; finite, > 0.
-        delta: in (0, 1).
-        sampling: probability that a user is asked, where it is by coins.
-        besides: other releases on the same people, which the budget pays for too.
-
-    Raises:
-        ConfigError, BudgetExceeded: as `noise_multiplier_for`.
-    """
-    matrix = matrix_of(settings)
-    if matrix is None:
-        return noise_multiplier_for(epsilon, delta, sampling, settings.rounds, besides=besides)
-    return matrix.sensitivity * noise_multiplier_for(epsilon, delta, 1.0, 1, besides=besides)
-
-
-def matrix_of(settings: Training) -> Matrix | None:
-    """The matrix mechanism of a training whose users take part by a schedule; None: they do by coins."""
-    if settings.separation is None:
-        return None
-    momentum = settings.server_options.get("momentum", 0.0)
-    return optimised(
-        settings.noise,
-        settings.rounds,
-        settings.separation,
-        memory=settings.noise_memory,
-        momentum=float(momentum) if isinstance(momentum, int | float) else 0.0,
-    )
-
-
-def planned_cohort(settings: Training, users: int) -> float:
-    """Expected number of participants of a round: what sums are divided by."""
-    if settings.buffer is not None:
-        return settings.buffer
-    return users * settings.sampling if settings.separation is None else users / settings.separation
-
-
 def _round(run: _Run, noise_multiplier: float, cohort: _Cohort) -> Round:
     """Of this run: see `round_settings`."""
     model, planned = run.network.model, cohort.planned
     return round_settings(model, run.settings, noise_multiplier, sampling=cohort.sampling, planned=planned)
-
-
-def round_settings(
-    model: HybridModel, settings: Training, noise_multiplier: float, *, sampling: float, planned: float
-) -> Round:
-    """How each round of a federated training is sampled, clipped and noised.
-
-    No minimum: amplification by Poisson sampling is claimed for rounds that are
-    released whoever came. A round withheld because few came would make it
-    likelier that one who is in a released round took part.
-
-    Args:
-        model: whose clip.
-        settings: of the training.
-        noise_multiplier: standard deviation of the noise over the clip.
-        sampling: probability that a user is asked.
-        planned: expected number of participants.
-    """
-    return Round(
-        sampling=sampling if settings.separation is None else 1.0,
-        clip=model.privacy.clip,
-        noise_multiplier=noise_multiplier,
-        minimum=0,
-        quantile=settings.clip_quantile,
-        planned_cohort=planned,
-        matrix=matrix_of(settings),
-    )
 
 
 def _mechanism(settings: Training, rounds: Round) -> str:

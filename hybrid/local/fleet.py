@@ -21,11 +21,12 @@ from hybrid.federation.checkin import listening
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
+from hybrid.federation.noise import round_settings
 from hybrid.federation.population import Population
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
-from hybrid.federation.training import check_allowed, check_delta, optimizer_for, round_settings
+from hybrid.federation.training import check_allowed, check_delta, optimizer_for
 from hybrid.local.devices import Opened, People, running
 from hybrid.network import Network
 from hybrid.plan import Local, Policy

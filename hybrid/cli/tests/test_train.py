@@ -213,3 +213,23 @@ def test_help_teaches_with_an_example(run):
     shown = run("--help").stdout
     assert "hybrid train coupon --epsilon 4 --fold 1/5" in shown
     assert "hybrid train coupon --resume --run monday" in shown
+
+
+def test_an_asynchronous_training_is_resumed_as_it_was_started(project):
+    """On phones by default, with the concurrency that was given; the same version as if it had not been broken off."""
+    words = ("--buffer", "10", "--separation", "2", "--server-optimizer", "SGD", "--concurrency", "30")
+    whole = json.loads(project("train", "taxi", *words, "--run", "whole", "--json"))
+    _break(project, *words, "--run", "broken")
+    resumed = json.loads(project("train", "taxi", "--resume", "--json"))
+    assert resumed["training"] == whole["training"] | {"run": "broken"}
+    mine, theirs = _weights(resumed), _weights(whole)
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+    assert whole["training"]["settings"]["buffer"] == 10
+    config = json.loads((Workspace.current().runs / "whole" / "config.json").read_text())
+    assert (config["fleet"]["concurrency"], config["fleet"]["deadline_s"]) == (30, 600.0)
+
+
+def test_concurrency_is_of_an_asynchronous_training(project):
+    """Without a buffer it would do nothing, so it is refused."""
+    with pytest.raises(ConfigError, match="--concurrency must be left out without --buffer, got 3"):
+        project("train", "taxi", "--concurrency", "3")

@@ -1,0 +1,174 @@
+"""How much noise a training needs, before it runs: its mechanism, the least that a budget allows, a buffer's size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid.federation.aggregator import Round
+from hybrid.privacy.accountant import Event, noise_multiplier_for
+from hybrid.privacy.matrix import Banded, Matrix, optimised, prefix_error, sensitivity
+from hybrid.spec import HybridModel, Training
+
+
+def least_noise(
+    settings: Training, epsilon: float, delta: float, *, sampling: float, besides: Sequence[Event] = ()
+) -> float:
+    """The least noise multiplier with which all rounds of a training, and what is besides, stay within a budget.
+
+    Args:
+        settings: of the training.
+        epsilon: of the budget; finite, > 0.
+        delta: in (0, 1).
+        sampling: probability that a user is asked, where it is by coins.
+        besides: other releases on the same people, which the budget pays for too.
+
+    Raises:
+        ConfigError, BudgetExceeded: as `noise_multiplier_for`.
+    """
+    matrix = matrix_of(settings)
+    if matrix is None:
+        return noise_multiplier_for(epsilon, delta, sampling, settings.rounds, besides=besides)
+    return matrix.sensitivity * noise_multiplier_for(epsilon, delta, 1.0, 1, besides=besides)
+
+
+def matrix_of(settings: Training) -> Matrix | None:
+    """The matrix mechanism of a training whose users take part by a schedule; None: they do by coins."""
+    if settings.separation is None:
+        return None
+    momentum = settings.server_options.get("momentum", 0.0)
+    return optimised(
+        settings.noise,
+        settings.rounds,
+        settings.separation,
+        memory=settings.noise_memory,
+        momentum=float(momentum) if isinstance(momentum, int | float) else 0.0,
+    )
+
+
+def planned_cohort(settings: Training, users: int) -> float:
+    """Expected number of participants of a round: what sums are divided by."""
+    if settings.buffer is not None:
+        return settings.buffer
+    return users * settings.sampling if settings.separation is None else users / settings.separation
+
+
+def round_settings(
+    model: HybridModel, settings: Training, noise_multiplier: float, *, sampling: float, planned: float
+) -> Round:
+    """How each round of a federated training is sampled, clipped and noised.
+
+    No minimum: amplification by Poisson sampling is claimed for rounds that are
+    released whoever came. A round withheld because few came would make it
+    likelier that one who is in a released round took part.
+
+    Args:
+        model: whose clip.
+        settings: of the training.
+        noise_multiplier: standard deviation of the noise over the clip.
+        sampling: probability that a user is asked.
+        planned: expected number of participants.
+    """
+    return Round(
+        sampling=sampling if settings.separation is None else 1.0,
+        clip=model.privacy.clip,
+        noise_multiplier=noise_multiplier,
+        minimum=0,
+        quantile=settings.clip_quantile,
+        planned_cohort=planned,
+        matrix=matrix_of(settings),
+    )
+
+
+def step_noise(settings: Training, users: int, epsilon: float, delta: float) -> float:
+    """What noise does to a step: its standard deviation in a coordinate of the mean update, in clips.
+
+    Correlated noise is taken back by later steps: it counts as independent noise
+    that would take the weights as far from where they were to be, in the root of
+    the mean square over all rounds.
+
+    Args:
+        settings: of the training.
+        users: of the population; >= 1.
+        epsilon: of all its rounds.
+        delta: likewise.
+    """
+    matrix, planned = matrix_of(settings), planned_cohort(settings, users)
+    if matrix is None:
+        return noise_multiplier_for(epsilon, delta, settings.sampling, settings.rounds) / planned
+    people, alone = matrix.participation, Banded((1.0,))
+    better = prefix_error(matrix.factor, people).mean / prefix_error(alone, people).mean
+    return better * sensitivity(alone, people) * noise_multiplier_for(epsilon, delta, 1.0, 1) / planned
+
+
+@dataclass(frozen=True)
+class BufferSize:
+    """A buffer, and what it comes to.
+
+    Attributes:
+        updates: K.
+        separation: flushes from one participation of a user to the next, at least.
+        participations: of a user in all flushes, at most.
+        noise_multiplier: standard deviation of the noise over the clip.
+        step_noise: see `step_noise`.
+    """
+
+    updates: int
+    separation: int
+    participations: int
+    noise_multiplier: float
+    step_noise: float
+
+    @classmethod
+    def of(
+        cls, settings: Training, updates: int, users: int, *, coming: float, epsilon: float, delta: float
+    ) -> BufferSize:
+        """A buffer for so many updates.
+
+        Args:
+            settings: of the training, but for buffer and separation.
+            updates: K; at least 1, and few enough that so many users come.
+            users: of the population.
+            coming: share of them who come in the time of a separation, in (0, 1].
+            epsilon: of all flushes.
+            delta: likewise.
+        """
+        separation = max(1, min(settings.rounds, math.floor(coming * users / updates)))
+        chosen = settings.model_copy(update={"buffer": updates, "separation": separation})
+        noise = least_noise(chosen, epsilon, delta, sampling=1.0)
+        most = -(-settings.rounds // separation)
+        return cls(updates, separation, most, noise, step_noise(chosen, users, epsilon, delta))
+
+
+def buffer_for(
+    settings: Training, users: int, *, most_noise: float, coming: float, epsilon: float, delta: float
+) -> BufferSize | None:
+    """A buffer whose steps are as quiet as is asked for, and with one update fewer are not: the K an epsilon needs.
+
+    With a larger K people take part oftener, so that the noise of a sum grows by
+    about its root, and that of the mean falls by it. Where one participation more
+    comes in, noise jumps up by a little: another, smaller K may do as well there.
+
+    Args:
+        settings: of the training, but for buffer and separation: so many flushes, with such noise.
+        users: of the population; >= 1.
+        most_noise: of a step, as `step_noise` has it; > 0.
+        coming: share of the users who come in the time of a separation, in (0, 1].
+        epsilon: of all flushes.
+        delta: likewise.
+
+    Returns:
+        None: even all who come are too few.
+    """
+
+    def of(updates: int) -> BufferSize:
+        return BufferSize.of(settings, updates, users, coming=coming, epsilon=epsilon, delta=delta)
+
+    low, high = 0, max(1, math.floor(coming * users))
+    if of(high).step_noise > most_noise:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if of(middle).step_noise <= most_noise else (middle, high)
+    return of(high)
