@@ -50,9 +50,9 @@ _POLL_S = 0.2
 class LocalFlower:
     """A `hybrid.federation.training.Federation` of processes on this machine.
 
-    What dies is started again. A SuperNode or an aggregator costs its share of a
-    round or two; the SuperLink, the ServerApp, and all of it at once, cost none:
-    they keep where they are in files (docs/decisions/0026).
+    What dies is started again, and goes on from what it kept in files. A SuperNode
+    costs its people's share of a round or two, an aggregator at most that of the
+    last round (docs/decisions/0026).
 
     Attributes:
         model_file: the team's.
