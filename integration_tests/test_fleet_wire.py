@@ -1,5 +1,11 @@
 """A fleet behind Flower's wire: real devices, aggregators' processes, SuperNodes and a SuperLink."""
 
+import os
+import random
+import threading
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +13,7 @@ from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.federation.aggregator import Round, SimulatedAggregator
 from hybrid.federation.checkin import Service
 from hybrid.federation.flower_app import Job
+from hybrid.federation.tests.test_checkin import SERVICE, end, process
 from hybrid.local.fleet import Order, Promoted, train_over_flower
 from hybrid.local.prepared import prepare
 from hybrid.plan import Policy
@@ -15,6 +22,7 @@ from hybrid.spec import Training
 from hybrid.version import TrainingRecord, Version
 from integration_tests.test_fleet_rounds import LOCAL, USERS, World, run_server
 
+KILLS = 2 + int(os.environ.get("HYBRID_TEST_KILLS", "1"))
 ROUND_S = 15  # enough for a hundred devices that train one after another on half a core
 
 
@@ -79,3 +87,48 @@ def test_a_prepared_training_is_paid_for_before_its_first_round_and_no_process_c
     spent = Ledger.read(tmp_path / "aggregator").spent().epsilon
     assert spent == pytest.approx(prepared.record.epsilon) == Ledger.read(tmp_path / "run").spent().epsilon
     assert (prepared.record.rounds, prepared.record.examples, prepared.record.users) == (2, None, 200)
+
+
+def test_kill_9_of_an_aggregator_spends_nothing_unseen_and_repeats_no_noise(tmp_path):
+    """At any moment of a round, or between two, while a ClientApp asks for one round after another.
+
+    Each round is answered in the end, by noise of its own; the ledger has an entry for each, and none twice; asked for
+    the last one again, it gives the same bytes.
+    """
+    flat, sums, over = np.zeros(2, np.float32), [], threading.Event()
+    budget = {"task": SERVICE["task"] | {"round_s": 1}, "rounds": 200, "epsilon": 1000.0}
+    seed = random.randrange(10**6)
+    print(f"seed of the kills: {seed}")
+    chance = random.Random(seed)
+
+    def ask(client):
+        while not over.is_set():
+            sums.append(client.run_round(len(sums) + 1, flat).sum.tobytes())
+
+    with process(tmp_path, **budget) as (first, _, impatient):
+        client = replace(impatient, timeout_s=600)  # longer than all of its lives together
+        asking = threading.Thread(target=ask, args=(client,))
+        asking.start()
+        time.sleep(chance.uniform(0, 3))
+        first.kill()
+    port = int(client.url.split(":")[-1])
+    try:
+        for _ in range(KILLS - 1):
+            with process(tmp_path, port, **budget) as (killed, _, _):
+                time.sleep(chance.uniform(0, 3))  # any moment is as good as another
+                killed.kill()
+        with process(tmp_path, port, **budget) as (started, _, _):
+            before = len(sums)
+            while len(sums) < before + 2:
+                assert asking.is_alive()
+                time.sleep(0.05)
+            over.set()
+            asking.join(30)
+            assert client.run_round(len(sums), flat).sum.tobytes() == sums[-1]
+            end(started)
+    finally:
+        over.set()
+        asking.join(60)
+    entries = [(entry.round, entry.attempt) for entry in Ledger.read(tmp_path / "run").entries]
+    assert len(set(entries)) == len(entries) >= len(sums) == len(set(sums))
+    assert {number for number, _ in entries} == set(range(1, len(sums) + 1))

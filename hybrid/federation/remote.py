@@ -67,7 +67,7 @@ class Key(NamedTuple):
     """Names a round.
 
     Attributes:
-        run: of Flower's, or whatever else tells one life of a ServerApp from the next.
+        run: the training's, the same in each life of its ServerApp.
         number: of the round, from 1.
         attempt: at it, from 1.
     """
@@ -353,7 +353,7 @@ class RemoteAggregator:
     Attributes:
         url: https://HOST:PORT, or http:// on this machine.
         token: that the aggregator asks for.
-        run: names this life of the ServerApp.
+        run: names the training.
         attempt: at the round.
         authority: a PEM file of the certificate authority that signed the aggregator's; by default the system's.
         timeout_s: after which a round is given up, connections that failed included; > 0.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -15,6 +16,8 @@ from hybrid.federation.strategy import RUN, NoisedSum, flat_array, flat_record
 TIMEOUT_S = 3600.0  # of a round, after which who has not answered has failed; Flower's own
 SOONEST_S, LATEST_S = 0.1, 3.0  # from one look for replies to the next; Flower's own looks each 3 s
 SHARE = 0.05  # of the time that was waited already, between those
+LOST = (3, 4)  # flwr.common.constant.ErrorCode.MESSAGE_UNAVAILABLE, REPLY_MESSAGE_UNAVAILABLE
+TIMES = 3  # that a node is asked in a round, at most
 
 
 def server_app(
@@ -61,16 +64,40 @@ def server_app(
 
 
 def _replies(grid: Grid, messages: Iterable[Message], timeout_s: float) -> list[Message]:
-    """Of all nodes, or of those that answered in time; `Grid.send_and_receive`, which looks each 3 s, made prompt."""
-    waiting = {name for name in grid.push_messages(messages) if name is not None}  # None: it could not be sent
-    began, replies = time.monotonic(), list[Message]()
-    while waiting:
-        for reply in grid.pull_messages(waiting):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            replies.append(reply)
+    """One of each node that answered in time: `Grid.send_and_receive`, made prompt, and not to lose what was answered.
+
+    A reply that was lost on its way, with a SuperLink that was killed, is asked for again: the aggregator gives the
+    sum that it had released.
+    """
+    began, replies, waiting = time.monotonic(), list[Message](), dict[str, Message]()
+    due, times = list(messages), Counter[int]()
+    while due or waiting:
+        times.update(message.metadata.dst_node_id for message in due)
+        waiting |= {name: message for name, message in zip(_push(grid, due), due, strict=False) if name is not None}
+        due = []
+        for reply in grid.pull_messages(list(waiting)):
+            asked = waiting.pop(reply.metadata.reply_to_message_id)
+            lost = reply.has_error() and reply.error.code in LOST
+            if lost and times[asked.metadata.dst_node_id] < TIMES:
+                due.append(_again(asked))
+            else:
+                replies.append(reply)
         waited_s = time.monotonic() - began
         if waited_s >= timeout_s:
             break
         if waiting:
             time.sleep(min(max(SOONEST_S, SHARE * waited_s), LATEST_S))
     return replies
+
+
+def _push(grid: Grid, messages: list[Message]) -> Iterable[str | None]:
+    """Their names, in order; None of one that cannot be sent, to a node that is gone."""
+    return grid.push_messages(messages) if messages else []
+
+
+def _again(message: Message) -> Message:
+    """The same to the same node, under another name."""
+    about = message.metadata
+    return Message(
+        message.content, dst_node_id=about.dst_node_id, message_type=about.message_type, group_id=about.group_id
+    )

@@ -53,9 +53,9 @@ _POLL_S = 0.2
 class LocalFlower:
     """A `hybrid.federation.training.Federation` of processes on this machine.
 
-    What dies is started again. A SuperNode or an aggregator costs its share of a
-    round or two; the SuperLink, the ServerApp, and all of it at once, cost none:
-    they keep where they are in files (docs/decisions/0026).
+    What dies is started again, and goes on from what it kept in files. A SuperNode
+    costs its people's share of a round or two, an aggregator at most that of the
+    last round (docs/decisions/0026).
 
     Attributes:
         model_file: the team's.
@@ -454,6 +454,9 @@ class _Keeper:
             self._put_off(name, str(error))
         else:
             del self._due[name]
+            if name.startswith("supernode") and (apps := self._processes.get(f"{name}-apps")) is not None:
+                apps.stop()  # it would look for the new one in up to 20 s only
+                self._start(apps.service)
 
     def _put_off(self, name: str, told: str) -> None:
         deaths = self._deaths[name] = self._deaths.get(name, 0) + 1

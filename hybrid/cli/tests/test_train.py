@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from hybrid.cli import app
 from hybrid.cli.train import train
-from hybrid.errors import BudgetExceeded, ConfigError, NotFound
+from hybrid.errors import BudgetExceeded, ConfigError, FederationError, NotFound
 from hybrid.federation.optimizers import ServerOptimizer
+from hybrid.federation.training import Outcome
+from hybrid.privacy.ledger import Ledger
 from hybrid.registry import Registry
 from hybrid.spec import Training
 from hybrid.workspace import Workspace
@@ -106,6 +108,7 @@ def test_which_training_to_resume_must_be_clear(project):
         (("--epsilon", "2"), r"epsilon of run 'monday' must stay 4\.0 to resume it, got 2\.0"),
         (("--central",), "kind of run 'monday' must stay 'federated' to resume it, got 'central'"),
         (("--fleet", "phones"), "fleet"),
+        (("--federation", "local"), "federation of run 'monday' must stay None to resume it, got 'local'"),
     ],
 )
 def test_an_option_given_again_must_say_the_same(broken_project, words, message):
@@ -138,6 +141,33 @@ def test_who_stops_a_training_is_told_how_it_goes_on(project, monkeypatch):
     assert result.exit_code == 130
     command = re.search(r"stopped with . of 3 rounds kept: `hybrid (.*)` goes on", result.stderr)[1]
     assert json.loads(project(*command.split(), "--json"))["version"] == 1
+
+
+class _Falling:
+    """A federation without servers, whose ServerApp dies in round 2, once; each round adds 1 to all weights."""
+
+    name, assumption, falls = "local", "as a test says", True
+
+    def train(self, rounds, after):
+        for number in range(rounds.done + 1, rounds.settings.rounds + 1):
+            if number == 2 and self.falls:
+                self.falls = False
+                raise FederationError("the ServerApp ended before its last round")
+            after(number, rounds.initial + number - rounds.done)
+        return Outcome(clip=1.0, failed_rounds=0)
+
+
+def test_a_federation_that_ends_is_told_how_it_goes_on(project, monkeypatch):
+    """The command that the message names works, and needs no --federation."""
+    federation = _Falling()
+    monkeypatch.setattr("hybrid.cli.train._local_flower", lambda file: federation)
+    with pytest.raises(FederationError, match=r"before its last round\n`hybrid .*` goes on") as told:
+        project("train", "taxi", "--federation", "local", "--run", "monday")
+    command = re.search("`hybrid (.*)`", str(told.value))[1]
+    version = json.loads(project(*command.split(), "--json"))
+    assert version["training"]["rounds"] == 3
+    assert version["training"]["assumption"].endswith("as a test says")
+    assert len(Ledger.read(Workspace.current().runs / "monday").entries) == 3
 
 
 @pytest.fixture

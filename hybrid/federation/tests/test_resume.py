@@ -398,3 +398,14 @@ def test_an_entry_made_otherwise_is_not_repeated(repeated, changes):
     other = build(list(ledger.entries), **changes)(1)
     assert (other != first).all()
     assert [entry.attempt for entry in ledger.entries] == [1, 2]
+
+
+def test_each_federation_of_a_run_has_a_folder_of_its_own_and_goes_on_in_it(tmp_path):
+    """The second is not where the first was; what a checkpoint holds is where it was chosen to be."""
+    first = resume.Place.new(tmp_path)
+    assert not first.folder.exists()
+    first.folder.mkdir()
+    second = resume.Place.new(tmp_path)
+    assert second.folder != first.folder
+    second.restore(first.state())
+    assert second == first

@@ -45,6 +45,19 @@ def test_a_server_that_dies_is_started_again_and_its_log_stays(keeper, tmp_path)
     assert {log.name for log in (tmp_path / "logs").iterdir()} == {"one.log", "one.1.log"}
 
 
+def test_what_starts_a_supernodes_apps_is_started_again_with_it(keeper):
+    """Else it would look for the new one late; that of the SuperLink holds the ServerApp, and stays."""
+    kept, _ = keeper
+    names = [f"{whose}{apps}" for whose in ("superlink", "supernode-1", "supernode-2") for apps in ("", "-apps")]
+    kept.start([sleeper(name) for name in names])
+    first = dict(kept._processes)
+    for name in ("superlink", "supernode-1"):
+        first[name]._popen.kill()
+    check_until(kept, lambda: not kept._due and kept._processes["supernode-1"] is not first["supernode-1"])
+    again = {name for name in names if kept._processes[name] is not first[name]}
+    assert again == {"superlink", "supernode-1", "supernode-1-apps"}
+
+
 def test_a_server_that_dies_again_and_again_ends_it(keeper):
     """After so many restarts, with how it ended."""
     kept, said = keeper
