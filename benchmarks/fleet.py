@@ -1,4 +1,4 @@
-"""What one aggregator process carries: `python -m benchmarks.fleet [--json FILE] [--devices N]`.
+"""What one aggregator process carries, and how fast a fleet trains: `python -m benchmarks.fleet [--json FILE]`.
 
 The process of an aggregator, with a round open, and simulated devices in processes of their own, which speak the
 protocol as real ones do: each request over a connection of its own, one check-in and one upload a device.
@@ -8,7 +8,8 @@ uploads     each read, checked, dequantised, clipped and summed in float64; as f
 memory      the process's, after a thousand uploads and after all
 
 Beside them, what uvicorn answers at most that reads the same bodies and does nothing. Devices and aggregator share
-the machine's cores.
+the machine's cores. Then how long a fleet trains until its model is good: see `benchmarks.fleet_async`. Takes
+about eight minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import measure
+from benchmarks import fleet_async, measure
+from examples.coupon import folds
 from hybrid.update import Upload
 
 SMALL, LARGE = 6_300, 200_000  # weights
@@ -41,12 +43,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and figures there")
     parser.add_argument("--devices", type=int, default=10_000, help="at least 2,000 (default %(default)s)")
     parser.add_argument("--large", action="store_true", help=f"{LARGE} weights too, for a fifth of the devices")
+    parser.add_argument("--seeds", type=int, default=3, help="of the asynchronous training (default %(default)s)")
+    parser.add_argument("--only", choices=["process", "async"], help="one part")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for size in (SMALL, LARGE) if arguments.large else (SMALL,):
+    figures: dict[str, float] = {}
+    if arguments.only != "async":
+        rows, figures = carried(arguments.devices, large=arguments.large)
+        measure.show("One aggregator process", rows, figures)
+    if arguments.only != "process":
+        with folds.progress(console) as bar:
+            trained, speedup = fleet_async.measured(arguments.seeds, bar)
+        measure.show("A fleet with a heavy tail (oracle: simulated, measured on pooled data)", trained, speedup)
+        rows, figures = rows + trained, figures | speedup
+    measure.write(arguments.json, rows, figures)
+
+
+def carried(devices: int, *, large: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and figures of one aggregator process."""
+    rows: list[dict[str, Any]] = []
+    for size in (SMALL, LARGE) if large else (SMALL,):
         for upload in ("float32", "int8"):
             console.print(f"{size} weights as {upload} ...")
-            rows += measured(size, upload, max(2 * FIRST, arguments.devices // (5 if size == LARGE else 1)))
+            rows += measured(size, upload, max(2 * FIRST, devices // (5 if size == LARGE else 1)))
     figures = {
         "check_ins_per_s": _rate(rows, "check-in, 200", "float32"),
         "uploads_per_s": _rate(rows, "upload", "float32"),
@@ -57,8 +76,7 @@ def main() -> None:
         ),
         "rss_mb": max(row["MB"] for row in rows),
     }
-    measure.show("One aggregator process", rows, figures)
-    measure.write(arguments.json, rows, figures)
+    return rows, figures
 
 
 def _rate(rows: list[dict[str, Any]], what: str, upload: str) -> float:
