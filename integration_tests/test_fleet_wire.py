@@ -23,7 +23,9 @@ from hybrid.version import TrainingRecord, Version
 from integration_tests.test_fleet_rounds import LOCAL, USERS, World, run_server
 
 KILLS = 2 + int(os.environ.get("HYBRID_TEST_KILLS", "1"))
-ROUND_S = 15  # enough for a hundred devices that train one after another on half a core
+ROUND_S = (
+    30  # enough for a hundred devices that train one after another on a third of a core: it is the clock that closes
+)
 
 
 def promoted(world: World, rounds: int) -> Promoted:

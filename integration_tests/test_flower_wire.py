@@ -316,7 +316,11 @@ def test_a_training_that_is_killed_goes_on_to_the_weights_of_one_process(model_f
             assert training.wait() == -signal.SIGKILL
             killed += 1
             await_end(processes_naming, run)
-        assert start_training(model_file, run, rounds).wait(300) == 0
+        training = start_training(model_file, run, rounds)
+        try:
+            assert training.wait(60 + 30 * rounds) == 0
+        finally:
+            training.kill()
     check_ledgers(run, rounds, released)
     assert all(len(digests) == 1 for digests in released.values())
     counted = shares(model, run, rounds, seed=5)

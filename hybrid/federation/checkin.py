@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -30,6 +31,8 @@ from hybrid.http import Certificate, TimedHttp
 from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
 from hybrid.privacy.ledger import Ledger
 from hybrid.spec import Declared
+
+log = logging.getLogger(__name__)
 
 HEALTH = "/health"  # for probes: it answers, whether a round is open or not
 MAX_CHECK_IN = 1024  # bytes of its body
@@ -193,8 +196,9 @@ class Service(Declared):
     Attributes:
         task: what every round asks of devices.
         sampling, clip, noise_multiplier, minimum: of `hybrid.federation.aggregator.Round`.
-        rounds: that are reserved in the ledger, those it has already among them; no more are ever released.
-        epsilon, delta: that the ledger allows for all of them; both None without noise, and so without privacy.
+        rounds: that are reserved in the ledger, those it has already among them.
+        epsilon, delta: that the ledger allows for all of them, and for others as far as it goes; both None without
+            noise, and so without privacy.
     """
 
     task: Task
@@ -254,6 +258,7 @@ def main() -> None:
         parser.add_argument(f"--{side}tls-cert", type=Path, default=None, help="certificate chain (PEM)")
         parser.add_argument(f"--{side}tls-key", type=Path, default=None, help="its key (PEM)")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if (arguments.tls_cert is None) != (arguments.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
     if (arguments.control_tls_cert is None) != (arguments.control_tls_key is None):
@@ -284,6 +289,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             print(f"devices check in at port {port}, the ClientApp at port {control_port}", flush=True)
             ended.wait()
             aggregator.stop("its process ends")
+        refused = ", ".join(f"{count} {reason}" for reason, count in sorted(aggregator.refused.items()))
+        log.info("uploads not taken: %s", refused or "none")
 
 
 if __name__ == "__main__":

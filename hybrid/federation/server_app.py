@@ -14,7 +14,7 @@ from hybrid.features import Float32
 from hybrid.federation.strategy import RUN, NoisedSum, flat_array, flat_record
 
 TIMEOUT_S = 3600.0  # of a round, after which who has not answered has failed; Flower's own
-SOONEST_S, LATEST_S = 0.1, 3.0  # from one look for replies to the next; Flower's own looks each 3 s
+SOONEST_S, LATEST_S = 0.1, 3.0  # from one look to the next; Flower's own looks each 3 s
 SHARE = 0.05  # of the time that was waited already, between those
 LOST = (3, 4)  # flwr.common.constant.ErrorCode.MESSAGE_UNAVAILABLE, REPLY_MESSAGE_UNAVAILABLE
 TIMES = 3  # that a node is asked in a round, at most
@@ -53,6 +53,7 @@ def server_app(
         arrays = flat_record(initial)
         on_round(done, initial)
         for number in range(done + 1, rounds + 1):
+            _wait_for_a_node(grid, timeout_s)
             messages = list(strategy.configure_train(number, arrays, ConfigRecord({RUN: run}), grid))
             for message in messages:
                 message.metadata.ttl = timeout_s  # so that nodes give up when the round does
@@ -61,6 +62,17 @@ def server_app(
             on_round(number, flat_array(arrays).astype(np.float32))
 
     return app
+
+
+def _wait_for_a_node(grid: Grid, timeout_s: float) -> None:
+    """Returns when there is one, or in time: without any, one round after another would be over at once, and lost."""
+    began = time.monotonic()
+    while not list(grid.get_node_ids()) and (waited_s := time.monotonic() - began) < timeout_s:
+        _sleep(waited_s)
+
+
+def _sleep(waited_s: float) -> None:
+    time.sleep(min(max(SOONEST_S, SHARE * waited_s), LATEST_S))
 
 
 def _replies(grid: Grid, messages: Iterable[Message], timeout_s: float) -> list[Message]:
@@ -86,7 +98,7 @@ def _replies(grid: Grid, messages: Iterable[Message], timeout_s: float) -> list[
         if waited_s >= timeout_s:
             break
         if waiting:
-            time.sleep(min(max(SOONEST_S, SHARE * waited_s), LATEST_S))
+            _sleep(waited_s)
     return replies
 
 

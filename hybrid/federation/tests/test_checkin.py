@@ -235,8 +235,12 @@ def checked_in(port, said=SAID):
 def end(started):
     """As whoever runs it ends it."""
     started.terminate()
-    assert started.communicate(timeout=30) == ("", "")
-    assert started.returncode == 0
+    said, logged = started.communicate(timeout=30)
+    assert (started.returncode, said) == (0, "")
+    lines = [line.split(" ", maxsplit=2)[2] for line in logged.splitlines()]
+    assert [line for line in lines if not re.fullmatch(r"round \d+, attempt \d+: released", line)] == [
+        "uploads not taken: none"
+    ]
 
 
 def test_a_process_opens_rounds_for_its_client_and_ends_when_it_is_told_to(tmp_path):

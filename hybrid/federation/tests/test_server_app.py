@@ -111,3 +111,25 @@ def test_a_round_goes_on_without_a_node_that_does_not_answer_in_time(run, monkey
     assert gaps.max() == pytest.approx(3)
     assert 600 <= looks[-1] < 603
     assert len(looks) < 300
+
+
+def test_a_round_waits_for_a_node(run, monkeypatch):
+    """All are away for a while: both rounds have both nodes, and none was over at once. In vain, it waits in time."""
+    now = [0.0]
+
+    class Away(InProcessGrid):
+        until = 40.0
+
+        def get_node_ids(self):
+            return super().get_node_ids() if now[0] >= self.until else []
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    _, seen = run(Away, rounds=2, timeout_s=60)
+    assert seen == [0, 1, 2]
+    assert 40 <= now[0] < 43
+    Away.until = 1e9
+    now[0] = 0.0
+    _, seen = run(Away, rounds=2, timeout_s=60)
+    assert seen == [0, 0, 0]
+    assert 120 <= now[0] < 126
