@@ -27,7 +27,7 @@ from hybrid.spec import Training
 
 TRACE = Path(__file__).with_name("heavy_tail.toml")
 EPSILON, TARGET = 8.0, 0.01
-AT_ONCE, BUFFER, FLUSHES = 1000, 300, 70
+AT_ONCE, BUFFER, FLUSHES, STALENESS = 1000, 300, 70, 10
 COMING = 0.45  # share of the students who are in a separation's flushes
 EXAMPLES = 5.4  # of a student, as the over-selection assumes
 DEADLINES_S = (20.0, 30.0, 45.0, 60.0)
@@ -92,8 +92,9 @@ def _rounds(users: int, deadline_s: float, step: dict[str, float]) -> Way:
 
 
 def _flushes(users: int) -> Way:
-    separation = math.floor(COMING * users / BUFFER)
-    changes = {"buffer": BUFFER, "separation": separation, "rounds": FLUSHES, "max_staleness": 50, "noise": "banded"}
+    separation = math.floor(COMING * users / BUFFER) - STALENESS
+    changes = {"buffer": BUFFER, "separation": separation, "rounds": FLUSHES, "max_staleness": STALENESS}
+    changes |= {"noise": "banded"}
     return Way(f"flushes of {BUFFER}, SGD 1.5", changes | {"server_optimizer": "SGD", "server_lr": 1.5}, 2000.0)
 
 

@@ -33,6 +33,9 @@ def buffer(
         str | None, typer.Option(help="independent, banded or blt; by default as the model declares.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Flushes; by default the rounds that it declares.")] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(min=0, help="Flushes that an update may be late; by default as the model declares.")
+    ] = None,
     people: Annotated[
         int | None, typer.Option(min=1, help="How many; by default those of the population of the model's name.")
     ] = None,
@@ -54,7 +57,7 @@ def buffer(
     """
     if not 0 < coming <= 1:
         raise ConfigError(f"--coming must be in (0, 1], got {coming:g}")
-    from hybrid.federation.noise import BufferSize, buffer_for
+    from hybrid.federation.noise import BufferSize, buffer_for, most_updates
     from hybrid.federation.population import Population
     from hybrid.registry import Registry
     from hybrid.spec import Training
@@ -63,11 +66,15 @@ def buffer(
     declared = Registry(workspace).load_model(model)
     users = people or Population.open(model, workspace).users
     changed = {"buffer": None, "separation": declared.training.separation or 1, "noise": noise, "rounds": rounds}
+    changed |= {"max_staleness": max_staleness}
     kept = declared.training.model_dump() | {name: value for name, value in changed.items() if value is not None}
     settings = Training(**kept)
     chosen, most = updates or declared.training.buffer or max(1, users // 50), declared.privacy.epsilon
-    if chosen > coming * users:
-        raise ConfigError(f"--updates must be at most the {int(coming * users)} people who come, got {chosen}")
+    if chosen > (largest := most_updates(settings, users, coming)):
+        raise ConfigError(
+            f"--updates must be at most {largest}, with {users} people and updates up to {settings.max_staleness} "
+            f"flushes late, got {chosen}"
+        )
     for target in epsilon or ():
         if not 0 < target <= most:
             raise ConfigError(f"--epsilon must be > 0 and at most the {most:g} that {model!r} declares, got {target:g}")

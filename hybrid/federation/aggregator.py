@@ -425,7 +425,7 @@ class FlushLog:
 
     Attributes:
         time_s: of each flush: seconds since midnight, UTC, of the first day.
-        staleness: of each flush, the mean.
+        staleness: of each flush, the mean; 0 of one to which nobody came.
         lost: of each flush, devices that began and sent nothing.
         updates: (classes,) that were counted, of each class of devices.
     """
@@ -445,7 +445,7 @@ class FlushLog:
         counted = np.bincount(fleet.device_class[flush.users], minlength=len(self.updates))
         return FlushLog(
             [*self.time_s, flush.time_s],
-            [*self.staleness, float(flush.staleness.mean())],
+            [*self.staleness, float(flush.staleness.mean()) if len(flush.users) else 0.0],
             [*self.lost, flush.lost],
             self.updates + counted,
         )

@@ -22,23 +22,21 @@ TICK_S = 5.0
 IDLE_TICKS = 12
 """That pass at once where nobody is on the way and nobody came: a fleet may be away for hours."""
 
-LONGEST_WAIT_S = 7 * 86_400.0
-"""Of simulated time, for one flush."""
-
-_FLYING = np.iinfo(np.int64).max
+LIMIT_S = 86_400.0
+"""After which a flush is over, whoever came, as a fleet's is after its time limit."""
 
 Users = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Flush:
-    """K updates that leave in one sum.
+    """Updates that leave in one sum.
 
     Attributes:
         number: from 1; the version after it.
-        time_s: when the last of them came: seconds since midnight, UTC, of the first day.
-        users: (K,) distinct, in the order of their coming.
-        began: (K,) the version that each trained from, in [0, number).
+        time_s: when it was over: seconds since midnight, UTC, of the first day.
+        users: (k,) distinct, in the order of their coming; K, but where time ran out.
+        began: (k,) the version that each trained from, in [0, number).
         lost: devices since the flush before that began and sent nothing: gone, too slow, or too stale.
     """
 
@@ -50,7 +48,7 @@ class Flush:
 
     @property
     def staleness(self) -> Users:
-        """(K,) flushes that happened while each trained."""
+        """(k,) flushes that happened while each trained."""
         return self.number - 1 - self.began
 
 
@@ -64,7 +62,7 @@ class Flights:
         users, began, ends_s: (m,) each on the way: which, from which version, and until when.
         lost: (m,) whether it will send nothing.
         came, came_began: (w,) those in the buffer, in the order of their coming; fewer than K.
-        free_at: (users,) version from which on a user may begin again.
+        free_at: (n,) version from which on each user may begin again.
     """
 
     tick: int
@@ -92,13 +90,14 @@ class Schedule:
         fleet: who is there, and how fast.
         work: what each does; after its `deadline_s` a device gives up.
         buffer: when a flush is full, and how stale an update may be.
-        separation: b: in any b flushes one after another a user is in one at most.
+        separation: b: in any b flushes one after another a user is in one at most. A device cannot know in which of
+            the next it will be: it begins again as if that were the last that may be (`hybrid.plan.Turn`).
         at_once: devices on the way at the same time, at most.
         examples: (n,) rows of each user.
         seed: of who takes a free place, and who is lost.
 
     Raises:
-        ConfigError: the users are too few for so many updates so far apart, or fewer may be on the way than 1.
+        ConfigError: the users are too few for so many updates so far apart, or `at_once` is less than 1.
     """
 
     fleet: Fleet
@@ -110,40 +109,32 @@ class Schedule:
     seed: int
 
     def __post_init__(self) -> None:
-        needed, users = self.buffer.updates * self.separation, self.fleet.users
-        if needed > users:
+        updates, oldest, users = self.buffer.updates, self.buffer.oldest, self.fleet.users
+        if updates * (self.separation + oldest) > users:
             raise ConfigError(
-                f"buffer x separation must be at most the {users} users, got {self.buffer.updates} x "
-                f"{self.separation} = {needed}: nobody would be left whose turn it is"
+                f"buffer x (separation + max_staleness) must be at most the {users} users, got {updates} x "
+                f"({self.separation} + {oldest}): nobody would be left whose turn it is"
             )
         if self.at_once < 1:
             raise ConfigError(f"concurrency must be at least 1, got {self.at_once!r}")
 
     def flush(self, flights: Flights) -> tuple[Flights, Flush]:
-        """Goes on until the buffer is full.
-
-        Raises:
-            ConfigError: it is not in a week: the fleet has too few devices that are there and may take part.
-        """
+        """Goes on until the buffer is full, or time is up."""
         lost, first = 0, flights.tick
         while True:
-            flights, flush, gone = self._landed(flights)
+            flights, flush, gone = self._landed(flights, self._time(flights.tick) >= self._time(first) + LIMIT_S)
             lost += gone
             if flush is not None:
                 return flights, replace(flush, lost=lost)
-            if (flights.tick - first) * TICK_S > LONGEST_WAIT_S:
-                raise ConfigError(
-                    f"buffer must be small enough for the fleet, got {self.buffer.updates}: in a week fewer devices "
-                    f"came that had rested for {self.separation} flushes"
-                )
             flights = self._started(flights)
 
-    def _landed(self, flights: Flights) -> tuple[Flights, Flush | None, int]:
+    def _landed(self, flights: Flights, over: bool) -> tuple[Flights, Flush | None, int]:
         """Takes up whose time is over, in their order, until the buffer is full; and how many of them sent nothing."""
-        if not (flights.ends_s <= self._time(flights.tick)).any():
-            return flights, None, 0
+        now = self._time(flights.tick)
         order = np.argsort(flights.ends_s, kind="stable")
-        order = order[: np.searchsorted(flights.ends_s[order], self._time(flights.tick), side="right")]
+        order = order[: np.searchsorted(flights.ends_s[order], now, side="right")]
+        if not len(order) and not over:
+            return flights, None, 0
         stale = flights.version - flights.began[order] > self.buffer.oldest
         counts = ~(flights.lost[order] | stale)
         wanted = self.buffer.updates - len(flights.came)
@@ -151,10 +142,7 @@ class Schedule:
         if full:
             taken = int(np.searchsorted(np.cumsum(counts), wanted)) + 1
             order, counts = order[:taken], counts[:taken]
-        users, number = flights.users[order], flights.version + 1
-        free_at = flights.free_at.copy()
-        free_at[users] = np.where(counts, number + self.separation - 1, flights.version)  # not counted: need not rest
-        came = np.concatenate([flights.came, users[counts]])
+        came = np.concatenate([flights.came, flights.users[order][counts]])
         began = np.concatenate([flights.came_began, flights.began[order][counts]])
         flying = np.delete(np.arange(len(flights.users)), order)
         after = replace(
@@ -165,13 +153,12 @@ class Schedule:
             lost=flights.lost[flying],
             came=came,
             came_began=began,
-            free_at=free_at,
         )
         gone = int((~counts).sum())
-        if not full:
+        if not (full or over):
             return after, None, gone
-        flush = Flush(number, float(flights.ends_s[order[-1]]), came, began, 0)
-        none = np.zeros(0, np.int64)
+        number, none = flights.version + 1, np.zeros(0, np.int64)
+        flush = Flush(number, float(flights.ends_s[order[-1]]) if full else now, came, began, 0)
         return replace(after, version=number, came=none, came_began=none), flush, gone
 
     def _started(self, flights: Flights) -> Flights:
@@ -189,7 +176,7 @@ class Schedule:
         seconds = self.fleet.seconds(users, self.work, self.examples[users])
         lost = (rng.random(len(users)) < dropout[kinds]) | (seconds > self.work.deadline_s)
         free_at = flights.free_at.copy()
-        free_at[users] = _FLYING
+        free_at[users] = flights.version + self.buffer.oldest + self.separation  # whether or not it will be counted
         return replace(
             flights,
             tick=flights.tick + (IDLE_TICKS if idle else 1),

@@ -128,17 +128,23 @@ class BufferSize:
 
         Args:
             settings: of the training, but for buffer and separation.
-            updates: K; at least 1, and few enough that so many users come.
+            updates: K; at least 1, and few enough that so many users come, for each flush of the staleness too.
             users: of the population.
-            coming: share of them who come in the time of a separation, in (0, 1].
+            coming: share of them who come in the time from one participation to the next, in (0, 1].
             epsilon: of all flushes.
             delta: likewise.
         """
-        separation = max(1, min(settings.rounds, math.floor(coming * users / updates)))
+        between = math.floor(coming * users / updates)  # flushes, of which the last ones may be those of a stale update
+        separation = max(1, min(settings.rounds, between - settings.max_staleness))
         chosen = settings.model_copy(update={"buffer": updates, "separation": separation})
         noise = least_noise(chosen, epsilon, delta, sampling=1.0)
         most = -(-settings.rounds // separation)
         return cls(updates, separation, most, noise, step_noise(chosen, users, epsilon, delta))
+
+
+def most_updates(settings: Training, users: int, coming: float) -> int:
+    """The largest buffer: one that all who come fill while an update of each may still be on its way."""
+    return math.floor(coming * users / (1 + settings.max_staleness))
 
 
 def buffer_for(
@@ -154,7 +160,7 @@ def buffer_for(
         settings: of the training, but for buffer and separation: so many flushes, with such noise.
         users: of the population; >= 1.
         most_noise: of a step, as `step_noise` has it; > 0.
-        coming: share of the users who come in the time of a separation, in (0, 1].
+        coming: share of the users who come in the time from one participation to the next, in (0, 1].
         epsilon: of all flushes.
         delta: likewise.
 
@@ -165,7 +171,9 @@ def buffer_for(
     def of(updates: int) -> BufferSize:
         return BufferSize.of(settings, updates, users, coming=coming, epsilon=epsilon, delta=delta)
 
-    low, high = 0, max(1, math.floor(coming * users))
+    low, high = 0, most_updates(settings, users, coming)
+    if high < 1:
+        return None
     if of(high).step_noise > most_noise:
         return None
     while high - low > 1:

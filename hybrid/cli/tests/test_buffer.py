@@ -22,16 +22,17 @@ def test_a_smaller_epsilon_needs_a_larger_buffer(project):
 
 def test_where_too_few_come_it_says_so(project):
     """Of the hundred people of the population not even all are enough at epsilon 0.01."""
-    told = json.loads(project("buffer", "taxi", "--updates", "50", "--epsilon", "0.01", "--json"))
+    told = json.loads(project("buffer", "taxi", "--updates", "4", "--epsilon", "0.01", "--json"))
     assert told["people"] == 100
     assert told["needed"] == [{"epsilon": 0.01, "buffer": None}]
-    assert "none: too few people come" in project("buffer", "taxi", "--updates", "50", "--epsilon", "0.01")
+    assert "none: too few people come" in project("buffer", "taxi", "--updates", "4", "--epsilon", "0.01")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--updates", "51"), "--updates must be at most the 50 people who come, got 51"),
+        (("--updates", "5"), "--updates must be at most 4, with 100 people and updates up to 10 flushes late, got 5"),
+        (("--updates", "51", "--max-staleness", "0"), "--updates must be at most 50"),
         (("--epsilon", "5"), "--epsilon must be > 0 and at most the 4 that 'taxi' declares, got 5"),
         (("--epsilon", "0"), "--epsilon must be > 0"),
         (("--coming", "0"), r"--coming must be in \(0, 1\], got 0"),

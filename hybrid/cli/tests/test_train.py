@@ -217,7 +217,18 @@ def test_help_teaches_with_an_example(run):
 
 def test_an_asynchronous_training_is_resumed_as_it_was_started(project):
     """On phones by default, with the concurrency that was given; the same version as if it had not been broken off."""
-    words = ("--buffer", "10", "--separation", "2", "--server-optimizer", "SGD", "--concurrency", "30")
+    words = (
+        "--buffer",
+        "10",
+        "--separation",
+        "2",
+        "--max-staleness",
+        "2",
+        "--server-optimizer",
+        "SGD",
+        "--concurrency",
+        "30",
+    )
     whole = json.loads(project("train", "taxi", *words, "--run", "whole", "--json"))
     _break(project, *words, "--run", "broken")
     resumed = json.loads(project("train", "taxi", "--resume", "--json"))

@@ -249,7 +249,7 @@ EAGER = Trace(
 )
 
 
-def schedule(examples, *, updates=4, separation=5, oldest=6):
+def schedule(examples, *, updates=4, separation=5, oldest=5):
     """Of devices that are always there, some of them far slower than others."""
     return Schedule(
         fleet=Fleet.draw(EAGER, examples.users, 0),
@@ -313,4 +313,4 @@ def test_only_versions_that_somebody_still_trains_from_are_kept(tiny_model, tiny
         one.run_round(number, engine.side.flat())
         assert len(one.state()["versions"]) <= 12
     assert len(one.log.time_s) == len(one.log.staleness) == len(one.log.lost) == 40
-    assert int(one.log.updates.sum()) == 40 * 4
+    assert 30 * 4 < int(one.log.updates.sum()) <= 40 * 4

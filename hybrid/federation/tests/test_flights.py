@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hybrid.errors import ConfigError
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.fleet import Fleet, Trace, Work
-from hybrid.federation.flights import TICK_S, Flights, Schedule
+from hybrid.federation.flights import LIMIT_S, TICK_S, Flights, Schedule
 
 
 def trace(**changes):
@@ -52,7 +52,7 @@ def flushes(plan, count):
 
 def test_a_flush_happens_when_the_last_of_its_updates_comes_and_the_slow_come_to_a_later_one():
     """Of four that begin at the first tick, two take 3 s, one 7 and one 100: nobody waits for the last."""
-    first, second = flushes(schedule([3, 100, 7, 3], updates=2, separation=2), 2)
+    first, second = flushes(schedule([3, 100, 7, 3], updates=2, separation=1, oldest=1), 2)
     assert (sorted(first.users), first.time_s, first.staleness.tolist()) == ([0, 3], 3.0, [0, 0])
     # The other two have begun at version 0 and come to the second flush, one flush late.
     assert (second.users.tolist(), second.time_s, second.staleness.tolist()) == ([2, 1], 100.0, [1, 1])
@@ -60,14 +60,14 @@ def test_a_flush_happens_when_the_last_of_its_updates_comes_and_the_slow_come_to
 
 def test_who_begins_after_a_flush_begins_at_the_version_after_it():
     """Devices with 3 examples, one place: each flush is of one update, which began after the flush before."""
-    found = flushes(schedule([3, 3, 3], updates=1, at_once=1), 4)
+    found = flushes(schedule([3, 3, 3], updates=1, at_once=1, oldest=0), 4)
     assert [flush.began.tolist() for flush in found] == [[0], [1], [2], [3]]
     assert [flush.time_s for flush in found] == [TICK_S * step + 3 for step in range(4)]
 
 
 def test_an_update_that_is_too_stale_is_lost():
     """One takes 100 s, the others 3: after more flushes than are allowed its update is not taken."""
-    plan = schedule([100, 3, 3], updates=1, separation=1, oldest=2)
+    plan = schedule([100, 3, 3, 3, 3], updates=1, separation=1, oldest=2)
     found = flushes(plan, 60)
     assert all(0 not in flush.users for flush in found if flush.time_s < 200)
     assert sum(flush.lost for flush in found) >= 1
@@ -76,7 +76,7 @@ def test_an_update_that_is_too_stale_is_lost():
 
 def test_a_device_that_is_slower_than_the_deadline_sends_nothing_and_frees_its_place():
     """Two places, one of them taken by a slow device for 10 s, again and again."""
-    found = flushes(schedule([100, 3, 3], updates=1, at_once=2, deadline_s=10.0), 30)
+    found = flushes(schedule([100, 3, 3], updates=1, at_once=2, deadline_s=10.0, oldest=1), 30)
     assert all(0 not in flush.users for flush in found)
     assert sum(flush.lost for flush in found) >= 3
 
@@ -95,10 +95,10 @@ def test_a_device_that_is_slower_than_the_deadline_sends_nothing_and_frees_its_p
 def test_nobody_is_in_two_flushes_that_are_closer_than_the_separation(
     users, updates, separation, at_once, oldest, spread, dropout, seed
 ):
-    """Whatever the fleet is like: the sensitivity rests on it. And each flush is full, and nobody in it too stale."""
-    if updates * separation > users:
-        with pytest.raises(ConfigError, match="buffer x separation must be at most"):
-            schedule(np.ones(users), updates=updates, separation=separation)
+    """Whatever the fleet is: sensitivity rests on it. And each flush is full or a day long, and nobody in it too stale."""
+    if updates * (separation + oldest) > users:
+        with pytest.raises(ConfigError, match=r"buffer x \(separation \+ max_staleness\) must be at most"):
+            schedule(np.ones(users), updates=updates, separation=separation, oldest=oldest)
         return
     examples = np.random.default_rng(seed).integers(0, 40, users)
     plan = schedule(
@@ -114,7 +114,8 @@ def test_nobody_is_in_two_flushes_that_are_closer_than_the_separation(
     last = np.full(users, -separation)
     before = 0.0
     for flush in flushes(plan, 12):
-        assert len(set(flush.users.tolist())) == len(flush.users) == updates
+        assert len(set(flush.users.tolist())) == len(flush.users) <= updates
+        assert len(flush.users) == updates or flush.time_s >= before + LIMIT_S
         assert (flush.number - last[flush.users] >= separation).all()
         last[flush.users] = flush.number
         assert (flush.staleness >= 0).all()
@@ -123,15 +124,23 @@ def test_nobody_is_in_two_flushes_that_are_closer_than_the_separation(
         before = flush.time_s
 
 
-def test_a_fleet_that_never_comes_is_said_to_be_too_small():
-    """Nobody is ever there."""
-    with pytest.raises(ConfigError, match="buffer must be small enough for the fleet, got 2"):
-        flushes(schedule([1, 1], updates=2, availability=[0.0] * 24), 1)
+def test_a_flush_to_which_nobody_comes_is_over_after_a_day():
+    """Nobody is ever there: each is empty, and time goes on."""
+    found = flushes(schedule([1, 1], updates=2, oldest=0, availability=[0.0] * 24), 2)
+    assert [(len(flush.users), flush.time_s) for flush in found] == [(0, LIMIT_S), (0, 2 * LIMIT_S)]
+
+
+def test_a_device_comes_again_only_after_the_last_flush_that_it_might_have_been_in():
+    """One device, flushes of one update a day at most, two apart and one late: it begins at versions 0, 3, 6."""
+    found = flushes(schedule([3, 3, 3], updates=1, separation=2, oldest=1, at_once=1), 9)
+    for user in range(3):
+        began = [int(flush.began[0]) for flush in found if flush.users.tolist() == [user]]
+        assert np.diff(began).tolist() == [3, 3]
 
 
 def test_it_goes_on_from_any_flush_as_it_would_have():
     """All that the next flush needs is in `Flights`."""
-    plan = schedule(np.arange(40) % 7, updates=4, separation=3, spread=1.0, dropout=0.2)
+    plan = schedule(np.arange(40) % 7, updates=4, separation=3, oldest=5, spread=1.0, dropout=0.2)
     flights = Flights.none(40)
     for _ in range(5):
         flights, _ = plan.flush(flights)

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.federation.noise import BufferSize, buffer_for, least_noise, step_noise
+from hybrid.federation.noise import BufferSize, buffer_for, least_noise, most_updates, step_noise
 from hybrid.privacy.accountant import noise_multiplier_for
 from hybrid.spec import Training
 
 DELTA = 1e-5
-FLUSHES = Training(rounds=12, server_optimizer="SGD")
+FLUSHES = Training(rounds=12, max_staleness=0, server_optimizer="SGD")
 UNIT = noise_multiplier_for(2.0, DELTA, 1.0, 1)  # of one release that costs epsilon 2
 
 
@@ -40,6 +40,13 @@ def test_correlated_noise_counts_for_less_although_its_multiplier_is_larger(nois
     assert better.step_noise < 0.9 * plain.step_noise
 
 
+def test_stale_updates_make_the_separation_shorter():
+    """80 people, K = 10: 8 flushes between two participations, of which 3 may be the first one's staleness."""
+    late = FLUSHES.model_copy(update={"max_staleness": 3})
+    assert BufferSize.of(late, 10, 80, coming=1.0, epsilon=2.0, delta=DELTA).separation == 5
+    assert most_updates(late, 80, 1.0) == 20
+
+
 def test_half_the_people_coming_halves_the_separation():
     """80 people, K = 20: 4 flushes if all come, 2 if half do; and six participations in place of three."""
     size = BufferSize.of(FLUSHES, 20, 80, coming=0.5, epsilon=2.0, delta=DELTA)
@@ -53,8 +60,8 @@ def test_the_buffer_for_a_target_is_quiet_enough_and_no_larger_than_that(people,
     limits = {"coming": coming, "epsilon": 2.0, "delta": DELTA}
     found = buffer_for(FLUSHES, people, most_noise=most, **limits)
     if found is None:
-        everybody = max(1, math.floor(coming * people))
-        assert BufferSize.of(FLUSHES, everybody, people, **limits).step_noise > most
+        everybody = math.floor(coming * people)
+        assert not everybody or BufferSize.of(FLUSHES, everybody, people, **limits).step_noise > most
         return
     assert found.step_noise <= most
     if found.updates > 1:

@@ -65,7 +65,14 @@ WAYS = {
     "poisson": {"sampling": 0.5},
     "fleet": {"sampling": 0.3, "fleet": FLEET},
     "turns": {"separation": 3},
-    "asynchronous": {"separation": 3, "buffer": 60, "noise": "banded", "server_optimizer": "SGD", "fleet": AWAKE},
+    "asynchronous": {
+        "separation": 3,
+        "buffer": 60,
+        "max_staleness": 1,
+        "noise": "banded",
+        "server_optimizer": "SGD",
+        "fleet": AWAKE,
+    },
     "noiseless": {"kind": "noiseless"},
 }
 

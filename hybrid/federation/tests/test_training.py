@@ -286,7 +286,9 @@ def test_a_server_optimizer_that_is_not_linear_is_warned_of(tiny_model, people, 
 
 def test_an_asynchronous_training_claims_no_sampling_and_counts_flushes(tiny_model, people, tmp_path):
     """On phones, without being told: 20 flushes of 30, 4 apart, so five participations, charged as one Gaussian."""
-    settings = Training(rounds=20, separation=4, buffer=30, noise="banded", server_optimizer="SGD", server_lr=1.0)
+    settings = Training(
+        rounds=20, separation=4, buffer=30, max_staleness=2, noise="banded", server_optimizer="SGD", server_lr=1.0
+    )
     record = train(tiny_model(), *people, run_dir=tmp_path, settings=settings).record
     matrix = optimised("banded", 20, 4)
     assert record.epsilon == epsilon([matrix.event(record.noise_multiplier)], 1e-3).epsilon
@@ -308,7 +310,7 @@ def test_where_all_devices_are_alike_a_flush_is_a_round(tiny_model, people, tmp_
     alike = {"startup_seconds": 1.0, "seconds_per_example": 0.0, "dropout": 0.0, "spread": 0.0}
     one = Trace.load(PHONES).classes[0].model_copy(update=alike | {"share": 1.0, "availability": (1.0,) * 24})
     trace = Trace.load(PHONES).model_copy(update={"classes": (one,)})
-    settings = QUICK.model_copy(update={"separation": 1, "buffer": USERS})
+    settings = QUICK.model_copy(update={"separation": 1, "buffer": USERS, "max_staleness": 0})
     fleet = OnFleet(trace, deadline_s=60.0, concurrency=USERS)
     flushes = train(tiny_model(), *people, run_dir=tmp_path, settings=settings, fleet=fleet, kind="noiseless")
     everybody = QUICK.model_copy(update={"sampling": 1.0})
@@ -321,7 +323,7 @@ def test_where_all_devices_are_alike_a_flush_is_a_round(tiny_model, people, tmp_
 def test_a_buffer_that_would_leave_nobody_is_refused(tiny_model, people, tmp_path):
     """Before anything is spent."""
     settings = Training(rounds=2, separation=10, buffer=USERS)
-    with pytest.raises(ConfigError, match="buffer x separation must be at most the"):
+    with pytest.raises(ConfigError, match=r"buffer x \(separation \+ max_staleness\) must be at most the"):
         train(tiny_model(), people[0], run_dir=tmp_path, settings=settings)
     assert not any(entry for entry in Ledger.read(tmp_path).entries)
 
