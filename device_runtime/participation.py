@@ -27,7 +27,7 @@ from device_runtime.eligibility import Decision, Reason, both, decide
 from device_runtime.protocol import Event, State, Upload, advance
 from hybrid.bundle import Bundle, Manifest
 from hybrid.errors import ConfigError, PlanError
-from hybrid.plan import MAX_JSON, SIGNATURE, CheckIn, Halt, Policy, TrainPlan, open_signed
+from hybrid.plan import MAX_JSON, SIGNATURE, CheckIn, Halt, Policy, TrainPlan, Turn, open_signed
 from hybrid.update import encode
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Ending(StrEnum):
     FEW_EXAMPLES = "few_examples"
     TAKEN_PART = "taken_part"
     NOT_SAMPLED = "not_sampled"
+    NOT_ITS_TURN = "not_its_turn"
     INTERRUPTED = "interrupted"
     FORGOTTEN = "forgotten"  # the person had something deleted that the update may have been trained with
     GAVE_UP = "gave_up"
@@ -109,8 +110,18 @@ class Store(Protocol):
         """When it took part."""
         ...
 
-    def begin(self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True) -> bool:
-        """Remembers that a plan was decided on; False: it was before. `takes_part`: whether it is in the history."""
+    def begin(
+        self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True, turn: Turn | None = None
+    ) -> bool:
+        """Remembers that a plan was decided on, and the next turn after it; False: it was before, or is no turn yet."""
+        ...
+
+    def next_step(self, training: str, *, device: int = 0) -> int | None:
+        """From which step on it is the device's turn; None: it never heard of the training."""
+        ...
+
+    def draw_turn(self, training: str, step: int, *, device: int = 0) -> None:
+        """Remembers that for a training that it never heard of."""
         ...
 
     def examples(self, device: int, newest: int, now_ms: int) -> Examples:
@@ -292,6 +303,8 @@ class Participation:
         assert self.trainer is not None  # the refusal looked for a training program
         history = self.store.history(0, device=self.device)
         self._require(self.own, plan.policy, history=history)
+        if plan.turn is not None:
+            self._require_turn(plan.turn, plan.expires_ms)
         forgets = self.store.forgets
         newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
         if len(newest.labels) < plan.examples[0]:
@@ -302,7 +315,7 @@ class Participation:
         with self.store.together():
             if self.store.history(0, device=self.device) != history:  # another process's, which looked when we did
                 raise _Ended(Ending.TAKEN_PART, "the device took part meanwhile", ask_again_s=self._later(None))
-            begun = self.store.begin(plan.id, self.now_ms(), device=self.device, takes_part=takes_part)
+            begun = self.store.begin(plan.id, self.now_ms(), device=self.device, takes_part=takes_part, turn=plan.turn)
         if not begun:
             raise _Ended(Ending.TAKEN_PART, "this plan was decided on before", ask_again_s=self._later(None))
         if not takes_part:
@@ -327,6 +340,23 @@ class Participation:
             self.store.keep_upload(upload, device=self.device)
         self._move(Event.TRAINED)
         return upload
+
+    def _require_turn(self, turn: Turn, expires_ms: int) -> None:
+        """Waits a separation from turn to turn, and before the first for a share of it by chance.
+
+        Else all of a fleet would come to the first step, and nobody to those after it. Where updates of several steps
+        are released together, the aggregator paces: nobody waits for the first.
+        """
+        if self.store.next_step(turn.training, device=self.device) is None:
+            together = turn.first_step == turn.last_step
+            spread = int(self.toss() * turn.separation) if together else 0
+            self.store.draw_turn(turn.training, turn.first_step + spread, device=self.device)
+        step = self.store.next_step(turn.training, device=self.device)
+        assert step is not None
+        if turn.first_step < step:
+            left_s = (expires_ms - self.now_ms()) / 1e3  # until the next step, where all begin and end together
+            why = f"its turn is in {step - turn.first_step} steps at the earliest"
+            raise _Ended(Ending.NOT_ITS_TURN, why, ask_again_s=self._later(min(left_s, ASK_AGAIN_S)))
 
     def _interrupted(self, watch: _Watch) -> NoReturn:
         assert self.trainer is not None

@@ -14,6 +14,9 @@ EVENT = (
     *("id", "device", "row", "at_ms", "entity"),
     *("version", "server", "feature_age_ms", "prediction", "label", "label_ms"),
 )  # the columns of an event beside its features
+_TURNS = """CREATE TABLE turns (
+    device INTEGER NOT NULL, training TEXT NOT NULL, next_step INTEGER NOT NULL, PRIMARY KEY (device, training)
+) STRICT, WITHOUT ROWID"""
 _TABLES = f"""
 CREATE TABLE events (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -29,6 +32,7 @@ CREATE TABLE participations (
     device INTEGER NOT NULL, plan TEXT NOT NULL, at_ms INTEGER NOT NULL, took_part INTEGER NOT NULL,
     PRIMARY KEY (device, plan)
 ) STRICT, WITHOUT ROWID;
+{_TURNS};
 CREATE TABLE uploads (
     device INTEGER NOT NULL, plan TEXT NOT NULL, upload TEXT NOT NULL, body BLOB NOT NULL, expires_ms INTEGER NOT NULL,
     version INTEGER NOT NULL DEFAULT 0, policy TEXT NOT NULL DEFAULT '{{}}',
@@ -60,6 +64,9 @@ def prepare(database: Database, manifest: Manifest, name: str) -> None:
         with database.transaction():  # of before an update kept its plan's: the strictest policy then
             database.all("ALTER TABLE uploads ADD COLUMN version INTEGER NOT NULL DEFAULT 0")
             database.all("ALTER TABLE uploads ADD COLUMN policy TEXT NOT NULL DEFAULT '{}'")
+    if not has_turns(database):
+        with database.transaction():
+            database.all(_TURNS.replace("TABLE", "TABLE IF NOT EXISTS"))
     if columns(database) != feature_columns(manifest):
         with database.transaction():
             _migrate(database, feature_columns(manifest))
@@ -70,6 +77,11 @@ def columns(database: Database) -> dict[str, str]:
     """The features that the store has, as `feature_columns` gives them; none where it has no tables."""
     found = database.all("SELECT name, type FROM pragma_table_info('events')")
     return {feature_of(name): kind for name, kind in found if name.startswith((REQUEST, DEVICE))}
+
+
+def has_turns(database: Database) -> bool:
+    """Whether it is of a release that knows turns."""
+    return bool(database.all("SELECT 1 FROM sqlite_master WHERE name = 'turns'"))
 
 
 def rewrite(database: Database) -> None:

@@ -27,7 +27,7 @@ from device_runtime.protocol import Upload
 from device_runtime.rows import DEVICE, REQUEST, Rows, feature_columns, quoted, values
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, StoreError
-from hybrid.plan import Policy
+from hybrid.plan import Policy, Turn
 
 FORGOTTEN = "forgotten"  # in place of the plans that a device took part in before its person had it forget
 _UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
@@ -331,8 +331,8 @@ class Store(AbstractContextManager["Store"]):
 
         Updates that wait to be sent are deleted with it: they were trained with what is forgotten. What is left of
         the plans that a forgotten device took part in is how many they were, dated now: it waits as if it had just
-        taken part in all of them, else forgetting would let a person be counted more often. Halted versions stay
-        halted.
+        taken part in all of them, else forgetting would let a person be counted more often; for the same reason the
+        steps stay at which its turn is in each training. Halted versions stay halted.
 
         Args:
             device: only this; None: all.
@@ -385,6 +385,10 @@ class Store(AbstractContextManager["Store"]):
         for number, plan, upload, expires_ms, body in self._db.all(sql, those):
             found = {"device": number, "plan": plan, "upload": upload, "expires": _iso(expires_ms)}
             yield {"kind": "upload", **found, "body_base64": base64.b64encode(body).decode()}
+        if schema.has_turns(self._db):
+            sql = f"SELECT device, training, next_step FROM turns WHERE {whose}"  # noqa: S608
+            for number, training, step in self._db.all(sql, those):
+                yield {"kind": "turn", "device": number, "training": training, "next_step": step}
         for model, version, reason in self._db.all("SELECT model, version, reason FROM halted"):
             yield {"kind": "halt", "model": model, "version": version, "reason": reason}
 
@@ -402,18 +406,41 @@ class Store(AbstractContextManager["Store"]):
 
     # Training
 
-    def begin(self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True) -> bool:
-        """Notes that the device takes part in a plan, or that a toss decided that it does not; False: it already has.
+    def begin(
+        self, plan_id: str, at_ms: int, *, device: int = 0, takes_part: bool = True, turn: Turn | None = None
+    ) -> bool:
+        """Notes that the device takes part in a plan, or that a toss decided that it does not.
 
         Args:
             plan_id: of the plan.
             at_ms: when.
             device: whose.
             takes_part: whether it is part of the history.
+            turn: of the plan; its next one is then a separation after the last step that this one may be in.
+
+        Returns:
+            False, and nothing is noted, where the plan was decided on before, or its first step is before the
+            device's turn.
         """
         with self._db.transaction():
+            if turn is not None and turn.first_step < (self.next_step(turn.training, device=device) or 0):
+                return False
             row = (device, plan_id, at_ms, takes_part)
-            return self._db.run("INSERT OR IGNORE INTO participations VALUES (?, ?, ?, ?)", row) == 1
+            begun = self._db.run("INSERT OR IGNORE INTO participations VALUES (?, ?, ?, ?)", row) == 1
+            if begun and takes_part and turn is not None:
+                following = (device, turn.training, turn.last_step + turn.separation)
+                self._db.run("INSERT OR REPLACE INTO turns VALUES (?, ?, ?)", following)
+            return begun
+
+    def next_step(self, training: str, *, device: int = 0) -> int | None:
+        """From which step of a training's horizon on it is the device's turn; None: it never heard of the training."""
+        found = self._db.all("SELECT next_step FROM turns WHERE device = ? AND training = ?", (device, training))
+        return found[0][0] if found else None
+
+    def draw_turn(self, training: str, step: int, *, device: int = 0) -> None:
+        """Notes it for a device that never heard of the training; else it stays."""
+        with self._db.transaction():
+            self._db.run("INSERT OR IGNORE INTO turns VALUES (?, ?, ?)", (device, training, step))
 
     def history(self, since_ms: int, *, device: int = 0) -> list[int]:
         """When the device took part since then, oldest first."""

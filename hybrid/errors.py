@@ -31,6 +31,10 @@ class RoundStopped(HybridError):
     """A round was ended before its time: its version was halted, or its aggregator stopped. Nothing was spent."""
 
 
+class Halted(RoundStopped):
+    """The version that would be trained was halted, for good: no round of it is run any more."""
+
+
 class BundleError(HybridError):
     """A device bundle is not what its signature, manifest or limits promise."""
 

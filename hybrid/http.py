@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from hybrid.errors import ConfigError
 
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
 CONNECTION_S = 60.0  # of a `TimedHttp`, from its first to its last byte
+BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
+DRAIN_S = 5  # for what is on its way when a service ends
+
+Certificate = tuple[Path, Path]  # the chain's and the key's file (PEM)
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -61,3 +74,69 @@ class TimedHttp(BoundedHttp):
         """From the event loop."""
         self._cut.cancel()
         super().connection_lost(exc)
+
+
+@contextmanager
+def listening(
+    app: Any, host: str, port: int, *, name: str, certificate: Certificate | None = None, **options: Any
+) -> Iterator[int]:
+    """Serves an ASGI application from a thread of its own until the block ends, and logs no caller.
+
+    Args:
+        app: of ASGI.
+        host: where.
+        port: 0: a free one.
+        name: of the thread.
+        certificate: None: without TLS.
+        options: of `uvicorn.Config`; heads are bounded, see `BoundedHttp`, unless `http` says otherwise.
+
+    Yields:
+        The port.
+
+    Raises:
+        ConfigError: it cannot be listened on, or the certificate cannot be read.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"port {port} of {host} cannot be listened on: {error}") from None
+    cert, key = certificate or (None, None)
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        ws="none",
+        backlog=BACKLOG,
+        proxy_headers=False,  # nothing here asks for a caller's address
+        server_header=False,
+        date_header=False,
+        access_log=False,
+        log_config=None,
+        log_level="warning",  # below it uvicorn names addresses and paths
+        timeout_graceful_shutdown=DRAIN_S,
+        ssl_certfile=cert,
+        ssl_keyfile=key,
+        **{"http": BoundedHttp} | options,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"the certificate cannot be used: {error}") from None
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([bound],), name=name, daemon=True)
+    thread.start()
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+def told_to_end() -> threading.Event:
+    """Set at SIGTERM or SIGINT, which from now on do nothing else. Of the main thread."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    return ended

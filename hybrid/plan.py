@@ -107,6 +107,30 @@ class Local(_Message):
         return self
 
 
+class Turn(_Message):
+    """Which steps of a training's fixed horizon an update may be released in, where devices take turns.
+
+    A device takes part where `first_step` is at least `separation` after the last step in which an update that it
+    began before may be. Nothing but the device sees to that: see docs/decisions/0027.
+
+    Attributes:
+        training: names the horizon; steps of one say nothing of another's, which is paid for by itself.
+        first_step, last_step: from 1; the same in a round that all begin and end together.
+        separation: steps from one that an update of a device is in to the next, at least.
+    """
+
+    training: Id
+    first_step: Count
+    last_step: Count
+    separation: Count
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.first_step > self.last_step:
+            raise ValueError("first_step must be at most last_step")
+        return self
+
+
 class TrainPlan(_Message):
     """What a cohort is asked to do once: train from these weights, and send a clipped update.
 
@@ -114,6 +138,7 @@ class TrainPlan(_Message):
         id: of the round's attempt; a device takes part in it at most once.
         model, version, definition_hash: whose training program; a device with another bundle does not take part.
         sampling: with this probability a device takes part, by a toss of its own; in (0, 1].
+        turn: which steps an update for it may be in, where devices take turns; None: they toss coins.
         expires_ms: Unix time in UTC, from which on no update is taken.
         policy: when it may.
         examples: least and most it may train with; with fewer it does not take part, of more it takes the newest.
@@ -131,6 +156,7 @@ class TrainPlan(_Message):
     version: Count
     definition_hash: Digest
     sampling: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    turn: Turn | None = None
     expires_ms: Milliseconds
     policy: Policy = Policy()
     examples: tuple[Count, Count] = (1, 1024)
@@ -191,7 +217,7 @@ def sign(message: TrainPlan | Halt, key: Ed25519PrivateKey, weights: NDArray[np.
     Raises:
         PlanError: the weights are not the message's: no device would take it.
     """
-    text = message.model_dump_json().encode()
+    text = message.model_dump_json(exclude_none=True).encode()  # a device that knows no turns reads plans without
     values = np.zeros(0, np.float32) if weights is None else weights
     _check(message, len(text), values)
     body = _LENGTH.pack(len(text)) + text + np.ascontiguousarray(values, "<f4").tobytes()

@@ -56,6 +56,23 @@ class Declared(BaseModel):
         except ValidationError as error:
             raise ConfigError(_explain(type(self).__name__, error)) from None
 
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What a JSON file declares.
+
+        Raises:
+            ConfigError: it cannot be read, is no JSON object, or a field of it is wrong.
+        """
+        try:
+            fields = json.loads(file.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{cls.__name__} file {str(file)!r} cannot be read: {error.strerror}") from None
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{cls.__name__} file {str(file)!r} must be a JSON object") from None
+        return cls(**fields)
+
 
 class Entity(Declared):
     """What the server features hang on: a Feast entity and its join key.

@@ -20,7 +20,7 @@ class TrainingRecord(BaseModel):
             rounds, "central" or "server-only".
         run: folder name under `runs/`.
         population: name of what it learned from.
-        users, examples: how many it learned from (public).
+        users, examples: how many it learned from (public); examples are None where only devices know.
         settings: of the training; None in records that are older than this field.
         epsilon, delta: spent by this training; None where there was no privacy mechanism.
         noise_multiplier, clip, sampling, rounds: of the mechanism; None where there was none, and where nobody is
@@ -38,7 +38,7 @@ class TrainingRecord(BaseModel):
     run: str
     population: str
     users: int
-    examples: int
+    examples: int | None
     settings: Training | None = None
     epsilon: float | None = None
     delta: float | None = None

@@ -1,6 +1,7 @@
 """An aggregator's process that is made to be killed: rounds of some seconds, one after another.
 
-`python aggregator_process.py FOLDER PORT` goes on where the last one ended, by what `released.jsonl` says of it.
+`python aggregator_process.py FOLDER PORT` goes on where the last one ended, by what `released.jsonl` says of it; with
+`flushes` behind it asynchronously, with correlated noise.
 """
 
 import json
@@ -13,14 +14,18 @@ import numpy as np
 
 from hybrid.bundle import signing_key
 from hybrid.federation.aggregator import Round
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.checkin import listening
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
 from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.matrix import optimised
 
 SETTINGS = Round(sampling=1.0, clip=0.5, noise_multiplier=1.0, minimum=0)
+BUFFER, SEPARATION = Buffer(updates=2, oldest=1), 2
+FLUSHES = replace(SETTINGS, matrix=optimised("banded", 1000, SEPARATION))
 
 
-def main(folder: Path, port: int) -> None:
+def main(folder: Path, port: int, *flushes: str) -> None:
     """Writes each round's sum once it is out, as who holds the weights would."""
     task = Task.model_validate_json((folder / "task.json").read_bytes())
     flat = np.load(folder / "weights.npy")
@@ -28,14 +33,20 @@ def main(folder: Path, port: int) -> None:
         Ledger.open(folder / "run", budget_epsilon=1e6, delta=1e-4) as ledger,
         (folder / "released.jsonl").open("a") as released,
     ):
-        ledger.reserve([replace(SETTINGS.event, count=100)])
-        aggregator = FleetAggregator(task, SETTINGS, ledger, signing_key(folder / "keys"))
+        key = signing_key(folder / "keys")
+        if flushes:
+            state = folder / "noise.state"
+            aggregator = FleetAggregator(task, FLUSHES, ledger, key, noise_state=state, buffer=BUFFER)
+        else:
+            ledger.reserve([replace(SETTINGS.event, count=100)])
+            aggregator = FleetAggregator(task, SETTINGS, ledger, key)
         with listening(aggregator, port=port):
             number = len((folder / "released.jsonl").read_text().splitlines()) + 1
             print("ready", flush=True)
             while True:
                 release = aggregator.run_round(number, flat)
                 line = {"round": number, "received": release.received, "sum": release.sum[:4].tolist()}
+                line["step"] = getattr(ledger.entries[-1], "step", None)
                 released.write(json.dumps(line) + "\n")
                 released.flush()
                 os.fsync(released.fileno())
@@ -43,4 +54,4 @@ def main(folder: Path, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

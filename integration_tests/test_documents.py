@@ -15,6 +15,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 OPERATING = ROOT / "docs" / "operating.md"
 FLEET = ROOT / "docs" / "fleet.md"
+FLOWER = ROOT / "docs" / "flower.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
 
@@ -26,7 +27,7 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, STUDY_COACH, AUDIT)],
+    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT)],
     ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
@@ -79,11 +80,19 @@ def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands
     assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
 
 
-def test_the_walkthrough_operating_and_the_fleet_do_what_they_say(type_commands):
+def on_free_ports(blocks: list[str]) -> str:
+    """A script that names ports from 8095 on, with others in their places."""
+    script = "\n".join(blocks)
+    written = sorted(set(re.findall(r"\b8(?:095|[12]0[123])\b", script)))
+    found = dict(zip(written, map(str, free_ports(len(written))), strict=True))
+    return re.sub("|".join(written), lambda port: found[port[0]], script)
+
+
+def test_the_walkthrough_operating_the_fleet_and_flower_do_what_they_say(type_commands):
     """Their commands, typed in order in one shell, all succeed; every request is predicted, counted, and without skew.
 
-    Devices of a fleet train, and another one joins them. One thing differs from what a reader types: gateway,
-    servers and aggregator take free ports, since the default ones may be taken where tests run.
+    Devices of a fleet train, and others join them; then all of a federation is started by hand. One thing differs
+    from what a reader types: servers take free ports, since the default ones may be taken where tests run.
     """
     ports = dict(zip(("8080", "18003", "18004", "8090"), map(str, free_ports(4)), strict=True))
     options = ("--gateway-port", "--gateway-metrics-port", "--worker-metrics-port")
@@ -94,7 +103,7 @@ def test_the_walkthrough_operating_and_the_fleet_do_what_they_say(type_commands)
     )
     for written, port in ports.items():
         script = script.replace(f"127.0.0.1:{written}", f"127.0.0.1:{port}")
-    printed = type_commands(script)
+    printed = type_commands(f"{script}\n{on_free_ports(commands(FLOWER))}")
     assert "unknown_entity" in printed, "the walkthrough says that an unknown offer says so"
     counts = re.findall(r"(\d+) requests from \d+ devices, (\d+) answered, (\d+) predicted", printed)
     assert len(counts) == 2
@@ -109,5 +118,6 @@ def test_the_walkthrough_operating_and_the_fleet_do_what_they_say(type_commands)
     assert f"coupon: {requests} rows: {requests} same" in printed
     assert f'"rows": {{"same": {requests}}}' in printed
     assert re.search(r"privacy: epsilon \S+ at delta 0.0009 per device", printed), "a fleet's version says what it cost"
-    assert printed.count("uploads not taken: ") == 2
-    assert '"ending": "uploaded"' in printed, "another device joined"
+    assert printed.count("uploads not taken: ") == 4
+    assert printed.count('"ending": "uploaded"') == 2, "another device joined, each time"
+    assert '"ending": "halted"' in printed

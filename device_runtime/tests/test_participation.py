@@ -30,7 +30,7 @@ from hybrid import Clear, Numeric
 from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
-from hybrid.plan import Halt, Local, Policy, TrainPlan, sign
+from hybrid.plan import Halt, Local, Policy, TrainPlan, Turn, sign
 from hybrid.update import decode
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -100,6 +100,7 @@ class MemoryStore:
     full: bool = False
     forgets: int = 0
     kept: list = field(default_factory=list)
+    turns: dict = field(default_factory=dict)
 
     def halted(self, version):
         return self.stopped.get(version)
@@ -110,11 +111,19 @@ class MemoryStore:
     def history(self, since_ms, *, device=0):
         return [at for at, took_part in self.decided.values() if took_part and at >= since_ms]
 
-    def begin(self, plan_id, at_ms, *, device=0, takes_part=True):
-        if plan_id in self.decided:
+    def begin(self, plan_id, at_ms, *, device=0, takes_part=True, turn=None):
+        if plan_id in self.decided or (turn and turn.first_step < self.turns[turn.training]):
             return False
         self.decided[plan_id] = (at_ms, takes_part)
+        if turn:
+            self.turns[turn.training] = turn.last_step + turn.separation
         return True
+
+    def next_step(self, training, *, device=0):
+        return self.turns.get(training)
+
+    def draw_turn(self, training, step, *, device=0):
+        self.turns.setdefault(training, step)
 
     def examples(self, device, newest, now_ms):
         n = min(self.rows, newest)
@@ -320,6 +329,58 @@ def test_a_plan_is_taken_part_in_once():
 def test_a_device_tosses_with_the_plans_probability(toss: float, ending: str):
     """A quarter: below it takes part."""
     assert World(toss=toss).answers(changed(sampling=0.25)).session().ending == ending
+
+
+def turns(*steps, separation=3, training="5" * 32, last=0):
+    """A plan for each step, as an aggregator signs them one after another; an update may be in `last` more steps."""
+    for number in steps:
+        turn = Turn(training=training, first_step=number, last_step=number + last, separation=separation)
+        yield changed(id=f"{number:016x}{training[:16]}", policy=OFTEN, turn=turn)
+
+
+@pytest.mark.parametrize(("toss", "first"), [(0.0, 1), (0.34, 2), (0.99, 3)])
+def test_a_device_takes_part_once_in_a_separation(toss: float, first: int):
+    """In every third step, beginning at one of the first three by chance: else all would come to the first."""
+    world, took_part = World(own=OFTEN, toss=toss), []
+    for number, plan in enumerate(turns(*range(1, 11)), start=1):
+        if world.answers(plan).session().ending is Ending.UPLOADED:
+            took_part.append(number)
+    assert took_part == list(range(first, 11, 3))
+
+
+def test_where_an_update_may_be_in_a_later_step_the_next_turn_is_a_separation_after_that():
+    """From step 4 on, two steps late at most: the next is 4 + 2 + 3. And nobody waits for the first."""
+    world, took_part = World(own=OFTEN, toss=0.99), []
+    for number, plan in enumerate(turns(*range(4, 20), last=2), start=4):
+        outcome = world.answers(plan).session()
+        if outcome.ending is Ending.UPLOADED:
+            took_part.append(number)
+        else:
+            assert (outcome.ending, outcome.path[-1]) == (Ending.NOT_ITS_TURN, State.DROPPED)
+            assert outcome.ask_again_s >= 600  # until the plan's end
+    assert took_part == [4, 9, 14, 19]
+
+
+def test_the_steps_of_one_training_say_nothing_of_anothers():
+    """Which has been paid for by itself."""
+    world = World(own=OFTEN)
+    endings = [
+        world.answers(plan).session().ending
+        for training in ("5" * 32, "6" * 32, "5" * 32)
+        for plan in turns(7 if training[0] == "5" and world.store.turns else 6, training=training)
+    ]
+    assert endings == [Ending.UPLOADED, Ending.UPLOADED, Ending.NOT_ITS_TURN]
+
+
+def test_an_aggregator_that_goes_back_in_its_steps_gets_nothing_more():
+    """Nor one whose update was refused, or never sent: it may have been counted."""
+    world = World(own=OFTEN)
+    world.aggregator.uploads = [Reply(404)]
+    (plan, again, *_) = (*turns(5), *turns(5))
+    assert world.answers(plan).session().ending is Ending.REFUSED
+    for back in (again.model_copy(update={"id": "9" * 32}), *turns(1, 4)):
+        assert world.answers(back).session().ending is Ending.NOT_ITS_TURN
+    assert len(world.aggregator.sent) == 1
 
 
 def test_who_lost_the_toss_does_not_toss_again_for_the_same_plan():

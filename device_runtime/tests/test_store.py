@@ -13,6 +13,7 @@ import textwrap
 import time
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from hybrid import Categorical, Log1p, Numeric
 from hybrid.bundle import Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
-from hybrid.plan import Policy
+from hybrid.plan import Policy, Turn
 
 KEY = bytes(range(32))
 NOW = 1_900_000_000_000
@@ -626,6 +627,92 @@ def test_a_device_takes_part_in_a_plan_once(store: Store, file: Path, manifest: 
         assert store.begin("b" * 32, NOW + 4)
         assert store.history(NOW) == [NOW, NOW + 4]
         assert store.history(NOW + 1) == [NOW + 4]
+
+
+def turn(step: int, *, training: str = "5" * 32, last: int = 0, separation: int = 3) -> Turn:
+    return Turn(training=training, first_step=step, last_step=step + last, separation=separation)
+
+
+def test_a_turn_is_a_separation_after_the_last_step_that_may_have_the_update(store: Store):
+    """Of the same device and training; whoever asks too soon has not begun, and may begin later."""
+    assert store.begin("a" * 32, NOW, turn=turn(4, last=1))
+    assert store.next_step("5" * 32) == 4 + 1 + 3
+    assert not store.begin("b" * 32, NOW, turn=turn(7))
+    assert store.begin("b" * 32, NOW, device=1, turn=turn(7))
+    assert store.begin("c" * 32, NOW, turn=turn(7, training="6" * 32))
+    assert store.begin("b" * 32, NOW, turn=turn(8))
+    assert store.history(0) == [NOW] * 3
+
+
+def test_a_turn_is_drawn_once(store: Store):
+    store.draw_turn("5" * 32, 7)
+    store.draw_turn("5" * 32, 1)
+    assert store.next_step("5" * 32) == 7
+
+
+def test_forgetting_gives_no_turn_back(store: Store):
+    """Else who has everything forgotten could be in two steps near each other. What is kept of it can be read."""
+    store.begin("a" * 32, NOW, turn=turn(4))
+    store.forget(now_ms=NOW)
+    assert not store.begin("b" * 32, NOW, turn=turn(6))
+    assert [found for found in store.export() if found["kind"] == "turn"] == [
+        {"kind": "turn", "device": 0, "training": "5" * 32, "next_step": 7}
+    ]
+
+
+def test_a_store_of_before_there_were_turns_learns_them(file: Path, manifest: Manifest):
+    """It is read without, too."""
+    with Store.open(file, KEY, manifest) as store:
+        store._db.all("DROP TABLE turns")
+    with Store.open(file, KEY) as store:
+        assert list(store.export()) == []
+    with Store.open(file, KEY, manifest) as store:
+        assert store.begin("a" * 32, NOW, turn=turn(4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), separation=st.integers(1, 5), late=st.integers(0, 3))
+def test_no_two_updates_are_ever_nearer_than_the_separation(
+    tmp_path_factory, manifest: Manifest, seed: int, separation: int, late: int
+):
+    """Steps offered in any order, some twice, by two connections, each update in any step that its plan allows."""
+    random_, folder = random.Random(seed), tmp_path_factory.mktemp("turns")
+    counted = []
+    with Store.open(folder / "s", KEY, manifest) as one, Store.open(folder / "s", KEY, manifest) as other:
+        for number in range(30):
+            asked = turn(random_.randint(1, 12), last=late, separation=separation)
+            if random_.choice((one, other)).begin(f"{number:032x}", NOW, turn=asked):
+                counted.append(random_.randint(asked.first_step, asked.last_step))
+    assert counted
+    assert all(later - earlier >= separation for earlier, later in pairwise(counted))
+
+
+def test_a_device_that_is_killed_at_any_moment_never_takes_its_turn_twice(file: Path, manifest: Manifest):
+    """30 processes, each killed while it takes turns: what it says that it sent is a separation apart in all."""
+    fork, moments, sent = multiprocessing.get_context("fork"), random.Random(9), []
+    Store.open(file, KEY, manifest).__exit__(None, None, None)
+    for life in range(30):
+        read, told = fork.Pipe(duplex=False)
+
+        def child(life=life, told=told):
+            with Store.open(file, KEY, manifest) as store:
+                for number in range(10_000):
+                    first = (store.next_step("5" * 32) or 1) - 2  # too soon at first
+                    for step in range(max(first, 1), first + 4):
+                        if store.begin(f"{life:016x}{number:08x}{step % 4:08x}", NOW, turn=turn(step, last=1)):
+                            told.send(step)
+
+        process = fork.Process(target=child)
+        process.start()
+        told.close()
+        if moments.random() < 0.7:
+            assert read.poll(60)
+        time.sleep(moments.random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        sent += received(read)
+    assert len(sent) > 30
+    assert all(later - (earlier + 1) >= 3 for earlier, later in pairwise(sent))
 
 
 def test_a_lost_toss_is_decided_on_and_no_participation(store: Store):

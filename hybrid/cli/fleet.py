@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
-from hybrid.cli.runs import progress_bar, run_folder
-from hybrid.errors import ConfigError
+from hybrid.cli.runs import Where, progress_bar, run_folder
+from hybrid.errors import ConfigError, FederationError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,11 +23,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 group = typer.Typer(help="Train on real devices.", no_args_is_help=True)
 app.add_typer(group, name="fleet")
-
-
-@group.callback()
-def _group() -> None:
-    """Without it, `run` would not be a command of its own."""
 
 
 @group.command()
@@ -48,8 +45,31 @@ def run(
     sampling: Annotated[
         float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
     ] = None,
+    separation: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="A device takes part once in so many rounds, as it remembers; in place of --sampling."
+        ),
+    ] = None,
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Asynchronously: the server steps when K updates came; --rounds, --separation count that."
+        ),
+    ] = None,
+    max_staleness: Annotated[
+        int | None, typer.Option(help="With --buffer: steps that may happen while a device trains.")
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="That the devices share.")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the aggregator; 0: a free one.")] = 0,
+    federation: Annotated[
+        Where | None,
+        typer.Option(help="local: over a real Flower SuperLink, two SuperNodes and two aggregators, started for it."),
+    ] = None,
     run: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one."),
@@ -65,44 +85,163 @@ def run(
     one sum a round out; Flower's ServerApp steps the weights. The result is a new
     version; with --noiseless it is none.
 
+    ServerApp and aggregator are in this process. With `--federation local` each is
+    one of its own, as on several machines: see docs/flower.md.
+
     Example: hybrid fleet run coupon --devices 200 --rounds 3
+
+    Example: hybrid fleet run coupon --federation local
+
+    Example: hybrid fleet run coupon --rounds 20 --separation 5 --buffer 20 --noise banded
     """
     if noiseless and epsilon is not None:
         raise ConfigError("--epsilon must be left out with --noiseless: it trains without privacy")
-    from hybrid.bundle import signing_key
-    from hybrid.federation.fleet_aggregator import FleetAggregator
-    from hybrid.local.fleet import Promoted, train
+    if federation is not None and port:
+        raise ConfigError(f"--port must be left out with --federation: its aggregators take free ones, got {port}")
+    from hybrid.local.fleet import Order, Promoted, train, train_over_flower
 
     workspace = Workspace.current()
-    changed = {"rounds": rounds} | ({} if sampling is None else {"sampling": sampling})
-    promoted = Promoted.open(model, int(version) if version.isdecimal() else version, workspace, **changed)
+    given = {"sampling": sampling, "separation": separation, "noise": noise}
+    given |= {"buffer": buffer, "max_staleness": max_staleness}
+    changed = {name: value for name, value in given.items() if value is not None}
+    selected = int(version) if version.isdecimal() else version
+    promoted = Promoted.open(model, selected, workspace, rounds=rounds, **changed)
     budget = None if noiseless else promoted.budget(epsilon, devices)
     people = promoted.people(population or model, devices, workspace)
     folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
     with folder as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):
-        task = promoted.task(round_s, wanted=devices)
-        aggregator = FleetAggregator(task, settings, ledger, signing_key(workspace.keys))
         with progress_bar(f"training of {model} on {devices} devices") as progress:
-            outcome = train(
-                promoted,
-                aggregator,
-                people,
-                planned=settings.sampling * devices,
-                rest_s=round_s,
-                processes=processes,
-                port=port,
-                progress=progress,
-            )
+            order = Order(promoted, settings, people, round_s, processes, workspace.keys, progress)
+            if federation is None:
+                outcome = train(order, ledger, port)
+            else:
+                outcome = train_over_flower(order, ledger, run_dir, lambda text: typer.echo(text, err=True))
+        if outcome.failed == rounds:
+            raise FederationError(f"none of the {rounds} rounds was released; run: {run_dir}")
         report = _report(promoted, settings, outcome, people) | {"run": str(run_dir)}
         if ledger is not None:
-            about = {"population": population or model, "run": run_dir.name}
-            record = promoted.record(settings, ledger, outcome, people, **about)
+            record = promoted.record(
+                settings,
+                ledger,
+                users=devices,
+                examples=int(people.offsets[-1]),
+                aggregators=outcome.aggregators,
+                population=population or model,
+                run=run_dir.name,
+            ).model_copy(update={"rounds": rounds - outcome.failed})
             report |= _register(promoted, record, workspace)
         (run_dir / "fleet.json").write_text(json.dumps(report, indent=2))
     if as_json:
         print(json.dumps(report))
     else:
         _print(report)
+
+
+@group.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    *,
+    folder: Annotated[Path, typer.Option(help="A new one, for what the processes read.")],
+    devices: Annotated[int, typer.Option(min=1, help="Expected to check in, over all aggregators.")],
+    aggregators: Annotated[int, typer.Option(min=1, help="How many, each with devices of its own.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    round_s: Annotated[
+        float, typer.Option(min=1, help="Seconds that a round is open; it closes by the clock.")
+    ] = 3600.0,
+    version: Annotated[str, typer.Option(help="Promoted version to begin from: number or alias.")] = "production",
+    population: Annotated[str, typer.Option(help="What the version's record calls the people.")] = "devices",
+    epsilon: Annotated[
+        float | None, typer.Option(help="Privacy to spend at most; only less than the model declares.")
+    ] = None,
+    sampling: Annotated[
+        float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one."),
+    ] = None,
+) -> None:
+    """Prepares a training on devices for servers that you start yourself, on several machines.
+
+    It writes what an aggregator's process and Flower's ServerApp read, and
+    charges the run for all rounds: from then on no process can spend more.
+    docs/flower.md says how to start them; then `hybrid fleet finish`.
+
+    Example: hybrid fleet prepare coupon --devices 20000 --aggregators 2 --folder spring
+    """
+    from hybrid.local.fleet import Promoted
+    from hybrid.local.prepared import prepare as write
+
+    workspace = Workspace.current()
+    changed = {"rounds": rounds} | ({} if sampling is None else {"sampling": sampling})
+    promoted = Promoted.open(model, int(version) if version.isdecimal() else version, workspace, **changed)
+    budget = promoted.budget(epsilon, devices)
+    runs = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
+    with runs as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):
+        assert ledger is not None
+        prepared = write(
+            folder,
+            promoted,
+            settings,
+            ledger,
+            round_s=round_s,
+            devices=devices,
+            aggregators=aggregators,
+            population=population,
+            run=run_dir.name,
+        )
+    print("privacy: " + "\n  ".join(prepared.record.privacy_lines()))
+    print(f"run: {run_dir}")
+    print(f"Next: start the servers on {folder} (docs/flower.md), then `hybrid fleet finish {folder}`.")
+
+
+@group.command()
+def finish(folder: Annotated[Path, typer.Argument(help="Of `hybrid fleet prepare`, after its last round.")]) -> None:
+    """Registers the version that a prepared training gave.
+
+    Example: hybrid fleet finish spring
+    """
+    from hybrid.local.prepared import finish as register
+
+    number, prepared = register(folder, Workspace.current())
+    name = prepared.model
+    print("privacy: " + "\n  ".join(prepared.record.privacy_lines()))
+    print(f"{name}:{number}, from {name}:{prepared.version}")
+    print(f"Next: `hybrid promote {name} {number} production`.")
+
+
+@group.command()
+def halt(
+    model: Annotated[str, typer.Argument(help="Whose versions.")],
+    *,
+    versions: Annotated[list[int], typer.Option(min=1, help="To halt; may be given several times.")],
+    reason: Annotated[str, typer.Option(help="For people and logs, at most 500 characters.")],
+    aggregator: Annotated[str, typer.Option(metavar="URL", help="Of its control side.")],
+    token: Annotated[Path, typer.Option(help="File with the control side's token.")],
+    authority: Annotated[
+        Path | None, typer.Option(help="PEM file of who signed its certificate, where that is no public authority.")
+    ] = None,
+) -> None:
+    """Stops versions on devices, for good: the kill switch of a running aggregator.
+
+    Each device with one of them is told so at its next check-in, by a signed
+    message, and stops to predict and to train until it has another version. A
+    round that trains one of them ends unreleased. The aggregator keeps it on its
+    disk, and stays halted when it is started again. It cannot be taken back: give
+    devices a newer version. Where there are several aggregators, tell each.
+
+    Example: hybrid fleet halt coupon --versions 3 --reason "it is wrong" --aggregator https://a.example:8091 --token F
+    """
+    from hybrid.federation.remote import RemoteAggregator, read_token
+    from hybrid.plan import Halt
+
+    try:
+        said = Halt(model=model, versions=tuple(versions), reason=reason)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}") from None
+    RemoteAggregator(url=aggregator, token=read_token(token), run="halt", authority=authority).halt(said)
+    print(f"{model}: version {', '.join(map(str, versions))} is halted at {aggregator}")
 
 
 def _report(promoted: Promoted, settings: Round, outcome: Outcome, people: People) -> dict[str, Any]:
@@ -145,7 +284,10 @@ def _print(report: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
     ended = ", ".join(f"{count} {ending}" for ending, count in sorted(report["oracle_endings"].items()))
     print(f"{report['devices']} devices with {report['examples']} examples; sessions (oracle): {ended}")
-    print("uploads not taken: " + (", ".join(f"{n} {reason}" for reason, n in report["refused"].items()) or "none"))
+    if report["refused"] is None:
+        print("uploads not taken: see the aggregators' logs")
+    else:
+        print("uploads not taken: " + (", ".join(f"{n} {reason}" for reason, n in report["refused"].items()) or "none"))
     if "version" in report:
         print("privacy: " + "\n  ".join(report["privacy"]))
         print(f"{name}:{report['version']}, from {name}:{report['from_version']}")

@@ -188,7 +188,8 @@ def _print_shown(shown: Mapping[str, Any]) -> None:
 
 
 def _add_training(table: Table, record: TrainingRecord) -> None:
-    learned = f"{record.kind}, from {record.users} users and {record.examples} examples of {record.population}"
+    rows = "examples that only devices count" if record.examples is None else f"{record.examples} examples"
+    learned = f"{record.kind}, from {record.users} users and {rows} of {record.population}"
     table.add_row("training", learned)
     table.add_row("run", record.run)
     table.add_row("privacy spent", "\n".join(record.privacy_lines()))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from hybrid.federation.population import Examples
     from hybrid.registry import Registry
     from hybrid.spec import HybridModel
+
+
+class Where(StrEnum):
+    """Where federated rounds run, if not in this process."""
+
+    LOCAL = "local"
+
 
 IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
 

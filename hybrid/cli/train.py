@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import examples_of, interrupted, progress_bar, run_folder
+from hybrid.cli.runs import Where, examples_of, interrupted, progress_bar, run_folder
 from hybrid.errors import ConfigError, FederationError
 from hybrid.workspace import Workspace
 
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
     from hybrid.version import TrainingRecord
 
 app = typer.Typer()
-
-
-class Where(StrEnum):
-    """Where federated rounds run, if not in this process."""
-
-    LOCAL = "local"
 
 
 @app.command()

@@ -177,6 +177,12 @@ class PaidMechanism:
         """How many rounds it has released: with a matrix, steps of the horizon that are used up."""
         return self._state.round
 
+    def walk_over(self) -> None:
+        """Uses up a step of the horizon without a release: the same mechanism, with a row that nobody is shown."""
+        nobody = ClippedSum(np.zeros(self._state.size), 0, 0, 0)
+        step = replace(self._settings, minimum=0).aggregation().step
+        self._state, _ = step(self._state, lambda _: nobody, SystemNoise())
+
     def go_on(self, clip: float) -> None:
         """Goes on with an adaptive clip where a process before left it: at the norm of its last release."""
         self._state = replace(self._state, clip=clip)

@@ -1,34 +1,38 @@
 """How devices reach the aggregator: check-in and upload over HTTP, as `hybrid.plan` says.
 
 Nothing that tells devices apart is read, kept or logged: no header, no address, no id of an upload.
-`python -m hybrid.federation.checkin` is the process of an aggregator, until SIGTERM.
+`python -m hybrid.federation.checkin` is the process of an aggregator, until SIGTERM: this side, and beside it the
+control side of `hybrid.federation.remote`, over which Flower's ClientApp opens rounds and versions are halted.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import math
 import secrets
-import signal
-import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-import uvicorn
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
+from hybrid import http
 from hybrid.bundle import signing_key
-from hybrid.errors import ConfigError, HybridError
+from hybrid.errors import HybridError
 from hybrid.federation.aggregator import Round
 from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
+from hybrid.federation.halts import KillSwitch
 from hybrid.federation.pace import LONGEST_S
-from hybrid.http import TimedHttp
+from hybrid.federation.remote import control_app, controlled, read_token
+from hybrid.http import Certificate, TimedHttp
 from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
 from hybrid.privacy.ledger import Ledger
+from hybrid.spec import Declared
+
+log = logging.getLogger(__name__)
 
 HEALTH = "/health"  # for probes: it answers, whether a round is open or not
 MAX_CHECK_IN = 1024  # bytes of its body
@@ -38,8 +42,6 @@ IN_FLIGHT = 1024  # uploads, and check-ins, at once
 IN_FLIGHT_BYTES = 256 << 20  # of uploads that are on their way
 BUSY_S = 10.0  # who finds it busy comes again within these
 LARGE = 1 << 20  # bytes of an update that is summed beside the loop, which others wait for
-DRAIN_S = 5  # for what is on its way when the service ends
-BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
 _RANDOM = secrets.SystemRandom()
 
 Scope = MutableMapping[str, Any]
@@ -82,7 +84,7 @@ def listening(
     host: str = "127.0.0.1",
     port: int = 0,
     *,
-    certificate: tuple[Path, Path] | None = None,
+    certificate: Certificate | None = None,
 ) -> Iterator[int]:
     """Serves devices from a thread of its own until the block ends.
 
@@ -90,7 +92,7 @@ def listening(
         aggregator: which.
         host: where, loopback by default.
         port: 0: a free one.
-        certificate: the chain's and the key's file (PEM); None: without TLS, for loopback or behind what ends it.
+        certificate: None: without TLS, for loopback or behind what ends it.
 
     Yields:
         The port.
@@ -98,44 +100,10 @@ def listening(
     Raises:
         ConfigError: it cannot be listened on, or the certificate cannot be read.
     """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"port {port} of {host} cannot be listened on: {error}") from None
-    cert, key = certificate or (None, None)
-    config = uvicorn.Config(
-        application(aggregator),
-        http=TimedHttp,
-        loop="asyncio",
-        lifespan="off",
-        ws="none",
-        limit_concurrency=CONNECTIONS,
-        backlog=BACKLOG,
-        proxy_headers=False,  # nothing here asks for a caller's address
-        server_header=False,
-        date_header=False,
-        access_log=False,
-        log_config=None,
-        log_level="warning",  # below it uvicorn names addresses and paths
-        timeout_graceful_shutdown=DRAIN_S,
-        ssl_certfile=cert,
-        ssl_keyfile=key,
-    )
-    try:
-        config.load()
-    except OSError as error:
-        bound.close()
-        raise ConfigError(f"the certificate cannot be used: {error}") from None
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([bound],), name="check-in", daemon=True)
-    thread.start()
-    try:
-        yield bound.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-        bound.close()
+    app = application(aggregator)
+    options = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": CONNECTIONS}
+    with http.listening(app, host, port, name="check-in", certificate=certificate, **options) as bound:
+        yield bound
 
 
 class _Gate:
@@ -222,44 +190,38 @@ def _upload_of(path: str) -> tuple[str, str] | None:
     return (plan, upload) if all(len(name) == 32 and _ID.issuperset(name) for name in (plan, upload)) else None
 
 
-class Service(BaseModel):
-    """What a process of an aggregator is told, as JSON.
+class Service(Declared):
+    """What the process of an aggregator is told, as JSON.
 
     Attributes:
         task: what every round asks of devices.
         sampling, clip, noise_multiplier, minimum: of `hybrid.federation.aggregator.Round`.
         rounds: that are reserved in the ledger, those it has already among them.
-        epsilon, delta: that the ledger allows for all of them.
+        epsilon, delta: that the ledger allows for all of them, and for others as far as it goes; both None without
+            noise, and so without privacy.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: Task
     sampling: Annotated[FiniteFloat, Field(gt=0, le=1)]
     clip: Positive
-    noise_multiplier: Positive
+    noise_multiplier: Annotated[FiniteFloat, Field(ge=0)]
     minimum: Annotated[int, Field(ge=0)] = 0
     rounds: Count
-    epsilon: Positive
-    delta: Annotated[FiniteFloat, Field(gt=0, lt=1)]
+    epsilon: Positive | None
+    delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None
 
-    @classmethod
-    def read(cls, file: Path) -> Service:
-        """Raises: ConfigError: it cannot be read, or is no such JSON."""
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"settings {str(file)!r} cannot be read: {error.strerror}") from None
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            raise ConfigError(f"{file.name!r} must be the settings of an aggregator as JSON: {faults}") from None
+    @model_validator(mode="after")
+    def _paid(self) -> Self:
+        if not (self.noise_multiplier == 0) == (self.epsilon is None) == (self.delta is None):
+            raise ValueError("epsilon and delta must be given with noise, and null where noise_multiplier is 0")
+        return self
 
     @contextmanager
-    def aggregator(self, ledger: Path, keys: Path) -> Iterator[FleetAggregator]:
+    def aggregator(self, folder: Path, keys: Path) -> Iterator[FleetAggregator]:
         """It, with its ledger open.
 
         Args:
-            ledger: the folder of the ledger; one process at a time.
+            folder: its own, with the ledger; one process at a time.
             keys: the folder of the control plane's signing key.
 
         Raises:
@@ -267,40 +229,68 @@ class Service(BaseModel):
             ConfigError: the ledger is another's, or the settings are none that a fleet can keep.
         """
         settings = Round(self.sampling, self.clip, self.noise_multiplier, self.minimum)
-        with Ledger.open(ledger, budget_epsilon=self.epsilon, delta=self.delta) as account:
+        with self._account(settings, folder) as account:
+            yield FleetAggregator(self.task, settings, account, signing_key(keys))
+
+    @contextmanager
+    def _account(self, settings: Round, folder: Path) -> Iterator[Ledger | None]:
+        if self.epsilon is None or self.delta is None:
+            yield None
+            return
+        with Ledger.open(folder, budget_epsilon=self.epsilon, delta=self.delta) as account:
             if left := max(0, self.rounds - len(account.entries)):
                 account.reserve([settings.of(left)])
-            yield FleetAggregator(self.task, settings, account, signing_key(keys))
+            yield account
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=Path, required=True, help="JSON, see Service")
-    parser.add_argument("--ledger", type=Path, required=True, help="folder of the privacy ledger; made where missing")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="its own: ledger, last sum, halts; made where missing"
+    )
     parser.add_argument("--keys", type=Path, required=True, help="folder of the signing key")
-    parser.add_argument("--host", default="127.0.0.1", help="where devices reach it (default %(default)s)")
-    parser.add_argument("--port", type=int, default=8090, help="default %(default)s")
-    parser.add_argument("--tls-cert", type=Path, default=None, help="certificate chain (PEM), with --tls-key")
-    parser.add_argument("--tls-key", type=Path, default=None, help="its key (PEM)")
+    parser.add_argument("--token", type=Path, required=True, help="file with what the control side asks for")
+    for side, whose, port in (("", "devices", 8090), ("control-", "the ClientApp", 8091)):
+        parser.add_argument(f"--{side}host", default="127.0.0.1", help=f"where {whose} reach it (default %(default)s)")
+        parser.add_argument(f"--{side}port", type=int, default=port, help="default %(default)s; 0: a free one")
+        parser.add_argument(f"--{side}tls-cert", type=Path, default=None, help="certificate chain (PEM)")
+        parser.add_argument(f"--{side}tls-key", type=Path, default=None, help="its key (PEM)")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if (arguments.tls_cert is None) != (arguments.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
-    certificate = None if arguments.tls_cert is None else (arguments.tls_cert, arguments.tls_key)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    if (arguments.control_tls_cert is None) != (arguments.control_tls_key is None):
+        parser.error("--control-tls-cert and --control-tls-key go together")
     try:
-        service = Service.read(arguments.settings)
-        with (
-            service.aggregator(arguments.ledger, arguments.keys) as aggregator,
-            listening(aggregator, arguments.host, arguments.port, certificate=certificate) as port,
-        ):
-            print(f"devices check in at port {port}", flush=True)
-            ended.wait()
-            aggregator.stop("its process ends")
+        _serve(arguments)
     except HybridError as error:
         raise SystemExit(f"aggregator: {error}") from None
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    """Both sides, until the process is told to end."""
+    service, token, ended = Service.read(arguments.settings), read_token(arguments.token), http.told_to_end()
+    devices = None if arguments.tls_cert is None else (arguments.tls_cert, arguments.tls_key)
+    control = None if arguments.control_tls_cert is None else (arguments.control_tls_cert, arguments.control_tls_key)
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with service.aggregator(folder, arguments.keys) as aggregator:
+        switch = KillSwitch(aggregator, service.task.model, folder / "halts.json")
+        parameters = service.task.parameters
+        app = control_app(aggregator, token, size=parameters, folder=folder / "release", halt=switch.halt)
+        with (
+            listening(aggregator, arguments.host, arguments.port, certificate=devices) as port,
+            controlled(
+                app, host=arguments.control_host, port=arguments.control_port, certificate=control
+            ) as control_port,
+        ):
+            print(f"devices check in at port {port}, the ClientApp at port {control_port}", flush=True)
+            ended.wait()
+            aggregator.stop("its process ends")
+        refused = ", ".join(f"{count} {reason}" for reason, count in sorted(aggregator.refused.items()))
+        log.info("uploads not taken: %s", refused or "none")
 
 
 if __name__ == "__main__":

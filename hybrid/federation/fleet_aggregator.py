@@ -1,7 +1,8 @@
 """The aggregator of a fleet: it opens a round, gives its plan to who checks in, and lets one noised sum out.
 
 A round is not durable. After a restart its plan is unknown, late uploads are answered 404, and the round is a failed
-attempt: what its noise would have cost is spent only if it was written before the process died.
+attempt: what its noise would have cost is spent only if it was written before the process died. The same holds for what
+waits in a buffer, where training is asynchronous: see `hybrid.federation.buffer`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybrid.errors import ConfigError, RoundStopped
+from hybrid.errors import ConfigError, Halted, RoundStopped
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.clock import Clock, SystemClock
+from hybrid.federation.horizon import Horizon
 from hybrid.federation.pace import MEMORY, Arrivals, wait_s
-from hybrid.federation.rounds import Answer, OpenRound
+from hybrid.federation.rounds import MOST_UPLOADS, Answer, OpenSum, Uploads
 from hybrid.plan import (
     MAX_PARAMETERS,
     CheckIn,
@@ -36,6 +40,7 @@ from hybrid.plan import (
     Policy,
     Positive,
     TrainPlan,
+    Turn,
     sign,
 )
 from hybrid.privacy.ledger import Ledger
@@ -47,7 +52,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LAST_OFFER = 0.9  # of a round's length: who comes later would hardly be done in time
+LAST_OFFER = 0.9  # of a plan's time: who comes later would hardly be done before its end
+HELD = 0.1  # of a flush's time limit, for which a device that was sent off is counted on
+FULL_S = 1.0  # after which who finds a buffer full comes again: the control side takes it out as soon as it can
 IDLE_ROUNDS = 10.0  # round lengths after which no next round is counted on
 IDLE_S = 3600.0  # how long devices stay away then
 REMEMBERED = 1000  # ended plans whose ids are told from unknown ones
@@ -60,8 +67,10 @@ class Task(BaseModel):
     Attributes:
         model, version, definition_hash, policy, examples, seconds, memory_mb, local, upload, parameters: see
             `TrainPlan`.
-        round_s: how long a round is open: it closes by the clock, whoever came.
-        wanted: how many devices are to check in to one round; sampling decides which of them take part.
+        round_s: how long a round is open: it closes by the clock, whoever came. With a buffer, how long a flush waits
+            at most.
+        wanted: how many devices are to check in to one round; sampling decides which of them take part. With a
+            buffer, how many may be on their way at once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,9 +88,9 @@ class Task(BaseModel):
     round_s: Annotated[float, Field(gt=0, le=7 * 86_400)]
     wanted: Positive
 
-    def plan(self, *, sampling: float, clip: float, expires_ms: int) -> TrainPlan:
+    def plan(self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None) -> TrainPlan:
         """Of one attempt at a round."""
-        fields = self.model_dump(exclude={"round_s", "wanted"})
+        fields = self.model_dump(exclude={"round_s", "wanted"}) | {"turn": turn}
         return TrainPlan(id=secrets.token_hex(16), sampling=sampling, clip=clip, expires_ms=expires_ms, **fields)
 
 
@@ -122,13 +131,29 @@ _ANSWERS: dict[Answer, tuple[int, Refused | None]] = {
 
 
 @dataclass(frozen=True)
-class _Offer:
-    """An open round, as devices are given it."""
+class _Version:
+    """A plan that uploads may come for.
 
-    round: OpenRound
-    signed: bytes
+    Attributes:
+        uploads: that came.
+        step: of the first sum that they may be in: how many were closed before it.
+    """
+
+    uploads: Uploads
+    step: int
+
+    @property
+    def plan(self) -> TrainPlan:
+        return self.uploads.plan
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What devices that check in are given, and until when."""
+
+    version: _Version
+    signed: bytes = field(repr=False)
     until_ms: int
-    stop: threading.Event = field(default_factory=threading.Event)
 
 
 class FleetAggregator:
@@ -137,11 +162,19 @@ class FleetAggregator:
     `run_round` is called by whoever holds the weights, from one thread; `check_in` and `upload` by what speaks to
     devices, from another one.
 
+    With a buffer a round is a flush: it is over as soon as K updates are there, those that came between two calls
+    among them. Devices begin at the newest version and may come up to `oldest` flushes later. A buffer that is full
+    takes no more until it is taken out: what waits is one sum, whatever comes.
+
     Args:
         task: what every round asks.
         settings: how a round is sampled, clipped and noised.
         ledger: pays for each round before its noise is drawn; None where there is no noise, and so no privacy.
         key: signs plans and halts; devices trust its public half.
+        noise_state: a file for the noise of earlier rounds, which later ones need where `settings` have a matrix. It
+            is secret, and goes on where a process before left it, see `hybrid.federation.horizon`; what goes on is paid
+            for, and not to be reserved again.
+        buffer: asynchronous training, with a matrix in `settings`; None: rounds that all begin and end together.
         clock: by which rounds close.
 
     Attributes:
@@ -150,7 +183,9 @@ class FleetAggregator:
 
     Raises:
         ConfigError: the clip adapts, which needs norms before the clip, which devices do not tell; a minimum is
-            asked for beside sampling below 1, whose amplification it would break; or there is noise and no ledger.
+            asked for beside sampling below 1, whose amplification it would break; there is noise and no ledger; or
+            a matrix, and sampling below 1, which it claims nothing of, or no file for its state, or another's; or
+            a buffer, and no matrix, or a minimum that it never reaches.
     """
 
     def __init__(
@@ -160,6 +195,8 @@ class FleetAggregator:
         ledger: Ledger | None,
         key: Ed25519PrivateKey,
         *,
+        noise_state: Path | None = None,
+        buffer: Buffer | None = None,
         clock: Clock | None = None,
     ) -> None:
         if settings.quantile is not None:
@@ -169,18 +206,42 @@ class FleetAggregator:
                 f"minimum must be 0 where sampling is below 1, got {settings.minimum}: "
                 "a round that is withheld because few came tells who was in one that is not"
             )
-        self._task, self._settings, self._key = task, settings, key
+        if buffer is not None and settings.matrix is None:
+            raise ConfigError("buffer needs a matrix: no coins are tossed, so a separation must protect")
+        if buffer is not None and settings.minimum > buffer.updates:
+            raise ConfigError(f"minimum must be at most the buffer's {buffer.updates}, got {settings.minimum}")
+        self._task, self._settings, self._key, self._buffer = task, settings, key, buffer
+        self._oldest = 0 if buffer is None else buffer.oldest
         self._mechanism = PaidMechanism(settings, ledger, seed=None, size=task.parameters)
+        self._horizon = self._on_disk(noise_state, ledger)
         self._clock: Clock = clock or SystemClock()
+        self._alone = threading.Lock()  # of a round
         self._lock = threading.Lock()
         self._summing = threading.Lock()  # of its own: a large update keeps nobody from checking in
+        self._over = threading.Event()  # set where a round does not wait for the clock any more
         self._offer: _Offer | None = None
-        self._ended: OrderedDict[str, OpenRound | None] = OrderedDict()  # only of the last one uploads are known
-        self._closed_ms = self._clock.now_ms()
+        self._versions: OrderedDict[str, _Version | None] = OrderedDict()  # None: ended, so that uploads are forgotten
+        self._step = 0  # how many sums were closed
+        self._sum: OpenSum | None = None
+        self._began_ms = self._closed_ms = self._clock.now_ms()
+        self._lasted_s = task.round_s  # the last round
+        self._sent_off: deque[int] = deque()  # when devices were, that are counted on to come to the buffer
         self._halts: dict[int, bytes] = {}
-        self._stopped = ""
+        self._stopped: RoundStopped | None = None
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
         self.refused: Counter[Refused] = Counter()
+
+    def _on_disk(self, file: Path | None, ledger: Ledger | None) -> Horizon | None:
+        settings = self._settings
+        if settings.matrix is None:
+            return None
+        if settings.sampling < 1:
+            raise ConfigError(f"sampling must be 1 with a matrix, which claims none, got {settings.sampling!r}")
+        if file is None:
+            raise ConfigError(
+                "noise_state must be a file with a matrix: without the noise of earlier rounds none goes on"
+            )
+        return Horizon(file, self._mechanism, settings, ledger, size=self._task.parameters)
 
     @property
     def clip(self) -> float:
@@ -192,17 +253,33 @@ class FleetAggregator:
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`. Blocks until the round has closed, by the clock.
 
-        A round run again is a new attempt, with another plan, other noise and a ledger entry of its own.
+        A round run again is a new attempt, with another plan, other noise and a ledger entry of its own. With a matrix
+        each attempt uses up a step of the horizon.
 
         Raises:
-            ConfigError: a round is open already, or the version was halted before.
+            BudgetExceeded, CohortTooSmall: see `hybrid.federation.client_app.Aggregator`.
+            OSError: the state of the noise cannot be written; nothing leaves.
+            ConfigError: a round is open already.
             PlanError: `flat` is not (parameters,) finite.
-            RoundStopped: it was halted or stopped before its end; nothing is spent.
+            Halted, RoundStopped: it was halted or stopped, before or in the round; nothing is spent.
         """
-        attempt = self._mechanism.next_attempt(number)
-        release = self._mechanism.release(number, attempt, lambda clip: self._collect(flat, clip))
+        if not self._alone.acquire(blocking=False):
+            raise ConfigError("a round is open already: an aggregator runs one at a time")
+        try:
+            attempt = self._mechanism.next_attempt(number)
+            release = self._released(number, attempt, flat)
+        finally:
+            self._alone.release()
         log.info("round %d, attempt %d: released", number, attempt)
         return release
+
+    def _released(self, number: int, attempt: int, flat: Float32) -> Release:
+        before = self._mechanism.released
+        try:
+            return self._mechanism.release(number, attempt, lambda clip: self._collect(flat, clip))
+        finally:
+            if self._horizon is not None:
+                self._horizon.settle(before)
 
     def halt(self, versions: Iterable[int], reason: str) -> None:
         """The kill switch: devices of these versions are told to stop, and a round for one of them ends unreleased."""
@@ -211,50 +288,79 @@ class FleetAggregator:
         with self._lock:
             self._halts |= dict.fromkeys(numbers, signed)
         if self._task.version in numbers:
-            self.stop(f"version {self._task.version} was halted")
+            self._end(Halted(f"version {self._task.version} was halted"))
 
     def stop(self, reason: str) -> None:
         """Ends the open round, unreleased, and opens no other."""
+        self._end(RoundStopped(reason))
+
+    def _end(self, why: RoundStopped) -> None:
         with self._lock:
-            self._stopped = reason
-            if self._offer is not None:
-                self._offer.stop.set()
+            if not isinstance(self._stopped, Halted):
+                self._stopped = why
+            self._over.set()
 
     def _collect(self, flat: Float32, clip: float) -> ClippedSum:
         """Opens a round, waits for its end, and fixes its sum; noise is drawn after that."""
-        offer = self._open(flat, clip)
+        ends_ms = self._open(flat, clip)
         try:
-            self._clock.wait(offer.stop, offer.round.plan.expires_ms)
+            self._clock.wait(self._over, ends_ms)
         finally:
-            with self._summing:
-                total = offer.round.close()
-            with self._lock:
-                self._offer, self._closed_ms = None, self._clock.now_ms()
-                self._remember(offer.round)
-        if offer.stop.is_set():
-            raise RoundStopped(f"the round was stopped: {self._stopped}; nothing is spent")
+            total = self._close()
+        if self._stopped is not None:
+            raise type(self._stopped)(f"the round was stopped: {self._stopped}; nothing is spent")
+        if self._horizon is not None:
+            self._horizon.draws()
         return total
 
-    def _open(self, flat: Float32, clip: float) -> _Offer:
-        begins_ms, lasts_ms = self._clock.now_ms(), self._task.round_s * 1e3
-        plan = self._task.plan(sampling=self._settings.sampling, clip=clip, expires_ms=begins_ms + math.ceil(lasts_ms))
-        signed = sign(plan, self._key, flat)
-        offer = _Offer(OpenRound(plan), signed, begins_ms + int(LAST_OFFER * lasts_ms))
+    def _open(self, flat: Float32, clip: float) -> int:
+        """Offers a plan; returns when the round ends at the latest, in Unix milliseconds."""
+        begins_ms, lasts_ms = self._clock.now_ms(), math.ceil(self._task.round_s * 1e3)
+        plan_ms = lasts_ms * (1 + self._oldest)
+        plan = self._task.plan(
+            sampling=self._settings.sampling,
+            clip=clip,
+            expires_ms=begins_ms + plan_ms,
+            turn=None if self._horizon is None else self._horizon.turn(self._oldest),
+        )
+        version = _Version(Uploads(plan), self._step)
+        offer = _Offer(version, sign(plan, self._key, flat), begins_ms + int(LAST_OFFER * plan_ms))
+        with self._summing:
+            self._sum = self._sum or self._empty()
         with self._lock:
-            if self._offer is not None:
-                raise ConfigError("a round is open already: an aggregator runs one at a time")
-            if self._stopped:
-                raise ConfigError(f"no round is opened any more: {self._stopped}")
-            self._offer = offer
-        return offer
+            if self._stopped is not None:
+                raise type(self._stopped)(f"no round is opened any more: {self._stopped}")
+            if self._horizon is not None:
+                self._horizon.opened()
+            self._offer, self._versions[plan.id], self._began_ms = offer, version, begins_ms
+        return begins_ms + lasts_ms
 
-    def _remember(self, ended: OpenRound) -> None:
-        """Uploads of the round before are known no more, its id still is."""
-        for plan in self._ended:
-            self._ended[plan] = None
-        self._ended[ended.plan.id] = ended
-        if len(self._ended) > REMEMBERED:
-            self._ended.popitem(last=False)
+    def _close(self) -> ClippedSum:
+        """What is in the sum; what comes from now on is in the next one."""
+        with self._summing:
+            assert self._sum is not None
+            total = self._sum.close()
+            self._step += 1
+            self._sum = None if self._buffer is None else self._empty()
+            self._over.clear()
+        with self._lock:
+            if self._buffer is None:
+                self._offer = None
+            self._closed_ms = self._clock.now_ms()
+            self._lasted_s = (self._closed_ms - self._began_ms) / 1e3
+            self._forget()
+        return total
+
+    def _empty(self) -> OpenSum:
+        return OpenSum(self._task.parameters, MOST_UPLOADS if self._buffer is None else self._buffer.updates)
+
+    def _forget(self) -> None:
+        """Uploads of an ended plan stay known for one round, so that a lost answer is given again; then its id is."""
+        for plan, version in self._versions.items():
+            if version is not None and self._step - version.step > self._oldest + 1:
+                self._versions[plan] = None
+        if len(self._versions) > REMEMBERED + self._oldest:
+            self._versions.popitem(last=False)
 
     # The devices' side
 
@@ -267,18 +373,41 @@ class FleetAggregator:
                 return Reply(200, self._halts[said.version])
             if (said.model, said.version) != (task.model, task.version):
                 return Reply(204, retry_after_s=IDLE_S)
-            offer = self._offer
-            if offer is not None and now_ms < offer.until_ms:
+            if (offer := self._offer) is not None and self._may_send_off(offer, now_ms):
                 return Reply(200, offer.signed)  # and it rests as its policy says, which is not for us to pace
             wait = self._wait(now_ms, now_s)
             self._arrivals.add(now_s, wait)
         return Reply(204, retry_after_s=wait)
 
+    def _may_send_off(self, offer: _Offer, now_ms: int) -> bool:
+        """Whether a device may be given the plan, and, with a buffer, takes one of the places of those on their way.
+
+        A place comes free with each upload. Of those who have no turn yet, or die, nothing is heard: theirs do after
+        a while.
+        """
+        if now_ms >= offer.until_ms or self._staleness(offer.version) > self._oldest:
+            return False
+        if self._buffer is None:
+            return True
+        while self._sent_off and now_ms - self._sent_off[0] >= HELD * 1e3 * self._task.round_s:
+            self._sent_off.popleft()
+        if len(self._sent_off) >= self._task.wanted:
+            return False
+        self._sent_off.append(now_ms)
+        return True
+
+    def _open_versions(self) -> list[_Version]:
+        """Those whose uploads are taken."""
+        return [each for each in self._versions.values() if each is not None and self._staleness(each) <= self._oldest]
+
+    def _staleness(self, version: _Version) -> int:
+        return self._step - version.step
+
     def body_bytes(self, plan: str) -> int | None:
         """Of an update for a plan whose uploads are known; None: it will not be taken, whatever it is."""
         with self._lock:
-            known = self._round(plan)
-        return None if known is None else known.body_bytes
+            known = self._versions.get(plan)
+        return None if known is None else known.uploads.body_bytes
 
     def upload(self, plan: str, upload: str, body: bytes) -> Reply:
         """Takes an update, once.
@@ -289,16 +418,35 @@ class FleetAggregator:
             body: in any form.
         """
         with self._lock:
-            known, ended = self._round(plan), plan in self._ended
+            known, ever = self._versions.get(plan), plan in self._versions
+            others = [each.uploads for each in self._open_versions() if each is not known]
         if known is not None:
             with self._summing:
-                status, reason = _ANSWERS[known.take(upload, body, self._clock.now_ms())]
+                answer = self._take(known, others, upload, body)
+            status, reason = _ANSWERS[answer]
+            if self._buffer is not None and answer is Answer.COUNTED:
+                with self._lock:
+                    if self._sent_off:
+                        self._sent_off.popleft()
         else:
-            status, reason = (410, Refused.STALE) if ended else (404, Refused.UNKNOWN_PLAN)
+            status, reason = (410, Refused.STALE) if ever else (404, Refused.UNKNOWN_PLAN)
         if reason is not None:
             with self._lock:
                 self.refused[reason] += 1
-        return Reply(status, retry_after_s=self._task.round_s if status == 503 else None)
+        wait = self._task.round_s if self._buffer is None else FULL_S
+        return Reply(status, retry_after_s=wait if status == 503 else None)
+
+    def _take(self, version: _Version, others: Iterable[Uploads], upload: str, body: bytes) -> Answer:
+        """Into the sum that is open now, if it may still be in that one."""
+        uploads, late = version.uploads, self._staleness(version)
+        if upload not in uploads and any(upload in other for other in others):
+            return Answer.OTHER_BYTES  # no honest device draws an id twice: it was taken from another plan's
+        total = self._sum if late <= self._oldest and self._stopped is None else None
+        weight = 1.0 if self._buffer is None else self._buffer.weight(late)
+        answer = uploads.take(upload, body, self._clock.now_ms(), total, weight)
+        if self._buffer is not None and total is not None and total.full:
+            self._over.set()
+        return answer
 
     def oversize(self) -> Reply:
         """For an update that is longer than any that is taken."""
@@ -306,16 +454,14 @@ class FleetAggregator:
             self.refused[Refused.OVERSIZE] += 1
         return Reply(413)
 
-    def _round(self, plan: str) -> OpenRound | None:
-        if self._offer is not None and self._offer.round.plan.id == plan:
-            return self._offer.round
-        return self._ended.get(plan)
-
     def _wait(self, now_ms: int, now_s: float) -> float:
         """Seconds until a device is to come again. Where rounds follow each other, the next opens when one closes."""
         task = self._task
-        if self._stopped or (self._offer is None and now_ms - self._closed_ms > IDLE_ROUNDS * 1e3 * task.round_s):
+        idle = not self._alone.locked() and now_ms - self._closed_ms > IDLE_ROUNDS * 1e3 * task.round_s
+        if self._stopped is not None or idle:
             return IDLE_S
-        opens_s = 0.0 if self._offer is None else max(0.0, (self._offer.round.plan.expires_ms - now_ms) / 1e3)
-        fleet = self._arrivals.fleet(now_s)
-        return wait_s(opens_s, task.round_s, wanted=task.wanted, fleet=fleet, toss=_RANDOM.random())
+        fleet, toss = self._arrivals.fleet(now_s), _RANDOM.random()
+        if self._buffer is not None:  # as many are to come as a flush takes, while one lasts
+            return wait_s(0.0, self._lasted_s, wanted=self._buffer.updates, fleet=fleet, toss=toss)
+        opens_s = 0.0 if self._offer is None else max(0.0, (self._offer.version.plan.expires_ms - now_ms) / 1e3)
+        return wait_s(opens_s, task.round_s, wanted=task.wanted, fleet=fleet, toss=toss)

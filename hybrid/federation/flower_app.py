@@ -68,19 +68,6 @@ class Job(Declared):
     start_timeout_s: Positive = 120.0
     round_timeout_s: Positive = 600.0
 
-    @classmethod
-    def read(cls, file: Path) -> Job:
-        """Reads it.
-
-        Raises:
-            ConfigError: there is no such file, or it is no job.
-        """
-        try:
-            fields = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"job must name a job.json, got {str(file)!r}: {type(error).__name__}") from None
-        return cls(**fields)
-
 
 class After(NamedTuple):
     """The weights, (p,), after a round; those of round 0 are the initial ones."""
@@ -159,6 +146,14 @@ class Progress:
             if number > done:  # else it was taken, and told again by a process that went on
                 yield After(number, np.frombuffer(file.read_bytes(), dtype="<f4").astype(np.float32))
             file.unlink()
+
+    def last(self) -> After | None:
+        """The last round that is over and was not taken."""
+        files = sorted(self.folder.glob("after-*.f32"))
+        if not files:
+            return None
+        flat = np.frombuffer(files[-1].read_bytes(), dtype="<f4").astype(np.float32)
+        return After(int(files[-1].stem.removeprefix("after-")), flat)
 
     def failed_rounds(self) -> int | None:
         """In how many rounds no node answered; None before the end."""
@@ -256,6 +251,7 @@ def train(message: Message, context: Context) -> Message:
         run=str(message.content[PLAN][RUN]),
         attempt=int(message.content[PLAN].get(ATTEMPT, 1)),
         authority=Path(str(node["authority"])) if "authority" in node else None,
+        timeout_s=message.metadata.ttl,
     )
     reply: Message = client_app(aggregator)(message, context)
     return reply

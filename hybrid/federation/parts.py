@@ -8,7 +8,6 @@ the operating system: nobody can take it away, and no two sums share it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
@@ -16,12 +15,12 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round, coins, local_stream
 from hybrid.federation.engine import Engine
 from hybrid.federation.population import Examples, ExamplesWriter
-from hybrid.federation.remote import control_app, read_token, serve
+from hybrid.federation.remote import control_app, controlled, read_token
+from hybrid.http import Certificate, told_to_end
 from hybrid.network import Network
 from hybrid.privacy.accountant import GaussianEvent, epsilon
 from hybrid.privacy.ledger import Ledger
@@ -96,22 +95,14 @@ class Part(Declared):
         return self
 
     @property
+    def tls(self) -> Certificate | None:
+        """Of its control side."""
+        return None if self.certificate is None or self.key is None else (self.certificate, self.key)
+
+    @property
     def round(self) -> Round:
         """How each of its rounds is sampled, clipped and noised; whoever came, it is released."""
         return Round(self.sampling, self.clip, self.noise_multiplier, 0, self.quantile, self.planned_cohort)
-
-    @classmethod
-    def read(cls, file: Path) -> Part:
-        """Reads it.
-
-        Raises:
-            ConfigError: there is no such file, or it is no part.
-        """
-        try:
-            fields = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{str(file)!r} must be a part's settings: {type(error).__name__}") from None
-        return cls(**fields)
 
 
 def write_rows(folder: Path, examples: Examples, index: int, of: int) -> None:
@@ -175,8 +166,9 @@ def aggregate(part: Part) -> None:
         size=engine.size,
         folder=part.folder / RELEASE,
     )
-    with threads_for(network):
-        serve(app, host="127.0.0.1", port=part.port, certificate=part.certificate, key=part.key)
+    ended = told_to_end()
+    with threads_for(network), controlled(app, host="127.0.0.1", port=part.port, certificate=part.tls):
+        ended.wait()
     if ledger is not None:
         ledger.close()
 

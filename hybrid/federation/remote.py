@@ -4,10 +4,12 @@
 |---|---|
 | `PUT /rounds/RUN/NUMBER/ATTEMPT`, the weights as little-endian float32 | 202: it is open, whoever asked first |
 | `GET /rounds/RUN/NUMBER/ATTEMPT?wait_s=S` | 200 the sum as little-endian float64; 202 not yet; 404 never opened here |
+| `POST /halt`, a `hybrid.plan.Halt` as JSON | 204: it holds, and will after a restart; where there are devices |
 | `GET /health` | 200, without a token |
 
 What cannot be is a JSON object of `error` and `message`: 400 `bad_request`, 401 `unauthenticated`,
-403 `budget_exceeded`, 409 `cohort_too_small`, 410 `stale`, 413 `body_too_large`, 500 `failed`.
+403 `budget_exceeded`, 409 `cohort_too_small` or `halted`, 410 `stale`, 413 `body_too_large`, 500 `failed`,
+503 `stopped`: its process ends, and the next one is to be asked.
 
 A round has one answer: asked again, also after a crash, the same bytes come, since a sum is on the disk before
 it leaves. How many took part does not leave (docs/decisions/0009).
@@ -17,16 +19,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import json
 import os
 import re
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,10 +35,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from hybrid.errors import AggregatorError, BudgetExceeded, CohortTooSmall, ConfigError
+from hybrid.errors import AggregatorError, BudgetExceeded, CohortTooSmall, ConfigError, Halted, RoundStopped
 from hybrid.features import Float32
+from hybrid.plan import Halt
 from hybrid.privacy.mechanisms import Release
+from hybrid.protocol import is_loopback
 
 if TYPE_CHECKING:
     import httpx
@@ -46,10 +50,14 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from hybrid.federation.client_app import Aggregator
+    from hybrid.http import Certificate
 
 LONGEST_WAIT_S = 30.0  # of one request
 RETRY_S = 0.5  # from a connection that failed to the next
 SHORTEST_TOKEN = 32  # characters
+MAX_HALT = 64 << 10  # bytes of its body
+
+HALT = "/halt"
 
 _WEIGHTS, _SUM = np.dtype("<f4"), np.dtype("<f8")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -71,6 +79,10 @@ class Key(NamedTuple):
 
 class StaleRound(AggregatorError):
     """A later round, or a later run, was opened since: this one is not run any more."""
+
+
+class _Ends(AggregatorError):
+    """Its process ends; another will take over."""
 
 
 class Rounds:
@@ -129,17 +141,29 @@ class Rounds:
 
     def _run(self, key: Key, flat: Float32) -> bytes:
         released = self._aggregator.run_round(key.number, flat).sum.astype(_SUM).tobytes()
-        draft = self._folder / "draft"
-        with draft.open("wb") as file:
-            about = {"key": key, "ended": sorted(self._ended)}
-            file.write(json.dumps(about).encode() + b"\n" + released)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self._kept)
+        about = {"key": key, "ended": sorted(self._ended)}
+        write_whole(self._kept, json.dumps(about).encode() + b"\n" + released)
         return released
 
 
-def control_app(aggregator: Aggregator, token: str, *, size: int, folder: Path) -> Starlette:
+def write_whole(file: Path, content: bytes) -> None:
+    """Puts it in the file's place; on the disk, once this returns, and never in part."""
+    draft = file.with_name(f".{file.name}")
+    with draft.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.replace(file)
+    descriptor = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def control_app(
+    aggregator: Aggregator, token: str, *, size: int, folder: Path, halt: Callable[[Halt], None] | None = None
+) -> Starlette:
     """Builds the ASGI application in front of an aggregator.
 
     Args:
@@ -147,12 +171,13 @@ def control_app(aggregator: Aggregator, token: str, *, size: int, folder: Path) 
         token: that every request must show as `Authorization: Bearer TOKEN`.
         size: p, the length of the flat weights: no longer body is read.
         folder: see `Rounds`.
+        halt: the kill switch of an aggregator that fronts devices; raises ConfigError for what it cannot halt.
 
     Raises:
         ConfigError: the token is too short to be one.
     """
     from starlette.applications import Starlette
-    from starlette.responses import PlainTextResponse
+    from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 
     _check_token(token)
@@ -161,11 +186,17 @@ def control_app(aggregator: Aggregator, token: str, *, size: int, folder: Path) 
 
     async def put(request: Request) -> Response:
         key = _asked(request)
-        rounds.open(key, await _weights(request, size))
+        rounds.open(key, _flat(await _body(request, size * _WEIGHTS.itemsize), size))
         return PlainTextResponse("open\n", status_code=202)
 
     async def get(request: Request) -> Response:
         return await _answer(rounds.answer(_asked(request)), _wait_s(request))
+
+    async def kill(request: Request) -> Response:
+        if halt is None:
+            raise _Refused(404, "no_devices", "this aggregator simulates its people: end the training")
+        halt(_halt(await _body(request, MAX_HALT)))
+        return Response(status_code=204)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -180,6 +211,7 @@ def control_app(aggregator: Aggregator, token: str, *, size: int, folder: Path) 
             Route("/health", health),
             Route(path, _guarded(put, token), methods=["PUT"]),
             Route(path, _guarded(get, token), methods=["GET"]),
+            Route(HALT, _guarded(kill, token), methods=["POST"]),
         ],
         lifespan=lifespan,
     )
@@ -214,6 +246,12 @@ def _guarded(handler: Handler, token: str) -> Handler:
             refused = _Refused(409, "cohort_too_small", "fewer answered than may be released together")
         except BudgetExceeded as error:
             refused = _Refused(403, "budget_exceeded", str(error))
+        except Halted as error:
+            refused = _Refused(409, "halted", str(error))
+        except RoundStopped as error:
+            refused = _Refused(503, "stopped", str(error))
+        except ConfigError as error:
+            refused = _Refused(400, "bad_request", str(error))
         except _Refused as error:
             refused = error
         return JSONResponse({"error": refused.code, "message": str(refused)}, status_code=refused.status)
@@ -228,19 +266,31 @@ def _asked(request: Request) -> Key:
     return Key(run, int(number), int(attempt))
 
 
-async def _weights(request: Request, size: int) -> Float32:
-    """(size,) of the body."""
+async def _body(request: Request, most: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > size * _WEIGHTS.itemsize:
-            raise _Refused(413, "body_too_large", f"the weights must be {size} float32, got more")
+        if len(body) > most:
+            raise _Refused(413, "body_too_large", f"the body must have at most {most} bytes")
+    return bytes(body)
+
+
+def _flat(body: bytes, size: int) -> Float32:
+    """(size,) weights."""
     if len(body) != size * _WEIGHTS.itemsize:
         raise _Refused(400, "bad_request", f"the weights must be {size} float32, got {len(body)} bytes")
-    flat = np.frombuffer(bytes(body), dtype=_WEIGHTS).astype(np.float32)
+    flat = np.frombuffer(body, dtype=_WEIGHTS).astype(np.float32)
     if not np.isfinite(flat).all():
         raise _Refused(400, "bad_request", "the weights must be finite")
     return flat
+
+
+def _halt(body: bytes) -> Halt:
+    try:
+        return Halt.model_validate_json(body)
+    except ValidationError as error:
+        fields = sorted({".".join(map(str, fault["loc"])) for fault in error.errors()})
+        raise _Refused(400, "bad_request", f"the body must be a Halt as JSON; wrong: {', '.join(fields)}") from None
 
 
 def _wait_s(request: Request) -> float:
@@ -258,46 +308,42 @@ async def _answer(coming: Future[bytes] | None, wait_s: float) -> Response:
 
     if coming is None:
         raise _Refused(404, "unknown_round", "the round was not opened here, or a later one was")
-    await asyncio.wait([asyncio.wrap_future(coming)], timeout=wait_s)
+    waiting = asyncio.wrap_future(coming)
+    waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # else the loop would log its text
+    await asyncio.wait([waiting], timeout=wait_s)
     if not coming.done():
         return PlainTextResponse("not yet\n", status_code=202)
     error = coming.exception()
     if error is None:
         return Response(coming.result(), media_type="application/octet-stream")
-    if isinstance(error, CohortTooSmall | BudgetExceeded):
+    if isinstance(error, CohortTooSmall | BudgetExceeded | RoundStopped):
         raise error
     # Not its text: that of a library may hold values.
     raise _Refused(500, "failed", f"the round failed with {type(error).__name__}")
 
 
-def serve(app: Starlette, *, host: str, port: int, certificate: Path | None = None, key: Path | None = None) -> None:
-    """Serves until SIGTERM.
+@contextmanager
+def controlled(app: Starlette, *, host: str, port: int, certificate: Certificate | None = None) -> Iterator[int]:
+    """Serves the control side from a thread of its own until the block ends.
 
     Args:
         app: of `control_app`.
         host: address to listen on.
-        port: TCP.
-        certificate: a PEM file.
-        key: of the certificate, a PEM file.
+        port: TCP; 0: a free one.
+        certificate: see `hybrid.http.listening`.
+
+    Yields:
+        The port.
 
     Raises:
-        ConfigError: others than this machine could connect, and there is no certificate.
+        ConfigError: others than this machine could connect, and there is no certificate; or it cannot be listened on.
     """
-    import uvicorn
+    from hybrid.http import listening
 
     if certificate is None and not is_loopback(host):
         raise ConfigError(f"certificate must be given where host is not a loopback address, got {host!r}")
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
-        access_log=False,
-        log_level="warning",
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=5,
-    )
+    with listening(app, host, port, name="control", certificate=certificate, timeout_keep_alive=60) as bound:
+        yield bound
 
 
 @dataclass(frozen=True)
@@ -336,11 +382,12 @@ class RemoteAggregator:
     def run_round(self, number: int, flat: Float32) -> Release:
         """See `hybrid.federation.client_app.Aggregator`; the release says neither how many took part nor the clip.
 
-        A connection that fails is tried again, and so is an aggregator that was started anew: it gives the
-        release that it kept, or runs the round.
+        A connection that fails is tried again, and so is an aggregator that ends or was started anew: the next
+        one gives the release that it kept, or runs the round.
 
         Raises:
             CohortTooSmall, BudgetExceeded: as there.
+            Halted: the version that it trains was.
             AggregatorError: it did not answer in time, or refused.
         """
         import httpx
@@ -351,12 +398,28 @@ class RemoteAggregator:
             while time.monotonic() < deadline:
                 try:
                     found = self._asked(client, path, flat, deadline)
-                except httpx.TransportError:
+                except (httpx.TransportError, _Ends):
                     time.sleep(RETRY_S)
                     continue
                 if found is not None:
                     return Release(found, received=0, clip=float("nan"))
         raise AggregatorError(f"the aggregator at {self.url} did not answer round {number} in {self.timeout_s:g} s")
+
+    def halt(self, halt: Halt) -> None:
+        """Halts versions of its model, for good.
+
+        Raises:
+            AggregatorError: it cannot be reached, or refused.
+        """
+        import httpx
+
+        try:
+            with self._client() as client:
+                _checked(client.post(HALT, content=halt.model_dump_json().encode()))
+        except (httpx.TransportError, _Ends) as error:
+            raise AggregatorError(
+                f"the aggregator at {self.url} did not take the halt ({type(error).__name__}): ask again"
+            ) from None
 
     def _asked(self, client: httpx.Client, path: str, flat: Float32, deadline: float) -> NDArray[np.float64] | None:
         """Opens the round and waits; None where it must be opened again."""
@@ -398,6 +461,10 @@ def _checked(answer: httpx.Response) -> httpx.Response:
             raise BudgetExceeded(message)
         case "stale":
             raise StaleRound(message)
+        case "halted":
+            raise Halted(message)
+        case "stopped":
+            raise _Ends(message)
     raise AggregatorError(f"the aggregator refused: {message}")
 
 
@@ -431,14 +498,6 @@ def read_token(file: Path) -> str:
         raise ConfigError(f"token file {str(file)!r} must be readable, got {type(error).__name__}") from None
     _check_token(token)
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to it, or is connected to by it."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_token(token: str) -> None:

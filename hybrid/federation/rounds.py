@@ -1,7 +1,7 @@
-"""An open round at a fleet's aggregator: uploads come in, one clipped sum goes out. No I/O, no clock.
+"""What a fleet's aggregator has open: plans that uploads come for, and the clipped sum that they go into.
 
-What is kept of an upload is its id, a digest of its bytes, and its part of the sum: memory grows with the cohort by
-some 200 bytes an upload, whatever the model's size.
+No I/O, no clock. What is kept of an upload is its id, a digest of its bytes, and its part of the sum: memory grows
+with the cohort by some 200 bytes an upload, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hybrid.plan import TrainPlan
 from hybrid.privacy.mechanisms import ClippedSum, clip_and_sum
 from hybrid.update import decode, head, length
 
-MOST_UPLOADS = 1_000_000  # of one round: 200 MB of ids and digests
+MOST_UPLOADS = 1_000_000  # of one sum: 200 MB of ids and digests
 DIGEST_BYTES = 16
 
 
@@ -34,69 +34,102 @@ class Answer(StrEnum):
 
 
 @dataclass
-class OpenRound:
-    """One attempt at a round, from its plan to its sum.
+class OpenSum:
+    """A sum of clipped updates in the making.
 
-    It changes in place: a new state for each upload would copy the sum. Whoever calls it from several threads
-    lets one in at a time.
+    It changes in place: a new one for each upload would copy it. Whoever calls it from several threads lets one in
+    at a time; so with `Uploads`.
 
     Attributes:
-        plan: that the cohort was given.
-        most: uploads; those beyond are not taken. To be set far above what honest devices send: whom a full round
-            turns away depends on who else came, which amplification by sampling does not allow for.
+        size: p.
+        most: updates; a full sum takes no more. Of a round that closes by the clock it is to be far above what honest
+            devices send: whom a full round turns away depends on who else came, which amplification by sampling does
+            not allow for.
+        received: updates so far, those that are not finite among them.
     """
 
-    plan: TrainPlan
+    size: int
     most: int = MOST_UPLOADS
-    _seen: dict[bytes, bytes] = field(default_factory=dict, repr=False)
+    received: int = field(default=0, init=False)
     _total: NDArray[np.float64] | None = field(init=False, repr=False)
     _below: int = field(default=0, init=False, repr=False)
     _above: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._total = np.zeros(self.plan.parameters)
+        self._total = np.zeros(self.size)
+
+    @property
+    def full(self) -> bool:
+        """Whether it has all that it takes."""
+        return self.received >= self.most
+
+    def add(self, body: bytes, clip: float, weight: float = 1.0) -> None:
+        """Adds an update of the right form, clipped again, whatever its sender did, and then weighed.
+
+        Args:
+            body: as it came.
+            clip: of its plan.
+            weight: in (0, 1]: sensitivity rests on its being at most 1, and on nothing that a device does.
+        """
+        assert self._total is not None
+        assert 0 < weight <= 1
+        self.received += 1
+        try:
+            update = decode(body, self.size)
+        except UpdateError:  # not finite: it took part and adds nothing, and nobody is told that it did
+            return
+        one = clip_and_sum([update[None]], self.size, clip)
+        self._total += weight * one.total
+        self._below += one.below
+        self._above += one.above
+
+    def close(self) -> ClippedSum:
+        """The sum, which nothing changes any more; called once."""
+        total, self._total = self._total, None
+        assert total is not None
+        total.flags.writeable = False
+        return ClippedSum(total, self.received, self._below, self._above)
+
+
+@dataclass
+class Uploads:
+    """What came for one plan.
+
+    Attributes:
+        plan: that devices were given.
+    """
+
+    plan: TrainPlan
+    _seen: dict[bytes, bytes] = field(default_factory=dict, repr=False)
+
+    def __contains__(self, upload: str) -> bool:
+        """Whether one of that id was counted."""
+        return bytes.fromhex(upload) in self._seen
 
     @property
     def body_bytes(self) -> int:
         """Of each upload, exactly."""
         return length(self.plan.parameters, self.plan.upload)
 
-    def take(self, upload: str, body: bytes, now_ms: int) -> Answer:
-        """Adds an upload, once.
+    def take(self, upload: str, body: bytes, now_ms: int, total: OpenSum | None, weight: float = 1.0) -> Answer:
+        """Adds an upload to the sum that is open now, once.
 
         Args:
             upload: its id, 32 hex digits.
             body: as it travelled, from anybody.
             now_ms: Unix time; from the plan's end on nothing is added. A repeat is answered as before all the same.
+            total: None: none that it may be in.
+            weight: of the clipped update.
         """
         name, digest = bytes.fromhex(upload), blake2b(body, digest_size=DIGEST_BYTES).digest()
         if (before := self._seen.get(name)) is not None:
             return Answer.REPEATED if before == digest else Answer.OTHER_BYTES
-        if self._total is None or now_ms >= self.plan.expires_ms:
+        if total is None or now_ms >= self.plan.expires_ms:
             return Answer.ENDED
         if len(body) != self.body_bytes or not body.startswith(head(self.plan.parameters, self.plan.upload)):
             return Answer.MALFORMED
-        if len(self._seen) >= self.most:
+        if total.full:
             return Answer.FULL
-        self._add(self._total, body)
+        total.add(body, self.plan.clip, weight)
         self._seen[name] = digest
         return Answer.COUNTED
-
-    def _add(self, total: NDArray[np.float64], body: bytes) -> None:
-        """Clips it again, whatever its sender did: sensitivity does not rest on a device's arithmetic."""
-        size = self.plan.parameters
-        try:
-            update = decode(body, size)
-        except UpdateError:  # not finite: it took part and adds nothing, and nobody is told that it did
-            return
-        one = clip_and_sum([update[None]], size, self.plan.clip)
-        total += one.total
-        self._below += one.below
-        self._above += one.above
-
-    def close(self) -> ClippedSum:
-        """The sum, which nothing changes any more. What came stays known by id; called once."""
-        total, self._total = self._total, None
-        assert total is not None
-        total.flags.writeable = False
-        return ClippedSum(total, len(self._seen), self._below, self._above)

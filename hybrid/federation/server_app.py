@@ -54,7 +54,9 @@ def server_app(
         on_round(done, initial)
         for number in range(done + 1, rounds + 1):
             _wait_for_a_node(grid, timeout_s)
-            messages = strategy.configure_train(number, arrays, ConfigRecord({RUN: run}), grid)
+            messages = list(strategy.configure_train(number, arrays, ConfigRecord({RUN: run}), grid))
+            for message in messages:
+                message.metadata.ttl = timeout_s  # so that nodes give up when the round does
             aggregated, _ = strategy.aggregate_train(number, _replies(grid, messages, timeout_s))
             arrays = arrays if aggregated is None else aggregated
             on_round(number, flat_array(arrays).astype(np.float32))

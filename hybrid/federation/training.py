@@ -152,12 +152,8 @@ def train(
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
-    if kind in ("federated", "noiseless") and settings.noise != "independent" and settings.server_optimizer != "SGD":
-        warnings.warn(
-            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
-            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
-            stacklevel=2,
-        )
+    if kind in ("federated", "noiseless"):
+        check_linear(settings)
     budget = check_allowed(model, kind, epsilon, settings)
     if fleet is not None and settings.separation is not None and settings.buffer is None:
         raise ConfigError(
@@ -196,6 +192,16 @@ def _check_federation(federation: Federation | None, kind: Kind, settings: Train
         raise ConfigError(
             "separation must be left out with a federation: an aggregator that is started again has lost the noise of "
             f"earlier rounds, which later ones need, got {settings.separation}"
+        )
+
+
+def check_linear(settings: Training) -> None:
+    """Warns where noise is correlated between rounds, and the server's steps keep it from cancelling."""
+    if settings.noise != "independent" and settings.server_optimizer != "SGD":
+        warnings.warn(
+            f"server_optimizer should be 'SGD' with noise={settings.noise!r}: noise that later rounds take back only "
+            f"cancels in steps that are linear in it, which those of {settings.server_optimizer!r} are not",
+            stacklevel=3,
         )
 
 
@@ -405,7 +411,7 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
         "clip": clip,
         "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
-        "mechanism": f"{_mechanism(settings, rounds)}, zero-out adjacency; accountant: {spent.method}",
+        "mechanism": f"{mechanism_of(settings)}, zero-out adjacency; accountant: {spent.method}",
         "assumption": _assumption(run, rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
@@ -669,8 +675,9 @@ def _round(run: _Run, noise_multiplier: float, cohort: _Cohort) -> Round:
     return round_settings(model, run.settings, noise_multiplier, sampling=cohort.sampling, planned=planned)
 
 
-def _mechanism(settings: Training, rounds: Round) -> str:
-    if rounds.matrix is not None and settings.noise != "independent":
+def mechanism_of(settings: Training) -> str:
+    """What is added to what, in words, for the record."""
+    if settings.noise != "independent":
         return f"{_NAMES[settings.noise]} on sums of clipped updates"
     if settings.clip_quantile is None:
         return "Gaussian noise on sums of clipped updates"

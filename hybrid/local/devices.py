@@ -72,6 +72,18 @@ class People:
         """How many people."""
         return len(self.offsets) - 1
 
+    def of(self, users: range) -> People:
+        """Some of them, one after another."""
+        first, end = int(self.offsets[users.start]), int(self.offsets[users.stop])
+
+        def cut(columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+            return {name: values[first:end] for name, values in columns.items()}
+
+        offsets = self.offsets[users.start : users.stop + 1] - first
+        rows = slice(first, end)
+        entity, request, features = self.entity[rows], cut(self.request), cut(self.features)
+        return People(offsets, entity, request, features, self.server[rows], self.labels[rows])
+
     def store(self, store: Store, users: range, version: int) -> int:
         """Writes some people's rows, device i = users[i]; returns how many.
 

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid.bundle import Manifest, read_bundle, trusted_key
+from hybrid.bundle import Manifest, read_bundle, signing_key, trusted_key
 from hybrid.errors import BadRequest, ConfigError
 from hybrid.features import Float32
-from hybrid.federation.aggregator import Round
+from hybrid.federation.aggregator import PURPOSE, Round
+from hybrid.federation.buffer import Buffer
+from hybrid.federation.checkin import Service as CheckInService
 from hybrid.federation.checkin import listening
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
-from hybrid.federation.noise import round_settings
+from hybrid.federation.flower_app import Job
+from hybrid.federation.noise import least_noise, planned_cohort, round_settings
+from hybrid.federation.parts import Budget
 from hybrid.federation.population import Population
+from hybrid.federation.resume import Place
 from hybrid.federation.server_app import server_app
 from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
-from hybrid.federation.training import check_allowed, check_delta, optimizer_for
+from hybrid.federation.training import (
+    AT_ONCE,
+    check_allowed,
+    check_delta,
+    check_linear,
+    mechanism_of,
+    optimizer_for,
+)
 from hybrid.local.devices import Opened, People, running
+from hybrid.local.flower import Site, run_job
+from hybrid.local.process import free_ports
 from hybrid.network import Network
 from hybrid.plan import Local, Policy
-from hybrid.privacy.accountant import noise_multiplier_for
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.ledger import Ledger, costs
 from hybrid.registry import Registry
 from hybrid.spec import Training
 from hybrid.version import TrainingRecord, Version
@@ -39,13 +55,20 @@ from hybrid.version import TrainingRecord, Version
 if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
-NO_TOKENS = (
-    "no device sends two updates to one round, which nothing enforces until there are tokens; what the version that "
-    "it began from had cost is not in it"
-)
+BEGAN = "what the version that it began from had cost is not in it"
+NO_TOKENS = f"no device sends two updates to one round, which nothing enforces until there are tokens; {BEGAN}"
 OWN_COINS = (
     "each device tosses its own coin for each round, and nobody but the aggregator sees who, or how many, took part"
 )
+TURNS = (
+    "each device is in at most one of any {separation} {what} one after another and in at most {most}, in a fixed "
+    "horizon of {rounds}, by what its store remembers, which nothing else enforces until there are tokens; who takes "
+    "part may be known: no sampling is assumed"
+)
+REST_S = 1.0  # of a device between two sessions, where training is asynchronous: here a flush stands for hours
+AGGREGATORS = 2  # of a federation on this machine
+SLACK_S = 60.0  # of a round over Flower, for all but two times its length
+OWN_NOISE = "noise is of each aggregator for its own devices, so that the largest of their epsilons is everybody's"
 EACH_ROUND = Policy(separation_s=0, participations=1_000_000)  # here a round stands for a day
 
 
@@ -56,7 +79,7 @@ class Promoted:
     Attributes:
         version: it.
         network: with its weights; training changes them.
-        settings: of its training, with what is asked for in their place.
+        settings: of its training, with what is asked for in their site.
         bundle: the file that devices have.
         trust: the key that they trust.
         manifest: the bundle's.
@@ -97,18 +120,19 @@ class Promoted:
         network = Network.build(declared)
         network.load_weights(found.weights)
         settings = Training(**found.training.settings.model_dump() | changed)
-        if settings.separation is not None:
-            raise ConfigError(
-                f"separation of {name} must be left out on devices: until a token is issued for each turn, nobody sees "
-                f"to it that they take turns, got {settings.separation}; train a version by coins"
-            )
+        check_linear(settings)
         return cls(found, network, settings, bundle, trust, manifest)
 
     @property
     def side(self) -> DeviceSide:
         """What devices train."""
-        federated, missing = self.settings.server_tower == "federated", self.settings.tower_dropout > 0
-        return DeviceSide(self.network, server_tower=federated, missing=missing)
+        return device_side(self.network, self.settings)
+
+    @property
+    def buffer(self) -> Buffer | None:
+        """Of an asynchronous training."""
+        settings = self.settings
+        return None if settings.buffer is None else Buffer(settings.buffer, settings.max_staleness)
 
     def budget(self, epsilon: float | None, devices: int) -> float:
         """The epsilon to spend at most.
@@ -168,23 +192,24 @@ class Promoted:
 
         Raises:
             BudgetExceeded: the ledger has not enough left.
-            ConfigError: it is another's, or of another budget.
+            ConfigError: it is another's, or of another budget; or the buffer is larger than the fleet.
         """
         model, settings = self.network.model, self.settings
-        chance = {"sampling": settings.sampling, "planned": settings.sampling * devices}
+        if settings.buffer is not None and settings.buffer > devices:
+            raise ConfigError(f"buffer must be at most the {devices} devices, got {settings.buffer}")
+        chance = {"sampling": settings.sampling, "planned": planned_cohort(settings, devices)}
         if budget is None:
             yield round_settings(model, settings, 0.0, **chance), None
             return
         delta = model.privacy.delta
         with Ledger.open(run_dir, budget_epsilon=budget, delta=delta) as ledger:
-            besides = [entry.event for entry in ledger.entries]
-            noise = noise_multiplier_for(budget, delta, settings.sampling, settings.rounds, besides=besides)
+            noise = least_noise(settings, budget, delta, sampling=settings.sampling, besides=costs(ledger.entries))
             found = round_settings(model, settings, noise, **chance)
             ledger.reserve([found.of(settings.rounds)])
             yield found, ledger
 
-    def task(self, round_s: float, *, wanted: int) -> Task:
-        """What every round asks of devices; see `Task` for both arguments."""
+    def task(self, round_s: float, *, wanted: int, policy: Policy = EACH_ROUND) -> Task:
+        """What every round asks of devices; see `Task` for the arguments."""
         assert self.manifest.train is not None
         settings, keeping = self.settings, self.manifest.keeping
         epochs = settings.local_epochs
@@ -200,7 +225,7 @@ class Promoted:
             model=self.version.model,
             version=self.version.number,
             definition_hash=self.version.definition_hash,
-            policy=EACH_ROUND,
+            policy=policy,
             examples=(1, keeping.max_examples),
             seconds=min(60.0, keeping.max_seconds),
             memory_mb=min(512, keeping.max_memory_mb),
@@ -211,26 +236,99 @@ class Promoted:
             wanted=wanted,
         )
 
-    def record(self, settings: Round, ledger: Ledger, outcome: Outcome, people: People, **about: str) -> TrainingRecord:
-        """How a new version came to be; `about`: its `population` and `run`."""
-        spent = ledger.spent()
+    def job(self, round_s: float, *, planned: float, nodes: int) -> Job:
+        """What a ServerApp is told. A round that an aggregator lost by a crash fits into its time once more.
+
+        Args:
+            round_s: how long a round is open.
+            planned: expected number of its participants, over all nodes.
+            nodes: how many there are.
+        """
+        timeout_s, rounds = 2 * round_s + SLACK_S, self.settings.rounds
+        return Job(
+            rounds=rounds, planned_cohort=planned, training=self.settings, nodes=nodes, round_timeout_s=timeout_s
+        )
+
+    def record(
+        self, settings: Round, ledger: Ledger, *, users: int, examples: int | None, aggregators: int, **about: str
+    ) -> TrainingRecord:
+        """How a new version came to be, if all of its rounds are released.
+
+        Args:
+            settings: of a round.
+            ledger: that paid for them.
+            users: whose devices check in.
+            examples: that they hold; None: nobody knows.
+            aggregators: each with devices of its own.
+            about: the record's `population` and `run`.
+        """
+        spent, matrix = ledger.spent(), settings.matrix
+        assumes = [OWN_COINS] if settings.sampling < 1 else []
+        if matrix is not None:
+            people, what = matrix.participation, "rounds" if self.buffer is None else "flushes"
+            turns = {"separation": people.separation, "most": people.most, "rounds": people.rounds, "what": what}
+            assumes = [TURNS.format(**turns)]
+        assumes += [OWN_NOISE] if aggregators > 1 else []
+        assumes += [NO_TOKENS if matrix is None else BEGAN]
         return TrainingRecord(
             kind="federated",
-            users=people.users,
-            examples=int(people.offsets[-1]),
+            users=users,
+            examples=examples,
             settings=self.settings,
             epsilon=spent.epsilon,
             delta=self.network.model.privacy.delta,
             noise_multiplier=settings.noise_multiplier,
             clip=settings.clip,
-            sampling=settings.sampling,
-            rounds=self.settings.rounds - outcome.failed,
-            mechanism=f"Gaussian noise on sums of clipped updates, zero-out adjacency; accountant: {spent.method}",
-            assumption=NO_TOKENS if settings.sampling == 1 else f"{OWN_COINS}; {NO_TOKENS}",
+            sampling=None if matrix else settings.sampling,
+            rounds=self.settings.rounds,
+            mechanism=f"{mechanism_of(self.settings)}, zero-out adjacency; accountant: {spent.method}",
+            assumption="; ".join(assumes),
             unit="device",
             protects=self.network.model.protects,
             **about,
         )
+
+
+def device_side(network: Network, settings: Training) -> DeviceSide:
+    """What devices train."""
+    return DeviceSide(network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0)
+
+
+def service(task: Task, settings: Round, rounds: int, delta: float | None) -> CheckInService:
+    """What the process of an aggregator is told: a budget of exactly so many rounds; `delta`: None without noise.
+
+    Raises:
+        ConfigError: devices take turns.
+    """
+    event = settings.event
+    if not isinstance(event, GaussianEvent):
+        raise ConfigError(
+            "separation must be left out where aggregators are processes of their own: each would need a horizon, and "
+            f"they are told no other mechanism than coins, got {event.separation}"
+        )
+    return CheckInService(
+        task=task,
+        sampling=settings.sampling,
+        clip=settings.clip,
+        noise_multiplier=settings.noise_multiplier,
+        minimum=settings.minimum,
+        rounds=rounds,
+        epsilon=None if delta is None else Budget(delta=delta, rounds=rounds).epsilon(event),
+        delta=delta,
+    )
+
+
+def pay_ahead(ledger: Ledger | None, settings: Round, rounds: int) -> None:
+    """Charges a run for all rounds before the first: its aggregators are processes with ledgers of their own.
+
+    Raises:
+        BudgetExceeded: not enough is left.
+    """
+    if ledger is None:
+        return
+    for number in range(1, rounds + 1):
+        attempt = ledger.next_attempt(PURPOSE, number)
+        ledger.spend(settings.event, purpose=PURPOSE, clip=settings.clip, round_number=number, attempt=attempt)
 
 
 @dataclass
@@ -240,71 +338,186 @@ class Outcome:
     Attributes:
         rounds: of each, its number, seconds, and by how much it moved the weights.
         failed: how many were not released.
-        refused: why uploads were not taken, and how many.
+        refused: why uploads were not taken, and how many; None where only the aggregators' logs say it.
         endings: how the devices' sessions ended, as they say themselves: no fleet tells that.
+        aggregators: how many there were, each with devices of its own.
     """
 
     rounds: list[dict[str, float]] = field(default_factory=list)
     failed: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] | None = None
     endings: Counter[str] = field(default_factory=Counter)
+    aggregators: int = 1
 
 
-def train(
-    promoted: Promoted,
-    aggregator: FleetAggregator,
-    people: People,
-    *,
-    planned: float,
-    rest_s: float,
-    processes: int,
-    port: int,
-    progress: Callable[[int, int], None],
-) -> Outcome:
-    """Runs the devices, the aggregator's service and Flower's ServerApp; the network has the last weights afterwards.
+@dataclass(frozen=True)
+class Order:
+    """How a version is trained on devices of this machine.
+
+    Attributes:
+        promoted: the version; its network has the last weights afterwards.
+        settings: of every round.
+        people: whose devices take part.
+        round_s: how long a round is open, or a flush waits at most; no device stays away for longer.
+        processes: that the devices share.
+        keys: folder of the control plane's signing key.
+        progress: called with how many rounds are done, of how many.
+    """
+
+    promoted: Promoted
+    settings: Round
+    people: People
+    round_s: float
+    processes: int
+    keys: Path
+    progress: Callable[[int, int], None] = field(repr=False)
+
+    @property
+    def planned(self) -> float:
+        """Expected number of participants of a round."""
+        return planned_cohort(self.promoted.settings, self.people.users)
+
+    def opened(self, port: int) -> Opened:
+        """What devices have whose aggregator is at that port."""
+        rest_s = self.round_s if self.promoted.buffer is None else min(self.round_s, REST_S)
+        return Opened(self.promoted.bundle, self.promoted.trust, f"http://127.0.0.1:{port}", rest_s)
+
+    def noted(self, outcome: Outcome) -> Callable[[int, Float32], None]:
+        """What is called with each round's number and the weights after it: loads them, and says so."""
+        side, total = self.promoted.side, self.promoted.settings.rounds
+        begun = time.monotonic()
+
+        def after(number: int, flat: Float32) -> None:
+            nonlocal begun
+            now = time.monotonic()
+            if number:
+                moved = float(np.linalg.norm(flat - side.flat()))
+                outcome.rounds.append({"round": number, "seconds": round(now - begun, 2), "moved": moved})
+            begun = now
+            side.load_flat(flat)
+            self.progress(number, total)
+
+        return after
+
+
+def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
+    """Runs the devices, one aggregator's service and Flower's ServerApp, these in this process.
 
     Args:
-        promoted: the version.
-        aggregator: that devices check in with.
-        people: whose devices take part.
-        planned: expected number of participants of a round.
-        rest_s: no device stays away for longer.
-        processes: that the devices share.
+        order: what to train.
+        ledger: pays for each round; None without noise.
         port: of the aggregator; 0: a free one.
-        progress: called with how many rounds are done, of how many.
 
     Raises:
         StackError: a process of devices failed.
     """
-    with tempfile.TemporaryDirectory(prefix="hybrid-fleet-") as folder, listening(aggregator, port=port) as bound:
-        opened = Opened(promoted.bundle, promoted.trust, f"http://127.0.0.1:{bound}", rest_s)
-        with running(opened, people, Path(folder), processes=processes) as started:
-            started.wait_ready()
-            outcome = _rounds(promoted, aggregator, planned, progress)
-            aggregator.stop("the training is over")
-            outcome.endings = started.finish()
+    outcome, promoted, buffer = Outcome(), order.promoted, order.promoted.buffer
+    task = promoted.task(order.round_s, wanted=order.people.users if buffer is None else AT_ONCE * buffer.updates)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-")))
+        aggregator = FleetAggregator(
+            task,
+            order.settings,
+            ledger,
+            signing_key(order.keys),
+            noise_state=folder / "noise.state",  # which no other process goes on with
+            buffer=buffer,
+        )
+        bound = stack.enter_context(listening(aggregator, port=port))
+        devices = running(order.opened(bound), order.people, folder, processes=order.processes)
+        started = stack.enter_context(devices)
+        started.wait_ready()
+        initial = promoted.side.flat()
+        strategy = NoisedSum(order.planned, optimizer_for(promoted.settings, initial))
+        app = server_app(strategy, initial, promoted.settings.rounds, order.noted(outcome))
+        simulate(app, {1: client_app(aggregator)})
+        aggregator.stop("the training is over")
+        outcome.endings = started.finish()
+    outcome.failed = strategy.failed_rounds
     outcome.refused = {str(reason): count for reason, count in aggregator.refused.items()}
     return outcome
 
 
-def _rounds(
-    promoted: Promoted, aggregator: FleetAggregator, planned: float, progress: Callable[[int, int], None]
-) -> Outcome:
-    """Flower's apps in this process."""
-    outcome, side, total = Outcome(), promoted.side, promoted.settings.rounds
-    strategy = NoisedSum(planned, optimizer_for(promoted.settings, side.flat()))
-    begun = time.monotonic()
+def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: Callable[[str], None]) -> Outcome:
+    """Runs the devices, and, each in a process of its own, two aggregators, their SuperNodes, and a SuperLink.
 
-    def after(number: int, flat: Float32) -> None:
-        nonlocal begun
-        now = time.monotonic()
-        if number:
-            moved = float(np.linalg.norm(flat - side.flat()))
-            outcome.rounds.append({"round": number, "seconds": round(now - begun, 2), "moved": moved})
-        begun = now
-        side.load_flat(flat)
-        progress(number, total)
+    Each aggregator has half of the devices, and a whole mechanism: noise of the full variance, and a ledger with a
+    budget of exactly the rounds. So the run's ledger is charged for all of them before the first.
 
-    simulate(server_app(strategy, side.flat(), total, after), {1: client_app(aggregator)})
-    outcome.failed = strategy.failed_rounds
+    Args:
+        order: what to train.
+        ledger: of the run; None without noise.
+        run_dir: keeps ledgers and logs of the federation.
+        say: is told what happens.
+
+    Raises:
+        BudgetExceeded: the run's ledger has not enough left.
+        FederationError: a server failed again and again, or the ServerApp ended before its last round.
+        StackError: a process of devices failed.
+    """
+    outcome, rounds = Outcome(aggregators=AGGREGATORS), order.promoted.settings.rounds
+    cuts = np.linspace(0, order.people.users, AGGREGATORS + 1).astype(int).tolist()
+    ports = free_ports(AGGREGATORS)
+    halves = [order.people.of(range(first, end)) for first, end in pairwise(cuts)]
+    delta = None if ledger is None else ledger.delta
+    asks = [order.promoted.task(order.round_s, wanted=half.users) for half in halves]
+    services = [service(task, order.settings, rounds, delta) for task in asks]
+    pay_ahead(ledger, order.settings, rounds)
+
+    @contextmanager
+    def devices() -> Iterator[None]:
+        each = max(1, order.processes // AGGREGATORS)
+        with tempfile.TemporaryDirectory(prefix="hybrid-fleet-") as folder, ExitStack() as stack:
+            started = []
+            for port, half in zip(ports, halves, strict=True):
+                own = Path(folder, str(port))
+                own.mkdir(mode=0o700)
+                started.append(stack.enter_context(running(order.opened(port), half, own, processes=each)))
+            for some in started:
+                some.wait_ready()
+            yield
+            for some in started:
+                outcome.endings += some.finish()
+
+    outcome.failed = run_job(
+        Place.new(run_dir).folder,
+        order.promoted.job(order.round_s, planned=order.planned, nodes=AGGREGATORS),
+        order.promoted.side.flat(),
+        _Fronting(services, ports, order.keys, say),
+        after=order.noted(outcome),
+        say=say,
+        beside=devices(),
+    )
     return outcome
+
+
+@dataclass(frozen=True)
+class _Fronting:
+    """Aggregators that front devices: see `hybrid.local.flower.Aggregators`."""
+
+    services: Sequence[CheckInService]
+    ports: Sequence[int]
+    keys: Path
+    say: Callable[[str], None] = field(repr=False)
+
+    def write(self, index: int, site: Site) -> None:
+        (site.folder / "settings.json").write_text(self.services[index].model_dump_json(indent=2))
+        self.say(
+            f"Aggregator {index + 1}: devices at http://127.0.0.1:{self.ports[index]}, "
+            f"control side at https://127.0.0.1:{site.port}, token in {site.token}"
+        )
+
+    def command(self, index: int, site: Site) -> Sequence[str]:
+        chain, key = site.certificate
+        options = {
+            "--settings": site.folder / "settings.json",
+            "--folder": site.folder,
+            "--keys": self.keys,
+            "--token": site.token,
+            "--port": self.ports[index],
+            "--control-port": site.port,
+            "--control-tls-cert": chain,
+            "--control-tls-key": key,
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        return [sys.executable, "-P", "-m", "hybrid.federation.checkin", *words]

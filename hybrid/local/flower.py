@@ -1,4 +1,6 @@
-"""A Flower federation on this machine: a SuperLink, and SuperNodes in front of aggregators that simulate their people.
+"""A Flower federation on this machine: a SuperLink, and SuperNodes in front of aggregators.
+
+These simulate their people for `LocalFlower`, and front devices for `hybrid.local.fleet`.
 
 Every connection is TLS, with certificates made for one training; SuperNodes
 show keys that were registered before; what runs apps asks with a shared secret.
@@ -17,10 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -74,20 +77,130 @@ class LocalFlower:
 
     def train(self, rounds: Rounds, after: Callable[[int, Float32], None]) -> Outcome:
         """See `hybrid.federation.training.Federation`."""
-        servers = _Servers(rounds.folder, self.aggregators)
-        follower = _Follower(Progress(servers.job), rounds.done, after)
-        try:
-            failed = follower.failed_rounds()
-            if failed is None:
-                _prepare(servers, rounds, self)
-                with _running(servers, self.say) as (keeper, app):
-                    failed = _follow(follower, keeper, app)
-            _remove_done(servers)
-            return Outcome(_last_clip(servers, rounds), failed)
-        except StackError as error:
-            raise FederationError(str(error)) from None
-        finally:
-            _remove_private(servers)
+        job = Job(
+            rounds=rounds.settings.rounds,
+            planned_cohort=rounds.planned_cohort,
+            training=rounds.settings,
+            nodes=self.aggregators,
+            start_timeout_s=START_TIMEOUT_S,
+            round_timeout_s=self.round_timeout_s,
+        )
+        simulated = _Simulated(self, rounds)
+        failed = run_job(rounds.folder, job, rounds.initial, simulated, after=after, say=self.say, done=rounds.done)
+        return Outcome(_last_clip(rounds), failed)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one aggregator of a federation is.
+
+    Attributes:
+        folder: its own. Of what is in it, only its ledger outlives the federation.
+        token: the file with what its control side is to ask for.
+        port: of its control side, TCP on loopback.
+        certificate: of that, chain and key; of the authority that all processes of the federation trust.
+    """
+
+    folder: Path
+    token: Path
+    port: int
+    certificate: tuple[Path, Path]
+
+
+class Aggregators(Protocol):
+    """What stands behind the SuperNodes."""
+
+    def write(self, index: int, site: Site) -> None:
+        """Writes what the process of one of them reads."""
+        ...
+
+    def command(self, index: int, site: Site) -> Sequence[str]:
+        """Runs it, with a control side (`hybrid.federation.remote`), until SIGTERM."""
+        ...
+
+
+def run_job(
+    folder: Path,
+    job: Job,
+    initial: Float32,
+    aggregators: Aggregators,
+    *,
+    after: Callable[[int, Float32], None],
+    say: Callable[[str], None],
+    done: int = 0,
+    beside: AbstractContextManager[object] | None = None,
+) -> int:
+    """Runs a job's rounds on servers of its own; once it is over, ledgers and logs are left.
+
+    Args:
+        folder: of the federation; of one that goes on, with what was left there.
+        job: how many rounds, on how many nodes.
+        initial: (p,) the weights to start from.
+        aggregators: one behind each node.
+        after: called with each round's number and the weights after it; first with 0 and the initial ones.
+        say: is told what happens.
+        done: rounds that were handed on before.
+        beside: entered when all servers are ready, before the first round, and left after the last one.
+
+    Returns:
+        In how many rounds no node answered.
+
+    Raises:
+        FederationError: it ended before the last round.
+    """
+    servers = _Servers(folder, job.nodes)
+    follower = _Follower(Progress(servers.job), done, after)
+    try:
+        failed = follower.failed_rounds()
+        if failed is None:
+            _prepare(servers, job, initial, aggregators, done)
+            with _running(servers, aggregators, say) as keeper, beside or nullcontext():
+                app = _App(servers, say)
+                app.start()
+                failed = _follow(follower, keeper, app)
+        _remove_done(servers)
+        return failed
+    except StackError as error:
+        raise FederationError(str(error)) from None
+    finally:
+        _remove_private(servers)
+
+
+@dataclass(frozen=True)
+class _Simulated:
+    """Aggregators that simulate their share of the people."""
+
+    flower: LocalFlower
+    rounds: Rounds
+
+    def write(self, index: int, site: Site) -> None:
+        rounds, how, of = self.rounds, self.rounds.round, self.flower.aggregators
+        write_rows(site.folder, rounds.examples, index, of)
+        np.savez(site.folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
+        part = Part(
+            model_file=self.flower.model_file,
+            folder=site.folder,
+            index=index,
+            of=of,
+            population=rounds.examples.users,
+            seed=rounds.seed,
+            attempts_before=rounds.attempts_before,
+            training=rounds.settings,
+            device=rounds.device,
+            sampling=how.sampling,
+            clip=how.clip,
+            noise_multiplier=how.noise_multiplier,
+            quantile=how.quantile,
+            planned_cohort=rounds.planned_cohort / of,
+            budget=None if rounds.delta is None else Budget(delta=rounds.delta, rounds=rounds.settings.rounds),
+            port=site.port,
+            certificate=site.certificate[0],
+            key=site.certificate[1],
+        )
+        (site.folder / "part.json").write_text(part.model_dump_json(indent=2))
+
+    def command(self, index: int, site: Site) -> Sequence[str]:
+        return [sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(site.folder / "part.json")]
 
 
 @dataclass(frozen=True)
@@ -133,6 +246,10 @@ class _Servers:
     def aggregator(self, index: int) -> Path:
         return self.folder / f"aggregator-{index + 1}"
 
+    def site(self, index: int) -> Site:
+        folder, certificate = self.aggregator(index), (self.keys / "server.pem", self.keys / "server.key")
+        return Site(folder, folder / "token", self.aggregators[index], certificate)
+
     def environment(self) -> dict[str, str]:
         """Of Flower's processes: no telemetry, no look for updates, no proxy in front of this machine."""
         return {
@@ -147,7 +264,7 @@ class _Servers:
         }
 
 
-def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
+def _prepare(servers: _Servers, job: Job, initial: Float32, aggregators: Aggregators, done: int) -> None:
     """Writes all that the processes read; of a training that goes on, what they had written stays.
 
     Raises:
@@ -158,22 +275,17 @@ def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
         servers.logs.rename(servers.logs.with_name(f"logs.{len(list(servers.folder.glob('logs*')))}"))
     for folder in (servers.job, servers.keys, servers.home):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_kept(servers, rounds)
+    _check_kept(servers, done)
     _write_certificates(servers.keys)
     for index in range(servers.count):
-        _write_part(servers, rounds, flower, index)
+        site = servers.site(index)
+        site.folder.mkdir(mode=0o700, exist_ok=True)
+        new_token(site.token)
+        aggregators.write(index, site)
     for name in ("superlink", *(f"supernode-{index + 1}" for index in range(servers.count))):
         _write_secret(servers.keys / f"{name}.secret", secrets.token_bytes(32))
-    if not rounds.done:  # else they are not the initial ones
-        np.save(servers.job / "initial.npy", rounds.initial)
-    job = Job(
-        rounds=rounds.settings.rounds,
-        planned_cohort=rounds.planned_cohort,
-        training=rounds.settings,
-        nodes=servers.count,
-        start_timeout_s=START_TIMEOUT_S,
-        round_timeout_s=flower.round_timeout_s,
-    )
+    if not done:  # else they are not the initial ones
+        np.save(servers.job / "initial.npy", initial)
     (servers.job / "job.json").write_text(job.model_dump_json(indent=2))
     connection = {"address": f"127.0.0.1:{servers.superlink}", "root-certificates": str(servers.keys / "ca.pem")}
     lines = [f"{name} = {json.dumps(value)}\n" for name, value in connection.items()]
@@ -181,66 +293,36 @@ def _prepare(servers: _Servers, rounds: Rounds, flower: LocalFlower) -> None:
     (servers.home / "config.toml").write_text(text)
 
 
-def _check_kept(servers: _Servers, rounds: Rounds) -> None:
+def _check_kept(servers: _Servers, done: int) -> None:
     """Raises: FederationError: it is of fewer rounds, or of other aggregators, whose ledgers others' people are in."""
     kept, others = Progress(servers.job).kept(), servers.aggregator(servers.count)
     here = 0 if kept is None else kept.step
-    if here < rounds.done:
+    if here < done:
         raise FederationError(
-            f"{servers.job} must hold the {rounds.done} rounds that the run's checkpoint has, got {here}: "
-            "start another run"
+            f"{servers.job} must hold the {done} rounds that the run's checkpoint has, got {here}: start another run"
         )
     if kept is not None and (others.exists() or not servers.aggregator(servers.count - 1).exists()):
         count = len(list(servers.folder.glob("aggregator-*")))
         raise FederationError(f"aggregators must stay the {count} that the training began with, got {servers.count}")
 
 
-def _write_part(servers: _Servers, rounds: Rounds, flower: LocalFlower, index: int) -> None:
-    folder, how = servers.aggregator(index), rounds.round
-    folder.mkdir(mode=0o700, exist_ok=True)
-    write_rows(folder, rounds.examples, index, servers.count)
-    np.savez(folder / "network.npz", **rounds.network.weights())  # type: ignore[arg-type]
-    new_token(folder / "token")
-    part = Part(
-        model_file=flower.model_file,
-        folder=folder,
-        index=index,
-        of=servers.count,
-        population=rounds.examples.users,
-        seed=rounds.seed,
-        attempts_before=rounds.attempts_before,
-        training=rounds.settings,
-        device=rounds.device,
-        sampling=how.sampling,
-        clip=how.clip,
-        noise_multiplier=how.noise_multiplier,
-        quantile=how.quantile,
-        planned_cohort=rounds.planned_cohort / servers.count,
-        budget=None if rounds.delta is None else Budget(delta=rounds.delta, rounds=rounds.settings.rounds),
-        port=servers.aggregators[index],
-        certificate=servers.keys / "server.pem",
-        key=servers.keys / "server.key",
-    )
-    (folder / "part.json").write_text(part.model_dump_json(indent=2))
-
-
-def _stages(servers: _Servers) -> tuple[Sequence[Service], ...]:
+def _stages(servers: _Servers, aggregators: Aggregators) -> tuple[Sequence[Service], ...]:
     """Started in this order; those of one stage together."""
     indices = range(servers.count)
     return (
-        (_superlink(servers), *(_aggregator(servers, index) for index in indices)),
+        (_superlink(servers), *(_aggregator(servers, index, aggregators) for index in indices)),
         (_superexec(servers, "superlink", servers.superlink), *(_supernode(servers, index) for index in indices)),
         tuple(_superexec(servers, f"supernode-{index + 1}", servers.supernodes[index]) for index in indices),
     )
 
 
-def _aggregator(servers: _Servers, index: int) -> Service:
-    name, port = f"aggregator-{index + 1}", servers.aggregators[index]
+def _aggregator(servers: _Servers, index: int, aggregators: Aggregators) -> Service:
+    site = servers.site(index)
     return Service(
-        name=name,
-        command=[sys.executable, "-P", "-m", "hybrid.local", "aggregate", str(servers.aggregator(index) / "part.json")],
-        ready=http_ok(f"https://127.0.0.1:{port}/health", authority=servers.keys / "ca.pem"),
-        ports={"control": port},
+        name=f"aggregator-{index + 1}",
+        command=aggregators.command(index, site),
+        ready=http_ok(f"https://127.0.0.1:{site.port}/health", authority=servers.keys / "ca.pem"),
+        ports={"control": site.port},
     )
 
 
@@ -266,7 +348,7 @@ def _supernode(servers: _Servers, index: int) -> Service:
     name, port = f"supernode-{index + 1}", servers.supernodes[index]
     config = {
         "aggregator": f"https://127.0.0.1:{servers.aggregators[index]}",
-        "token": str(servers.aggregator(index) / "token"),
+        "token": str(servers.site(index).token),
         "authority": str(servers.keys / "ca.pem"),
     }
     return Service(
@@ -447,17 +529,16 @@ class _App:
 
 
 @contextmanager
-def _running(servers: _Servers, say: Callable[[str], None]) -> Iterator[tuple[_Keeper, _App]]:
-    """All servers, ready, and a ServerApp on them."""
-    keeper, app = _Keeper(servers, say), _App(servers, say)
+def _running(servers: _Servers, aggregators: Aggregators, say: Callable[[str], None]) -> Iterator[_Keeper]:
+    """All servers, ready."""
+    keeper = _Keeper(servers, say)
     try:
-        first, second, third = _stages(servers)
+        first, second, third = _stages(servers, aggregators)
         say(f"Starting a SuperLink, {servers.count} aggregators and their SuperNodes; logs: {servers.logs}")
         keeper.start(first)
         keeper.start(second)
         keeper.start(third)
-        app.start()
-        yield keeper, app
+        yield keeper
     finally:
         keeper.stop()
 
@@ -531,12 +612,12 @@ def _flwr(servers: _Servers, *words: str) -> str:
     return done.stdout
 
 
-def _last_clip(servers: _Servers, rounds: Rounds) -> float:
+def _last_clip(rounds: Rounds) -> float:
     """The largest that an aggregator's last release was clipped to."""
     clips = []
-    for index in range(servers.count):
+    for folder in rounds.folder.glob("aggregator-*"):
         try:
-            entries = Ledger.read(servers.aggregator(index)).entries
+            entries = Ledger.read(folder).entries
         except NotFound:
             continue
         clips += [entry.clip for entry in entries[-1:]]

@@ -20,6 +20,7 @@ from hybrid.plan import (
     Local,
     Policy,
     TrainPlan,
+    Turn,
     open_signed,
     sign,
 )
@@ -68,6 +69,16 @@ def test_a_plan_comes_back_with_its_weights():
     np.testing.assert_array_equal(weights, WEIGHTS)
     assert not weights.flags.writeable
     assert weights.flags.aligned
+
+
+def test_a_turn_comes_back_and_is_absent_where_there_is_none():
+    """A device of before there were turns reads a plan by coins, and refuses one that asks it to keep a separation."""
+    turn = Turn(training="5" * 32, first_step=3, last_step=13, separation=8)
+    plan = PLAN.model_copy(update={"turn": turn})
+    assert open_signed(sign(plan, KEY, WEIGHTS), PUBLIC)[0] == plan
+    assert b'"turn"' not in MESSAGE
+    with pytest.raises(ValidationError, match="at most last_step"):
+        Turn(training="5" * 32, first_step=3, last_step=2, separation=8)
 
 
 def test_a_halt_comes_back():

@@ -364,3 +364,19 @@ def test_how_a_model_is_served_is_not_part_of_its_definition():
 def test_noise_that_spans_rounds_needs_to_know_who_comes_back_when(training: dict[str, Any], message: str):
     """And one clip for all rounds."""
     refused(lambda: Training(**training), message)
+
+
+def test_a_declaration_is_read_from_a_json_file(tmp_path):
+    """As it was written; what is no file, no JSON object, or has a wrong field, is said in one sentence."""
+    file, entity = tmp_path / "entity.json", Entity(name="offer", join_key="offer_id")
+    with pytest.raises(ConfigError, match=r"Entity file '.*entity.json' cannot be read: No such file"):
+        Entity.read(file)
+    file.write_text(entity.model_dump_json())
+    assert Entity.read(file) == entity
+    for content in ("[1]", "{", "\xff"):
+        file.write_text(content, encoding="latin-1")
+        with pytest.raises(ConfigError, match="must be a JSON object"):
+            Entity.read(file)
+    file.write_text('{"name": "offer"}')
+    with pytest.raises(ConfigError, match="join_key"):
+        Entity.read(file)

@@ -1,10 +1,12 @@
 import itertools
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 
 import httpx
@@ -12,12 +14,15 @@ import numpy as np
 import pytest
 
 from hybrid import http as hybrid_http
+from hybrid.bundle import trusted_key
+from hybrid.errors import Halted
 from hybrid.federation import checkin
 from hybrid.federation.aggregator import Round
 from hybrid.federation.checkin import HEALTH, MAX_CHECK_IN, Service, listening
 from hybrid.federation.fleet_aggregator import Refused
-from hybrid.federation.tests.test_fleet_aggregator import ROUND_S, SAID, body, built, name, plan_of, task
-from hybrid.plan import CHECK_IN, UPDATE
+from hybrid.federation.remote import RemoteAggregator
+from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of, task
+from hybrid.plan import CHECK_IN, UPDATE, Halt, open_signed
 from hybrid.privacy.ledger import Ledger
 
 
@@ -173,6 +178,7 @@ def test_a_service_that_ends_leaves_no_thread():
     assert threading.active_count() <= before
 
 
+TOKEN = "t" * 32
 SERVICE = {
     "task": task().model_dump(),
     "sampling": 0.5,
@@ -200,23 +206,103 @@ def test_the_rounds_of_a_process_are_reserved_and_what_an_earlier_one_spent_is_a
     assert counts == [3, 3, 1, 2]  # the third: of the entry that was written by hand
 
 
-def test_a_process_serves_devices_until_it_is_told_to_end(tmp_path):
-    """It ends with status 0, and says what is wrong with its settings in one sentence."""
-    settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps(SERVICE))
-    words = [sys.executable, "-m", "hybrid.federation.checkin", "--settings", settings, "--port", "0"]
-    words += ["--ledger", tmp_path / "run", "--keys", tmp_path / "keys"]
+NOISELESS = {"noise_multiplier": 0, "epsilon": None, "delta": None}
+
+
+@contextmanager
+def process(tmp_path, port=0, **changes):
+    """An aggregator's process, its devices' port, and a ClientApp's way to it."""
+    settings, token = tmp_path / "settings.json", tmp_path / "token"
+    settings.write_text(json.dumps(SERVICE | changes))
+    token.write_text(TOKEN)
+    words = [sys.executable, "-m", "hybrid.federation.checkin", "--settings", settings, "--token", token]
+    words += ["--folder", tmp_path / "run", "--keys", tmp_path / "keys", "--port", "0", "--control-port", port]
     pipe = subprocess.PIPE
-    with subprocess.Popen([*map(str, words)], stdout=pipe, stderr=pipe, text=True) as process:
-        port = int(process.stdout.readline().split()[-1])
-        answer = httpx.post(f"http://127.0.0.1:{port}{CHECK_IN}", json=SAID.model_dump())
-        assert (answer.status_code, int(answer.headers["retry-after"]) > 0) == (204, True)
-        process.terminate()
-        assert process.communicate(timeout=30) == ("", "")
-        assert process.returncode == 0
-    settings.write_text(json.dumps(SERVICE | {"sampling": 2}))
-    refused = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=60, check=False)
-    assert refused.returncode == 1
-    assert refused.stderr.startswith(
-        "aggregator: 'settings.json' must be the settings of an aggregator as JSON: sampling"
-    )
+    with subprocess.Popen([*map(str, words)], stdout=pipe, stderr=pipe, text=True) as started:
+        try:
+            ports = re.findall(r"port (\d+)", started.stdout.readline())
+            assert len(ports) == 2, started.communicate()
+            url = f"http://127.0.0.1:{ports[1]}"
+            yield started, int(ports[0]), RemoteAggregator(url=url, token=TOKEN, run="7", timeout_s=30)
+        finally:
+            started.kill()
+
+
+def checked_in(port, said=SAID):
+    return httpx.post(f"http://127.0.0.1:{port}{CHECK_IN}", json=said.model_dump(), trust_env=False)
+
+
+def end(started):
+    """As whoever runs it ends it."""
+    started.terminate()
+    said, logged = started.communicate(timeout=30)
+    assert (started.returncode, said) == (0, "")
+    lines = [line.split(" ", maxsplit=2)[2] for line in logged.splitlines()]
+    assert [line for line in lines if not re.fullmatch(r"round \d+, attempt \d+: released", line)] == [
+        "uploads not taken: none"
+    ]
+
+
+def test_a_process_opens_rounds_for_its_client_and_ends_when_it_is_told_to(tmp_path):
+    """Between rounds devices are told when to come; one that comes is in the sum. Without noise there is no ledger."""
+    with process(tmp_path, task=SERVICE["task"] | {"round_s": 1}, **NOISELESS) as (started, port, client):
+        assert checked_in(port).status_code == 204
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(client.run_round, 1, FLAT)
+            until(lambda: checked_in(port).status_code == 200)
+            plan, weights = open_signed(checked_in(port).content, trusted_key(tmp_path / "keys" / "bundle-signing.pub"))
+            np.testing.assert_array_equal(weights, FLAT)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as device:
+                assert put(device, plan.id, name(1), body(3, 4)).status_code == 200
+            np.testing.assert_allclose(coming.result(20).sum, [3, 4])
+        end(started)
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
+def test_settings_that_are_wrong_are_one_sentence(tmp_path):
+    """Out of range, or noise without a budget."""
+    for wrong, told in (
+        ({"sampling": 2}, "aggregator: Service.sampling: Input should be less than or equal to 1, got 2"),
+        ({"epsilon": None}, "aggregator: Service: epsilon and delta must be given with noise"),
+        ({"noise_multiplier": 0}, "aggregator: Service: epsilon and delta must be given with noise"),
+    ):
+        with pytest.raises(AssertionError) as failed, process(tmp_path, **wrong):
+            pass
+        assert told in str(failed.value)
+
+
+def test_an_aggregator_killed_in_a_round_runs_it_again_for_the_client_that_waits(tmp_path):
+    """Another plan, one release, one entry: what was lost had not been paid for."""
+    task_of_two_seconds = SERVICE["task"] | {"round_s": 2}
+    with ThreadPoolExecutor(1) as thread:
+        with process(tmp_path, task=task_of_two_seconds) as (killed, port, client):
+            coming = thread.submit(client.run_round, 1, FLAT)
+            until(lambda: checked_in(port).status_code == 200)
+            first = checked_in(port).content
+            killed.kill()
+            killed.wait()
+        control = int(client.url.split(":")[-1])
+        with process(tmp_path, control, task=task_of_two_seconds) as (started, port, _):
+            until(lambda: checked_in(port).status_code == 200)
+            assert checked_in(port).content != first
+            assert np.isfinite(coming.result(20).sum).all()
+            end(started)
+    entries = Ledger.read(tmp_path / "run").entries
+    assert [(entry.round, entry.attempt) for entry in entries] == [(1, 1)]
+
+
+def test_a_halt_ends_the_open_round_reaches_devices_and_survives_kill_9(tmp_path):
+    """No round of the version is run any more, and devices get the signed halt."""
+    halt, trust = Halt(model="kiosk", versions=(4,), reason="it is wrong"), tmp_path / "keys" / "bundle-signing.pub"
+    with process(tmp_path, **NOISELESS) as (killed, port, client), ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(client.run_round, 1, FLAT)
+        until(lambda: checked_in(port).status_code == 200)
+        client.halt(halt)
+        with pytest.raises(Halted, match="the round was stopped: version 4 was halted"):
+            coming.result(20)
+        killed.kill()
+    with process(tmp_path, **NOISELESS) as (started, port, client):
+        with pytest.raises(Halted, match="no round is opened any more: version 4 was halted"):
+            client.run_round(1, FLAT)
+        assert open_signed(checked_in(port).content, trusted_key(trust))[0] == halt
+        end(started)

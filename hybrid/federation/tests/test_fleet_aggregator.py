@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError, PlanError, RoundStopped
+from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError, Halted, PlanError, RoundStopped
 from hybrid.federation.aggregator import Round
 from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import IDLE_S, FleetAggregator, Refused, Task
@@ -144,14 +144,25 @@ def test_a_halt_reaches_who_checks_in_and_ends_the_round_unreleased(tmp_path):
         aggregator, clock = built(NOISY, ledger)
         with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S) as release:
             aggregator.halt([3, 4], "it is wrong")
-            with pytest.raises(RoundStopped, match="version 4 was halted"):
+            with pytest.raises(Halted, match="version 4 was halted"):
                 release.result(10)
         assert ledger.entries == []
-        with pytest.raises(ConfigError, match="halted"):
+        aggregator.stop("its process ends")  # which does not hide that it was halted
+        with pytest.raises(Halted, match="no round is opened any more: version 4 was halted"):
             aggregator.run_round(2, FLAT)
     message, _ = open_signed(aggregator.check_in(SAID).body, TRUST)
     assert message == Halt(model="kiosk", versions=(3, 4), reason="it is wrong")
     assert aggregator.check_in(SAID.model_copy(update={"version": 5})).status == 204
+
+
+def test_an_aggregator_that_is_stopped_ends_its_round_and_opens_no_other():
+    aggregator, clock = built()
+    with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S) as release:
+        aggregator.stop("its process ends")
+        for asked in (lambda: release.result(10), lambda: aggregator.run_round(2, FLAT)):
+            with pytest.raises(RoundStopped, match="its process ends") as stopped:
+                asked()
+            assert not isinstance(stopped.value, Halted)
 
 
 def test_who_has_another_model_or_version_is_given_nothing():

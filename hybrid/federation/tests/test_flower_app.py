@@ -41,7 +41,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path):
     job = Job(rounds=2, planned_cohort=10.0, training=TRAINING, nodes=2)
     (tmp_path / "job.json").write_text(job.model_dump_json())
     assert Job.read(tmp_path / "job.json") == job
-    with pytest.raises(ConfigError, match="job must name"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         Job.read(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="rounds"):
         Job(rounds=0, planned_cohort=10.0, training=TRAINING, nodes=2)

@@ -146,7 +146,7 @@ def test_a_part_is_read_as_it_was_written(part, tmp_path):
     settings = part()[0].part
     (tmp_path / "part.json").write_text(settings.model_dump_json())
     assert Part.read(tmp_path / "part.json") == settings
-    with pytest.raises(ConfigError, match="must be a part's settings"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         Part.read(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="index must be less"):
         Part(**settings.model_dump() | {"index": 1})

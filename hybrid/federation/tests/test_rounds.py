@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.federation.rounds import Answer, OpenRound
+from hybrid.federation.rounds import MOST_UPLOADS, Answer, OpenSum, Uploads
 from hybrid.plan import Local, TrainPlan
 from hybrid.privacy.mechanisms import clip_rows
 from hybrid.update import encode, head, length
@@ -24,6 +24,34 @@ def body(*values):
 
 def name(number):
     return f"{number:032x}"
+
+
+class OpenRound:
+    """One plan, and the one sum that its uploads go into."""
+
+    def __init__(self, asked, most=MOST_UPLOADS):
+        self._uploads, self._sum = Uploads(asked), OpenSum(asked.parameters, most)
+
+    def take(self, upload, content, now_ms, weight=1.0):
+        return self._uploads.take(upload, content, now_ms, self._sum, weight)
+
+    def close(self):
+        total, self._sum = self._sum.close(), None
+        return total
+
+
+def test_an_update_is_weighed_after_the_clip():
+    """(30, 40) is clipped to (3, 4), and half of it is (1.5, 2); (1, 2) at a quarter is (0.25, 0.5)."""
+    opened = OpenRound(plan())
+    opened.take(name(1), body(30, 40), 0, 0.5)
+    opened.take(name(2), body(1, 2), 0, 0.25)
+    np.testing.assert_allclose(opened.close().total, [1.75, 2.5])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0001, NAN, -1.0])
+def test_no_weight_is_above_one(weight):
+    with pytest.raises(AssertionError):
+        OpenRound(plan()).take(name(1), body(1, 2), 0, weight)
 
 
 def test_uploads_are_clipped_and_summed():
@@ -119,16 +147,16 @@ bodies = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(
-    sent=st.lists(st.tuples(st.integers(0, 9), bodies), max_size=12),
+    sent=st.lists(st.tuples(st.integers(0, 9), bodies, st.floats(0.01, 1)), max_size=12),
     upload=st.sampled_from(["float32", "int8"]),
 )
 def test_whatever_comes_under_one_id_moves_the_sum_by_the_clip_at_most(sent, upload):
     """All that one id sends, in any order among others', moves the sum by at most the clip, and no count but by one."""
     with_it, without = OpenRound(plan(3, 0.5, upload)), OpenRound(plan(3, 0.5, upload))
-    for sender, content in sent:
-        with_it.take(name(sender), content, 0)
+    for sender, content, weight in sent:
+        with_it.take(name(sender), content, 0, weight)
         if sender != 0:
-            without.take(name(sender), content, 0)
+            without.take(name(sender), content, 0, weight)
     one, other = with_it.close(), without.close()
     assert np.linalg.norm(one.total - other.total) <= 0.5 * (1 + 1e-12)
     assert 0 <= one.received - other.received <= 1

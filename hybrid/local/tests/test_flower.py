@@ -3,7 +3,6 @@ import ssl
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -217,8 +216,8 @@ def test_what_is_left_of_another_federation_is_refused(tmp_path, done, count, to
         _made(tmp_path / f"aggregator-{index}")
     servers = flower._Servers(tmp_path, count)
     with pytest.raises(FederationError, match=told):
-        flower._check_kept(servers, SimpleNamespace(done=done))
-    flower._check_kept(flower._Servers(tmp_path, 2), SimpleNamespace(done=1))
+        flower._check_kept(servers, done)
+    flower._check_kept(flower._Servers(tmp_path, 2), 1)
 
 
 def _made(folder):

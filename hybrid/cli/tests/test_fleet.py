@@ -1,0 +1,48 @@
+from contextlib import contextmanager
+
+import pytest
+from typer.testing import CliRunner
+
+from hybrid.cli import app
+from hybrid.errors import AggregatorError, ConfigError
+from hybrid.federation.remote import control_app, controlled, new_token
+from hybrid.plan import Halt
+
+
+@contextmanager
+def switch(folder):
+    """An aggregator's control side, as options of the command, and what it was told to halt."""
+    halted = []
+    control = control_app(None, new_token(folder / "token"), size=2, folder=folder, halt=halted.append)
+    with controlled(control, host="127.0.0.1", port=0) as port:
+        yield ["--aggregator", f"http://127.0.0.1:{port}", "--token", str(folder / "token")], halted
+
+
+def halt(*words):
+    return CliRunner().invoke(app, ["fleet", "halt", "coupon", *words], catch_exceptions=False).stdout
+
+
+def test_versions_are_halted_at_a_running_aggregator(tmp_path):
+    """Both, with the reason; the command says so once the aggregator has taken it."""
+    with switch(tmp_path) as (aggregator, halted):
+        said = halt("--versions", "3", "--versions", "4", "--reason", "it is wrong", *aggregator)
+    assert halted == [Halt(model="coupon", versions=(3, 4), reason="it is wrong")]
+    assert said.startswith("coupon: version 3, 4 is halted at http://127.0.0.1:")
+
+
+def test_a_halt_that_was_not_taken_is_an_error(tmp_path):
+    """Nobody is there; it is no halt; or the address is open to others without TLS."""
+    empty = pytest.raises(ConfigError, match="reason: String should have at least 1 character, got ''")
+    with switch(tmp_path) as (aggregator, _), empty:
+        halt("--versions", "3", "--reason", "", *aggregator)
+    with pytest.raises(AggregatorError, match="did not take the halt"):
+        halt("--versions", "3", "--reason", "it is wrong", *aggregator)
+    with pytest.raises(ConfigError, match="must begin with https"):
+        halt("--versions", "3", "--reason", "r", "--aggregator", "http://a.example", "--token", str(tmp_path / "token"))
+
+
+def test_a_port_is_not_chosen_for_several_aggregators():
+    with pytest.raises(ConfigError, match="--port must be left out with --federation"):
+        CliRunner().invoke(
+            app, ["fleet", "run", "coupon", "--federation", "local", "--port", "8090"], catch_exceptions=False
+        )

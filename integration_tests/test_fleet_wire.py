@@ -1,0 +1,136 @@
+"""A fleet behind Flower's wire: real devices, aggregators' processes, SuperNodes and a SuperLink."""
+
+import os
+import random
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.federation.aggregator import Round, SimulatedAggregator
+from hybrid.federation.checkin import Service
+from hybrid.federation.flower_app import Job
+from hybrid.federation.tests.test_checkin import SERVICE, end, process
+from hybrid.local.fleet import Order, Promoted, train_over_flower
+from hybrid.local.prepared import prepare
+from hybrid.plan import Policy
+from hybrid.privacy.ledger import Ledger
+from hybrid.spec import Training
+from hybrid.version import TrainingRecord, Version
+from integration_tests.test_fleet_rounds import LOCAL, USERS, World, run_server
+
+KILLS = 2 + int(os.environ.get("HYBRID_TEST_KILLS", "1"))
+ROUND_S = (
+    30  # enough for a hundred devices that train one after another on a third of a core: it is the clock that closes
+)
+
+
+def promoted(world: World, rounds: int) -> Promoted:
+    settings = Training(
+        rounds=rounds,
+        sampling=1.0,
+        local_steps=LOCAL.steps,
+        local_lr=LOCAL.lr,
+        server_optimizer="SGD",
+        server_lr=1.0,
+        server_options={"momentum": 0.5},
+    )
+    record = TrainingRecord(kind="noiseless", run="before", population="people", users=USERS, examples=0)
+    version = Version("kiosk", 4, "cd" * 32, {}, record, world.network.weights())
+    return Promoted(version, world.network, settings, world.bundle, world.trust, world.manifest)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("fleet"))
+
+
+def test_200_devices_behind_flower_train_what_the_simulator_trains(world, tmp_path, processes_naming):
+    """The same plan, people and server, two rounds, half of the updates longer than the clip, and no noise, to 1e-5.
+
+    Each of two aggregators has a hundred devices; everybody takes part, with all rows in each local step, so that
+    nothing is left to chance.
+    """
+    norms = np.linalg.norm(np.concatenate(list(world.engine().updates(world.weights, np.arange(USERS)))), axis=1)
+    settings, simulated = Round(sampling=1.0, clip=float(np.median(norms)), noise_multiplier=0.0, minimum=0), {}
+    run_server(
+        SimulatedAggregator(world.engine(), None, settings, seed=0), USERS, 2, world.weights, simulated.__setitem__
+    )
+    order = Order(promoted(world, 2), settings, world.people, ROUND_S, 2, world.folder / "keys", print)
+    outcome = train_over_flower(order, None, tmp_path / "run", print)
+    assert (outcome.failed, outcome.endings["uploaded"]) == (0, 2 * USERS)
+    np.testing.assert_allclose(order.promoted.side.flat(), simulated[2], atol=1e-5)
+    assert np.linalg.norm(simulated[2] - simulated[1]) > 0.01
+    assert processes_naming(str(tmp_path)) == []
+    left = {path.name for path in (tmp_path / "run").glob("federation-1/**/*") if path.is_file()}
+    assert {name for name in left if not name.endswith(".log")} == {"done.json"}
+
+
+def test_a_prepared_training_is_paid_for_before_its_first_round_and_no_process_can_release_more(world, tmp_path):
+    """Two rounds: two entries in the run's ledger; an aggregator releases two and no third; epsilon is the same."""
+    going_on = promoted(world, 2)
+    with going_on.paid(6.0, 200, tmp_path / "run") as (settings, ledger):
+        about = {"round_s": 0.05, "devices": 200, "aggregators": 2, "population": "people", "run": "spring"}
+        prepared = prepare(tmp_path / "spring", going_on, settings, ledger, **about)
+        with pytest.raises(ConfigError, match="folder must be a new one"):
+            prepare(tmp_path / "spring", going_on, settings, ledger, **about)
+    assert [entry.round for entry in Ledger.read(tmp_path / "run").entries] == [1, 2]
+    service, job = Service.read(tmp_path / "spring" / "aggregator.json"), Job.read(tmp_path / "spring/job/job.json")
+    assert (job.nodes, job.rounds, job.planned_cohort, service.task.wanted) == (2, 2, 200, 100)
+    assert service.task.policy == Policy(), "a device takes part at most once a day"
+    with service.aggregator(tmp_path / "aggregator", world.folder / "keys") as aggregator:
+        for number in (1, 2):
+            aggregator.run_round(number, np.load(tmp_path / "spring/job/initial.npy"))
+        with pytest.raises(BudgetExceeded):
+            aggregator.run_round(3, world.weights)
+    spent = Ledger.read(tmp_path / "aggregator").spent().epsilon
+    assert spent == pytest.approx(prepared.record.epsilon) == Ledger.read(tmp_path / "run").spent().epsilon
+    assert (prepared.record.rounds, prepared.record.examples, prepared.record.users) == (2, None, 200)
+
+
+def test_kill_9_of_an_aggregator_spends_nothing_unseen_and_repeats_no_noise(tmp_path):
+    """At any moment of a round, or between two, while a ClientApp asks for one round after another.
+
+    Each round is answered in the end, by noise of its own; the ledger has an entry for each, and none twice; asked for
+    the last one again, it gives the same bytes.
+    """
+    flat, sums, over = np.zeros(2, np.float32), [], threading.Event()
+    budget = {"task": SERVICE["task"] | {"round_s": 1}, "rounds": 200, "epsilon": 1000.0}
+    seed = random.randrange(10**6)
+    print(f"seed of the kills: {seed}")
+    chance = random.Random(seed)
+
+    def ask(client):
+        while not over.is_set():
+            sums.append(client.run_round(len(sums) + 1, flat).sum.tobytes())
+
+    with process(tmp_path, **budget) as (first, _, impatient):
+        client = replace(impatient, timeout_s=600)  # longer than all of its lives together
+        asking = threading.Thread(target=ask, args=(client,))
+        asking.start()
+        time.sleep(chance.uniform(0, 3))
+        first.kill()
+    port = int(client.url.split(":")[-1])
+    try:
+        for _ in range(KILLS - 1):
+            with process(tmp_path, port, **budget) as (killed, _, _):
+                time.sleep(chance.uniform(0, 3))  # any moment is as good as another
+                killed.kill()
+        with process(tmp_path, port, **budget) as (started, _, _):
+            before = len(sums)
+            while len(sums) < before + 2:
+                assert asking.is_alive()
+                time.sleep(0.05)
+            over.set()
+            asking.join(30)
+            assert client.run_round(len(sums), flat).sum.tobytes() == sums[-1]
+            end(started)
+    finally:
+        over.set()
+        asking.join(60)
+    entries = [(entry.round, entry.attempt) for entry in Ledger.read(tmp_path / "run").entries]
+    assert len(set(entries)) == len(entries) >= len(sums) == len(set(sums))
+    assert {number for number, _ in entries} == set(range(1, len(sums) + 1))
