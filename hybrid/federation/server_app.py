@@ -76,7 +76,7 @@ def _sleep(waited_s: float) -> None:
 
 
 def _replies(grid: Grid, messages: Iterable[Message], timeout_s: float) -> list[Message]:
-    """One of each node that answered in time: `Grid.send_and_receive`, made prompt, and not to lose what was answered.
+    """One of each node that answered in time: `Grid.send_and_receive`, but for replies that were lost.
 
     A reply that was lost on its way, with a SuperLink that was killed, is asked for again: the aggregator gives the
     sum that it had released.
