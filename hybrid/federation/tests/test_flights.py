@@ -95,7 +95,7 @@ def test_a_device_that_is_slower_than_the_deadline_sends_nothing_and_frees_its_p
 def test_nobody_is_in_two_flushes_that_are_closer_than_the_separation(
     users, updates, separation, at_once, oldest, spread, dropout, seed
 ):
-    """Whatever the fleet is: sensitivity rests on it. And each flush is full or a day long, and nobody in it too stale."""
+    """Whatever the fleet is: sensitivity rests on it. And each flush is full or a day long, and nobody too stale."""
     if updates * (separation + oldest) > users:
         with pytest.raises(ConfigError, match=r"buffer x \(separation \+ max_staleness\) must be at most"):
             schedule(np.ones(users), updates=updates, separation=separation, oldest=oldest)
