@@ -9,7 +9,7 @@ memory      the process's, after a thousand uploads and after all
 
 Beside them, what uvicorn answers at most that reads the same bodies and does nothing. Devices and aggregator share
 the machine's cores. Then how long a fleet trains until its model is good: see `benchmarks.fleet_async`. Takes
-about eight minutes.
+about five minutes.
 """
 
 from __future__ import annotations
