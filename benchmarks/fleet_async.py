@@ -1,7 +1,7 @@
 """How long a fleet with a heavy tail trains until the model is good: asynchronously, and by rounds.
 
 The study coach's students (OULAD), one device each, at epsilon 8. By rounds: devices toss coins, which amplifies, and a
-round closes after its deadline, the next begins at once. Asynchronously: no sampling is claimed, and each K updates make
+round closes after its deadline, the next begins at once. Asynchronously: no sampling is claimed, and K updates make
 a flush. Of either several ways are tried, deadlines or K, and steps, and for each seed the one counts that suited it
 best. Either way a thousand devices are at work at once. Time is the fleet's, simulated; good is `TARGET` below what
 training on pooled data reaches, by the mean of three points of the curve in a row.
