@@ -136,10 +136,15 @@ class PaidMechanism:
         size: p, the length of a flat update.
         repeats: entries of rounds that are only computed again, after a restart: see `next_attempt`.
 
+    Attributes:
+        horizon: names it in the ledger, where a matrix mechanism may be begun anew on the same one.
+
     Raises:
         ConfigError: noise is drawn, and there is no ledger to pay for what it covers; or rounds are to be repeated
             whose noise cannot be.
     """
+
+    horizon: str | None = None
 
     def __init__(
         self,
@@ -226,7 +231,15 @@ class PaidMechanism:
         def pay() -> None:
             self._repeats.pop(number, None)  # a second release in this process is a new attempt in any case
             if self._ledger is not None and (paid is None or attempt != paid.attempt):
-                self._ledger.spend(event, purpose=PURPOSE, clip=clip, round_number=number, attempt=attempt, step=step)
+                self._ledger.spend(
+                    event,
+                    purpose=PURPOSE,
+                    clip=clip,
+                    round_number=number,
+                    attempt=attempt,
+                    step=step,
+                    horizon=self.horizon,
+                )
 
         seed = self._seed
         source = SystemNoise() if seed is None else SeededNoise(seed, NOISE, number, attempt)

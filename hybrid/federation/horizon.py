@@ -4,12 +4,16 @@ Secret: who has it can take noise out of what was released. So it is a file of i
 of a checkpoint and never of a backup: a state put back is one whose later steps were drawn already.
 
 It is written twice a step, both times whole or not at all: once the sum is fixed, before the ledger is, and once noise
-was drawn, before the noised sum leaves. So after a crash
+was drawn, before the noised sum leaves. Entries of the ledger name their horizon. So after a crash
 
-    the ledger has as many entries of the mechanism as the file says     no noise was drawn since: it goes on
-    one more, and the file said that a step was about to be paid for     its sum never left: the step is walked over
-    others                                                               it is not the state that the ledger goes on
-                                                                         from: a new horizon, which is paid for anew
+    the ledger has as many of this horizon as the file says            no noise was drawn since: it goes on
+    so many, or that step's too, and the file said that a step was     its sum never left: the step is walked over
+    about to be paid for
+    others                                                             it is not the state that the ledger goes on
+                                                                       from: a new horizon, which is paid for anew
+
+A step that may have been drawn is never opened again, paid for or not: else a file of before it, put back after it
+had left, would look like that crash.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import json
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -28,9 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
-from hybrid.federation.aggregator import PURPOSE, PaidMechanism, Round
+from hybrid.federation.aggregator import PaidMechanism, Round
 from hybrid.plan import Turn
-from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.ledger import Ledger, MatrixEntry
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +46,7 @@ class Resumption(StrEnum):
     """What a process that takes over does with what it found."""
 
     GO_ON = "go_on"
-    WALK_OVER = "walk_over"  # the step that was paid for and never left
+    WALK_OVER = "walk_over"  # the step that was about to be paid for, or was, and never left
     ANEW = "anew"
 
 
@@ -50,10 +55,10 @@ class Standing:
     """What the file holds.
 
     Attributes:
-        training: names the horizon to devices.
+        training: names the horizon, to devices and in the ledger.
         about: the settings of the mechanism, which must be the same.
         step: steps of the horizon that are used up.
-        entries: that the ledger had of the mechanism.
+        entries: that the ledger had of the horizon.
         drawing: whether the next step was about to be paid for.
         buffers: (memory, p) of the factor.
     """
@@ -65,11 +70,14 @@ class Standing:
     drawing: bool
     buffers: NDArray[np.float64] = field(repr=False)
 
-    def resumption(self, entries: int) -> Resumption:
-        """What to do where the ledger has so many entries of the mechanism."""
-        if entries == self.entries:
-            return Resumption.GO_ON
-        return Resumption.WALK_OVER if self.drawing and entries == self.entries + 1 else Resumption.ANEW
+    def resumption(self, steps: Sequence[int]) -> Resumption:
+        """What to do where the ledger has entries of these steps of the horizon, in this order."""
+        since = list(steps[self.entries :])
+        if len(steps) < self.entries or since not in ([], [self.step + 1]):
+            return Resumption.ANEW
+        if self.drawing:
+            return Resumption.WALK_OVER
+        return Resumption.ANEW if since else Resumption.GO_ON
 
     def write(self, file: Path) -> None:
         """Puts it in the place of the one before, at once, and on the disk before this returns.
@@ -80,8 +88,8 @@ class Standing:
         values = asdict(self) | {"buffers": self.buffers.shape}
         content = json.dumps(values).encode() + b"\n" + np.ascontiguousarray(self.buffers, "<f8").tobytes()
         draft = file.with_name(f".{file.name}")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
-            os.fchmod(handle.fileno(), 0o600)  # a draft that was there may be others'
+        draft.unlink(missing_ok=True)  # one that was there may be others', or be read by them
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
             handle.write(content + hashlib.sha256(content).digest())
             handle.flush()
             os.fsync(handle.fileno())
@@ -133,10 +141,10 @@ class Horizon:
         self, file: Path, mechanism: PaidMechanism, settings: Round, ledger: Ledger | None, *, size: int
     ) -> None:
         assert settings.matrix is not None
-        self._file, self._mechanism, self._settings, self._ledger = file, mechanism, settings, ledger
+        self._file, self._mechanism, self._ledger = file, mechanism, ledger
         self._matrix = settings.matrix
         self._about = f"{settings.matrix!r} x {settings.noise_multiplier!r}, clip {settings.clip!r}, {size} numbers"
-        self._training = secrets.token_hex(16)
+        self._training = mechanism.horizon = secrets.token_hex(16)
         self._used = False
         self._begin(Standing.read(file))
 
@@ -146,9 +154,9 @@ class Horizon:
                 f"noise state {self._file.name!r} must be of this clip, noise and matrix, and is of others: it can "
                 "only be gone on with as it was begun; give another file to begin another training"
             )
-        way = Resumption.ANEW if found is None else found.resumption(self._entries)
+        way = Resumption.ANEW if found is None else found.resumption(self._steps(found.training))
         if found is not None and way is not Resumption.ANEW:
-            self._training = found.training
+            self._training = self._mechanism.horizon = found.training
             self._mechanism.restore(self._mechanism.state() | {"round": found.step, "buffers": found.buffers})
         if found is not None:
             log.info("noise state of step %d: %s", found.step, way)
@@ -190,14 +198,14 @@ class Horizon:
         self._used = False
         self._save(drawing=False)
 
-    @property
-    def _entries(self) -> int:
-        """Of this mechanism, in the ledger; without noise there is none."""
+    def _steps(self, training: str) -> list[int]:
+        """Of a horizon, that the ledger has, in order; without noise there are none."""
         entries = () if self._ledger is None else self._ledger.entries
-        return sum(entry.purpose == PURPOSE and entry.event == self._settings.event for entry in entries)
+        return [entry.step for entry in entries if isinstance(entry, MatrixEntry) and entry.horizon == training]
 
     def _save(self, *, drawing: bool) -> None:
         state: dict[str, Any] = self._mechanism.state()
         over = state["round"] == self._matrix.participation.rounds
         buffers = np.zeros_like(state["buffers"]) if over else state["buffers"]  # no more noise: the secret may go
-        Standing(self._training, self._about, state["round"], self._entries, drawing, buffers).write(self._file)
+        entries = len(self._steps(self._training))
+        Standing(self._training, self._about, state["round"], entries, drawing, buffers).write(self._file)

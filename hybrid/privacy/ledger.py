@@ -95,6 +95,7 @@ class MatrixEntry(Line):
         noise_multiplier, sensitivity, rounds, separation: of the whole, see `MatrixEvent`.
         step: of the horizon, from 1.
         clip: L2 norm that one person moves one sum by, at most.
+        horizon: tells it from others of the same mechanism, each of which costs as much; None: the only one.
         round, attempt: which release of this purpose it was.
         time: when it was written.
     """
@@ -108,6 +109,7 @@ class MatrixEntry(Line):
     separation: int
     step: int
     clip: float
+    horizon: str | None = None
     round: int
     attempt: int
     time: AwareDatetime
@@ -125,7 +127,8 @@ def costs(entries: Iterable[AnyEntry]) -> list[Event]:
     """What releases cost: each plain one its own, the steps of one matrix mechanism theirs once.
 
     The steps of a mechanism ascend. One that does not is of another mechanism, or
-    was done again with other noise: either way all of it is counted again.
+    was done again with other noise: either way all of it is counted again. One of
+    another horizon is counted whatever its step: its first may never have been written.
 
     Args:
         entries: in the order in which they were written.
@@ -140,10 +143,10 @@ def costs(entries: Iterable[AnyEntry]) -> list[Event]:
 
 
 class _Steps:
-    """The last step of each matrix mechanism, by purpose and event."""
+    """The last step of each matrix mechanism, by purpose, event and horizon."""
 
     def __init__(self, entries: Iterable[AnyEntry] = ()) -> None:
-        self._last: dict[tuple[str, MatrixEvent], int] = {}
+        self._last: dict[tuple[str, MatrixEvent, str | None], int] = {}
         for entry in entries:
             self.note(entry)
 
@@ -151,12 +154,12 @@ class _Steps:
         """Whether it is one more step of a mechanism that is paid for."""
         if isinstance(entry, Entry):
             return False
-        return 0 < self._last.get((entry.purpose, entry.event), 0) < entry.step
+        return 0 < self._last.get((entry.purpose, entry.event, entry.horizon), 0) < entry.step
 
     def note(self, entry: AnyEntry) -> None:
         """It is in the ledger."""
         if isinstance(entry, MatrixEntry):
-            self._last[entry.purpose, entry.event] = entry.step
+            self._last[entry.purpose, entry.event, entry.horizon] = entry.step
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,7 @@ class Ledger:
         round_number: int,
         attempt: int = 1,
         step: int | None = None,
+        horizon: str | None = None,
     ) -> None:
         """Writes one release to the disk. Call it before the noise is drawn; release only if it returns.
 
@@ -317,15 +321,17 @@ class Ledger:
             clip: L2 norm that one person moves the sum by, at most.
             round_number: of the purpose.
             attempt: at the round, from 1: see `next_attempt`.
-            step: of the horizon of a `MatrixEvent`, from 1; None for a `GaussianEvent`. The first is charged for
-                all; each later one is free, and one that does not come after the last is charged for all again.
+            step: of the horizon of a `MatrixEvent`, from 1; None for a `GaussianEvent`. The first that is written is
+                charged for all; each later one is free, and one that does not come after the last is charged for all
+                again.
+            horizon: names it, where one of the same mechanism may have been begun in this ledger before.
 
         Raises:
             BudgetExceeded: it was not reserved and would pass the budget. Nothing was written.
             ConfigError: the attempt is in the ledger already, the event counts more than one release, or the
                 step is outside the horizon.
         """
-        entry = _entry(event, step, purpose=purpose, clip=clip, round=round_number, attempt=attempt)
+        entry = _entry(event, step, horizon, purpose=purpose, clip=clip, round=round_number, attempt=attempt)
         if attempt < self.next_attempt(purpose, round_number):
             raise ConfigError(
                 f"attempt {attempt} at {purpose} round {round_number} is in the ledger already: it needs a new one"
@@ -371,17 +377,18 @@ class Ledger:
             raise
 
 
-def _entry(event: Event, step: int | None, **about: Any) -> AnyEntry:
+def _entry(event: Event, step: int | None, horizon: str | None, **about: Any) -> AnyEntry:
     """Raises: ConfigError: the event is of more than one release, or the step is not of its horizon."""
     about["time"] = datetime.now(UTC)
     if isinstance(event, GaussianEvent):
         assert step is None
+        assert horizon is None
         if event.count != 1:
             raise ConfigError(f"count must be 1, one entry for each release, got {event.count}")
         return Entry(noise_multiplier=event.noise_multiplier, sampling=event.sampling, **about)
     if step is None or not 1 <= step <= event.rounds:
         raise ConfigError(f"step must be in [1, {event.rounds}], the horizon that is paid for, got {step!r}")
-    return MatrixEntry(**asdict(event), step=step, **about)
+    return MatrixEntry(**asdict(event), step=step, horizon=horizon, **about)
 
 
 def _times(event: Event, count: int) -> list[Event]:

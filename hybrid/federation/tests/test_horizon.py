@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError, RoundStopped
@@ -188,13 +188,18 @@ def test_after_the_horizon_nothing_is_released_and_no_noise_is_kept(tmp_path):
 
 
 def test_the_state_is_its_owners_alone_also_where_others_left_a_draft(tmp_path):
-    """Decision 20: secret. And it is not the checkpoint's."""
-    draft = tmp_path / ".noise.state"
+    """Decision 20: secret. Nor is it written where a link points, or read by who had the draft open before."""
+    draft, elsewhere = tmp_path / ".noise.state", tmp_path / "elsewhere"
     draft.touch()
     draft.chmod(0o666)
-    fleet = Fleet(tmp_path)
-    fleet.run(1)
+    with draft.open("rb") as others:
+        fleet = Fleet(tmp_path)
+        elsewhere.touch()
+        draft.symlink_to(elsewhere)
+        fleet.run(1)
+        assert others.read() == elsewhere.read_bytes() == b""
     assert stat.S_IMODE(fleet.state.stat().st_mode) == 0o600
+    assert not fleet.state.is_symlink()
     assert not draft.exists()
 
 
@@ -225,11 +230,15 @@ def test_what_a_matrix_needs_is_asked_for(tmp_path, fields, state, why):
 
 
 def test_what_a_new_process_does_follows_from_what_the_ledger_has():
-    """Written with three entries, at rest or about to pay for the fourth."""
-    rest, drawing = (Standing("5" * 32, "", 3, 3, drawing, np.zeros((1, 2))) for drawing in (False, True))
-    ways = [[state.resumption(entries) for entries in (2, 3, 4, 5)] for state in (rest, drawing)]
+    """Written after step 4, of which three were paid for, at rest or about to pay for the fifth.
+
+    The entry of a later step is of a process that had gone on already.
+    """
+    rest, drawing = (Standing("5" * 32, "", 4, 3, drawing, np.zeros((1, 2))) for drawing in (False, True))
+    ledgers = ([1, 2], [1, 2, 4], [1, 2, 4, 5], [1, 2, 4, 6], [1, 2, 4, 5, 6])
+    ways = [[state.resumption(steps) for steps in ledgers] for state in (rest, drawing)]
     anew, go_on, over = Resumption.ANEW, Resumption.GO_ON, Resumption.WALK_OVER
-    assert ways == [[anew, go_on, anew, anew], [anew, go_on, over, anew]]
+    assert ways == [[anew, go_on, anew, anew, anew], [anew, over, over, anew, anew]]
 
 
 class Crash(BaseException):
@@ -244,7 +253,8 @@ class Story:
     """
 
     def __init__(self, folder, patch):
-        self._patch, self._backup, self._drawn, self._number = patch, folder / "backup", 0, 0
+        self._patch, self._backup, self._crashed = patch, folder / "backup", folder / "crashed"
+        self._drawn, self._number = 0, 0
         self.shown, self.crashes = [], ""
         patch.setattr(mechanism_module, "SystemNoise", lambda: self)
         write = Standing.write
@@ -252,7 +262,7 @@ class Story:
         self.fleet = Fleet(folder, round_settings(minimum=1))
 
     def gaussian(self, size, sd):
-        if self.crashes == "spent":
+        if self.crashes in ("spent", "marked"):
             raise Crash
         self._drawn += 1
         return np.eye(size)[self._drawn - 1]
@@ -261,6 +271,8 @@ class Story:
         if self.crashes == "drawn" and not state.drawing:
             raise Crash
         write(state, file)
+        if self.crashes == "marked" and state.drawing:
+            raise Crash
 
     def round(self, uploads=1):
         self._number += 1
@@ -277,10 +289,15 @@ class Story:
         with pytest.raises(Crash):
             self.round()
         self.crashes = ""
+        shutil.copy(self.fleet.state, self._crashed)
         self.fleet.restart()
 
     def drawn(self):
         self.spent("drawn")
+
+    def marked(self):
+        """A crash before the ledger has it."""
+        self.spent("marked")
 
     def restart(self):
         self.fleet.restart()
@@ -288,21 +305,30 @@ class Story:
     def backup(self):
         shutil.copy(self.fleet.state, self._backup)
 
-    def restored(self):
-        if self._backup.exists():
-            shutil.copy(self._backup, self.fleet.state)
+    def restored(self, backup=None):
+        if (backup := backup or self._backup).exists():
+            shutil.copy(backup, self.fleet.state)
             self.fleet.restart()
+
+    def restored_crash(self):
+        """A copy that was made after the last crash, before a new process had it."""
+        self.restored(self._crashed)
 
     def lost(self):
         self.fleet.state.unlink()
         self.fleet.restart()
 
 
-BEFALLS = ("round", "round", "few", "spent", "drawn", "restart", "backup", "restored", "lost")
+CRASHES, PUT_BACK = ("spent", "drawn", "marked"), ("restored", "restored_crash")
+BEFALLS = ("round", "round", "few", *CRASHES, "restart", "backup", *PUT_BACK, "lost")
 
 
 @settings(max_examples=60, deadline=None)
 @given(steps=st.lists(st.sampled_from(BEFALLS), max_size=25))
+@example(steps=["round", "lost", "few", "round"])  # the new horizon's first step is not written, its second is
+@example(steps=["round", "marked", "round", "restored_crash", "round"])
+@example(steps=["round", "spent", "round", "restored_crash", "round"])
+@example(steps=["round", "backup", "few", "round", "restored", "round"])
 def test_no_row_of_noise_is_ever_shown_twice_and_no_horizon_is_used_unpaid(tmp_path_factory, steps):
     """Rounds, attempts that are too small, crashes after a payment and after a draw, states put back or lost.
 

@@ -421,6 +421,18 @@ def test_what_is_reserved_for_a_matrix_mechanism_is_its_own(tmp_path):
         step(ledger, 8, place=1)
 
 
+def test_another_horizon_of_one_mechanism_is_charged_whatever_its_first_written_step_is(tmp_path):
+    """Step 1 of the second was never written. In what order their steps come says nothing of either; nor a restart."""
+    with opened(tmp_path, fours(2).epsilon + 1e-9) as ledger:
+        for number, (horizon, place) in enumerate([("a", 1), ("b", 2), ("a", 2), ("b", 3)], 1):
+            ledger.spend(MATRIX, purpose="train", clip=0.5, round_number=number, step=place, horizon=horizon)
+        assert costs(ledger.entries) == [MATRIX] * 2
+    with opened(tmp_path, fours(2).epsilon + 1e-9) as ledger:
+        ledger.spend(MATRIX, purpose="train", clip=0.5, round_number=5, step=3, horizon="a")
+        with pytest.raises(BudgetExceeded):
+            ledger.spend(MATRIX, purpose="train", clip=0.5, round_number=6, step=4, horizon="c")
+
+
 @pytest.mark.parametrize("place", [0, 41, None])
 def test_a_step_outside_the_horizon_is_refused(tmp_path, place):
     """Forty are paid for: they are 1 to 40."""
@@ -444,7 +456,8 @@ def test_one_torn_line_of_a_matrix_mechanism_is_one_loss():
     time = datetime(2026, 1, 1, 1, 1, 1, 123456, tzinfo=UTC)
     digits = 12.345678901234567
     about = {"purpose": "train", "noise_multiplier": digits, "sensitivity": digits, "rounds": 10_000, "separation": 100}
-    longest = MatrixEntry(**about, step=9999, clip=digits, round=9999, attempt=11, time=time)
+    about |= {"step": 9999, "clip": digits, "horizon": "f" * 32, "round": 9999, "attempt": 11, "time": time}
+    longest = MatrixEntry(**about)
     assert SHORTEST_ENTRY < len(longest.model_dump_json()) < 2 * SHORTEST_ENTRY
 
 
