@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hybrid.bundle import Manifest
-from hybrid.errors import ServingError
+from hybrid.errors import ConfigError, ServingError
 from hybrid.protocol import (
     CONSTANT,
     DEVICE_ONLY,
@@ -87,6 +87,9 @@ class Results(AbstractContextManager["Results"]):
     Args:
         file: replaced.
         batch: rows per row group.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
 
     def __init__(self, file: Path, *, batch: int = 4096) -> None:
@@ -97,7 +100,10 @@ class Results(AbstractContextManager["Results"]):
         self._schema = pa.schema(
             [(name, kinds[str(kind).partition("[")[0]]) for name, kind in Answer.__annotations__.items()]
         )
-        self._writer = pq.ParquetWriter(file, self._schema)
+        try:
+            self._writer = pq.ParquetWriter(file, self._schema)
+        except OSError as error:
+            raise ConfigError(f"{str(file)!r} cannot be written: {type(error).__name__}") from None
         self._batch = batch
         self._waiting: list[Answer] = []
         self._statuses: Counter[str] = Counter()
@@ -120,7 +126,8 @@ class Results(AbstractContextManager["Results"]):
 
         "answered" counts what the gateway answered, "predicted" what has a prediction, a fallback's included.
         """
-        p50, p99 = np.quantile(self._latencies, [0.5, 0.99]).tolist() if self._latencies else (None, None)
+        found = np.quantile(self._latencies, [0.5, 0.99]).tolist() if self._latencies else (None, None)
+        p50, p99 = (None if each is None else round(each, 3) for each in found)
         unanswered = sum(self._statuses[status] for status in UNUSABLE)
         return {
             "requests": self._statuses.total(),

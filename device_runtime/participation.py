@@ -475,7 +475,9 @@ def read_policy(file: Path | None) -> Policy:
     except OSError as error:
         raise ConfigError(f"policy {str(file)!r} cannot be read: {type(error).__name__}") from None
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'the whole'}: {fault['msg']}" for fault in error.errors()
+        )
         raise ConfigError(f"{file.name!r} must be a policy as JSON: {faults}") from None
 
 

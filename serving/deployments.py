@@ -26,6 +26,11 @@ class Deployments:
         self._seen: dict[tuple[str, int], Deployment] = {}
         self._stamp = self._stamps()
         self.take(Window.read_all(folder))
+        if not self._windows:
+            there = "holds no deployment" if folder.is_dir() else "does not exist"
+            log.warning(
+                "nothing is served: the deployments folder %r %s; `hybrid promote` writes it", str(folder), there
+            )
 
     @property
     def current(self) -> list[Deployment]:

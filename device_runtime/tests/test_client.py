@@ -366,6 +366,21 @@ def test_results_are_one_row_per_answer_and_a_summary(tmp_path: Path):
     assert summary["latency_ms"]["p50"] == 25.0
 
 
+def test_a_summary_has_latencies_to_the_microsecond(tmp_path: Path):
+    """Of a third of a millisecond three digits."""
+    with Results(tmp_path / "results.parquet") as results:
+        results.add(Answer(1, 0, "ok", 200, 0.25, latency_ms=1 / 3))
+    assert results.summary()["latency_ms"] == {"p50": 0.333, "p99": 0.333}
+
+
+def test_results_that_cannot_be_written_are_refused_by_name(tmp_path: Path):
+    """Into a folder that is not there, and in place of one."""
+    with pytest.raises(ConfigError, match=r"results.parquet' cannot be written: FileNotFoundError"):
+        Results(tmp_path / "missing" / "results.parquet")
+    with pytest.raises(ConfigError, match="cannot be written: IsADirectoryError"):
+        Results(tmp_path)
+
+
 def test_results_are_complete_though_a_run_fails(tmp_path: Path):
     """What was answered before an error can be read after it."""
 

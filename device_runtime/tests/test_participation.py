@@ -745,7 +745,8 @@ def test_a_policy_is_read_from_json(tmp_path: Path):
     for text, fault in (
         ('{"chargin": false}', "chargin: Extra"),
         ('{"battery": 30}', "battery: Input"),
-        ("", ": Invalid"),
+        ("", "the whole: Invalid"),
+        ("[]", "the whole: Input should be an object"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=rf"'policy.json' must be a policy as JSON: {fault}"):

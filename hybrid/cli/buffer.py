@@ -24,7 +24,12 @@ def buffer(
     model: Annotated[str, typer.Argument(help="Name of a registered model.")],
     *,
     updates: Annotated[
-        int | None, typer.Option(min=1, metavar="K", help="That serves at the epsilon the model declares.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="That serves at the epsilon the model declares; by default its buffer, else a 50th of the people.",
+        ),
     ] = None,
     epsilon: Annotated[
         list[float] | None, typer.Option(help="A target; may be given several times. By default 8, 4, 2 and 1.")
@@ -70,7 +75,13 @@ def buffer(
     kept = declared.training.model_dump() | {name: value for name, value in changed.items() if value is not None}
     settings = Training(**kept)
     chosen, most = updates or declared.training.buffer or max(1, users // 50), declared.privacy.epsilon
-    if chosen > (largest := most_updates(settings, users, coming)):
+    largest = most_updates(settings, users, coming)
+    if largest < 1:
+        raise ConfigError(
+            f"{users} people are too few for updates up to {settings.max_staleness} flushes late: --people x --coming "
+            f"must be at least {settings.max_staleness + 1}, got {coming * users:g}; or lower --max-staleness"
+        )
+    if chosen > largest:
         raise ConfigError(
             f"--updates must be at most {largest}, with {users} people and updates up to {settings.max_staleness} "
             f"flushes late, got {chosen}"
@@ -84,6 +95,7 @@ def buffer(
     needed: dict[float, BufferSize | None] = {
         target: buffer_for(settings, users, most_noise=now.step_noise, coming=coming, epsilon=target, delta=delta)
         for target in targets
+        if target != most  # what serves there is given
     }
     if as_json:
         found = [{"epsilon": target, "buffer": size and asdict(size)} for target, size in needed.items()]

@@ -98,8 +98,14 @@ def run(
         raise ConfigError("--epsilon must be left out with --noiseless: it trains without privacy")
     if federation is not None and port:
         raise ConfigError(f"--port must be left out with --federation: its aggregators take free ones, got {port}")
-    from hybrid.local.fleet import Order, Promoted, train, train_over_flower
+    if separation is not None and sampling is not None:
+        raise ConfigError(f"--sampling must be left out with --separation, which is in its place, got {sampling:g}")
+    if max_staleness is not None and buffer is None:
+        raise ConfigError(f"--max-staleness must be left out without --buffer, got {max_staleness}")
+    from hybrid.local.fleet import AGGREGATORS, Order, Promoted, train, train_over_flower
 
+    if federation is not None and devices < AGGREGATORS:
+        raise ConfigError(f"--devices must be at least {AGGREGATORS}, the aggregators of --federation, got {devices}")
     workspace = Workspace.current()
     given = {"sampling": sampling, "separation": separation, "noise": noise}
     given |= {"buffer": buffer, "max_staleness": max_staleness}

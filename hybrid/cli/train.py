@@ -204,6 +204,10 @@ def train(
         federation=federation,
     )
     order = order.with_settings(changed).with_fleet(fleet, deadline, concurrency)
+    if max_staleness is not None and order.settings.buffer is None:
+        raise ConfigError(f"--max-staleness must be left out without --buffer, got {max_staleness}")
+    if sampling is not None and order.settings.separation is not None:
+        raise ConfigError(f"--sampling must be left out with --separation, which is in its place, got {sampling:g}")
     Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model
@@ -291,6 +295,8 @@ class _Order:
         fleet, asynchronous = self.fleet, self.settings.buffer is not None
         if concurrency is not None and not asynchronous:
             raise ConfigError(f"--concurrency must be left out without --buffer, got {concurrency}")
+        if deadline is not None and fleet is None and trace is None and not asynchronous:
+            raise ConfigError(f"--deadline must be left out without --fleet or --buffer, got {deadline:g}")
         if trace is not None or (fleet is None and asynchronous):
             fleet = OnFleet.of(self.settings, Trace.load(PHONES if trace in (None, Path("phones")) else trace))
         if fleet is not None and deadline is not None:
@@ -361,8 +367,11 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         return
     print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
     print("privacy: " + "\n  ".join(record.privacy_lines()))
-    if record.oracle:
-        print("held-out users (oracle): " + ", ".join(f"{name} {value:.4f}" for name, value in record.oracle.items()))
+    on_fleet = {name: value for name, value in record.oracle.items() if name.startswith("fleet_")}
+    held_out = {name: value for name, value in record.oracle.items() if name not in on_fleet}
+    for title, found in (("held-out users (oracle)", held_out), ("simulated fleet (oracle)", on_fleet)):
+        if found:
+            print(f"{title}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     print(f"run: {run_dir}")
     if record.kind == "federated":
         print(f"Next: `hybrid promote {model} {version} production`.")

@@ -186,6 +186,10 @@ def _check_federation(federation: Federation | None, kind: Kind, settings: Train
     """Raises: ConfigError: a federation is given with what it cannot do."""
     if federation is None:
         return
+    if settings.buffer is not None:
+        raise ConfigError(
+            f"federation must be left out with a buffer, whose time is simulated in one process, got {settings.buffer}"
+        )
     if fleet is not None or kind not in BY_ROUNDS:
         raise ConfigError("federation must be left out with a fleet, and where there are no federated rounds")
     if settings.separation is not None:
@@ -395,8 +399,8 @@ def _noiseless(run: _Run) -> dict[str, Any]:
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
     """Returns the privacy fields of the record."""
     model, settings = run.network.model, run.settings
+    cohort = _cohort(run)  # before the ledger: what is refused leaves none
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        cohort = _cohort(run)
         rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
         process = _process(run, rounds, ledger)
         if due := process.due(rounds.event):

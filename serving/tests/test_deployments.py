@@ -33,6 +33,18 @@ def test_a_version_older_than_the_window_is_told_to_update(tmp_path):
     assert deployments.find("shop", 1) == deployment(1)
 
 
+def test_a_folder_without_deployments_is_spoken_of(tmp_path, caplog):
+    """Serving begins, since a promotion may come; whether the folder is there at all is said."""
+    Deployments(tmp_path / "nope").refresh()
+    assert "nope' does not exist; `hybrid promote` writes it" in caplog.text
+    Deployments(tmp_path)
+    assert "holds no deployment" in caplog.text
+    caplog.clear()
+    deployment(1).write(tmp_path)
+    Deployments(tmp_path)
+    assert "nothing is served" not in caplog.text
+
+
 @pytest.mark.parametrize("version", ["4", "0", "-1", "01x", "", "٣", "9" * 400])
 def test_a_version_that_never_was_is_unknown(tmp_path, version):
     """It is not an old one that could be updated from."""

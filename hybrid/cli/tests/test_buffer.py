@@ -28,11 +28,20 @@ def test_where_too_few_come_it_says_so(project):
     assert "none: too few people come" in project("buffer", "taxi", "--updates", "4", "--epsilon", "0.01")
 
 
+def test_what_serves_at_the_declared_epsilon_is_what_was_given(project):
+    """Asked for it as a target, too, the row is that of --updates, and there is no other."""
+    words = ("buffer", "taxi", "--updates", "5", "--people", "100000", "--epsilon", "4", "--epsilon", "2", "--json")
+    told = json.loads(project(*words))
+    assert told["declared"]["updates"] == 5
+    assert [each["epsilon"] for each in told["needed"]] == [2.0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--updates", "5"), "--updates must be at most 4, with 100 people and updates up to 10 flushes late, got 5"),
         (("--updates", "51", "--max-staleness", "0"), "--updates must be at most 50"),
+        (("--people", "20"), "20 people are too few .*: --people x --coming must be at least 11, got 10; or lower"),
         (("--epsilon", "5"), "--epsilon must be > 0 and at most the 4 that 'taxi' declares, got 5"),
         (("--epsilon", "0"), "--epsilon must be > 0"),
         (("--coming", "0"), r"--coming must be in \(0, 1\], got 0"),

@@ -41,8 +41,16 @@ def test_a_halt_that_was_not_taken_is_an_error(tmp_path):
         halt("--versions", "3", "--reason", "r", "--aggregator", "http://a.example", "--token", str(tmp_path / "token"))
 
 
-def test_a_port_is_not_chosen_for_several_aggregators():
-    with pytest.raises(ConfigError, match="--port must be left out with --federation"):
-        CliRunner().invoke(
-            app, ["fleet", "run", "coupon", "--federation", "local", "--port", "8090"], catch_exceptions=False
-        )
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--federation", "local", "--port", "8090"), "--port must be left out with --federation"),
+        (("--federation", "local", "--devices", "1"), "--devices must be at least 2, the aggregators of --federation"),
+        (("--separation", "2", "--sampling", "0.5"), "--sampling must be left out with --separation, .*, got 0.5"),
+        (("--max-staleness", "2"), "--max-staleness must be left out without --buffer, got 2"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words, message):
+    """Before anything is opened."""
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["fleet", "run", "coupon", *words], catch_exceptions=False)

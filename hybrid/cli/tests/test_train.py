@@ -240,7 +240,35 @@ def test_an_asynchronous_training_is_resumed_as_it_was_started(project):
     assert (config["fleet"]["concurrency"], config["fleet"]["deadline_s"]) == (30, 600.0)
 
 
-def test_concurrency_is_of_an_asynchronous_training(project):
-    """Without a buffer it would do nothing, so it is refused."""
-    with pytest.raises(ConfigError, match="--concurrency must be left out without --buffer, got 3"):
-        project("train", "taxi", "--concurrency", "3")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--concurrency", "3"), "--concurrency must be left out without --buffer, got 3"),
+        (("--max-staleness", "3"), "--max-staleness must be left out without --buffer, got 3"),
+        (("--deadline", "3"), "--deadline must be left out without --fleet or --buffer, got 3"),
+        (("--separation", "3", "--sampling", "0.5"), "--sampling must be left out with --separation, .*, got 0.5"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(project, words, message):
+    """By its name, and with what it goes together or not."""
+    with pytest.raises(ConfigError, match=message):
+        project("train", "taxi", *words)
+
+
+def test_what_a_simulated_fleet_did_is_not_of_held_out_users(project):
+    """Without any held out there is no line of them; with some, the fleet's figures have a line of their own."""
+    words = ("train", "taxi", "--buffer", "10", "--separation", "1", "--max-staleness", "1")
+    alone = project(*words)
+    assert "simulated fleet (oracle): fleet_hours" in alone
+    assert "held-out users" not in alone
+    both = project(*words, "--fold", "1/4")
+    (held_out,) = (line for line in both.splitlines() if line.startswith("held-out users (oracle): "))
+    assert "auc" in held_out
+    assert "fleet_" not in held_out
+
+
+def test_a_training_whose_buffer_is_too_large_leaves_no_run(project, tmp_path):
+    """100 users, 50 updates, twice over, of which each may be late: 50 x (2 + 10)."""
+    with pytest.raises(ConfigError, match=r"at most the 100 users, got 50 x \(2 \+ 10\)"):
+        project("train", "taxi", "--buffer", "50", "--separation", "2", "--run", "monday")
+    assert not (tmp_path / "runs" / "monday").exists()

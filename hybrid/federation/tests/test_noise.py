@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,21 @@ def test_the_buffer_for_a_target_is_quiet_enough_and_no_larger_than_that(people,
     assert found.step_noise <= most
     if found.updates > 1:
         assert BufferSize.of(FLUSHES, found.updates - 1, people, **limits).step_noise > most
+
+
+def test_a_buffer_is_found_where_with_the_largest_everybody_comes_all_the_time():
+    """80 people, 12 flushes, updates up to 3 late: K = 20 leaves a separation of 1, K = 16 one of 2.
+
+    So a person is in 12 flushes or in 6, and the noise of a mean goes by the root of that over K: 0.173 or 0.153. No
+    other K has less than 16 has (13, with a separation of 3, has 2 / 13 = 0.154).
+    """
+    late = FLUSHES.model_copy(update={"max_staleness": 3})
+    limits = {"coming": 1.0, "epsilon": 2.0, "delta": DELTA}
+    quietest, largest = (BufferSize.of(late, updates, 80, **limits) for updates in (16, 20))
+    assert largest.updates == most_updates(late, 80, 1.0)
+    np.testing.assert_allclose(largest.step_noise / quietest.step_noise, math.sqrt(12 / 6) * 16 / 20)
+    assert buffer_for(late, 80, most_noise=quietest.step_noise, **limits) == quietest
+    assert buffer_for(late, 80, most_noise=0.99 * quietest.step_noise, **limits) is None
 
 
 def test_the_noise_of_a_buffer_is_what_its_training_would_draw():

@@ -209,6 +209,7 @@ def test_a_federation_that_ends_early_costs_all_that_it_may_have_released(part, 
     ("given", "told"),
     [
         ({"kind": "central"}, "federation must be left out"),
+        ({"settings": BATCHES.model_copy(update={"buffer": 2, "separation": 1})}, "left out with a buffer, .*, got 2"),
         ({"fleet": OnFleet(Trace.load(PHONES), 60.0)}, "federation must be left out with a fleet"),
     ],
 )
