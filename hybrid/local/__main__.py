@@ -1,6 +1,7 @@
 """`python -m hybrid.local install` downloads what the local stack runs.
 
-`supervise` is the stack's own process, `aggregate` that of one aggregator of a local federation.
+`supervise` is the stack's own process; `aggregate` that of one aggregator of a local federation, `superexec` of what
+starts Flower's apps there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def main(arguments: list[str]) -> int:
                 from hybrid.federation.parts import Part, aggregate
 
                 aggregate(Part.read(Path(settings)))
+                return 0
+            case ["superexec", *words]:
+                from hybrid.local.superexec import superexec
+
+                superexec(words)
                 return 0
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -388,7 +388,8 @@ def _superexec(servers: _Servers, whose: str, port: int) -> Service:
     return Service(
         name=f"{whose}-apps",
         command=[
-            *(_script("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}"),
+            *(sys.executable, "-P", "-m", "hybrid.local", "superexec"),
+            *("--runtime-api-address", f"127.0.0.1:{port}"),
             *("--root-certificates", str(servers.keys / "ca.pem")),
             *("--superexec-auth-secret-file", str(servers.keys / f"{whose}.secret")),
         ],

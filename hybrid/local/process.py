@@ -77,7 +77,7 @@ class Process:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **service.environment},
                     start_new_session=True,
-                    preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
+                    preexec_fn=die_with(os.getpid()),  # noqa: PLW1509
                 )
         except OSError as error:
             raise StackError(f"{service.name} could not be started: {error}") from None
@@ -246,7 +246,7 @@ def _adopt_orphans() -> None:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def die_with(parent: int) -> Callable[[], None] | None:
     """What the child runs between fork and exec so that the kernel kills it when `parent` dies. Linux only."""
     if _libc is None:
         return None
