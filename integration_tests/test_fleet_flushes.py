@@ -31,7 +31,7 @@ from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator, Refused
 from hybrid.federation.optimizers import ServerOptimizer
 from hybrid.local.devices import GOOD, Opened, command
-from hybrid.local.fleet import Order, Promoted, service
+from hybrid.local.fleet import Promoted
 from hybrid.local.process import free_ports
 from hybrid.privacy.ledger import Ledger, costs
 from hybrid.privacy.matrix import Participation as Participants
@@ -225,10 +225,8 @@ def test_a_training_by_turns_costs_its_budget_and_says_what_it_assumes(
         ledger.spend(settings.event, purpose="train", clip=1.0, round_number=1, step=1)
         about = {"users": 40, "examples": 0, "aggregators": 1, "population": "people", "run": "run"}
         record = promoted.record(settings, ledger, **about)
-        order = Order(promoted, settings, world.people.of(range(40)), 30.0, 1, world.folder / "keys", print)
-        with pytest.raises(ConfigError, match="separation must be left out"):
-            service(promoted.task(30, wanted=40), settings, 8, 1e-4)
-    assert order.planned == planned
+    assert promoted.planned(40) == planned
+    assert promoted.planned(40, aggregators=2) == (10 if fields else 20)  # buffers of two; halves of the people
     assert record.epsilon == pytest.approx(2.0, abs=1e-2)
     assert (record.sampling, record.unit) == (None, "device")
     assert (

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ ROUND_S = (
 )
 
 
-def promoted(world: World, rounds: int) -> Promoted:
+def promoted(world: World, rounds: int, **changes: Any) -> Promoted:
     settings = Training(
         rounds=rounds,
         sampling=1.0,
@@ -37,6 +38,7 @@ def promoted(world: World, rounds: int) -> Promoted:
         server_optimizer="SGD",
         server_lr=1.0,
         server_options={"momentum": 0.5},
+        **changes,
     )
     record = TrainingRecord(kind="noiseless", run="before", population="people", users=USERS, examples=0)
     version = Version("kiosk", 4, "cd" * 32, {}, record, world.network.weights())
@@ -67,6 +69,53 @@ def test_200_devices_behind_flower_train_what_the_simulator_trains(world, tmp_pa
     assert processes_naming(str(tmp_path)) == []
     left = {path.name for path in (tmp_path / "run").glob("federation-1/**/*") if path.is_file()}
     assert {name for name in left if not name.endswith(".log")} == {"done.json"}
+
+
+def test_devices_behind_flower_come_when_they_like(world, tmp_path, processes_naming):
+    """Four flushes of five at each of two aggregators: none fails, and the run paid for all steps of a horizon."""
+    settings = {"separation": 1, "buffer": 5, "max_staleness": 1, "noise": "banded", "noise_memory": 1}
+    going_on = promoted(world, 4, **settings)
+    people = world.people.of(range(40))
+    with going_on.paid(6.0, 40, tmp_path / "run") as (rounds, ledger):
+        order = Order(going_on, rounds, people, ROUND_S, 2, world.folder / "keys", print)
+        outcome = train_over_flower(order, ledger, tmp_path / "run", print)
+        paid = ledger.spent().epsilon
+    assert outcome.failed == 0
+    assert outcome.endings["uploaded"] >= 2 * 4 * 5
+    assert np.isfinite(going_on.side.flat()).all()
+    assert [entry.step for entry in Ledger.read(tmp_path / "run").entries] == [1, 2, 3, 4]
+    assert paid == pytest.approx(6.0, abs=1e-2)
+    assert processes_naming(str(tmp_path)) == []
+
+
+TURNS = {"separation": 2, "noise": "banded"}
+
+
+@pytest.mark.parametrize(("changes", "planned", "wanted"), [(TURNS, 100, 100), (TURNS | {"buffer": 3}, 6, 12)])
+def test_a_prepared_training_by_turns_has_one_horizon_at_each_aggregator(world, tmp_path, changes, planned, wanted):
+    """Three steps: who takes over goes on with the noise; without its state nothing is left to begin anew."""
+    going_on = promoted(world, 3, **changes)
+    with going_on.paid(6.0, 200, tmp_path / "run") as (settings, ledger):
+        about = {"round_s": 0.05, "devices": 200, "aggregators": 2, "population": "people", "run": "spring"}
+        prepare(tmp_path / "spring", going_on, settings, ledger, **about)
+    service, job = Service.read(tmp_path / "spring" / "aggregator.json"), Job.read(tmp_path / "spring/job/job.json")
+    assert (job.planned_cohort, service.task.wanted) == (planned, wanted)
+    assert service.round == replace(settings, planned_cohort=None)
+    own, keys = tmp_path / "aggregator", world.folder / "keys"
+    for number in (1, 2):
+        with service.aggregator(own, keys) as aggregator:
+            aggregator.run_round(number, world.weights)
+    assert [entry.step for entry in Ledger.read(own).entries] == [1, 2]
+    (own / "noise.state").rename(own / "lost")
+    with service.aggregator(own, keys) as aggregator, pytest.raises(BudgetExceeded):
+        aggregator.run_round(3, world.weights)
+    (own / "lost").replace(own / "noise.state")
+    with service.aggregator(own, keys) as aggregator:
+        aggregator.run_round(3, world.weights)
+        with pytest.raises(BudgetExceeded):
+            aggregator.run_round(4, world.weights)
+    spent = [Ledger.read(folder).spent().epsilon for folder in (own, tmp_path / "run")]
+    assert spent[0] == spent[1] == pytest.approx(6.0, abs=1e-2)
 
 
 def test_a_prepared_training_is_paid_for_before_its_first_round_and_no_process_can_release_more(world, tmp_path):

@@ -20,9 +20,36 @@ if TYPE_CHECKING:
     from hybrid.local.fleet import Outcome, Promoted
     from hybrid.version import TrainingRecord
 
+Separation = Annotated[
+    int | None,
+    typer.Option(min=1, help="A device takes part once in so many rounds, as it remembers; in place of --sampling."),
+]
+BufferOf = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K", help="Asynchronously: the server steps when K updates came; --rounds, --separation count that."
+    ),
+]
+Staleness = Annotated[int | None, typer.Option(help="With --buffer: steps that may happen while a device trains.")]
+Noise = Annotated[
+    str | None, typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt.")
+]
+
 app = typer.Typer()
 group = typer.Typer(help="Train on real devices.", no_args_is_help=True)
 app.add_typer(group, name="fleet")
+
+
+def _asked(
+    sampling: float | None, separation: int | None, buffer: int | None, max_staleness: int | None, noise: str | None
+) -> dict[str, Any]:
+    """Fields of `Training` that were given; refuses those that would do nothing."""
+    if separation is not None and sampling is not None:
+        raise ConfigError(f"--sampling must be left out with --separation, which is in its place, got {sampling:g}")
+    if max_staleness is not None and buffer is None:
+        raise ConfigError(f"--max-staleness must be left out without --buffer, got {max_staleness}")
+    given = {"sampling": sampling, "separation": separation, "buffer": buffer, "noise": noise}
+    return {name: value for name, value in (given | {"max_staleness": max_staleness}).items() if value is not None}
 
 
 @group.command()
@@ -45,25 +72,10 @@ def run(
     sampling: Annotated[
         float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
     ] = None,
-    separation: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="A device takes part once in so many rounds, as it remembers; in place of --sampling."
-        ),
-    ] = None,
-    buffer: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Asynchronously: the server steps when K updates came; --rounds, --separation count that."
-        ),
-    ] = None,
-    max_staleness: Annotated[
-        int | None, typer.Option(help="With --buffer: steps that may happen while a device trains.")
-    ] = None,
-    noise: Annotated[
-        str | None,
-        typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt."),
-    ] = None,
+    separation: Separation = None,
+    buffer: BufferOf = None,
+    max_staleness: Staleness = None,
+    noise: Noise = None,
     processes: Annotated[int, typer.Option(min=1, help="That the devices share.")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the aggregator; 0: a free one.")] = 0,
     federation: Annotated[
@@ -98,18 +110,12 @@ def run(
         raise ConfigError("--epsilon must be left out with --noiseless: it trains without privacy")
     if federation is not None and port:
         raise ConfigError(f"--port must be left out with --federation: its aggregators take free ones, got {port}")
-    if separation is not None and sampling is not None:
-        raise ConfigError(f"--sampling must be left out with --separation, which is in its place, got {sampling:g}")
-    if max_staleness is not None and buffer is None:
-        raise ConfigError(f"--max-staleness must be left out without --buffer, got {max_staleness}")
+    changed = _asked(sampling, separation, buffer, max_staleness, noise)
     from hybrid.local.fleet import AGGREGATORS, Order, Promoted, train, train_over_flower
 
     if federation is not None and devices < AGGREGATORS:
         raise ConfigError(f"--devices must be at least {AGGREGATORS}, the aggregators of --federation, got {devices}")
     workspace = Workspace.current()
-    given = {"sampling": sampling, "separation": separation, "noise": noise}
-    given |= {"buffer": buffer, "max_staleness": max_staleness}
-    changed = {name: value for name, value in given.items() if value is not None}
     selected = int(version) if version.isdecimal() else version
     promoted = Promoted.open(model, selected, workspace, rounds=rounds, **changed)
     budget = None if noiseless else promoted.budget(epsilon, devices)
@@ -162,6 +168,10 @@ def prepare(
     sampling: Annotated[
         float | None, typer.Option(help="Probability with which a device takes part in a round, in (0, 1].")
     ] = None,
+    separation: Separation = None,
+    buffer: BufferOf = None,
+    max_staleness: Staleness = None,
+    noise: Noise = None,
     run: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one."),
@@ -179,8 +189,10 @@ def prepare(
     from hybrid.local.prepared import prepare as write
 
     workspace = Workspace.current()
-    changed = {"rounds": rounds} | ({} if sampling is None else {"sampling": sampling})
-    promoted = Promoted.open(model, int(version) if version.isdecimal() else version, workspace, **changed)
+    changed = _asked(sampling, separation, buffer, max_staleness, noise)
+    promoted = Promoted.open(
+        model, int(version) if version.isdecimal() else version, workspace, rounds=rounds, **changed
+    )
     budget = promoted.budget(epsilon, devices)
     runs = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
     with runs as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):

@@ -23,6 +23,7 @@ from hybrid import http
 from hybrid.bundle import signing_key
 from hybrid.errors import HybridError
 from hybrid.federation.aggregator import Round
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
 from hybrid.federation.halts import KillSwitch
 from hybrid.federation.pace import LONGEST_S
@@ -30,6 +31,7 @@ from hybrid.federation.remote import control_app, controlled, read_token
 from hybrid.http import Certificate, TimedHttp
 from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
 from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.matrix import Banded, Buffered, Matrix, Participation, sensitivity
 from hybrid.spec import Declared
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ CONNECTIONS = 2048  # at once; those beyond are answered 503 by uvicorn
 IN_FLIGHT = 1024  # uploads, and check-ins, at once
 IN_FLIGHT_BYTES = 256 << 20  # of uploads that are on their way
 BUSY_S = 10.0  # who finds it busy comes again within these
+NOISE_STATE = "noise.state"
 LARGE = 1 << 20  # bytes of an update that is summed beside the loop, which others wait for
 _RANDOM = secrets.SystemRandom()
 
@@ -190,12 +193,27 @@ def _upload_of(path: str) -> tuple[str, str] | None:
     return (plan, upload) if all(len(name) == 32 and _ID.issuperset(name) for name in (plan, upload)) else None
 
 
+class Turns(Declared):
+    """How devices take turns, in place of tossing coins.
+
+    Attributes:
+        factor: of the noise, that spans the rounds; `Banded((1.0,))`: it does not.
+        separation: rounds, or flushes, from one that a device is in to the next, at least.
+        buffer: of an asynchronous training; None: rounds close by the clock.
+    """
+
+    factor: Banded | Buffered
+    separation: Count
+    buffer: Buffer | None = None
+
+
 class Service(Declared):
     """What the process of an aggregator is told, as JSON.
 
     Attributes:
         task: what every round asks of devices.
         sampling, clip, noise_multiplier, minimum: of `hybrid.federation.aggregator.Round`.
+        turns: None: devices toss coins.
         rounds: that are reserved in the ledger, those it has already among them.
         epsilon, delta: that the ledger allows for all of them, and for others as far as it goes; both None without
             noise, and so without privacy.
@@ -206,6 +224,7 @@ class Service(Declared):
     clip: Positive
     noise_multiplier: Annotated[FiniteFloat, Field(ge=0)]
     minimum: Annotated[int, Field(ge=0)] = 0
+    turns: Turns | None = None
     rounds: Count
     epsilon: Positive | None
     delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None
@@ -216,21 +235,32 @@ class Service(Declared):
             raise ValueError("epsilon and delta must be given with noise, and null where noise_multiplier is 0")
         return self
 
+    @property
+    def round(self) -> Round:
+        """How each of its rounds is sampled, clipped and noised."""
+        matrix = None
+        if self.turns is not None:
+            people = Participation(self.rounds, self.turns.separation)
+            matrix = Matrix(self.turns.factor, people, sensitivity(self.turns.factor, people))
+        return Round(self.sampling, self.clip, self.noise_multiplier, self.minimum, matrix=matrix)
+
     @contextmanager
     def aggregator(self, folder: Path, keys: Path) -> Iterator[FleetAggregator]:
         """It, with its ledger open.
 
         Args:
-            folder: its own, with the ledger; one process at a time.
+            folder: its own, with the ledger and the state of noise that spans rounds; one process at a time.
             keys: the folder of the control plane's signing key.
 
         Raises:
             BudgetExceeded: what is left of the rounds would cost more than is allowed.
             ConfigError: the ledger is another's, or the settings are none that a fleet can keep.
         """
-        settings = Round(self.sampling, self.clip, self.noise_multiplier, self.minimum)
+        settings, buffer = self.round, None if self.turns is None else self.turns.buffer
         with self._account(settings, folder) as account:
-            yield FleetAggregator(self.task, settings, account, signing_key(keys))
+            state = folder / NOISE_STATE
+            key = signing_key(keys)
+            yield FleetAggregator(self.task, settings, account, key, noise_state=state, buffer=buffer)
 
     @contextmanager
     def _account(self, settings: Round, folder: Path) -> Iterator[Ledger | None]:
@@ -238,7 +268,11 @@ class Service(Declared):
             yield None
             return
         with Ledger.open(folder, budget_epsilon=self.epsilon, delta=self.delta) as account:
-            if left := max(0, self.rounds - len(account.entries)):
+            # A horizon is paid for by its first step, so one that was begun is not reserved again: without the state
+            # of its noise another one would begin, for which nothing is left.
+            done = len(account.entries)
+            left = max(0, self.rounds - done) if self.turns is None else self.rounds * (done == 0)
+            if left:
                 account.reserve([settings.of(left)])
             yield account
 

@@ -21,13 +21,12 @@ from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.checkin import Service as CheckInService
-from hybrid.federation.checkin import listening
+from hybrid.federation.checkin import Turns, listening
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
 from hybrid.federation.flower_app import Job
 from hybrid.federation.noise import least_noise, planned_cohort, round_settings
-from hybrid.federation.parts import Budget
 from hybrid.federation.population import Population
 from hybrid.federation.resume import Place
 from hybrid.federation.server_app import server_app
@@ -46,8 +45,9 @@ from hybrid.local.flower import Site, run_job
 from hybrid.local.process import free_ports
 from hybrid.network import Network
 from hybrid.plan import Local, Policy
-from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.accountant import epsilon
 from hybrid.privacy.ledger import Ledger, costs
+from hybrid.privacy.matrix import Banded, Buffered
 from hybrid.registry import Registry
 from hybrid.spec import Training
 from hybrid.version import TrainingRecord, Version
@@ -208,9 +208,20 @@ class Promoted:
             ledger.reserve([found.of(settings.rounds)])
             yield found, ledger
 
-    def task(self, round_s: float, *, wanted: int, policy: Policy = EACH_ROUND) -> Task:
-        """What every round asks of devices; see `Task` for the arguments."""
+    def planned(self, devices: int, aggregators: int = 1) -> float:
+        """Expected number of participants of a round: what sums are divided by. Each aggregator fills a buffer."""
+        return planned_cohort(self.settings, devices) * (1 if self.buffer is None else aggregators)
+
+    def task(self, round_s: float, *, devices: int, policy: Policy = EACH_ROUND) -> Task:
+        """What every round asks of devices.
+
+        Args:
+            round_s: how long it is open, or a flush waits at most.
+            devices: that check in to its aggregator.
+            policy: of who may take part.
+        """
         assert self.manifest.train is not None
+        wanted = devices if self.buffer is None else AT_ONCE * self.buffer.updates
         settings, keeping = self.settings, self.manifest.keeping
         epochs = settings.local_epochs
         local = Local(
@@ -294,26 +305,35 @@ def device_side(network: Network, settings: Training) -> DeviceSide:
     return DeviceSide(network, server_tower=settings.server_tower == "federated", missing=settings.tower_dropout > 0)
 
 
-def service(task: Task, settings: Round, rounds: int, delta: float | None) -> CheckInService:
-    """What the process of an aggregator is told: a budget of exactly so many rounds; `delta`: None without noise.
+def service(
+    task: Task, settings: Round, rounds: int, delta: float | None, *, buffer: Buffer | None = None
+) -> CheckInService:
+    """What the process of an aggregator is told: a budget of exactly so many rounds.
 
-    Raises:
-        ConfigError: devices take turns.
+    Args:
+        task: what each asks.
+        settings: of each.
+        rounds: how many.
+        delta: None: without noise.
+        buffer: of an asynchronous training.
     """
-    event = settings.event
-    if not isinstance(event, GaussianEvent):
-        raise ConfigError(
-            "separation must be left out where aggregators are processes of their own: each would need a horizon, and "
-            f"they are told no other mechanism than coins, got {event.separation}"
-        )
+    turns, spent = None, None
+    if settings.matrix is not None:
+        factor = settings.matrix.factor
+        assert isinstance(factor, Banded | Buffered)
+        turns = Turns(factor=factor, separation=settings.matrix.participation.separation, buffer=buffer)
+    if delta is not None:
+        # Above 0, as a ledger's budget must be; and by what another machine's arithmetic may make of the same cost.
+        spent = max(1e-12, (1 + 1e-9) * epsilon([settings.of(rounds)], delta).epsilon)
     return CheckInService(
         task=task,
         sampling=settings.sampling,
         clip=settings.clip,
         noise_multiplier=settings.noise_multiplier,
         minimum=settings.minimum,
+        turns=turns,
         rounds=rounds,
-        epsilon=None if delta is None else Budget(delta=delta, rounds=rounds).epsilon(event),
+        epsilon=spent,
         delta=delta,
     )
 
@@ -327,8 +347,10 @@ def pay_ahead(ledger: Ledger | None, settings: Round, rounds: int) -> None:
     if ledger is None:
         return
     for number in range(1, rounds + 1):
-        attempt = ledger.next_attempt(PURPOSE, number)
-        ledger.spend(settings.event, purpose=PURPOSE, clip=settings.clip, round_number=number, attempt=attempt)
+        attempt, step = ledger.next_attempt(PURPOSE, number), None if settings.matrix is None else number
+        ledger.spend(
+            settings.event, purpose=PURPOSE, clip=settings.clip, round_number=number, attempt=attempt, step=step
+        )
 
 
 @dataclass
@@ -372,11 +394,6 @@ class Order:
     keys: Path
     progress: Callable[[int, int], None] = field(repr=False)
 
-    @property
-    def planned(self) -> float:
-        """Expected number of participants of a round."""
-        return planned_cohort(self.promoted.settings, self.people.users)
-
     def opened(self, port: int) -> Opened:
         """What devices have whose aggregator is at that port."""
         rest_s = self.round_s if self.promoted.buffer is None else min(self.round_s, REST_S)
@@ -412,7 +429,7 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
         StackError: a process of devices failed.
     """
     outcome, promoted, buffer = Outcome(), order.promoted, order.promoted.buffer
-    task = promoted.task(order.round_s, wanted=order.people.users if buffer is None else AT_ONCE * buffer.updates)
+    task = promoted.task(order.round_s, devices=order.people.users)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-")))
         aggregator = FleetAggregator(
@@ -428,7 +445,8 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
         started = stack.enter_context(devices)
         started.wait_ready()
         initial = promoted.side.flat()
-        strategy = NoisedSum(order.planned, optimizer_for(promoted.settings, initial))
+        planned = promoted.planned(order.people.users)
+        strategy = NoisedSum(planned, optimizer_for(promoted.settings, initial))
         app = server_app(strategy, initial, promoted.settings.rounds, order.noted(outcome))
         simulate(app, {1: client_app(aggregator)})
         aggregator.stop("the training is over")
@@ -460,8 +478,12 @@ def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: C
     ports = free_ports(AGGREGATORS)
     halves = [order.people.of(range(first, end)) for first, end in pairwise(cuts)]
     delta = None if ledger is None else ledger.delta
-    asks = [order.promoted.task(order.round_s, wanted=half.users) for half in halves]
-    services = [service(task, order.settings, rounds, delta) for task in asks]
+    promoted, buffer = order.promoted, order.promoted.buffer
+    fewest = min(half.users for half in halves)
+    if buffer is not None and buffer.updates > fewest:
+        raise ConfigError(f"buffer must be at most the {fewest} devices of an aggregator, got {buffer.updates}")
+    asks = [promoted.task(order.round_s, devices=half.users) for half in halves]
+    services = [service(task, order.settings, rounds, delta, buffer=buffer) for task in asks]
     pay_ahead(ledger, order.settings, rounds)
 
     @contextmanager
@@ -481,8 +503,8 @@ def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: C
 
     outcome.failed = run_job(
         Place.new(run_dir).folder,
-        order.promoted.job(order.round_s, planned=order.planned, nodes=AGGREGATORS),
-        order.promoted.side.flat(),
+        promoted.job(order.round_s, planned=promoted.planned(order.people.users, AGGREGATORS), nodes=AGGREGATORS),
+        promoted.side.flat(),
         _Fronting(services, ports, order.keys, say),
         after=order.noted(outcome),
         say=say,

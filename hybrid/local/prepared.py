@@ -76,8 +76,8 @@ def prepare(
         BudgetExceeded: the run has not enough left.
     """
     rounds, (file, job) = promoted.settings.rounds, (folder / PREPARED, folder / JOB)
-    task = promoted.task(round_s, wanted=-(-devices // aggregators), policy=Policy())
-    told = service(task, settings, rounds, ledger.delta)
+    task = promoted.task(round_s, devices=-(-devices // aggregators), policy=Policy())
+    told = service(task, settings, rounds, ledger.delta, buffer=promoted.buffer)
     try:
         job.mkdir(parents=True)
     except FileExistsError:
@@ -93,7 +93,7 @@ def prepare(
     )
     (folder / AGGREGATOR).write_text(told.model_dump_json(indent=2))
     np.save(job / "initial.npy", promoted.side.flat())
-    planned = settings.sampling * devices
+    planned = promoted.planned(devices, aggregators)
     (job / "job.json").write_text(promoted.job(round_s, planned=planned, nodes=aggregators).model_dump_json(indent=2))
     file.write_text(prepared.model_dump_json(indent=2))
     return prepared
