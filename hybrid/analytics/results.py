@@ -1,0 +1,115 @@
+"""What commands found and released, kept in the folder of a run, so that a report can show it at no cost.
+
+A number that costs privacy is paid for once; whoever looks at it again reads it here. Each file is one answer, written
+all or nothing, and never changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hybrid.errors import ConfigError
+
+FOLDER = "results"  # in a run's
+Kind = Annotated[str, Field(pattern=r"[a-z][a-z-]*")]
+Mark = Literal["noised", "public", "oracle"]
+"""What a number that is shown may be: released and in a ledger; known to the server or to everybody anyway; or computed
+from pooled data, as only a simulation can."""
+
+
+class Result(BaseModel):
+    """One answer of one command.
+
+    Attributes:
+        kind: of what found it, e.g. "analyze".
+        model: whose.
+        time: when it was found.
+        mark: of its numbers.
+        spend: what it cost, as the command says it: "epsilon", "delta", "purpose", "run" at least. None where it cost
+            nothing: not noised.
+        shown: the answer, as the command's --json has it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    model: str
+    time: AwareDatetime
+    mark: Mark
+    spend: dict[str, Any] | None
+    shown: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _paid(self) -> Self:
+        if (self.mark == "noised") != (self.spend is not None):
+            raise ValueError("spend must be there where numbers are noised, and only there")
+        return self
+
+
+def keep(run: Path, kind: str, shown: Mapping[str, Any], *, mark: Mark, now: datetime | None = None) -> Path:
+    """Keeps an answer in the folder of the run that paid for it, or that it is about.
+
+    Args:
+        run: its folder; made where it is missing.
+        kind: see `Result`.
+        shown: the answer, with "model", and with "spend" where it was paid for. What is not finite becomes null.
+        mark: see `Result`.
+        now: when; None: now.
+
+    Returns:
+        The file, `results/<kind>-<number>.json`; a number is never used twice.
+    """
+    result = Result(
+        kind=kind,
+        model=shown["model"],
+        time=datetime.now(UTC) if now is None else now,
+        mark=mark,
+        spend=shown.get("spend"),
+        shown=dict(shown),
+    )
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=folder, prefix=".draft-") as draft:
+        draft.write(result.model_dump_json(indent=2).encode())
+        draft.flush()
+        os.fsync(draft.fileno())
+        number = 1
+        while True:
+            file = folder / f"{kind}-{number:04}.json"
+            try:
+                os.link(draft.name, file)  # fails where it exists: two commands may keep at once
+            except FileExistsError:
+                number += 1
+            else:
+                return file
+
+
+def read(runs: Path, model: str) -> list[tuple[str, Result]]:
+    """Every answer about a model, the oldest first, each with the name of its run's folder.
+
+    Args:
+        runs: folder of all runs.
+        model: its name.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    found = []
+    for file in sorted(runs.glob(f"*/{FOLDER}/*.json")):
+        try:
+            result = Result.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            said = error.strerror if isinstance(error, OSError) else error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(
+                f"{file.relative_to(runs.parent)} must be an answer as a command keeps it: {said}; move it elsewhere"
+            ) from None
+        if result.model == model:
+            found.append((file.parents[1].name, result))
+    return sorted(found, key=lambda one: one[1].time)
