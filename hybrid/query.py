@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 Cells = tuple[NDArray[np.int64], Floats]
 """Of n rows: places (n, m), -1 where a row adds nothing, and what it adds there, (n, m)."""
 
-LABEL, SCORE = "label", "score"
-"""Columns beside the features: 0, 1 or NaN, and the probability that a version predicts."""
+LABEL, SCORE, AGAINST = "label", "score", "score_against"
+"""Columns beside the features: 0, 1 or NaN, and the probabilities that one version predicts, and another."""
 PEOPLE_A_CHUNK = 4096
 CELLS_A_CHUNK = 1 << 22  # 32 MiB
 MOST_CELLS = 1 << 20
