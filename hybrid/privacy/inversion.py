@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,19 @@ class Level:
         """The feature that gains most over its prior."""
         return max(self.recovered, key=lambda found: found.gain.mean)
 
+    def figures(self) -> dict[str, Any]:
+        """See `Report.figures`."""
+        return {
+            "sigma": self.sigma,
+            "epsilon": self.epsilon if self.sigma else None,
+            "declared": self.declared,
+            "auc": self.auc,
+            "auc_cost": asdict(self.auc_cost),
+            "whole": self.whole,
+            "largest_gain": self.most.gain.mean,
+            "features": {found.feature: asdict(found) for found in self.recovered},
+        }
+
 
 @dataclass(frozen=True)
 class Report:
@@ -128,6 +142,16 @@ class Report:
                 break
             found = level
         return found
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as JSON values; an epsilon is null where there is no noise."""
+        hidden = self.hidden_from
+        return {
+            "oracle": True,
+            **{name: getattr(self, name) for name in ("clip", "delta", "known", "attacked", "rows", "auc_without")},
+            "hidden_from": hidden and hidden.sigma,
+            "levels": [level.figures() for level in self.levels],
+        }
 
 
 def inversion(
