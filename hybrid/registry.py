@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, DEFINITION, TRAINING = "weights.npz", "definition.json", "training.json"
 METRICS_PER_CALL = 1000  # MLflow's limit
+FINAL = "oracle."  # before the names of metrics of the trained version, among its curves
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -243,6 +244,17 @@ class Registry:
             number: TrainingRecord.model_validate_json(self._artifact(run, TRAINING)) for number, run in runs.items()
         }
 
+    def curves(self, name: str, number: int) -> dict[str, list[tuple[int, float]]]:
+        """How a version's metrics went while it was trained: metric -> (round or epoch, value) points, ascending.
+
+        Raises:
+            NotFound: no such model or version.
+        """
+        run = self._client.get_model_version(name, str(self._resolve(name, number))).run_id
+        metrics = [metric for metric in self._client.get_run(run).data.metrics if not metric.startswith(FINAL)]
+        found = {metric: self._client.get_metric_history(run, metric) for metric in metrics}
+        return {metric: sorted((point.step, point.value) for point in points) for metric, points in found.items()}
+
     def set_alias(self, name: str, number: int, alias: str) -> None:
         """Points an alias at a version; it pointed elsewhere before, or nowhere.
 
@@ -301,7 +313,7 @@ class Registry:
         client, now = self._client, int(time.time() * 1000)
         run = client.create_run(self._experiment(name), run_name=training.run).info.run_id
         points = [Metric(curve, value, now, step) for curve, values in curves.items() for step, value in values]
-        points += [Metric(f"oracle.{metric}", value, now, 0) for metric, value in training.oracle.items()]
+        points += [Metric(f"{FINAL}{metric}", value, now, 0) for metric, value in training.oracle.items()]
         for start in range(0, len(points), METRICS_PER_CALL):
             client.log_batch(run, metrics=points[start : start + METRICS_PER_CALL])
         settings = training.model_dump(exclude={"oracle", "settings"}, exclude_none=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.answers import draw, show
-from hybrid.cli.asking import Spending, check_epsilon, columns_of, estimate_json, paying
+from hybrid.cli.asking import Spending, check_epsilon, columns_of, estimate_json, keep_free, paying
 from hybrid.cli.privacy import _check_plot
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
@@ -131,6 +131,7 @@ def analyze(
     }
     if free:
         shown |= {"exact": True, **plan.ask(Exact(people)), "spend": None}
+        keep_free(workspace, model, run, ANALYZE, shown)
     else:
         spend = Spending(ANALYZE, _given(epsilon, feature), seed, run)
         with paying(declared, workspace, people, people_in.name, spend) as question:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from hybrid.spec import HybridModel
     from hybrid.workspace import Workspace
 
-ANSWERS = "answers"  # folder in a run's
 SEEDED = (
     "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); "
     "per run: what other runs asked is not composed"
@@ -94,11 +93,9 @@ class Paying:
 
     def keep(self, shown: Mapping[str, Any]) -> Path:
         """Writes the answer into the run's folder, where reports find it."""
-        number = self.ledger.entries[self.before].round
-        file = self.folder / ANSWERS / f"{self.purpose}-{number:04}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(shown, indent=2))
-        return file
+        from hybrid.analytics.results import keep
+
+        return keep(self.folder, self.purpose, shown, mark="noised")
 
 
 @dataclass(frozen=True)
@@ -151,6 +148,14 @@ def paying(
                 yield Paying(model, purpose, seed, population, folder, ledger, ask, len(ledger.entries))
             except BudgetExceeded as error:
                 raise BudgetExceeded(f"{error}; {_left(folder)}") from None
+
+
+def keep_free(workspace: Workspace, model: str, run: str | None, kind: str, shown: Mapping[str, Any]) -> None:
+    """Keeps an answer that cost nothing, since the server knows it anyway, in a run's folder, by default a new one."""
+    from hybrid.analytics.results import keep
+
+    with run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}") as folder:
+        keep(folder, kind, shown, mark="public")
 
 
 def check_epsilon(model: HybridModel, epsilon: float) -> None:

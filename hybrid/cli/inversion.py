@@ -67,6 +67,7 @@ def inversion(
     Example: hybrid audit inversion coupon --fold 1/5
     """
     _check_plot(plot)
+    from hybrid.analytics.results import keep
     from hybrid.network import Network
     from hybrid.privacy.inversion import SIGMAS
     from hybrid.privacy.inversion import inversion as attack
@@ -85,11 +86,13 @@ def inversion(
             network, attacked, known, sigmas=SIGMAS if sigma is None else sigma, rows=rows, seed=seed, progress=progress
         )
     verdict = [*_verdict(declared, report), *_doubts(found, known.population, report), ONE_RELEASE, ORACLE]
+    shown: dict[str, Any] = {"model": model, "version": found.number, "fold": fold, "seed": seed}
+    shown |= report.figures() | {"verdict": verdict}
+    keep(workspace.runs / found.training.run, "inversion", shown, mark="oracle")
     if plot is not None:
         _draw(plot, f"{model}:{found.number}", report)
     if as_json:
-        named: dict[str, Any] = {"model": model, "version": found.number, "fold": fold, "seed": seed}
-        print(json.dumps(named | report.figures() | {"verdict": verdict}))
+        print(json.dumps(shown))
     else:
         _print(f"{model}:{found.number}", report)
         print("\n".join(verdict))

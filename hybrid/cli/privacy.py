@@ -52,6 +52,8 @@ def privacy(
     workspace = Workspace.current()
     trainings = Registry(workspace).trainings(model)
     every = _runs(workspace.runs, model, trainings)
+    if not every and not trainings:
+        raise ConfigError(f"{model} has no trained version; run `hybrid train {model}` first")
     runs = every if run is None else [found for found in every if found.name == run]
     if run is not None and not runs:
         names = ", ".join(found.name for found in every) or "none"
@@ -110,8 +112,6 @@ def _runs(folder: Path, model: str, trainings: Mapping[int, TrainingRecord]) -> 
         name = ledger.parent.relative_to(folder).as_posix()
         if name not in trained and _model_of(ledger.parent) == model:
             trained[name] = {}
-    if not trained and not trainings:
-        raise ConfigError(f"{model} has no trained version; run `hybrid train {model}` first")
     runs = []
     for name, versions in trained.items():
         account = _read(folder / name)

@@ -6,7 +6,7 @@ Colours and dashes are in `page.css`, by class: series differ in both, and in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
@@ -77,13 +77,23 @@ def even(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def plot(title: str, says: str, x: Axis, y: Axis, lines: Sequence[Series], *, level: tuple[float, str] | None = None, diagonal: bool = False) -> Element:
+def plot(
+    title: str,
+    says: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[Series],
+    *,
+    level: tuple[float, str] | None = None,
+    diagonal: bool = False,
+) -> Element:
     """Lines over two axes.
 
     Args:
         title: read aloud.
         says: what is to be seen, read aloud.
-        x, y: axes.
+        x: the axis below.
+        y: the axis beside it.
         lines: drawn over each other.
         level: a horizontal line, and what it is.
         diagonal: whether y = x is drawn.
@@ -118,8 +128,7 @@ def plot(title: str, says: str, x: Axis, y: Axis, lines: Sequence[Series], *, le
         drawn.append(e("line", class_="diagonal", x1=across(low), y1=up(low), x2=across(high), y2=up(high)))
     if level is not None:
         drawn.append(e("line", class_="level", x1=left, x2=WIDTH - right, y1=up(level[0]), y2=up(level[0])))
-    for line in lines:
-        drawn.append(e("g", *_series(line, across, up), class_=f"s{line.place}"))
+    drawn += [e("g", *_series(line, across, up), class_=f"s{line.place}") for line in lines]
     for row, (said, style, kind) in enumerate(legend):
         drawn.append(_key(said, style, kind, bottom + 56 + 22 * row, left))
     return _svg(title, says, whole, drawn)
@@ -144,7 +153,9 @@ def _key(said: str, style: str, kind: str, y: float, left: float) -> Element:
     """One line of the legend."""
     sample: list[Element] = []
     if kind != "dots":
-        sample.append(e("line", class_="level" if style == "level" else "line", x1=left, x2=left + 30, y1=y - 4, y2=y - 4))
+        sample.append(
+            e("line", class_="level" if style == "level" else "line", x1=left, x2=left + 30, y1=y - 4, y2=y - 4)
+        )
     if style != "level" and kind != "step":
         sample.append(_shape(int(style[1:]), left + 15, y - 4))
     return e("g", e("g", *sample, class_=style), e("text", said, x=left + 38, y=y))
@@ -225,7 +236,10 @@ def _ends(row: Estimate) -> Iterator[float | None]:
 def meter(title: str, part: float, whole: float) -> Element:
     """How much of a whole is used."""
     share = min(max(part / whole, 0.0), 1.0)
-    drawn = [e("rect", class_="frame", x=1.0, y=1.0, width=118.0, height=12.0), e("rect", class_="bar", x=1.0, y=1.0, width=118.0 * share, height=12.0)]
+    drawn = [
+        e("rect", class_="frame", x=1.0, y=1.0, width=118.0, height=12.0),
+        e("rect", class_="bar", x=1.0, y=1.0, width=118.0 * share, height=12.0),
+    ]
     return e("svg", e("title", title), *drawn, viewBox="0 0 120 14", role="img", class_="meter", aria_label=title)
 
 
@@ -246,7 +260,12 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def _svg(title: str, says: str, height: float, drawn: Sequence[Element]) -> Element:
-    return e("svg", e("title", title), e("desc", says), *drawn, viewBox=f"0 0 {WIDTH:.0f} {height:.0f}", role="img", aria_label=f"{title}. {says}")
-
-
-Keyed = Mapping[str, Estimate]
+    return e(
+        "svg",
+        e("title", title),
+        e("desc", says),
+        *drawn,
+        viewBox=f"0 0 {WIDTH:.0f} {height:.0f}",
+        role="img",
+        aria_label=f"{title}. {says}",
+    )

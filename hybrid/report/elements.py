@@ -29,7 +29,9 @@ def e(tag: str, *children: Child, **attributes: str | float | None) -> Element:
     '<p class="note">1 &lt; 2<b>!</b></p>'
     """
     names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
-    element = Element(tag, {name: f"{value:.2f}" if isinstance(value, float) else str(value) for name, value in names.items()})
+    element = Element(
+        tag, {name: f"{value:.2f}" if isinstance(value, float) else str(value) for name, value in names.items()}
+    )
     for child in children:
         if isinstance(child, Element):
             element.append(child)
@@ -88,7 +90,9 @@ def table(caption: str, head: Sequence[Child], rows: Iterable[Sequence[Child]], 
     body = e("tbody")
     for first, *others in rows:
         body.append(e("tr", e("th", first, scope="row"), *(e("td", each) for each in others)))
-    return e("div", e("table", described, columns, body), class_="scroll", role="group", tabindex="0", aria_label=caption)
+    return e(
+        "div", e("table", described, columns, body), class_="scroll", role="group", tabindex="0", aria_label=caption
+    )
 
 
 def details(summary: str, *children: Child) -> Element:
@@ -98,7 +102,9 @@ def details(summary: str, *children: Child) -> Element:
 
 def command(*lines: str) -> Element:
     """Command lines, to be copied whole."""
-    return e("pre", e("code", "\n".join(lines)), class_="command", tabindex="0", role="group", aria_label="command line")
+    return e(
+        "pre", e("code", "\n".join(lines)), class_="command", tabindex="0", role="group", aria_label="command line"
+    )
 
 
 def missing(why: str, *lines: str) -> Element:

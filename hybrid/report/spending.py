@@ -39,9 +39,10 @@ def over_time(title: str, accounts: Sequence[Account], *, delta: float, budget: 
     A release that cannot be read counts from the beginning, since nobody knows when it was made.
 
     Args:
-        title, budget: see `Spending`.
+        title: see `Spending`.
         accounts: of one run, or of several for a person who was in all.
         delta: of the composition.
+        budget: see `Spending`.
     """
     entries = [entry for account in accounts for entry in account.entries]
     if not entries:

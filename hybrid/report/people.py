@@ -1,0 +1,196 @@
+"""Sections about people's data: features, and the label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from hybrid.analytics.results import Mark, Result
+from hybrid.report.charts import bars
+from hybrid.report.elements import (
+    badge,
+    command,
+    details,
+    e,
+    estimate,
+    figure,
+    many,
+    marked,
+    missing,
+    name,
+    number,
+    table,
+)
+from hybrid.report.facts import Facts
+
+LABEL = "label"
+ASK = "0.2"  # the epsilon of a question that is proposed
+MOST_GROUPS = 12
+MOST_BARS = 40
+INTERVALS = ("value", "95 % noise", "95 % full")
+
+
+def features(facts: Facts) -> Iterator[Element]:
+    """A histogram of each feature that was asked about."""
+    asked = _latest(facts, label=False)
+    yield e("p", "How people's features are distributed, as far as somebody asked. A bar is the share of rows.")
+    if asked:
+        yield e("div", *(answer(run, result) for run, result in asked.values()), class_="cards")
+    never = [feature for feature in facts.device if feature not in {feature for feature, _ in asked}]
+    ask = [f"hybrid analyze {facts.model} {feature} --epsilon {ASK}" for feature in never]
+    if never and not asked:
+        yield missing("Nobody asked about a device feature yet.", ask[0])
+    if len(ask) > (0 if asked else 1):
+        yield details(
+            "Device features that nobody asked about", e("p", "Each of these commands spends privacy:"), command(*ask)
+        )
+    yield from _learned(facts)
+
+
+def label(facts: Facts) -> Iterator[Element]:
+    """How often the label is 1."""
+    who = (
+        "The server sees it: counting it costs nothing."
+        if facts.label_visible_to == "server"
+        else "Only devices know it."
+    )
+    yield e("p", "The label is ", name(facts.label), ". ", who)
+    asked = _latest(facts, label=True)
+    if asked:
+        yield e("div", *(answer(run, result) for run, result in asked.values()), class_="cards")
+    else:
+        spends = "" if facts.label_visible_to == "server" else f" --epsilon {ASK}"
+        yield missing("Nobody asked how often the label is 1.", f"hybrid analyze {facts.model} label{spends}")
+    balanced = [(number_, getattr(record, "balance", None)) for number_, record in facts.trainings.items()]
+    rows = [_balance_row(version, balance) for version, balance in reversed(balanced) if balance is not None]
+    if rows:
+        head = ("version", "prior", "kept of label 0", "kept of label 1", "shift by sampling", "shift as estimated")
+        yield table("Label balance: what devices kept, and the correction of logits that a version carries", head, rows)
+
+
+def answer(run: str, result: Result) -> Element:
+    """One answer of `hybrid analyze`: a picture for each group, and its numbers."""
+    shown, mark = result.shown, result.mark
+    title = e("span", name("label" if shown["kind"] == LABEL else shown["feature"]))
+    if shown["by"] is not None:
+        title.extend([e("span", " by "), name(shown["by"])])
+    groups = shown["groups"][:MOST_GROUPS]
+    pictures = [_picture(shown, group) for group in groups]
+    left_out = len(shown["groups"]) - len(groups)
+    behind = [table_ for group in groups for table_ in _tables(shown, group, mark)]
+    notes: list[Element] = [e("p", *_who(shown), *paid(run, result))]
+    if left_out:
+        notes.append(e("p", f"{many(left_out, 'more group')} in the run's folder."))
+    return figure(
+        title, e("div", *pictures), [badge(mark)], *notes, *_key_numbers(shown, mark), details("All numbers", *behind)
+    )
+
+
+def paid(run: str, result: Result) -> list[Element | str]:
+    """When, and what for."""
+    when = f"{result.time:%Y-%m-%d %H:%M} UTC"
+    if result.spend is None:
+        return [" ", e("time", when), ", at no cost."]
+    epsilon, delta = (number(result.spend[part], "public", ".3g") for part in ("epsilon", "delta"))
+    return [" ", e("time", when), ", for ε ", epsilon, " at δ ", delta, ", paid by run ", name(run), "."]
+
+
+def _latest(facts: Facts, *, label: bool) -> dict[tuple[str, str | None], tuple[str, Result]]:
+    """(feature, by) -> its latest answer."""
+    found: dict[tuple[str, str | None], tuple[str, Result]] = {}
+    for run, result in facts.of("analyze"):
+        if (result.shown["kind"] == LABEL) == label:
+            found.setdefault((result.shown["feature"], result.shown["by"]), (run, result))
+    return dict(sorted(found.items(), key=lambda one: (one[0][0], one[0][1] or "")))
+
+
+def _who(shown: Mapping[str, Any]) -> list[Element | str]:
+    rows = shown["rows_a_person"]
+    which = "row" if rows == 1 else f"{rows} rows at most"
+    said: list[Element | str] = [number(shown["people"], "public", ",d"), " people of ", name(shown["population"])]
+    return [*said, ", the ", shown["take"], " ", e("span", which, data_mark="public"), " of each."]
+
+
+def _cells(shown: Mapping[str, Any]) -> list[str]:
+    if shown["kind"] != "histogram":
+        return [str(value) for value in shown["values"]]
+    edges = [f"{edge:.4g}" for edge in shown["edges"]]
+    return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f"≥ {edges[-1]}"]
+
+
+def _picture(shown: Mapping[str, Any], group: Mapping[str, Any]) -> Element:
+    rows = list(zip(_cells(shown), group["shares"], strict=True))
+    if shown["kind"] == LABEL:
+        rows = rows[1:]
+        rows = [("label is 1", share) for _, share in rows]
+    known = [(cell, share) for cell, share in rows if share["value"] is not None]
+    most = max(known, key=lambda one: one[1]["value"], default=None)
+    said = "no share is known" if most is None else f"most rows: {most[0]}, {_percent(most[1]['value'])}"
+    title = f"{shown['feature']}" + ("" if group["group"] is None else f", {shown['by']} {group['group']}")
+    drawing = bars(title, f"Shares of rows with 95 % intervals; {said}.", rows[:MOST_BARS], _percent)
+    return drawing if group["group"] is None else e("div", e("h4", name(group["group"])), drawing)
+
+
+def _tables(shown: Mapping[str, Any], group: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
+    of = "" if group["group"] is None else f", {shown['by']}: {group['group']}"
+    rows = zip(_cells(shown), group["shares"], group["counts"], strict=True)
+    cells = [
+        [name(cell), *estimate(share, mark, ".2%"), number(count["value"], mark, ",.0f")] for cell, share, count in rows
+    ]
+    if group["missing"] is not None:
+        cells.append(["missing", "", "", "", number(group["missing"]["value"], mark, ",.0f")])
+    yield table(f"Shares of rows{of}", ("", "share", "95 % noise", "95 % full", "rows"), cells, mark)
+
+
+def _key_numbers(shown: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
+    """Mean and the like, and quantiles, of each group."""
+    log = (shown.get("bounds") or {}).get("scale") == "log1p"
+    for group in shown["groups"][:MOST_GROUPS]:
+        of = "" if group["group"] is None else f", {shown['by']}: {group['group']}"
+        if "numbers" in group:
+            said = "Moments of log(1 + x)" if log else "Moments"
+            rows = [[each, *estimate(found, mark)] for each, found in group["numbers"].items() if each != "sum"]
+            yield table(f"{said}{of}", ("", *INTERVALS), rows, mark)
+        if "quantiles" in group:
+            levels = [[marked("public", f"{one['level']:.3g}"), *estimate(one, mark)] for one in group["quantiles"]]
+            yield table(f"Quantiles{of}", ("level", *INTERVALS), levels, mark)
+
+
+def _learned(facts: Facts) -> Iterator[Element]:
+    """Constants that a version carries."""
+    for version, record in reversed(facts.trainings.items()):
+        learned = getattr(record, "learned", None)
+        if learned is None:
+            continue
+        mark: Mark = "oracle" if learned.epsilon is None else "noised"
+        rows = [
+            [name(feature), _constants(transform.model_dump(), mark)]
+            for feature, transform in learned.transforms.items()
+        ]
+        said = f"Constants of features that version {version} carries"
+        yield table(said, ("feature", "constants"), rows, mark)
+        return
+
+
+def _constants(transform: Mapping[str, Any], mark: Mark) -> Element:
+    values = [f"{key} {_plain(value)}" for key, value in transform.items() if key != "kind" and value is not None]
+    return marked(mark, name(", ".join(values)))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " | ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _balance_row(version: int, balance: Any) -> Sequence[Element | str]:
+    mark: Mark = "public" if balance.prior_exact else "noised"
+    kept = (number(keep, "public", ".3g") for keep in balance.keep)
+    shifts = number(balance.analytic, mark, "+.3f"), number(balance.estimated, "noised", "+.3f")
+    return (marked("public", str(version)), number(balance.prior, mark), *kept, *shifts)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
