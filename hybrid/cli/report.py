@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -135,7 +135,7 @@ def _paid_for(kept: Sequence[tuple[str, Result]], runs: Path) -> tuple[list[tupl
     return shown, unpaid
 
 
-def _curves(registry: Registry, model: str, trainings: Mapping[int, TrainingRecord]) -> dict[int, Any]:
+def _curves(registry: Registry, model: str, trainings: dict[int, TrainingRecord]) -> dict[int, Any]:
     """Of the latest versions that have any."""
     found: dict[int, Any] = {}
     for number in reversed(trainings):

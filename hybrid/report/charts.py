@@ -98,7 +98,7 @@ def plot(
         level: a horizontal line, and what it is.
         diagonal: whether y = x is drawn.
     """
-    left, top, right, height = 44.0, 14.0, 10.0, 190.0
+    left, top, right, height = 44.0, 26.0, 10.0, 190.0
     legend = [*((line.name, f"s{line.place}", line.style) for line in lines)]
     if level is not None:
         legend.append((level[1], "level", "line"))
@@ -174,10 +174,10 @@ def _shape(place: int, x: float, y: float) -> Element:
     return e("path", class_="dot", d=_path(corners) + "Z")
 
 
-def bars(title: str, says: str, rows: Sequence[tuple[str, Estimate]], say: Callable[[float], str]) -> Element:
-    """A bar from zero for each row, with both intervals: the noise's thick, the full one thin."""
-    ends = [end for _, row in rows for end in _ends(row) if end is not None]
-    most = max([*ends, 1e-9])
+def bars(
+    title: str, says: str, rows: Sequence[tuple[str, Estimate]], say: Callable[[float], str], *, most: float
+) -> Element:
+    """A bar from zero up to `most` for each row, with both intervals: the noise's thick, the full one thin."""
     left, right = 122.0, 52.0
 
     def across(value: float) -> float:
@@ -206,7 +206,7 @@ def differences(title: str, says: str, rows: Sequence[tuple[str, Estimate]], say
     for place, (label, row) in enumerate(rows):
         y = LINE * place + LINE / 2 + 2
         drawn.append(e("text", short(label), x=left - 8, y=y + 4, class_="end"))
-        most = max([abs(end) for end in _ends(row) if end is not None] or [0.0]) or 1.0
+        most = max([abs(end) for end in ends(row) if end is not None] or [0.0]) or 1.0
         if row["value"] is None:
             continue
 
@@ -222,12 +222,13 @@ def differences(title: str, says: str, rows: Sequence[tuple[str, Estimate]], say
 
 def _whiskers(row: Estimate, across: Callable[[float], float], y: float) -> Iterator[Element]:
     for kind in ("full", "noise"):
-        ends = row.get(kind)
-        if ends is not None and None not in ends:
-            yield e("line", class_=f"whisker {kind}", x1=across(ends[0]), x2=across(ends[1]), y1=y, y2=y)
+        low, high = row.get(kind) or (None, None)
+        if low is not None and high is not None:
+            yield e("line", class_=f"whisker {kind}", x1=across(low), x2=across(high), y1=y, y2=y)
 
 
-def _ends(row: Estimate) -> Iterator[float | None]:
+def ends(row: Estimate) -> Iterator[float | None]:
+    """A value, and the ends of its intervals."""
     yield row["value"]
     for kind in ("noise", "full"):
         yield from row.get(kind) or ()

@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element, tostring
 from hybrid.analytics.results import Mark
 
 Child = Element | str | None
+Children = list[Child]
 Estimate = Mapping[str, Any]
 """As commands print it: "value", "noise" and "full", each with its two ends, or None."""
 
@@ -84,15 +85,14 @@ def estimate(found: Estimate, mark: Mark, form: str = ".4g") -> list[Element]:
 
 
 def table(caption: str, head: Sequence[Child], rows: Iterable[Sequence[Child]], mark: Mark | None = None) -> Element:
-    """A table that scrolls within itself, its first column naming the rows."""
-    described = e("caption", f"{caption} ", None if mark is None else badge(mark))
+    """A table that scrolls within itself, its first column naming the rows; its caption stays where it is."""
     columns = e("thead", e("tr", *(e("th", each, scope="col") for each in head)))
     body = e("tbody")
     for first, *others in rows:
         body.append(e("tr", e("th", first, scope="row"), *(e("td", each) for each in others)))
-    return e(
-        "div", e("table", described, columns, body), class_="scroll", role="group", tabindex="0", aria_label=caption
-    )
+    said = e("p", f"{caption} ", None if mark is None else badge(mark), class_="caption")
+    within = e("table", columns, body, aria_label=caption)
+    return e("div", said, e("div", within, class_="scroll", role="group", tabindex="0", aria_label=caption))
 
 
 def details(summary: str, *children: Child) -> Element:

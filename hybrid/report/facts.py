@@ -48,7 +48,7 @@ class Facts:
     budget: tuple[float, float, str]
     only: str | None = None
     aliases: Mapping[str, int] = field(default_factory=dict)
-    trainings: Mapping[int, TrainingRecord] = field(default_factory=dict)
+    trainings: dict[int, TrainingRecord] = field(default_factory=dict)
     curves: Mapping[int, Curves] = field(default_factory=dict)
     results: Sequence[tuple[str, Result]] = ()
     unpaid: Sequence[str] = ()

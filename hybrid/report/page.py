@@ -9,7 +9,7 @@ from importlib.resources import files
 from xml.etree.ElementTree import Element
 
 from hybrid.report import people, privacy, versions
-from hybrid.report.elements import MEANINGS, badge, e, marked, name, number, text
+from hybrid.report.elements import MEANINGS, Children, badge, e, marked, name, number, text
 from hybrid.report.facts import Facts
 
 Section = Callable[[Facts], Iterator[Element]]
@@ -61,7 +61,7 @@ def _section(anchor: str, title: str, content: list[Element]) -> Element:
 def _lead(facts: Facts) -> Iterator[Element]:
     """What matters most, in one line each."""
     when = e("time", f"{facts.written:%Y-%m-%d %H:%M} UTC")
-    only = [] if facts.only is None else [" Answers and spending of run ", name(facts.only), " only."]
+    only: Children = [] if facts.only is None else [" Answers and spending of run ", name(facts.only), " only."]
     yield e("p", "Written ", when, ".", *only, class_="when")
     aliases = [
         part

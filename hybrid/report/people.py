@@ -8,8 +8,10 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from hybrid.analytics.results import Mark, Result
-from hybrid.report.charts import bars
+from hybrid.report.charts import bars, ends
 from hybrid.report.elements import (
+    NONE,
+    Children,
     badge,
     command,
     details,
@@ -77,18 +79,22 @@ def answer(run: str, result: Result) -> Element:
     if shown["by"] is not None:
         title.extend([e("span", " by "), name(shown["by"])])
     groups = shown["groups"][:MOST_GROUPS]
-    pictures = [_picture(shown, group) for group in groups]
     left_out = len(shown["groups"]) - len(groups)
     behind = [table_ for group in groups for table_ in _tables(shown, group, mark)]
-    notes: list[Element] = [e("p", *_who(shown), *paid(run, result))]
+    notes = [e("p", *_who(shown), *paid(run, result))]
     if left_out:
         notes.append(e("p", f"{many(left_out, 'more group')} in the run's folder."))
     return figure(
-        title, e("div", *pictures), [badge(mark)], *notes, *_key_numbers(shown, mark), details("All numbers", *behind)
+        title,
+        e("div", *_pictures(shown, groups)),
+        [badge(mark)],
+        *notes,
+        *_key_numbers(shown, mark),
+        details("All numbers", *behind),
     )
 
 
-def paid(run: str, result: Result) -> list[Element | str]:
+def paid(run: str, result: Result) -> Children:
     """When, and what for."""
     when = f"{result.time:%Y-%m-%d %H:%M} UTC"
     if result.spend is None:
@@ -106,10 +112,10 @@ def _latest(facts: Facts, *, label: bool) -> dict[tuple[str, str | None], tuple[
     return dict(sorted(found.items(), key=lambda one: (one[0][0], one[0][1] or "")))
 
 
-def _who(shown: Mapping[str, Any]) -> list[Element | str]:
+def _who(shown: Mapping[str, Any]) -> Children:
     rows = shown["rows_a_person"]
     which = "row" if rows == 1 else f"{rows} rows at most"
-    said: list[Element | str] = [number(shown["people"], "public", ",d"), " people of ", name(shown["population"])]
+    said: Children = [number(shown["people"], "public", ",d"), " people of ", name(shown["population"])]
     return [*said, ", the ", shown["take"], " ", e("span", which, data_mark="public"), " of each."]
 
 
@@ -120,17 +126,23 @@ def _cells(shown: Mapping[str, Any]) -> list[str]:
     return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f"≥ {edges[-1]}"]
 
 
-def _picture(shown: Mapping[str, Any], group: Mapping[str, Any]) -> Element:
-    rows = list(zip(_cells(shown), group["shares"], strict=True))
+def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[Element]:
+    """One of each group, on the same scale; of a label, one with a bar for each group."""
     if shown["kind"] == LABEL:
-        rows = rows[1:]
-        rows = [("label is 1", share) for _, share in rows]
-    known = [(cell, share) for cell, share in rows if share["value"] is not None]
-    most = max(known, key=lambda one: one[1]["value"], default=None)
-    said = "no share is known" if most is None else f"most rows: {most[0]}, {_percent(most[1]['value'])}"
-    title = f"{shown['feature']}" + ("" if group["group"] is None else f", {shown['by']} {group['group']}")
-    drawing = bars(title, f"Shares of rows with 95 % intervals; {said}.", rows[:MOST_BARS], _percent)
-    return drawing if group["group"] is None else e("div", e("h4", name(group["group"])), drawing)
+        rows = [(group["group"] or "label is 1", group["shares"][1]) for group in groups]
+        said = ", ".join(f"{who}: {_percent(share['value'])}" for who, share in rows)
+        yield bars("Rate of label 1", f"Shares of rows with 95 % intervals; {said}.", rows, _percent, most=1.0)
+        return
+    tops = [end for group in groups for share in group["shares"] for end in ends(share) if end is not None]
+    for group in groups:
+        rows = list(zip(_cells(shown), group["shares"], strict=True))
+        known = [row for row in rows if row[1]["value"] is not None]
+        most = max(known, key=lambda row: row[1]["value"], default=None)
+        said = "no share is known" if most is None else f"most rows: {most[0]}, {_percent(most[1]['value'])}"
+        of = "" if group["group"] is None else f", {shown['by']} {group['group']}"
+        says = f"Shares of rows with 95 % intervals; {said}."
+        drawing = bars(f"{shown['feature']}{of}", says, rows[:MOST_BARS], _percent, most=max([*tops, 1e-9]))
+        yield drawing if group["group"] is None else e("div", e("h4", name(group["group"])), drawing)
 
 
 def _tables(shown: Mapping[str, Any], group: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
@@ -185,12 +197,12 @@ def _plain(value: Any) -> str:
     return " | ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _balance_row(version: int, balance: Any) -> Sequence[Element | str]:
+def _balance_row(version: int, balance: Any) -> Children:
     mark: Mark = "public" if balance.prior_exact else "noised"
     kept = (number(keep, "public", ".3g") for keep in balance.keep)
     shifts = number(balance.analytic, mark, "+.3f"), number(balance.estimated, "noised", "+.3f")
-    return (marked("public", str(version)), number(balance.prior, mark), *kept, *shifts)
+    return [marked("public", str(version)), number(balance.prior, mark), *kept, *shifts]
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1%}"

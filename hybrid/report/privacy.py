@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from hybrid.report.charts import Axis, Series, meter, plot, range_of
-from hybrid.report.elements import NONE, badge, details, e, figure, marked, missing, name, number, table
+from hybrid.report.elements import NONE, Children, badge, details, e, figure, marked, missing, name, number, table
 from hybrid.report.facts import Facts
 from hybrid.report.spending import TOGETHER, Spending
 
@@ -182,11 +182,11 @@ def spent(facts: Facts) -> Iterator[Element]:
     yield e("ul", *map(_sentence, _sentences(facts)))
 
 
-def _sentence(said: Sequence[Element | str]) -> Element:
+def _sentence(said: Children) -> Element:
     return e("li", *said)
 
 
-def _sentences(facts: Facts) -> Iterator[list[Element | str]]:
+def _sentences(facts: Facts) -> Iterator[Children]:
     yield [f"Scope: {facts.scope}."]
     if facts.composed is not None:
         found = facts.composed
@@ -213,17 +213,17 @@ def _sentences(facts: Facts) -> Iterator[list[Element | str]]:
         ]
 
 
-def _run_row(run: Mapping[str, Any]) -> Sequence[Element | str]:
+def _run_row(run: Mapping[str, Any]) -> Children:
     versions = marked("public", ", ".join(map(str, run["versions"]))) if run["versions"] else e("span", NONE)
     protects = run["protects"] or "said by a version"
     if "epsilon" not in run:
-        return (name(run["run"]), "ledger missing", NONE, NONE, versions, NONE, protects)
+        return [name(run["run"]), "ledger missing", NONE, NONE, versions, NONE, protects]
     ratio = f"{run['epsilon'] / run['budget_epsilon']:.0%} of the budget is spent"
     purposes: dict[str, int] = {}
     for each in run["spent_on"]:
         purposes[each["purpose"]] = purposes.get(each["purpose"], 0) + each["releases"]
     used_for = ", ".join(f"{purpose} ({count})" for purpose, count in purposes.items())
-    return (
+    return [
         name(run["run"]),
         number(run["epsilon"], "public", ".3f"),
         number(run["budget_epsilon"], "public", "g"),
@@ -231,7 +231,7 @@ def _run_row(run: Mapping[str, Any]) -> Sequence[Element | str]:
         versions,
         marked("public", used_for),
         protects,
-    )
+    ]
 
 
 def _over_time(spending: Spending) -> Element:
@@ -262,7 +262,7 @@ def _over_time(spending: Spending) -> Element:
         for time, value in points
     ]
     behind = table("Epsilon after releases", ("purpose", "time (UTC)", "ε"), rows, "public")
-    caption = [
+    caption: Children = [
         badge("public"),
         " Each purpose alone, at δ ",
         number(spending.delta, "public"),

@@ -10,6 +10,7 @@ from hybrid.analytics.results import Result
 from hybrid.report.charts import Axis, Series, differences, plot, range_of
 from hybrid.report.elements import (
     NONE,
+    Children,
     badge,
     details,
     e,
@@ -66,9 +67,7 @@ def overview(facts: Facts) -> Iterator[Element]:
     )
 
 
-def _row(
-    facts: Facts, version: int, record: TrainingRecord, evaluation: Mapping[str, Any] | None
-) -> Sequence[Element | str]:
+def _row(facts: Facts, version: int, record: TrainingRecord, evaluation: Mapping[str, Any] | None) -> Children:
     aliases = ", ".join(alias for alias, at in sorted(facts.aliases.items()) if at == version)
     auc = e("span", NONE)
     if evaluation is not None:
@@ -78,8 +77,8 @@ def _row(
     oracle = (
         number(record.oracle.get(key), "oracle", ".3f") for key in ("auc", "auc_without_server", "auc_without_device")
     )
-    spent = e("span", "no mechanism") if record.epsilon is None else number(record.epsilon, "public", ".3f")
-    return (
+    spent = e("span", "none") if record.epsilon is None else number(record.epsilon, "public", ".3f")
+    return [
         marked("public", str(version)),
         name(aliases) if aliases else NONE,
         record.kind,
@@ -87,7 +86,7 @@ def _row(
         spent,
         auc,
         *oracle,
-    )
+    ]
 
 
 def _record(version: int, record: TrainingRecord) -> Element:
@@ -157,11 +156,12 @@ def quality(facts: Facts) -> Iterator[Element]:
     shown = dict(sorted(latest.items(), reverse=True)[:4])
     found = {version: evaluation for version, (evaluation, _, _) in shown.items()}
     yield e("div", _roc(found), _calibration(found), class_="cards")
+    notes: dict[str, None] = {}
     for version, (evaluation, run, result) in shown.items():
         rows = [[METRICS.get(key, key), *estimate(one, "noised", ".4f")] for key, one in evaluation["metrics"].items()]
         said = result.shown
         yield table(f"Version {version}", ("", *INTERVALS), rows, "noised")
-        fold = [] if said["fold"] is None else [" of fold ", marked("public", said["fold"])]
+        fold: Children = [] if said["fold"] is None else [" of fold ", marked("public", said["fold"])]
         yield e(
             "p",
             number(said["people"], "public", ",d"),
@@ -171,8 +171,9 @@ def quality(facts: Facts) -> Iterator[Element]:
             ".",
             *paid(run, result),
         )
-        for note in said["notes"]:
-            yield e("p", "Note: ", e("bdi", note, data_mark="public"), class_="note")
+        notes |= dict.fromkeys(said["notes"])
+    for note in notes:
+        yield e("p", "Note: ", e("bdi", note, data_mark="public"), class_="note")
 
 
 def _roc(found: Mapping[int, Mapping[str, Any]]) -> Element:
@@ -180,7 +181,7 @@ def _roc(found: Mapping[int, Mapping[str, Any]]) -> Element:
     areas = ", ".join(f"version {v} has an AUC of {_three(one['metrics']['auc']['value'])}" for v, one in found.items())
     x, y = (Axis(said, 0.0, 1.0, SHARES.ticks, SHARES.say) for said in ("false positive rate", "true positive rate"))
     drawing = plot("ROC", f"{areas}; bands are 95 % at each place, noise only.", x, y, lines, diagonal=True)
-    caption = [badge("noised"), " Bands: 95 % at each place for the exact curve on these people; noise only."]
+    caption: Children = [badge("noised"), " Bands: 95 % at each place for the exact curve on these people; noise only."]
     return figure(
         "ROC",
         drawing,
@@ -197,7 +198,7 @@ def _calibration(found: Mapping[int, Mapping[str, Any]]) -> Element:
     )
     x, y = (Axis(said, 0.0, 1.0, SHARES.ticks, SHARES.say) for said in ("mean prediction", "mean label"))
     drawing = plot("Calibration", f"{ratios}; on the diagonal both are the same.", x, y, lines, diagonal=True)
-    caption = [badge("noised"), " Ten parts of equally many rows; right is the diagonal. Bands as for ROC."]
+    caption: Children = [badge("noised"), " Ten parts of equally many rows; right is the diagonal. Bands as for ROC."]
     return figure(
         "Calibration",
         drawing,
@@ -251,7 +252,13 @@ def comparison(facts: Facts) -> Iterator[Element]:
     ]
     yield e(
         "div",
-        figure(title, drawing, caption, e("p", _verdict(auc, first, second), *paid(run, result)), behind),
+        figure(
+            title,
+            drawing,
+            caption,
+            e("p", e("span", _verdict(auc, first, second), data_mark="noised"), *paid(run, result)),
+            behind,
+        ),
         class_="cards",
     )
 

@@ -1,0 +1,141 @@
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hybrid.report.page import SECTIONS, page
+from hybrid.report.tests.examples import EMPTY, EVIL, asked, attacked, evaluated, facts, group, numbers, record, words
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+NO_NUMBERS = {"h1", "h2", "h3", "h4", "code", "time", "title", "desc", "style", "svg", "summary", "caption", "bdi"}
+
+
+class Read(HTMLParser):
+    """Each text with the elements around it, outermost first; and every attribute of every element."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.texts, self.attributes, self.tags, self._open = [], [], [], []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in VOID:
+            self._open.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.texts.append((data, list(self._open)))
+
+
+def test_every_number_of_a_table_or_sentence_says_what_it_is():
+    """Noised, public or oracle, said in words within it; only names, times and headings have digits without."""
+    read = Read(page(facts()))
+    unmarked = []
+    for text, around in read.texts:
+        if not around or not re.search(r"\d", text.replace("95 %", "")) or NO_NUMBERS & {tag for tag, _ in around}:
+            continue
+        if around[-1][0] == "th" and around[-2][0] == "tr":
+            continue  # heads of columns: "version 2"
+        if any(attributes.get("class") == "caption" for _, attributes in around):
+            continue
+        if not any("data-mark" in attributes for _, attributes in around):
+            unmarked.append(text)
+    assert unmarked == []
+    aloud = [text for text, around in read.texts if around and around[-1][1].get("class") == "aloud"]
+    assert {said.strip(" ()") for said in aloud} == {"noised", "public", "oracle"}
+
+
+def test_pictures_say_what_they_show_and_of_which_kind_their_numbers_are():
+    """Each has a title, a description and a badge in its figure, and its numbers are in a table behind it."""
+    content = page(facts())
+    figures = re.findall(r"<figure>.*?</figure>", content, re.DOTALL)
+    assert len(figures) >= 9
+    for figure in figures:
+        assert figure.count("<title>") >= 1 <= figure.count("<desc>")
+        assert "data-badge" in figure
+    assert sum("<table>" in figure for figure in figures) >= len(figures) - 1  # what noise hides is a table below
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        facts(words(EVIL, "calm")),
+        facts(asked(EVIL, "categories", [group([1.0], EVIL)], by=EVIL, values=[EVIL], population=EVIL)),
+        facts(unpaid=[EVIL]),
+        facts(scope=EVIL, runs=[]),
+        facts(trainings={1: record(EVIL, 1.0)}, aliases={EVIL: 1}),
+    ],
+    ids=["value", "feature and group", "unpaid", "scope", "run and alias"],
+)
+def test_text_of_others_is_text(evil):
+    """`<script>` in a value, a name or a reason is shown as it is written, and no such element comes of it."""
+    read = Read(page(evil))
+    assert "script" not in read.tags
+    assert evil.scope == EVIL or any(EVIL in text for text, _ in read.texts)
+    assert not any(name.startswith("on") for _, name, _ in read.attributes)
+
+
+def test_nothing_is_fetched_and_no_script_may_run():
+    """No address of elsewhere in any attribute, only anchors; the policy allows nothing but the page's own style."""
+    content = page(facts())
+    read = Read(content)
+    assert [value for _, _, value in read.attributes if "//" in (value or "")] == []
+    assert all(value.startswith("#") for _, name, value in read.attributes if name in ("href", "src"))
+    style = re.search(r"<style>(.*)</style>", content, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = next(value for _, name, value in read.attributes if name == "content" and "default-src" in value)
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'")
+    assert "url(" not in style
+    assert "@import" not in style
+    assert not any(name == "style" for _, name, _ in read.attributes)  # the policy would not let it
+
+
+def test_anchors_lead_to_sections():
+    """One link and one section each."""
+    read = Read(page(facts()))
+    ids = [value for _, name, value in read.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    links = [value[1:] for _, name, value in read.attributes if name == "href"]
+    assert links == [anchor for anchor, _, _ in SECTIONS]
+    assert set(links) <= set(ids)
+
+
+def test_a_model_without_anything_says_which_commands_fill_its_page():
+    """One for each section."""
+    codes = [text for text, around in Read(page(EMPTY)).texts if around and around[-1][0] == "code"]
+    for command in (
+        "hybrid train shop --epsilon",
+        "hybrid analyze shop temperature --epsilon",
+        "hybrid analyze shop label --epsilon",
+        "hybrid evaluate shop:1 --epsilon",
+        "hybrid evaluate shop:2 --against 1",
+        "hybrid audit inversion shop",
+    ):
+        assert any(command in code for code in codes), command
+
+
+def test_the_latest_answer_is_shown():
+    """Of two about one feature, with 587 and 588 people."""
+    older = numbers()
+    newer = older.model_copy(update={"shown": older.shown | {"people": 588}})
+    content = page(facts(older, newer))
+    assert ">588<" in content
+    assert ">587<" not in content
+
+
+def test_what_could_take_noise_away_is_not_shown():
+    """A seed, in any answer."""
+    assert "77123" not in page(facts())
+
+
+def test_differences_and_attacks_are_said_in_words():
+    """The interval of AUC's difference, 0.003 to 0.019, is above 0; verdicts are as the audit gave them."""
+    content = page(facts(evaluated(), attacked()))
+    assert "Version 2 ranks better than version 1" in content
+    assert "From a clear embedding 2 of 2 features" in content
