@@ -104,7 +104,8 @@ def psi(reference: Noised, current: Noised, *, ordered: bool = True, apart: int 
     interval is then wider than it need be, and the value a little low.
 
     Args:
-        reference, current: of the same k cells.
+        reference: counts of k cells.
+        current: of the same cells.
         ordered: whether cells have neighbours; else they are put in the order of their size.
         apart: so many of the last cells (unseen, missing) are never put together with others.
         seed: of the draws.

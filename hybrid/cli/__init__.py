@@ -16,6 +16,7 @@ from hybrid.cli import (
     audit,
     buffer,
     dead_letters,
+    drift,
     features,
     fleet,
     models,
@@ -52,6 +53,7 @@ GROUPS = (
     fleet,
     dead_letters,
     skew,
+    drift,
 )
 for group in GROUPS:
     app.add_typer(group.app)
