@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from hybrid.errors import ConfigError
 
 FOLDER = "results"  # in a run's
+SPEND = {"epsilon", "delta", "purpose", "releases", "run"}
 Kind = Annotated[str, Field(pattern=r"[a-z][a-z-]*")]
 Mark = Literal["noised", "public", "oracle"]
 """What a number that is shown may be: released and in a ledger; known to the server or to everybody anyway; or computed
@@ -32,8 +33,8 @@ class Result(BaseModel):
         model: whose.
         time: when it was found.
         mark: of its numbers.
-        spend: what it cost, as the command says it: "epsilon", "delta", "purpose", "run" at least. None where it cost
-            nothing: not noised.
+        spend: what it cost, as the command says it: "epsilon", "delta", "purpose", and how many "releases" of the
+            ledger of which "run" paid for it, at least. None where it cost nothing: not noised.
         shown: the answer, as the command's --json has it.
     """
 
@@ -50,28 +51,41 @@ class Result(BaseModel):
     def _paid(self) -> Self:
         if (self.mark == "noised") != (self.spend is not None):
             raise ValueError("spend must be there where numbers are noised, and only there")
+        missing = [] if self.spend is None else sorted(SPEND - self.spend.keys())
+        if missing:
+            raise ValueError(f"spend must have {', '.join(missing)}")
         return self
 
 
-def keep(run: Path, kind: str, shown: Mapping[str, Any], *, mark: Mark, now: datetime | None = None) -> Path:
+def keep(
+    run: Path,
+    kind: str,
+    shown: Mapping[str, Any],
+    *,
+    mark: Mark,
+    spend: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
+) -> Path:
     """Keeps an answer in the folder of the run that paid for it, or that it is about.
 
     Args:
         run: its folder; made where it is missing.
         kind: see `Result`.
-        shown: the answer, with "model", and with "spend" where it was paid for. What is not finite becomes null.
+        shown: the answer, with "model". What is not finite becomes null.
         mark: see `Result`.
+        spend: see `Result`; None: what `shown` has under that name.
         now: when; None: now.
 
     Returns:
         The file, `results/<kind>-<number>.json`; a number is never used twice.
     """
+    paid = shown.get("spend") if spend is None else dict(spend)
     result = Result(
         kind=kind,
         model=shown["model"],
         time=datetime.now(UTC) if now is None else now,
         mark=mark,
-        spend=shown.get("spend"),
+        spend=paid,
         shown=dict(shown),
     )
     folder = run / FOLDER

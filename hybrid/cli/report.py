@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -17,6 +17,7 @@ from hybrid.workspace import Workspace
 if TYPE_CHECKING:
     from hybrid.analytics.results import Result
     from hybrid.cli.privacy import _Run
+    from hybrid.privacy.ledger import Account
     from hybrid.registry import Registry
     from hybrid.report.facts import Facts
     from hybrid.report.spending import Spending
@@ -90,7 +91,9 @@ def facts_of(model: str, run: str | None, workspace: Workspace, now: datetime) -
         if run not in known:
             raise NotFound(f"{model} has no run {run!r}; it has: {', '.join(sorted(known)) or 'none'}")
     runs = [found for found in every if run in (None, found.name)]
-    results, unpaid = _paid_for([one for one in kept if run in (None, one[0])], workspace.runs)
+    results, unpaid = _paid_for(
+        [one for one in kept if run in (None, one[0])], {one.name: one.account for one in every}
+    )
     privacy = declaration["privacy"]
     return Facts(
         model=model,
@@ -114,24 +117,21 @@ def facts_of(model: str, run: str | None, workspace: Workspace, now: datetime) -
     )
 
 
-def _paid_for(kept: Sequence[tuple[str, Result]], runs: Path) -> tuple[list[tuple[str, Result]], list[str]]:
+def _paid_for(
+    kept: Sequence[tuple[str, Result]], accounts: Mapping[str, Account | None]
+) -> tuple[list[tuple[str, Result]], list[str]]:
     """Answers that may be shown; and, of noised ones whose ledger does not hold what they cost, why not."""
-    from hybrid.privacy.ledger import Ledger
-
     shown, unpaid = [], []
     for run, result in kept:
-        if result.spend is None:
-            shown.append((run, result))
-            continue
-        try:
-            entries = Ledger.read(runs / run).entries
-        except NotFound:
-            entries = ()
-        paid = sum(entry.purpose == result.spend["purpose"] for entry in entries)
-        if paid >= result.spend.get("releases", 1):
+        spend = result.spend
+        account = None if spend is None else accounts.get(spend["run"])
+        entries = () if account is None else account.entries
+        if spend is None or sum(entry.purpose == spend["purpose"] for entry in entries) >= spend["releases"]:
             shown.append((run, result))
         else:
-            unpaid.append(f"an answer of {result.kind} in run {run}, which is not in the run's ledger")
+            unpaid.append(
+                f"an answer of hybrid {result.kind} in run {run}: the ledger of {spend['run']} has no such spend"
+            )
     return shown, unpaid
 
 

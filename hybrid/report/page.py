@@ -20,6 +20,7 @@ SECTIONS: tuple[tuple[str, str, Section], ...] = (
     ("curves", "Training curves", versions.curves),
     ("quality", "Quality, measured on devices", versions.quality),
     ("comparison", "Two versions compared", versions.comparison),
+    ("drift", "Drift", people.drift),
     ("leakage", "What an embedding gives away", privacy.leakage),
     ("privacy", "Privacy spent", privacy.spent),
 )

@@ -18,6 +18,7 @@ from hybrid.report.elements import (
     e,
     estimate,
     figure,
+    interval,
     many,
     marked,
     missing,
@@ -72,6 +73,51 @@ def label(facts: Facts) -> Iterator[Element]:
         yield table("Label balance: what devices kept, and the correction of logits that a version carries", head, rows)
 
 
+def drift(facts: Facts) -> Iterator[Element]:
+    """Whether features and scores are distributed as they were."""
+    found = facts.of("drift")
+    if not found:
+        yield missing("Nobody compared people's features of two periods.", f"hybrid drift {facts.model} --period week")
+        return
+    run, result = found[0]
+    shown = result.shown
+    rows = [(column["column"], _index(column)) for column in shown["columns"]]
+    most = max([end for _, row in rows for end in ends(row) if end is not None] + [shown["thresholds"]["drifted"]])
+    drawing = bars(
+        "Population stability index", "Of each column, with 95 % intervals.", rows, "{:.2f}".format, most=most
+    )
+    moved, drifted = (number(shown["thresholds"][each], "public") for each in ("moved", "drifted"))
+    caption: Children = [
+        badge("noised"),
+        " PSI: stable below ",
+        moved,
+        ", drifted from ",
+        drifted,
+        " on. Whiskers: 95 %.",
+    ]
+    head = ("column", "PSI", "95 % full", "verdict")
+    cells = [
+        [
+            name(column["column"]),
+            number(column["psi"], "noised", ".3f"),
+            interval([column["low"], column["high"]], "noised", ".3f"),
+            column["verdict"],
+        ]
+        for column in shown["columns"]
+    ]
+    periods: Children = [name(shown["reference"]["name"]), " against ", name(shown["current"]["name"]), "."]
+    behind = table("PSI by column", head, cells, "noised")
+    yield e(
+        "div",
+        figure("Features then and now", drawing, caption, e("p", *periods, *paid(run, result)), behind),
+        class_="cards",
+    )
+
+
+def _index(column: Mapping[str, Any]) -> dict[str, Any]:
+    return {"value": column["psi"], "noise": None, "full": [column["low"], column["high"]]}
+
+
 def answer(run: str, result: Result) -> Element:
     """One answer of `hybrid analyze`: a picture for each group, and its numbers."""
     shown, mark = result.shown, result.mark
@@ -100,7 +146,17 @@ def paid(run: str, result: Result) -> Children:
     if result.spend is None:
         return [" ", e("time", when), ", at no cost."]
     epsilon, delta = (number(result.spend[part], "public", ".3g") for part in ("epsilon", "delta"))
-    return [" ", e("time", when), ", for ε ", epsilon, " at δ ", delta, ", paid by run ", name(run), "."]
+    return [
+        " ",
+        e("time", when),
+        ", for ε ",
+        epsilon,
+        " at δ ",
+        delta,
+        ", paid by run ",
+        name(result.spend["run"]),
+        ".",
+    ]
 
 
 def _latest(facts: Facts, *, label: bool) -> dict[tuple[str, str | None], tuple[str, Result]]:
@@ -148,7 +204,7 @@ def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
 def _tables(shown: Mapping[str, Any], group: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
     of = "" if group["group"] is None else f", {shown['by']}: {group['group']}"
     rows = zip(_cells(shown), group["shares"], group["counts"], strict=True)
-    cells = [
+    cells: list[Children] = [
         [name(cell), *estimate(share, mark, ".2%"), number(count["value"], mark, ",.0f")] for cell, share, count in rows
     ]
     if group["missing"] is not None:

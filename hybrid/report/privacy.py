@@ -33,7 +33,7 @@ def leakage(facts: Facts) -> Iterator[Element]:
     levels = shown["levels"]
     yield e("div", _cost(shown), _gains(shown), class_="cards")
     features = sorted(levels[0]["features"], key=lambda each: -levels[0]["features"][each]["gain"]["mean"])
-    head = ("feature", "guessing", *(_sigma(level) for level in levels))
+    head: Children = ["feature", "guessing", *(_sigma(level) for level in levels)]
     rows = [
         [
             name(each),

@@ -246,7 +246,7 @@ def comparison(facts: Facts) -> Iterator[Element]:
         "Differences", ("", *INTERVALS), [[key, *estimate(one, "noised", "+.4f")] for key, one in rows], "noised"
     )
     title = f"Version {first} less version {second}"
-    caption = [
+    caption: Children = [
         badge("noised"),
         " On the same rows. Each row of the picture has a scale of its own; whiskers are 95 %, thick noise, thin full.",
     ]

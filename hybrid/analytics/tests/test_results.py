@@ -8,7 +8,8 @@ from hybrid.analytics import results
 from hybrid.errors import ConfigError
 
 NOW = datetime(2026, 11, 29, 9, 0, tzinfo=UTC)
-PAID = {"model": "shop", "value": 1.5, "spend": {"epsilon": 0.2, "delta": 1e-5, "purpose": "analyze", "run": "monday"}}
+SPEND = {"epsilon": 0.2, "delta": 1e-5, "purpose": "analyze", "releases": 1, "run": "monday"}
+PAID = {"model": "shop", "value": 1.5, "spend": SPEND}
 FREE = {"model": "shop", "value": 2.5}
 
 

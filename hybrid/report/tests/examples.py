@@ -100,6 +100,16 @@ def attacked():
     return Result(kind="inversion", model="shop", time=NOW, mark="oracle", spend=None, shown=shown)
 
 
+def drifted():
+    columns = [
+        {"column": "temperature", "psi": 0.31, "low": 0.27, "high": 0.36, "verdict": "drifted"},
+        {"column": "mood", "psi": None, "low": 0.0, "high": None, "verdict": "unclear"},
+    ]
+    periods = {"reference": {"name": "october"}, "current": {"name": "november"}}
+    shown = {"model": "shop", "columns": columns, "thresholds": {"moved": 0.1, "drifted": 0.25}, **periods}
+    return Result(kind="drift", model="shop", time=NOW, mark="noised", spend=SPEND | {"purpose": "drift"}, shown=shown)
+
+
 def record(run, epsilon):
     oracle = {"auc": 0.7376, "log_loss": 0.61, "auc_without_server": 0.62, "auc_without_device": 0.716}
     private = {"epsilon": epsilon, "delta": 9e-4, "unit": "user", "protects": "device features", "rounds": 3}
@@ -156,7 +166,7 @@ EMPTY = Facts(
 
 def facts(*results, **changed):
     """A model with two versions and a reference, and these answers of run monday; by default one of each kind."""
-    found = results or (numbers(), words("calm", "cross"), labels(), evaluated(), attacked())
+    found = results or (numbers(), words("calm", "cross"), labels(), evaluated(), drifted(), attacked())
     whole = {
         "aliases": {"production": 1, "canary": 2},
         "trainings": {1: record("monday", 1.2), 2: record("monday", 1.9), 3: record("tuesday", None)},

@@ -115,6 +115,7 @@ def test_a_model_without_anything_says_which_commands_fill_its_page():
         "hybrid analyze shop label --epsilon",
         "hybrid evaluate shop:1 --epsilon",
         "hybrid evaluate shop:2 --against 1",
+        "hybrid drift shop",
         "hybrid audit inversion shop",
     ):
         assert any(command in code for code in codes), command
