@@ -84,41 +84,33 @@ def test_another_label_column_can_be_taken(trained, tmp_path):
     assert low <= 100 <= high
 
 
-@pytest.mark.parametrize(
-    ("words", "error", "message"),
-    [
-        (("taxi", "--epsilon", "4.5"), ConfigError, "--epsilon must be > 0 and at most the 4 that 'taxi' declares"),
-        (("taxi@canary2", "--epsilon", "1"), NotFound, "taxi has no alias 'canary2'; it has: canary, production"),
-        (("taxi:7", "--epsilon", "1"), NotFound, "taxi has no version 7"),
-        (("taxi", "--against", "9", "--epsilon", "1"), NotFound, "taxi has no version 9"),
-        (
-            ("taxi", "--fold", "2/4", "--epsilon", "1"),
-            ConfigError,
-            "--fold must be people that taxi:1 did not learn from: it held out fold 1/4, got 2/4",
-        ),
-        (("taxi", "--threshold", "1", "--epsilon", "1"), ConfigError, r"--threshold must be in \(0, 1\), got 1"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_and_leaves_no_run(trained, tmp_path, words, error, message):
-    """In a sentence; nothing is spent."""
-    with pytest.raises(error, match=message):
-        trained("evaluate", *words)
-    assert {run.name for run in (tmp_path / "runs").iterdir()} == {"run0", "run1"}
+REFUSED = [
+    (("taxi", "--epsilon", "4.5"), ConfigError, "--epsilon must be > 0 and at most the 4 that 'taxi' declares"),
+    (("taxi@canary2", "--epsilon", "1"), NotFound, "taxi has no alias 'canary2'; it has: canary, production"),
+    (("taxi:7", "--epsilon", "1"), NotFound, "taxi has no version 7"),
+    (("taxi", "--against", "9", "--epsilon", "1"), NotFound, "taxi has no version 9"),
+    (
+        ("taxi", "--fold", "2/4", "--epsilon", "1"),
+        ConfigError,
+        "--fold must be people that taxi:1 did not learn from: it held out fold 1/4, got 2/4",
+    ),
+    (("taxi", "--threshold", "1", "--epsilon", "1"), ConfigError, r"--threshold must be in \(0, 1\), got 1"),
+]
 
 
-def test_versions_that_held_out_other_people_cannot_be_compared(trained, tmp_path):
-    """There is nobody whom neither of them learned from."""
+def test_what_cannot_be_measured_is_refused(trained, tmp_path):
+    """In a sentence; nothing is spent, and no run left. In the run of a training there is nothing left to spend."""
+    run = tmp_path / "runs" / "run0"
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    spent = (("taxi", "--epsilon", "1", "--run", "run0"), BudgetExceeded, r"run 'run0' has epsilon \S+ left of 4")
+    for words, error, message in [*REFUSED, spent]:
+        with pytest.raises(error, match=message):
+            trained("evaluate", *words)
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    assert {folder.name for folder in run.parent.iterdir()} == {"run0", "run1"}
     trained("train", "taxi", "--fold", "2/4", "--run", "other")
     with pytest.raises(ConfigError, match="must have held out the same people, got folds 1/4 and 2/4"):
         trained("evaluate", "taxi", "--against", "3", "--epsilon", "1")
-
-
-def test_a_training_leaves_no_budget_for_an_evaluation_in_its_run(trained, tmp_path):
-    """It spends what the run has; the evaluation is refused, and changes no file."""
-    before = {file: file.read_bytes() for file in (tmp_path / "runs" / "run0").iterdir()}
-    with pytest.raises(BudgetExceeded, match="run 'run0' has epsilon .* left of 4"):
-        trained("evaluate", "taxi", "--epsilon", "1", "--run", "run0")
-    assert {file: file.read_bytes() for file in (tmp_path / "runs" / "run0").iterdir()} == before
 
 
 def test_help_teaches_with_an_example():
