@@ -14,7 +14,7 @@ def cells_of(shown: Mapping[str, Any]) -> list[str]:
     """What each cell of an answer is called."""
     if shown["kind"] != "histogram":
         return list(shown["values"])
-    edges = [f"{edge:.4g}" for edge in shown["edges"]]
+    edges = [f"{edge:.5g}" for edge in shown["edges"]]
     return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f">= {edges[-1]}"]
 
 
@@ -50,7 +50,7 @@ def _head(shown: Mapping[str, Any]) -> Iterator[str]:
     )
     bounds = shown.get("bounds")
     if bounds is not None:
-        log = "; of log(1 + x)" if bounds["scale"] == "log1p" else ""
+        log = "; even in log(1 + x), and moments are of it" if bounds["scale"] == "log1p" else ""
         yield f"between {bounds['low']:.4g} and {bounds['high']:.4g} ({bounds['from']}){log}"
     if "edges_from" in shown:
         yield f"edges {shown['edges_from']}"

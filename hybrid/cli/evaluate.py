@@ -205,7 +205,9 @@ def _config(workspace: Workspace, version: Version) -> dict[str, Any] | None:
         config: dict[str, Any] = json.loads((workspace.runs / version.training.run / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config if config.get("kind") == version.training.kind else None
+    trained = version.training  # another training may have been given the same run since
+    same = (config.get("kind"), config.get("users"), config.get("examples"))
+    return config if same == (trained.kind, trained.users, trained.examples) else None
 
 
 def _people(model: HybridModel, versions: list[Version], asked: _Asked, workspace: Workspace) -> People:
