@@ -18,6 +18,7 @@ FLEET = ROOT / "docs" / "fleet.md"
 FLOWER = ROOT / "docs" / "flower.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
+ANALYTICS = ROOT / "docs" / "analytics.md"
 
 
 def commands(document: Path) -> list[str]:
@@ -27,7 +28,7 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT)],
+    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, ANALYTICS)],
     ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
@@ -78,6 +79,17 @@ def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands
     assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 6 + ["seen"] * 3, printed
     assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:6]), printed
     assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
+
+
+def test_analytics_answer_and_their_ledger_says_so(type_commands):
+    """Every command succeeds; the questions cost epsilon 1.1 together, by purpose, and the first finds the median."""
+    printed = type_commands("\n".join(commands(ANALYTICS)))
+    median = re.search(r"^0\.5 +(-\d+\.\d+) ", printed, re.MULTILINE)
+    assert median, printed
+    assert abs(float(median[1]) + 52.5) < 2, "half of the students registered 52 days ahead or earlier"
+    assert re.search(r"analyze: [1-3] release", printed), printed
+    assert re.search(r"evaluate: \d release", printed), printed
+    assert re.search(r"^AUC +0\.\d+ ", printed, re.MULTILINE), printed
 
 
 def on_free_ports(blocks: list[str]) -> str:

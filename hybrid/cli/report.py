@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+ABOUT = ("unit", "protects", "assumption")  # of a run
 DRAWN_VERSIONS = 4  # whose curves are drawn
 DRAWN_RUNS = 6  # whose spending is drawn each by itself
 
@@ -110,11 +111,17 @@ def facts_of(model: str, run: str | None, workspace: Workspace, now: datetime) -
         curves=_curves(registry, model, trainings),
         results=results,
         unpaid=unpaid,
-        runs=[_run_json(found) for found in runs],
+        runs=[_described(_run_json(found), results) for found in runs],
         scope=SCOPE,
         composed=_composed(every),
         spending=list(_spending(runs)),
     )
+
+
+def _described(run: dict[str, Any], results: Sequence[tuple[str, Result]]) -> dict[str, Any]:
+    """A run with what its answers say of it, where no version of it does."""
+    said = next((result.spend for name, result in results if name == run["run"] and result.spend), {})
+    return run | {about: run[about] or said.get(about) for about in ABOUT}
 
 
 def _paid_for(

@@ -41,7 +41,7 @@ def page(facts: Facts) -> str:
         e("style", style),
     )
     built = [(anchor, title, list(section(facts))) for anchor, title, section in SECTIONS]
-    links = e("ul", *(e("li", e("a", title, href=f"#{anchor}")) for anchor, title, _ in built))
+    links = e("ul", *(e("li", e("a", anchor.capitalize(), href=f"#{anchor}")) for anchor, _, _ in built))
     body = e(
         "body",
         e("header", e("h1", name(facts.model)), *_lead(facts)),

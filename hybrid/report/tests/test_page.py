@@ -59,7 +59,7 @@ def test_pictures_say_what_they_show_and_of_which_kind_their_numbers_are():
     for figure in figures:
         assert figure.count("<title>") >= 1 <= figure.count("<desc>")
         assert "data-badge" in figure
-    assert sum("<table>" in figure for figure in figures) >= len(figures) - 1  # what noise hides is a table below
+    assert sum("<table" in figure for figure in figures) >= len(figures) - 1  # what noise hides is a table below
 
 
 @pytest.mark.parametrize(
