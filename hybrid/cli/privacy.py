@@ -231,14 +231,7 @@ def _lines(shown: Mapping[str, Any], of: int) -> Iterator[str]:
 
 
 def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
-<<<<<<< HEAD
-    none = "none: a sweep's configuration" if "/" in run["run"] else "none: it goes on, or it failed"
-    if run["kind"] == "drift":
-        none = "none: a week of watching for drift"
-    versions = ", ".join(map(str, run["versions"])) or none
-=======
     versions = ", ".join(map(str, run["versions"])) or _no_versions(run)
->>>>>>> analyze
     yield f"run {run['run']} (versions: {versions})"
     if "epsilon" in run:
         unit = f" per {run['unit']}" if run["unit"] else ""
@@ -260,6 +253,8 @@ def _no_versions(run: Mapping[str, Any]) -> str:
     """Why a run has none."""
     if "/" in run["run"]:
         return "none: a sweep's configuration"
+    if run["kind"] == "drift":
+        return "none: a week of watching for drift"
     trained = any(spend["purpose"] == "train" for spend in run.get("spent_on", ()))
     return "none: it goes on, or it failed" if trained or not run.get("spent_on") else "none: questions"
 
