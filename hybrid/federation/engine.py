@@ -600,7 +600,7 @@ def predict(network: Network, examples: Examples, *, without: Literal["server", 
     def probabilities(server: Tensor, device: Tensor) -> Tensor:
         a = network.missing_embedding("server", len(server)) if without == "server" else network.server_tower(server)
         b = network.missing_embedding("device", len(device)) if without == "device" else network.device_tower(device)
-        return torch.sigmoid(network.head(a, b))
+        return network.correction(network.head(a, b))  # type: ignore[no-any-return]
 
     server, device = (torch.split(torch.from_numpy(side), ROWS_A_PASS) for side in (examples.server, examples.device))
     with torch.no_grad():

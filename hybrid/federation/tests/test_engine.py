@@ -335,14 +335,15 @@ def test_flat_weights_of_another_length_are_refused(tiny_model):
 
 
 def test_predictions_are_the_networks_own(tiny_model, tiny_examples):
-    """The probability of each row is the sigmoid of head(server tower, device tower)."""
+    """The probability of each row is the sigmoid of head(server tower, device tower), less the 2 of its correction."""
     network, examples = Network.build(tiny_model()), tiny_examples(6)
+    network.correction.set_shift(-2.0)
     with torch.no_grad():
         towers = (
             network.server_tower(torch.tensor(examples.server)),
             network.device_tower(torch.tensor(examples.device)),
         )
-        expected = torch.sigmoid(network.head(*towers)).numpy()
+        expected = torch.sigmoid(network.head(*towers) - 2).numpy()
     np.testing.assert_allclose(predict(network, examples), expected, atol=1e-6)
 
 
