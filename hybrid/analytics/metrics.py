@@ -16,7 +16,7 @@ from hybrid.analytics.estimates import Estimate, Statistic, estimate, simulated
 from hybrid.errors import ConfigError
 from hybrid.query import Floats, Query, Scores
 
-NODES = 128
+NODES = 64
 DECILES = 10
 LEAST = 1e-12
 THRESHOLD = 0.5
