@@ -290,6 +290,40 @@ class Scores(Part):
         return places.astype(np.int64), np.stack([1.0 - share, share], axis=1)
 
 
+class Residuals(Part):
+    """How far predictions are off in the large: sums of label - score, of the score, and of score x (1 - score).
+
+    The first says by how many rows, the last how fast that changes with a shift of all
+    logits. One person adds little to either where a label is rare, so that they may
+    be clipped low, and have little noise, where counts by score would have much.
+    """
+
+    kind: Literal["residuals"] = "residuals"
+
+    @property
+    def size(self) -> int:
+        """The three sums."""
+        return 3
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Score and label."""
+        return LABEL, SCORE
+
+    @property
+    def row_norm(self) -> float:
+        """Of (-1, 1, 0): a label of 0 with a score of 1."""
+        return math.sqrt(2.0)
+
+    def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
+        """See `Part`."""
+        score = np.clip(columns[SCORE].astype(np.float64), 0.0, 1.0)
+        known = ~np.isnan(score)
+        places, score = np.where(known[:, None], np.arange(3), -1), np.where(known, score, 0.0)
+        label = (columns[LABEL] == 1).astype(np.float64)
+        return places, np.stack([label - score, score, score * (1.0 - score)], axis=1)
+
+
 class By(BaseModel):
     """Groups, by a column that the server knows of each row: what it says of a person is nothing new to it.
 
@@ -308,7 +342,7 @@ class By(BaseModel):
         return self
 
 
-AnyPart = Annotated[Moments | Histogram | Categories | Labels | Scores, Field(discriminator="kind")]
+AnyPart = Annotated[Moments | Histogram | Categories | Labels | Scores | Residuals, Field(discriminator="kind")]
 
 
 class Query(BaseModel):
