@@ -65,7 +65,7 @@ def test_a_count_that_noise_swallows_is_as_large_as_the_noise():
     assert prior_of(Answer(query, np.array([100.0, -7.0]), 3.0, 5)) == pytest.approx(3 / 103)
 
 
-def _people(prior, shift, deviation=1.2, users=20_000):
+def _people(prior, shift, deviation=1.0, users=20_000):
     """Whose label's logit is so far from the score's: the expected label, as a row of each kind with its weight."""
     logit = math.log(prior / (1 - prior)) + np.random.default_rng(0).normal(0, deviation, users)
     score = 1 / (1 + np.exp(-logit))
@@ -76,7 +76,7 @@ def _people(prior, shift, deviation=1.2, users=20_000):
 @pytest.mark.parametrize("shift", [-1.0, -0.5, 0.0, 0.5])
 @pytest.mark.parametrize("prior", [0.05, 0.3])
 def test_the_rest_makes_predictions_add_up_to_the_positives(prior, shift):
-    """Without noise, for scores that spread over two nats: the mean of shifted ones is the labels' to 3 %."""
+    """Without noise, for scores that spread over some nats: the mean of shifted ones is the labels' to 3 %."""
     people = _people(prior, shift)
     found = rest_of(Exact(people)(residuals_query(1)))
     score, label = people.columns["score"], people.columns["label"]
