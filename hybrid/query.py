@@ -291,10 +291,10 @@ class Scores(Part):
 
 
 class Residuals(Part):
-    """How far predictions are off in the large: sums of label - score, of the score, and of score x (1 - score).
+    """How far predictions are off in the large: sums of label - score, and of scores by shifted logits.
 
-    The first says by how many rows, the last how fast that changes with a shift of all
-    logits. One person adds little to either where a label is rare, so that they may
+    The first says by how many rows; the others, with all logits shifted by -1, 0 and 1,
+    how fast a shift changes that. Where a label is rare one person adds little to any, so that they may
     be clipped low, and have little noise, where counts by score would have much.
     """
 
@@ -302,8 +302,8 @@ class Residuals(Part):
 
     @property
     def size(self) -> int:
-        """The three sums."""
-        return 3
+        """The four sums."""
+        return 4
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -312,16 +312,18 @@ class Residuals(Part):
 
     @property
     def row_norm(self) -> float:
-        """Of (-1, 1, 0): a label of 0 with a score of 1."""
-        return math.sqrt(2.0)
+        """Of (-1, 1, 1, 1): a label of 0 with a score of 1."""
+        return 2.0
 
     def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
         """See `Part`."""
-        score = np.clip(columns[SCORE].astype(np.float64), 0.0, 1.0)
+        score = columns[SCORE].astype(np.float64)
         known = ~np.isnan(score)
-        places, score = np.where(known[:, None], np.arange(3), -1), np.where(known, score, 0.0)
-        label = (columns[LABEL] == 1).astype(np.float64)
-        return places, np.stack([label - score, score, score * (1.0 - score)], axis=1)
+        score = np.clip(np.where(known, score, 0.0), 0.0, 1.0)[:, None]
+        odds = score * np.exp([-1.0, 0.0, 1.0])
+        shifted = odds / (1.0 - score + odds)
+        residual = (columns[LABEL] == 1)[:, None] - score
+        return np.where(known[:, None], np.arange(4), -1), np.concatenate([residual, shifted], axis=1)
 
 
 class By(BaseModel):

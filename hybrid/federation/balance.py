@@ -78,10 +78,9 @@ def residuals_query(rows: int) -> Query:
 def rest_of(answer: Answer) -> float | None:
     """The shift of all logits with which predictions add up to as many positives as there are.
 
-    Found as if all rows had one score p, that of which they have the sum s of scores and
-    the sum v of p (1 - p): 1 - v / s. Then s / p x sigmoid(logit(p) + b) is the sum after a
-    shift by b; it has the true one's value and slope at b = 0, and is within 1 % of it up
-    to half a nat. What is found is drawn to 0 by as much as it is uncertain.
+    By the parabola in the logarithm of that sum through its values at -1, 0 and 1, which is
+    within 0.5 % of it there, and within 5 % up to 2 nats, however scores spread. What
+    is found is drawn to 0 by as much as it is uncertain.
 
     Args:
         answer: of `residuals_query`.
@@ -89,17 +88,18 @@ def rest_of(answer: Answer) -> float | None:
     Returns:
         In nats, `MOST_REST` at most either way; None: no such shift, the noise left no sense.
     """
-    residual, predicted, slope = answer.counts[0].tolist()
-    if not 0 < slope < predicted:
+    residual, lower, same, higher = answer.counts[0].tolist()
+    if min(lower, same, higher, same + residual) <= 0:
         return None
-    alike = 1 - slope / predicted
-    aim = alike * (predicted + residual) / predicted
-    if not 0 < aim < 1:
+    low, middle, high = map(math.log, (lower, same, higher))
+    gap, slope, bend = math.log(same + residual) - middle, (high - low) / 2, (low + high) / 2 - middle
+    root = slope**2 + 4 * bend * gap
+    if slope <= 0 or root < 0:
         return None
-    rest = _logit(aim) - _logit(alike)
+    rest = 2 * gap / (slope + math.sqrt(root))
     if abs(rest) > MOST_REST:
         return None
-    return rest * REST_SD**2 / (REST_SD**2 + (answer.sd / slope) ** 2)
+    return rest * REST_SD**2 / (REST_SD**2 + (answer.sd / (same * slope)) ** 2)
 
 
 @dataclass
@@ -261,7 +261,3 @@ def _paid(ledger: Ledger) -> int:
 def _rows(network: Network) -> int:
     """Of a person, at most: those that a device may train with."""
     return network.model.on_device.max_examples
-
-
-def _logit(probability: float) -> float:
-    return math.log(probability / (1 - probability))
