@@ -88,7 +88,7 @@ def rest_of(answer: Answer) -> float | None:
     Returns:
         In nats, `MOST_REST` at most either way; None: no such shift, the noise left no sense.
     """
-    residual, lower, same, higher = answer.counts[0].tolist()
+    residual, lower, same, higher = map(float, answer.counts[0])
     if min(lower, same, higher, same + residual) <= 0:
         return None
     low, middle, high = map(math.log, (lower, same, higher))

@@ -110,7 +110,7 @@ def test_a_person_s_residuals_are_sums_over_its_rows():
 
 
 def test_the_rest_is_drawn_to_nothing_by_as_much_as_it_is_uncertain():
-    """100 scores of 0.5 add up to 25 more for each nat: with noise of 25 both deviations are a nat, and half is left."""
+    """100 scores of 0.5 add up to 25 more for each nat: with noise of 25 both deviations are a nat, half is left."""
     answer = Answer(residuals_query(1), np.array([-23.106, *ALIKE]), 25.0, 100)
     assert rest_of(answer) == pytest.approx(-0.5, abs=1e-4)
     assert rest_of(replace(answer, sd=1e6)) == pytest.approx(0, abs=1e-6)
@@ -210,10 +210,10 @@ def test_without_noise_nothing_is_paid_and_the_correction_is_exact(tiny_model, r
 
 
 @pytest.mark.parametrize("kind", ["central", "server-only"])
-def test_a_reference_on_pooled_data_takes_examples_as_they_come(tiny_model, rare, tmp_path, kind):
+def test_a_reference_on_pooled_data_takes_examples_as_they_come(tiny_model, tiny_examples, tmp_path, kind):
     """No shift, and nothing about balance in its record."""
     changed = QUICK.model_copy(update={"server_tower": "central"})
-    result = train(tiny_model(**DELTA), *rare, kind=kind, run_dir=tmp_path, settings=changed)
+    result = train(tiny_model(**DELTA), tiny_examples(40), kind=kind, run_dir=tmp_path, settings=changed)
     assert result.weights["correction.shift"] == 0
     assert result.record.balance is None
 
