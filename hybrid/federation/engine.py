@@ -200,7 +200,7 @@ class Engine:
             flat: (p,) the weights to start from.
             users: (k,) distinct, each in [0, self.users).
             clip: largest L2 norm of one user's update.
-            stream: seeds the order of rows, the tower dropout and the rounding of this round.
+            stream: seeds which rows are kept, their order, the tower dropout and the rounding of this round.
         """
         return self.clipped_sums(flat[None], users, [clip], [self.local.lr], stream=stream)[0]
 
@@ -220,7 +220,7 @@ class Engine:
             users: (k,) distinct, each in [0, self.users).
             clips: of each start, largest L2 norm of one user's update.
             lrs: of each start, in place of `local.lr`.
-            stream: seeds the order of rows, the tower dropout and the rounding of this round.
+            stream: seeds which rows are kept, their order, the tower dropout and the rounding of this round.
         """
         sums = [self._sum(clip, stream) for clip in clips]
         for first, starts, moves in self._moves(flats, users, lrs, stream):
