@@ -66,21 +66,31 @@ def balance(
         seeds: how many.
         advance: called after each of 2 x seeds trainings.
     """
-    model, rows, pairs = _hidden(split.model, split.train.users), [], []
+    rows, pairs = [], []
     for seed in range(seeds):
-        rng = np.random.default_rng([seed, THINNING])
-        learned, tested = thinned(split.train, rng), thinned(split.test, rng)
-        made: list[NDArray[np.float32]] = []
-        for name, target in (("as they come", None), ("balanced", BALANCE)):
-            settings = Training(**model.training.model_dump() | {"balance": target})
-            run = folder / "runs" / f"{name}-{seed}".replace(" ", "-")
-            trained = train(model, learned, tested, epsilon=EPSILON, seed=seed, run_dir=run, settings=settings)
-            assert trained.test_predictions is not None
-            made.append(trained.test_predictions)
-            rows.append(_row(name, trained, learned, tested, seed=seed, model=model))
-            advance()
-        pairs.append(Compared(tested.labels, made[1], made[0], tested.user_of_row))
-    return rows, _figures(rows, pairs)
+        found, pair = one_seed(split, folder, seed, advance)
+        rows += found
+        pairs.append(pair)
+    return rows, figures_of(rows, pairs)
+
+
+def one_seed(
+    split: Split, folder: Path, seed: int, advance: Callable[[], None] = lambda: None
+) -> tuple[list[dict[str, Any]], Compared]:
+    """Both trainings of a seed, and their predictions of the same test rows; see `balance`."""
+    model, rng = _hidden(split.model, split.train.users), np.random.default_rng([seed, THINNING])
+    learned, tested = thinned(split.train, rng), thinned(split.test, rng)
+    rows: list[dict[str, Any]] = []
+    made: list[NDArray[np.float32]] = []
+    for name, target in (("as they come", None), ("balanced", BALANCE)):
+        settings = Training(**model.training.model_dump() | {"balance": target})
+        run = folder / "runs" / f"{name}-{seed}".replace(" ", "-")
+        trained = train(model, learned, tested, epsilon=EPSILON, seed=seed, run_dir=run, settings=settings)
+        assert trained.test_predictions is not None
+        made.append(trained.test_predictions)
+        rows.append(_row(name, trained, learned, tested, seed=seed, model=model))
+        advance()
+    return rows, Compared(tested.labels, made[1], made[0], tested.user_of_row)
 
 
 def thinned(examples: Examples, rng: np.random.Generator) -> Examples:
@@ -129,7 +139,7 @@ def _row(
     }
 
 
-def _figures(rows: list[dict[str, Any]], pairs: list[Compared]) -> dict[str, float]:
+def figures_of(rows: list[dict[str, Any]], pairs: list[Compared]) -> dict[str, float]:
     """Means over seeds; the difference in AUC with its interval under resampled people."""
     plain, even = ([row for row in rows if row["examples"] == name] for name in ("as they come", "balanced"))
     gain = compare(pairs, resamples=500)["auc"]

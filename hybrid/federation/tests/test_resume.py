@@ -53,8 +53,6 @@ OUTSIDE = {
     "after-the-rounds": (training, "_finish", "before"),
     "before-an-answer-is-kept": (Balancing, "_write", "before"),
     "after-an-answer-is-kept": (Balancing, "_write", "after"),
-    "before-the-rest-is-asked": (Balancing, "ask_rest", "before"),
-    "after-the-rest-is-asked": (Balancing, "ask_rest", "after"),
 }
 BALANCED = {"balance": 0.7, "server_tower": "federated", "hidden": True}
 WAYS = {
@@ -241,12 +239,9 @@ def balanced(start, tmp_path_factory):
     ("point", "call", "spent"),
     [
         ("after-an-answer-is-kept", 1, 1),
-        ("before-spend", 2, 1),
         ("after-spend", 9, 9),
-        ("before-the-rest-is-asked", 1, 1 + ROUNDS),
         ("after-an-answer-is-kept", 2, 1 + ROUNDS),
         ("after-an-answer-is-kept", 3, 2 + ROUNDS),
-        ("after-the-rest-is-asked", 1, 2 + ROUNDS),
         ("after-the-rounds", 1, 2 + ROUNDS),
     ],
 )
