@@ -133,6 +133,33 @@ class DeviceProgram(nn.Module):
         return self.tower(self.encoder(self.transforms(inputs)))  # type: ignore[no-any-return]
 
 
+class Correction(nn.Module):
+    """Logits of the head -> probabilities: the one place that says how.
+
+    A head that learned from examples sampled by their label speaks of their odds;
+    `shift` takes its logits back to everybody's. It is no trained weight and no part of
+    a definition, but travels with a version's weights; 0 where nothing was sampled.
+    """
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(n,) -> (n,) in [0, 1]."""
+        return torch.sigmoid(self.corrected(logits))
+
+    def corrected(self, logits: Tensor) -> Tensor:
+        """(n,) logits of the head -> (n,) logits of the probabilities."""
+        return logits + self.shift
+
+    def set_shift(self, shift: float) -> None:
+        """In nats."""
+        self.shift.fill_(shift)
+
+
 @dataclass(frozen=True)
 class Network:
     """The three modules of a hybrid model, built, checked, and their sizes.
@@ -144,6 +171,7 @@ class Network:
         head: the two embeddings -> (n,) logits.
         missing: "server" and "device": (n, 1) ones -> the embedding that stands for that side where it is missing.
             Zeros until tower dropout trains it.
+        correction: the head's logits -> probabilities.
     """
 
     model: HybridModel
@@ -153,6 +181,7 @@ class Network:
     server_embedding: int
     device_embedding: int
     missing: nn.ModuleDict
+    correction: Correction
 
     @classmethod
     def build(cls, model: HybridModel, *, seed: int = 0) -> Network:
@@ -176,7 +205,14 @@ class Network:
             _check_nothing_shared(parts)
             _check_parts_alone(parts, _widths(model, server, device))
             missing = nn.ModuleDict({"server": _zeros(server), "device": _zeros(device)})
-        return cls(model, **parts, server_embedding=server, device_embedding=device, missing=missing)
+        return cls(
+            model,
+            **parts,
+            server_embedding=server,
+            device_embedding=device,
+            missing=missing,
+            correction=Correction(),
+        )
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -195,21 +231,27 @@ class Network:
         """(rows, size) what the head is given where the "server" or the "device" does not answer."""
         return self.missing[side](torch.ones(rows, 1))  # type: ignore[no-any-return]
 
+    @property
+    def _kept(self) -> Mapping[str, nn.Module]:
+        """What a version holds, by name."""
+        return {**self.parts, "missing": self.missing, "correction": self.correction}
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Every parameter and persistent buffer, the missing embeddings included, as "part.name" -> array."""
+        """Every parameter and persistent buffer as "part.name" -> array, missing embeddings and correction included."""
         return {
             f"{part}.{name}": value.detach().cpu().numpy().copy()
-            for part, module in {**self.parts, "missing": self.missing}.items()
+            for part, module in self._kept.items()
             for name, value in module.state_dict().items()
         }
 
     def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
-        """Sets what `weights` returned.
+        """Sets what `weights` returned; without a correction, as versions before there was one, it is none.
 
         Raises:
             ConfigError: a name or shape is not this network's.
         """
-        for part, module in {**self.parts, "missing": self.missing}.items():
+        weights = {"correction.shift": np.zeros((), np.float32), **weights}
+        for part, module in self._kept.items():
             prefix = f"{part}."
             state = {n.removeprefix(prefix): torch.tensor(v) for n, v in weights.items() if n.startswith(prefix)}
             try:

@@ -49,6 +49,7 @@ Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
+Share = Annotated[FiniteFloat, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]  # Unix time in UTC; exact in a browser too
 
@@ -89,6 +90,8 @@ class Local(_Message):
         steps, epochs: one of them; the other is None.
         lr, batch, proximal: of `LocalTraining`.
         tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
+        keep: of `LocalTraining`; absent where all examples are taken. A device that is older than it refuses a plan
+            that has it: it would train with other examples than the version's correction is for.
     """
 
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -97,6 +100,7 @@ class Local(_Message):
     batch: Count | None = None
     proximal: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
+    keep: tuple[Share, Share] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -217,7 +221,9 @@ def sign(message: TrainPlan | Halt, key: Ed25519PrivateKey, weights: NDArray[np.
     Raises:
         PlanError: the weights are not the message's: no device would take it.
     """
-    text = message.model_dump_json(exclude_none=True).encode()  # a device that knows no turns reads plans without
+    text = message.model_dump_json(
+        exclude_none=True
+    ).encode()  # a device that knows no turns, or no keep, reads plans without
     values = np.zeros(0, np.float32) if weights is None else weights
     _check(message, len(text), values)
     body = _LENGTH.pack(len(text)) + text + np.ascontiguousarray(values, "<f4").tobytes()

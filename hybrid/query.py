@@ -290,6 +290,42 @@ class Scores(Part):
         return places.astype(np.int64), np.stack([1.0 - share, share], axis=1)
 
 
+class Residuals(Part):
+    """How far predictions are off in the large: sums of label - score, and of scores by shifted logits.
+
+    The first says by how many rows; the others, with all logits shifted by -1, 0 and 1,
+    how fast a shift changes that. Where a label is rare one person adds little to any, so that they may
+    be clipped low, and have little noise, where counts by score would have much.
+    """
+
+    kind: Literal["residuals"] = "residuals"
+
+    @property
+    def size(self) -> int:
+        """The four sums."""
+        return 4
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Score and label."""
+        return LABEL, SCORE
+
+    @property
+    def row_norm(self) -> float:
+        """Of (-1, 1, 1, 1): a label of 0 with a score of 1."""
+        return 2.0
+
+    def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
+        """See `Part`."""
+        score = columns[SCORE].astype(np.float64)
+        known = ~np.isnan(score)
+        score = np.clip(np.where(known, score, 0.0), 0.0, 1.0)[:, None]
+        odds = score * np.exp([-1.0, 0.0, 1.0])
+        shifted = odds / (1.0 - score + odds)
+        residual = (columns[LABEL] == 1)[:, None] - score
+        return np.where(known[:, None], np.arange(4), -1), np.concatenate([residual, shifted], axis=1)
+
+
 class By(BaseModel):
     """Groups, by a column that the server knows of each row: what it says of a person is nothing new to it.
 
@@ -308,7 +344,7 @@ class By(BaseModel):
         return self
 
 
-AnyPart = Annotated[Moments | Histogram | Categories | Labels | Scores, Field(discriminator="kind")]
+AnyPart = Annotated[Moments | Histogram | Categories | Labels | Scores | Residuals, Field(discriminator="kind")]
 
 
 class Query(BaseModel):

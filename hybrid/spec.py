@@ -252,6 +252,12 @@ class Training(Declared):
             [0, 0.5): what a missing side means is learned by it.
         upload: how a user's clipped update travels: "float32", or "int8", in 8 bits a weight, rounded by chance and
             clipped again where it arrives.
+        balance: share of positives that devices train with, in (0, 1), 0.5 the usual: each device leaves out examples
+            of the label that there is too much of, others in each round, and the version's correction takes
+            predictions back to how often the label is 1. None: examples are taken as they come.
+        balance_epsilon: of the budget, for what `balance` must know of everybody: how often the label is 1 before the
+            training (where only devices know), and how far predictions are off after it. None: a quarter of the
+            budget. That leaves the training nearly all: noise adds up in squares.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 200
@@ -274,6 +280,14 @@ class Training(Declared):
     server_tower: Literal["central", "frozen", "federated"] = "central"
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
     upload: Literal["float32", "int8"] = "float32"
+    balance: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    balance_epsilon: Annotated[FiniteFloat, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _balance(self) -> Self:
+        if self.balance is None and self.balance_epsilon is not None:
+            raise ValueError("balance_epsilon must be left out without balance: there is nothing to ask")
+        return self
 
     @model_validator(mode="after")
     def _noise(self) -> Self:

@@ -12,6 +12,35 @@ from pydantic import BaseModel, ConfigDict
 from hybrid.spec import Training
 
 
+class Balance(BaseModel):
+    """What a training with label balance learned, and how far its correction shifts logits, in nats.
+
+    Attributes:
+        prior: share of positives, of people who count alike; noised unless `prior_exact`.
+        prior_exact: whether the server knows the labels, or nothing is private.
+        keep: probabilities with which devices keep an example with the label 0, and with the label 1.
+        analytic: what the sampling does to the odds, undone.
+        estimated: how far predictions were still off, added to it; None: nothing that makes sense was found.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prior: float
+    prior_exact: bool
+    keep: tuple[float, float]
+    analytic: float
+    estimated: float | None
+
+    def line(self) -> str:
+        """In words."""
+        rest = "nothing that makes sense" if self.estimated is None else f"{self.estimated:+.3f}"
+        return (
+            f"label prior {self.prior:.4g} ({'exact' if self.prior_exact else 'noised'}); devices keep "
+            f"{self.keep[0]:.3g} of label 0 and {self.keep[1]:.3g} of label 1; logits are shifted by "
+            f"{self.analytic:+.3f}, and {rest} as estimated after the training"
+        )
+
+
 class TrainingRecord(BaseModel):
     """How a version came to be, and what it cost in privacy. Stored with the version, shown wherever it is.
 
@@ -29,6 +58,7 @@ class TrainingRecord(BaseModel):
         assumption: what the claim rests on, in words.
         unit: "user" or "device".
         protects: "device features" or "device features and label"; None without a mechanism.
+        balance: of a training whose devices sample examples by their label; None: they take them as they come.
         oracle: metrics computed from pooled data, in simulation only: never released from a fleet.
     """
 
@@ -50,6 +80,7 @@ class TrainingRecord(BaseModel):
     assumption: str | None = None
     unit: Literal["user", "device"] | None = None
     protects: str | None = None
+    balance: Balance | None = None
     oracle: dict[str, float] = {}
 
     def privacy_lines(self) -> tuple[str, ...]:

@@ -193,6 +193,8 @@ def _add_training(table: Table, record: TrainingRecord) -> None:
     table.add_row("training", learned)
     table.add_row("run", record.run)
     table.add_row("privacy spent", "\n".join(record.privacy_lines()))
+    if record.balance is not None:
+        table.add_row("label balance", record.balance.line())
     if record.noise_multiplier is not None:
         table.add_row("noise", f"{record.noise_multiplier:.4g} x clip {record.clip}")
     for metric, value in record.oracle.items():

@@ -169,7 +169,7 @@ def _network(registry: Registry, model: HybridModel, number: int) -> Callable[[N
     def run(slots: NDArray[Any]) -> tuple[Any, Any]:
         with torch.no_grad():
             embedding = tower(torch.from_numpy(slots))
-            score = torch.sigmoid(head(embedding, network.missing_embedding("device", len(slots))))
+            score = network.correction(head(embedding, network.missing_embedding("device", len(slots))))
         return embedding.numpy(), score.reshape(-1, 1).numpy()
 
     return run

@@ -105,6 +105,14 @@ def train(
     upload: Annotated[
         str | None, typer.Option(help="How updates travel: float32, or int8, in 8 bits a weight.")
     ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="Share of positives that devices train with, e.g. 0.5; predictions are corrected for it."),
+    ] = None,
+    balance_epsilon: Annotated[
+        float | None,
+        typer.Option(help="With --balance: of the budget, for what must be asked; by default a quarter of it."),
+    ] = None,
     fleet: Annotated[
         Path | None,
         typer.Option(
@@ -181,6 +189,8 @@ def train(
         "server_tower": server_tower,
         "tower_dropout": tower_dropout,
         "upload": upload,
+        "balance": balance,
+        "balance_epsilon": balance_epsilon,
     }
     from hybrid.network import Network
     from hybrid.registry import Registry
@@ -367,6 +377,8 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         return
     print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
     print("privacy: " + "\n  ".join(record.privacy_lines()))
+    if record.balance is not None:
+        print(f"label balance: {record.balance.line()}")
     on_fleet = {name: value for name, value in record.oracle.items() if name.startswith("fleet_")}
     held_out = {name: value for name, value in record.oracle.items() if name not in on_fleet}
     for title, found in (("held-out users (oracle)", held_out), ("simulated fleet (oracle)", on_fleet)):

@@ -66,7 +66,7 @@ def check_free(run_dir: Path) -> None:
 
 
 def latest(run_dir: Path, config: Mapping[str, Any]) -> Checkpoint | None:
-    """Where the training in `run_dir` stands; None where it was stopped before its first round, and spent nothing.
+    """Where the training in `run_dir` stands; None where it was stopped before it paid for its first round.
 
     Args:
         run_dir: of the run.

@@ -122,6 +122,11 @@ def sweep(
     for each in configurations:
         check_allowed(model, "federated", None if each.is_oracle else each.epsilon, each.settings)
         optimizer_for(each.settings, np.zeros(2, np.float32))
+        if each.settings.balance is not None:
+            raise ConfigError(
+                "balance must be left out of a sweep, whose configurations share cohorts and the rows in them; "
+                f"`hybrid train --balance` tries one, got {each.settings.balance:g}"
+            )
         if each.settings.buffer is not None:
             raise ConfigError(
                 f"buffer must be left out of a sweep, whose configurations share cohorts, got {each.settings.buffer}"

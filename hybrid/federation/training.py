@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, Attended, BufferedAggregator, Round, SimulatedAggregator
+from hybrid.federation.balance import Balancing
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.central import Fitting, fit_everything, fit_server_side
 from hybrid.federation.checkpoint import Checkpoint, Checkpoints, Stateful, digest
@@ -36,6 +37,7 @@ from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
+from hybrid.privacy.accountant import Event
 from hybrid.privacy.ledger import Ledger, costs
 from hybrid.spec import HybridModel, Training, definition_hash
 from hybrid.update import length
@@ -110,7 +112,8 @@ def train(
     "federated": where server_tower is "central", it and the head are fitted on the
     label that the server sees; then device tower and head, and the server tower where the settings say
     so, are trained by federated rounds under user-level differential privacy; what
-    the run's ledger already holds besides trainings is paid from the same budget.
+    the run's ledger already holds besides trainings is paid from the same budget,
+    and so is what a label balance asks before the rounds and after (docs/decisions/0029).
     "noiseless": the same rounds without noise, so without privacy: it tells what
     noise costs. "central": everything on pooled data,
     without privacy. "server-only": server tower and the model's own head, with
@@ -176,7 +179,7 @@ def train(
     if not resume:
         check_free(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    run = replace(run, config=config, begun=begun)
+    run = replace(run, config=config, begun=begun, resumed=resume)
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -189,6 +192,11 @@ def _check_federation(federation: Federation | None, kind: Kind, settings: Train
     if settings.buffer is not None:
         raise ConfigError(
             f"federation must be left out with a buffer, whose time is simulated in one process, got {settings.buffer}"
+        )
+    if settings.balance is not None:
+        raise ConfigError(
+            "balance must be left out with a federation: what it asks of everybody before and after the rounds is "
+            f"asked in one process, got {settings.balance:g}"
         )
     if fleet is not None or kind not in BY_ROUNDS:
         raise ConfigError("federation must be left out with a fleet, and where there are no federated rounds")
@@ -341,6 +349,8 @@ class _Run:
     federation: Federation | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     begun: Checkpoint | None = None
+    resumed: bool = False
+    keep: tuple[float, float] | None = None
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
     watch: _Watch = field(default_factory=_Watch)
@@ -392,8 +402,9 @@ def _noiseless(run: _Run) -> dict[str, Any]:
     cohort = _cohort(run)
     rounds = _round(run, 0.0, cohort)
     write_json(run.folder / CONFIG, run.config)
-    _simulate(run, _process(run, rounds, None), cohort, rounds)
-    return {}
+    balancing = _balancing(run, None, None)
+    _balanced(run, _process(run, rounds, None), cohort, rounds, balancing)
+    return {} if balancing is None else {"balance": balancing.record}
 
 
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
@@ -401,25 +412,55 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
     model, settings = run.network.model, run.settings
     cohort = _cohort(run)  # before the ledger: what is refused leaves none
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
+        balancing = _balancing(run, budget, ledger)
+        besides = [] if balancing is None else balancing.due(ledger.delta)
+        rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort, besides), cohort)
         process = _process(run, rounds, ledger)
-        if due := process.due(rounds.event):
+        if due := [*process.due(rounds.event), *besides]:
             ledger.reserve(due)
         write_json(run.folder / CONFIG, run.config)  # what was refused changes no file
-        clip, released = _simulate(run, process, cohort, rounds)
+        clip, released = _balanced(run, process, cohort, rounds, balancing)
         spent = ledger.spent()
     return {
+        "balance": None if balancing is None else balancing.record,
         "epsilon": spent.epsilon,
         "delta": model.privacy.delta,
         "noise_multiplier": rounds.noise_multiplier,
         "clip": clip,
         "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
-        "mechanism": f"{mechanism_of(settings)}, zero-out adjacency; accountant: {spent.method}",
+        "mechanism": f"{mechanism_of(settings)}{_asked(balancing)}, zero-out adjacency; accountant: {spent.method}",
         "assumption": _assumption(run, rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
+
+
+def _balancing(run: _Run, budget: float | None, ledger: Ledger | None) -> Balancing | None:
+    model = run.network.model
+    return Balancing.of(run.folder, run.config, run.settings, model, budget=budget, ledger=ledger, resumed=run.resumed)
+
+
+def _asked(balancing: Balancing | None) -> str:
+    """What a label balance adds to the mechanism, for the record."""
+    if balancing is None:
+        return ""
+    return ", and on sums of " + ("scores" if balancing.prior_known else "labels and of scores")
+
+
+def _balanced(
+    run: _Run, process: Process, cohort: _Cohort, rounds: Round, balancing: Balancing | None
+) -> tuple[float, int]:
+    """All rounds that are left, between what a label balance asks before and after them; returns as `_simulate`."""
+    if balancing is None:
+        return _simulate(run, process, cohort, rounds)
+    people = run.network, run.examples, process.ledger, run.seed
+    balancing.ask_prior(*people)
+    ended = _simulate(replace(run, keep=balancing.keep), process, cohort, rounds)
+    balancing.ask_rest(*people)
+    last = Checkpoint.read(run.folder)
+    replace(last, weights=run.network.weights()).write(run.folder)
+    return ended
 
 
 def _assumption(run: _Run, rounds: Round) -> str:
@@ -448,12 +489,19 @@ def _prepared(run: _Run) -> _Ready:
         run.network.load_weights(run.begun.weights)  # the server tower as it was fitted
     elif run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
-    engine = engine_for(run.network, run.examples, run.settings, run.device)
+    engine = engine_for(run.network, run.examples, run.settings, run.device, keep=run.keep)
     return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
 
 
-def engine_for(network: Network, examples: Examples, settings: Training, device: str = "cpu") -> Engine:
-    """Trains users as the settings say, on the device.
+def engine_for(
+    network: Network,
+    examples: Examples,
+    settings: Training,
+    device: str = "cpu",
+    *,
+    keep: tuple[float, float] | None = None,
+) -> Engine:
+    """Trains users as the settings say, on the device, with what is kept of their examples: see `LocalTraining`.
 
     Raises:
         ConfigError: there is no such device.
@@ -461,7 +509,7 @@ def engine_for(network: Network, examples: Examples, settings: Training, device:
     return Engine.build(
         network,
         examples,
-        LocalTraining.of(settings),
+        LocalTraining.of(settings, keep),
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
         upload=settings.upload,
@@ -664,12 +712,17 @@ def _size(run: _Run) -> int:
     return DeviceSide(run.network, server_tower=federated, missing=missing).size
 
 
-def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> float:
-    """The least noise with which all rounds stay within what the budget leaves them; as it was, of a resumed run."""
+def _noise_multiplier(
+    run: _Run, budget: float, ledger: Ledger, cohort: _Cohort, planned: Sequence[Event] = ()
+) -> float:
+    """The least noise with which all rounds stay within what the budget leaves them; as it was, of a resumed run.
+
+    What is planned besides is left room for too.
+    """
     if run.begun is not None:
         return float(run.begun.state[PROCESS]["noise_multiplier"])
     # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
-    besides = costs(entry for entry in ledger.entries if entry.purpose != PURPOSE)
+    besides = [*costs(entry for entry in ledger.entries if entry.purpose != PURPOSE), *planned]
     return least_noise(run.settings, budget, run.network.model.privacy.delta, sampling=cohort.sampling, besides=besides)
 
 

@@ -223,7 +223,7 @@ class Promoted:
         assert self.manifest.train is not None
         wanted = devices if self.buffer is None else AT_ONCE * self.buffer.updates
         settings, keeping = self.settings, self.manifest.keeping
-        epochs = settings.local_epochs
+        epochs, balance = settings.local_epochs, self.version.training.balance
         local = Local(
             steps=settings.local_steps if epochs is None else None,
             epochs=epochs,
@@ -231,6 +231,7 @@ class Promoted:
             batch=settings.local_batch,
             proximal=settings.proximal,
             tower_dropout=settings.tower_dropout,
+            keep=None if balance is None else balance.keep,  # as the version's correction says; nobody is asked again
         )
         return Task(
             model=self.version.model,
@@ -296,6 +297,7 @@ class Promoted:
             assumption="; ".join(assumes),
             unit="device",
             protects=self.network.model.protects,
+            balance=self.version.training.balance,
             **about,
         )
 

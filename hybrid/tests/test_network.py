@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -340,6 +341,27 @@ def test_weights_come_back_as_they_went():
         np.testing.assert_array_equal(target.weights()[name], value)
     with pytest.raises(ConfigError, match="device_tower: the weights are of another network"):
         Network.build(model(device_tower=lambda: nn.Linear(4, 4, bias=False))).load_weights(source.weights())
+
+
+def test_a_correction_shifts_the_logits_and_travels_with_the_weights():
+    """A logit of 0 shifted by -log 3 is odds of 1 : 3, a quarter; weights of before there was one have none."""
+    network, other = Network.build(model()), Network.build(model())
+    before = network.weights()
+    assert network.correction(torch.zeros(2)).tolist() == [0.5, 0.5]
+    network.correction.set_shift(-math.log(3))
+    other.load_weights(network.weights())
+    np.testing.assert_allclose(other.correction(torch.zeros(2)).numpy(), [0.25, 0.25], rtol=1e-6)
+    other.load_weights({name: value for name, value in before.items() if not name.startswith("correction.")})
+    assert float(other.correction.shift) == 0
+
+
+def test_a_correction_is_no_part_of_a_definition_and_nothing_trains_it():
+    """The description is the same with a shift; the parameters that travel have it neither way."""
+    network = Network.build(model())
+    before = network.description()
+    network.correction.set_shift(1.0)
+    assert network.description() == before
+    assert not list(network.correction.parameters())
 
 
 @given(

@@ -81,6 +81,13 @@ def test_a_turn_comes_back_and_is_absent_where_there_is_none():
         Turn(training="5" * 32, first_step=3, last_step=2, separation=8)
 
 
+def test_what_is_kept_by_label_comes_back_and_is_absent_where_all_is():
+    """A device that knows no `keep` reads plans without it, and refuses one with it."""
+    plan = PLAN.model_copy(update={"local": PLAN.local.model_copy(update={"keep": (0.05, 1.0)})})
+    assert open_signed(sign(plan, KEY, WEIGHTS), PUBLIC)[0] == plan
+    assert b'"keep"' not in MESSAGE
+
+
 def test_a_halt_comes_back():
     """It has no weights."""
     message, weights = open_signed(sign(HALT, KEY), PUBLIC)
@@ -217,6 +224,9 @@ def test_a_bundles_signature_does_not_pass_for_a_plans():
         {"local": {"lr": 3.0, "steps": 1, "proximal": 0.5}},
         {"local": {"lr": 1.0, "steps": 1001}},
         {"local": {"lr": 1.0, "steps": 1, "tower_dropout": 0.5}},
+        {"local": {"lr": 1.0, "steps": 1, "keep": [0, 1]}},
+        {"local": {"lr": 1.0, "steps": 1, "keep": [0.5, 1.5]}},
+        {"local": {"lr": 1.0, "steps": 1, "keep": [0.5]}},
         {"policy": {"battery": 1.5}},
         {"policy": {"thermal": "critical"}},
         {"policy": {"participations": 0}},

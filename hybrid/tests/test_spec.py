@@ -380,3 +380,17 @@ def test_a_declaration_is_read_from_a_json_file(tmp_path):
     file.write_text('{"name": "offer"}')
     with pytest.raises(ConfigError, match="join_key"):
         Entity.read(file)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"balance": 0.0}, "balance: Input should be greater than 0"),
+        ({"balance": 1.0}, "balance: Input should be less than 1"),
+        ({"balance_epsilon": 0.5}, "balance_epsilon must be left out without balance"),
+        ({"balance": 0.5, "balance_epsilon": 0.0}, "balance_epsilon: Input should be greater than 0"),
+    ],
+)
+def test_a_balance_is_a_share_and_its_epsilon_is_for_it(training: dict[str, Any], message: str):
+    """The message names the field and its range."""
+    refused(lambda: Training(**training), message)

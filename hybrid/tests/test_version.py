@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid.spec import Training
-from hybrid.version import TrainingRecord
+from hybrid.version import Balance, TrainingRecord
 
 RECORD = TrainingRecord(
     kind="federated",
@@ -48,3 +48,17 @@ def test_a_record_s_settings_are_read_as_they_were_written():
     assert read == record
     assert read.settings.server_options == {"betas": (0.9, 0.99), "nesterov": True, "momentum": 0.5}
     assert TrainingRecord.model_validate_json(RECORD.model_dump_json(exclude={"settings"})) == RECORD
+
+
+def test_a_label_balance_is_told_with_prior_keep_and_shift():
+    """What the noise made of the estimated part is said, whichever it is."""
+    balance = Balance(prior=0.0512, prior_exact=False, keep=(0.054, 1.0), analytic=-2.919, estimated=-0.08)
+    assert balance.line() == (
+        "label prior 0.0512 (noised); devices keep 0.054 of label 0 and 1 of label 1; logits are shifted by -2.919, "
+        "and -0.080 as estimated after the training"
+    )
+    exact = balance.model_copy(update={"prior_exact": True, "estimated": None})
+    assert "(exact)" in exact.line()
+    assert "and nothing that makes sense as estimated" in exact.line()
+    record = RECORD.model_copy(update={"balance": balance})
+    assert TrainingRecord.model_validate_json(record.model_dump_json()) == record
