@@ -432,6 +432,12 @@ class HybridModel(Declared):
         if taken:
             raise ValueError(f"request features cannot be called {taken}: every request has inputs of those names")
         _check_exportable({**self.server.features.transforms, **self.request, **self.device})
+        seen = self.server_features.pending
+        if seen:
+            raise ValueError(
+                f"server and request features {list(seen)} must have constants written by hand: normalise='federated' "
+                "and discover are for what only devices know; what the server sees, it can count itself"
+            )
         _distinct("server and request features", [*self.server.features.names, *self.request])
         known = {*self.server.features.names, *self.request, *self.device, self.server.entity.join_key}
         if self.label.column in known:
@@ -472,6 +478,30 @@ class HybridModel(Declared):
     def protects(self) -> str:
         """What epsilon is about."""
         return self.label.protects
+
+    def with_learned(self, learned: Mapping[str, Transform]) -> HybridModel:
+        """This model with the constants that a version learned, as if they had been written by hand.
+
+        Args:
+            learned: device feature -> its transform, for each whose constants are declared to be learned.
+
+        Raises:
+            ConfigError: it is not of exactly those features, or of another kind or width.
+        """
+        pending = self.device_features.pending
+        if set(learned) != set(pending):
+            raise ConfigError(
+                f"constants of {self.name!r} must be learned of {list(pending)}, as it declares, got those of "
+                f"{sorted(learned)}"
+            )
+        for name, transform in learned.items():
+            declared = self.device[name]
+            if type(transform) is not type(declared) or transform.width != declared.width or transform.pending:
+                raise ConfigError(
+                    f"what was learned of {name!r} must be {declared.kind} of width {declared.width}, as "
+                    f"{self.name!r} declares, got {type(transform).__name__} of width {transform.width}"
+                )
+        return self.model_copy(update={"device": {**self.device, **learned}}) if learned else self
 
     def definition(self) -> dict[str, Any]:
         """What is trained, as JSON values: the declaration without the towers' code, and without how it is used."""
