@@ -86,7 +86,7 @@ class Transform(BaseModel):
             ConfigError: its vocabulary is not learned yet.
         """
         if self.text:
-            return self._indices(_as_text(raw))
+            return self._indices(as_text(raw))
         return _as_numbers(raw)
 
     def slots(self, inputs: Float32) -> Float32:
@@ -167,7 +167,7 @@ class Numeric(Transform):
 
     def scaled(self, value: float) -> float:
         """The number that is normalised for one raw number."""
-        return float(self._scale(np.array([value], np.float32))[0])
+        return float(self.scale(np.array([value], np.float32))[0])
 
     @property
     def width(self) -> int:
@@ -183,7 +183,7 @@ class Numeric(Transform):
         check_learned({self.kind: self})
         finite = np.where(np.isfinite(inputs), inputs, np.float32(np.nan))
         with np.errstate(over="ignore"):  # past float32 it is clipped anyway
-            normal = (self._scale(finite) - np.float32(self.mean)) / np.float32(self.std)
+            normal = (self.scale(finite) - np.float32(self.mean)) / np.float32(self.std)
         bounded: Float32 = np.clip(normal, np.float32(-self.clip), np.float32(self.clip))
         return bounded
 
@@ -192,7 +192,8 @@ class Numeric(Transform):
         missing = np.isnan(slots)
         return np.stack([np.where(missing, np.float32(0), slots), missing.astype(np.float32)], axis=1)
 
-    def _scale(self, values: Float32) -> Float32:
+    def scale(self, values: Float32) -> Float32:
+        """(n,) numbers -> (n,) what is normalised of them."""
         return values
 
 
@@ -201,7 +202,8 @@ class Log1p(Numeric):
 
     kind: Literal["log1p"] = "log1p"  # type: ignore[assignment]
 
-    def _scale(self, values: Float32) -> Float32:
+    def scale(self, values: Float32) -> Float32:
+        """(n,) numbers -> (n,) their logarithms."""
         return np.log1p(np.maximum(values, np.float32(0)))
 
 
@@ -440,7 +442,7 @@ def _named(name: str, transform: Transform, raw: ArrayLike) -> Float32:
         raise BadRequest(f"feature {name!r}: {error}") from None
 
 
-def _as_text(raw: ArrayLike) -> NDArray[np.object_]:
+def as_text(raw: ArrayLike) -> NDArray[np.object_]:
     """(n,) of str, bytes in UTF-8, None or NaN -> NFC str, or None where missing."""
     values = np.asarray(raw, dtype=object)
     return np.array([_text(value) for value in values.ravel()] + [None], dtype=object)[:-1]

@@ -24,8 +24,10 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
+    model_serializer,
     model_validator,
 )
 
@@ -252,6 +254,9 @@ class Training(Declared):
             [0, 0.5): what a missing side means is learned by it.
         upload: how a user's clipped update travels: "float32", or "int8", in 8 bits a weight, rounded by chance and
             clipped again where it arrives.
+        normalise_share: of the budget's epsilon, what learning the constants of device features may cost, where some
+            are declared to be learned; the rounds have what that leaves.
+        normalise_rows: of a person, the last ones, that count in it at most.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 200
@@ -274,6 +279,14 @@ class Training(Declared):
     server_tower: Literal["central", "frozen", "federated"] = "central"
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
     upload: Literal["float32", "int8"] = "float32"
+    normalise_share: Annotated[FiniteFloat, Field(gt=0, le=0.9)] = 0.1
+    normalise_rows: Annotated[int, Field(ge=1, le=1000)] = 4
+
+    @model_serializer(mode="wrap")
+    def _as_declared(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only models with learned constants change: other definitions keep their hash."""
+        defaults = {name: type(self).model_fields[name].default for name in ("normalise_share", "normalise_rows")}
+        return {name: value for name, value in fields(self).items() if (name, value) not in defaults.items()}
 
     @model_validator(mode="after")
     def _noise(self) -> Self:

@@ -14,6 +14,7 @@ from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from hybrid.analytics.asking import People
     from hybrid.federation.population import Examples
     from hybrid.registry import Registry
     from hybrid.spec import HybridModel
@@ -42,6 +43,35 @@ def examples_of(
     large = 4 * len(population) * (model.server_features.width + model.device_features.width) > IN_MEMORY
     rows = examples(model, population, slots, folder=workspace.examples / name if large else None)
     return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
+
+
+def people_of(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> People:
+    """Those to learn from, and of them the device features whose constants are learned, in rows that have a label."""
+    import numpy as np
+
+    from hybrid.analytics.asking import People
+    from hybrid.federation.population import Population, parse_fold
+
+    population = Population.open(name, workspace)
+    learning = np.ones(population.users, np.bool_)
+    if fold is not None:
+        learning = ~population.fold(*parse_fold(fold))
+    rows = np.repeat(learning, np.diff(population.offsets))
+    if model.label.absent is None:
+        rows &= ~np.isnan(population.column(model.label.column).astype(np.float32))
+    counted = np.concatenate([[0], np.cumsum(rows)])[population.offsets]
+    columns = {feature: population.column(feature)[rows] for feature in model.device_features.pending}
+    kept = np.flatnonzero(learning)
+    offsets = np.concatenate([counted[kept], counted[-1:]])
+    return People(columns, offsets)
+
+
+def exactly(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> HybridModel:
+    """The model with constants from pooled rows, for what is an oracle anyway; itself where it declares them all."""
+    from hybrid.analytics.normalisation import exact
+
+    pending = {feature: model.device[feature] for feature in model.device_features.pending}
+    return model.with_learned(exact(pending, people_of(model, name, fold, workspace)) if pending else {})
 
 
 @contextmanager
