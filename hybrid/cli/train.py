@@ -216,6 +216,11 @@ def train(
         raise ConfigError(f"--max-staleness must be left out without --buffer, got {max_staleness}")
     if sampling is not None and order.settings.separation is not None:
         raise ConfigError(f"--sampling must be left out with --separation, which is in its place, got {sampling:g}")
+    if not declared.device_features.pending and (normalise_share, normalise_rows) != (None, None):
+        raise ConfigError(
+            f"--normalise-share and --normalise-rows must be left out: "
+            f"{model} declares all its constants, and learns none"
+        )
     Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model

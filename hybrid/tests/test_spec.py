@@ -424,3 +424,14 @@ def test_what_is_learned_is_no_part_of_the_definition():
     definition = declare(device={"trips": TRIPS}).definition()
     said = {"kind": "numeric", "clip": 10.0, "normalise": "federated", "low": 0.0, "high": 100.0}
     assert definition["device"] == {"trips": said}
+
+
+def test_how_constants_are_learned_moves_no_other_definition():
+    """The two settings are in the declaration of a training only where they are not what they are by default."""
+    assert not {name for name in Training().model_dump(mode="json") if name.startswith("normalise")}
+    changed = Training(normalise_share=0.3, normalise_rows=2)
+    assert changed.model_dump(mode="json") == Training().model_dump(mode="json") | {
+        "normalise_share": 0.3,
+        "normalise_rows": 2,
+    }
+    assert Training(**changed.model_dump()) == changed

@@ -127,3 +127,10 @@ def test_nothing_is_asked_where_the_training_would_be_refused(learning, tmp_path
     with pytest.raises(ConfigError, match=r"privacy\.delta must be at most"):
         learning("train", "taxi", "--population", "lots")
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_options_of_learning_are_refused_where_nothing_is_learned(project, tmp_path):
+    """They would do nothing; no run is left."""
+    with pytest.raises(ConfigError, match="taxi declares all its constants, and learns none"):
+        project("train", "taxi", "--normalise-share", "0.2")
+    assert not list((tmp_path / "runs").glob("*"))
