@@ -192,7 +192,7 @@ def _bulks(numbers: Mapping[str, Numeric], answer: Answer) -> Bounds:
 
 def _moments(name: str, transform: Numeric, bounds: tuple[float, float]) -> Moments:
     scale = {"scale": "log1p"} if isinstance(transform, Log1p) else {}
-    return Moments(column=name, low=bounds[0], high=bounds[1], **scale)  # type: ignore[arg-type]
+    return Moments(column=name, low=bounds[0], high=bounds[1], **scale)
 
 
 def _on_scale(bounds: tuple[float, float], mean: float, sd: float) -> tuple[float, float]:

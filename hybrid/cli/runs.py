@@ -46,24 +46,32 @@ def examples_of(
 
 
 def people_of(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> People:
-    """Those to learn from, and of them the device features whose constants are learned, in rows that have a label."""
+    """Those to learn from, and of them the device features whose constants are learned, in rows that have a label.
+
+    Raises:
+        ConfigError: the population lacks a column, or holds values of another type in it.
+    """
     import numpy as np
 
     from hybrid.analytics.asking import People
-    from hybrid.federation.population import Population, parse_fold
+    from hybrid.errors import BadRequest
+    from hybrid.features import Numeric, as_text
+    from hybrid.federation.population import Population, labels_of, parse_fold
 
     population = Population.open(name, workspace)
     learning = np.ones(population.users, np.bool_)
     if fold is not None:
         learning = ~population.fold(*parse_fold(fold))
-    rows = np.repeat(learning, np.diff(population.offsets))
-    if model.label.absent is None:
-        rows &= ~np.isnan(population.column(model.label.column).astype(np.float32))
-    counted = np.concatenate([[0], np.cumsum(rows)])[population.offsets]
+    _, known = labels_of(model.label, population)
+    rows = known & np.repeat(learning, np.diff(population.offsets))
     columns = {feature: population.column(feature)[rows] for feature in model.device_features.pending}
-    kept = np.flatnonzero(learning)
-    offsets = np.concatenate([counted[kept], counted[-1:]])
-    return People(columns, offsets)
+    for feature, column in columns.items():
+        try:
+            (as_text if model.device[feature].text else Numeric().inputs)(column)
+        except BadRequest as error:
+            raise ConfigError(f"population {name!r}: feature {feature!r}: {error}") from None
+    counted = np.concatenate([[0], np.cumsum(rows)])[population.offsets]
+    return People(columns, np.concatenate([counted[:-1][learning], counted[-1:]]))
 
 
 def exactly(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> HybridModel:

@@ -108,6 +108,16 @@ def test_constants_are_of_those_who_are_trained_on(learning):
     assert people.offsets[-1] == 100
 
 
+def test_a_column_of_another_type_is_refused_before_anybody_is_asked(learning, tmp_path):
+    """The feature is named, no value is shown, and no run is left."""
+    rows = pd.read_parquet("rows.parquet")
+    rows.assign(trips="many").to_parquet("words.parquet")
+    learning("population", "import", "words.parquet", "--user", "person", "--name", "words")
+    with pytest.raises(ConfigError, match="population 'words': feature 'trips': must be numbers, got str"):
+        learning("train", "taxi", "--population", "words")
+    assert not list((tmp_path / "runs").glob("*"))
+
+
 def test_an_oracle_computes_with_exact_constants(learning):
     """What sweeps and audits look at; a model that declares all its constants is itself."""
     workspace = Workspace.current()
