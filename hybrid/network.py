@@ -18,14 +18,19 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
 from hybrid.errors import ConfigError
-from hybrid.features import Bucketize, Features, Log1p, Numeric, Transform
+from hybrid.features import Bucketize, Features, Log1p, Numeric, Transform, check_learned
 from hybrid.spec import HybridModel
+from hybrid.version import Version
 
 ROWS = 3  # of the probe batches below: more than one, so that rows that mix are seen
 
 
 class Transforms(nn.Module):
-    """inputs -> slots, all columns at once, in float32; the torch form of `Features.slots`."""
+    """inputs -> slots, all columns at once, in float32; the torch form of `Features.slots`.
+
+    Raises:
+        ConfigError: constants are not learned yet.
+    """
 
     mean: Tensor
     std: Tensor
@@ -38,6 +43,7 @@ class Transforms(nn.Module):
 
     def __init__(self, features: Features) -> None:
         super().__init__()
+        check_learned(features.transforms)
         transforms = list(features.transforms.values())
         numeric = [t if isinstance(t, Numeric) else None for t in transforms]
         edges = [list(t.edges) if isinstance(t, Bucketize) else [] for t in transforms]
@@ -213,6 +219,21 @@ class Network:
             missing=missing,
             correction=Correction(),
         )
+
+    @classmethod
+    def of(cls, model: HybridModel, version: Version) -> Network:
+        """The network of a trained version: with the constants that it learned, and its weights.
+
+        Args:
+            model: the declaration that it was trained from.
+            version: of it.
+
+        Raises:
+            ConfigError: constants or weights are of another declaration.
+        """
+        network = cls.build(model.with_learned(version.learned))
+        network.load_weights(version.weights)
+        return network
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:

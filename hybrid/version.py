@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from hybrid.features import AnyTransform
 from hybrid.spec import Training
 
 
@@ -41,6 +43,37 @@ class Balance(BaseModel):
         )
 
 
+class Learned(BaseModel):
+    """Constants of device features that a query learned, and what it cost.
+
+    Attributes:
+        transforms: by feature name, with constants as if they had been written by hand.
+        users: whose rows were asked (public).
+        rows: of a person, the last ones, that the query counted at most; None: all, in a reference.
+        epsilon, delta: of these releases alone. None: exact, computed from pooled rows without a mechanism, as only a
+            simulation can: a reference.
+        run: whose ledger paid for them, and holds them in its whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    transforms: dict[str, AnyTransform]
+    users: int
+    run: str
+    rows: int | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+
+    def line(self) -> str:
+        """What was learned, and what for, in words."""
+        names = ", ".join(self.transforms)
+        if self.epsilon is None:
+            return f"constants of {names}: exact, from pooled rows (oracle)"
+        rows = "the last row" if self.rows == 1 else f"the last {self.rows} rows"
+        spent = f"epsilon {self.epsilon:.3f} at delta {self.delta} of run {self.run}"
+        return f"constants of {names}: {spent}, from {rows} of each person"
+
+
 class TrainingRecord(BaseModel):
     """How a version came to be, and what it cost in privacy. Stored with the version, shown wherever it is.
 
@@ -60,6 +93,7 @@ class TrainingRecord(BaseModel):
         protects: "device features" or "device features and label"; None without a mechanism.
         balance: of a training whose devices sample examples by their label; None: they take them as they come.
         oracle: metrics computed from pooled data, in simulation only: never released from a fleet.
+        learned: constants that belong to the weights; None where the model declares all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,16 +116,19 @@ class TrainingRecord(BaseModel):
     protects: str | None = None
     balance: Balance | None = None
     oracle: dict[str, float] = {}
+    learned: Learned | None = None
 
     def privacy_lines(self) -> tuple[str, ...]:
         """The whole claim in words, to be printed wherever epsilon is.
 
         Returns:
             Epsilon with delta, unit and what it protects; the mechanism over its rounds
-            and their sampling; what it rests on. One line where there was no mechanism.
+            and their sampling; what it rests on; what learned constants cost. One line
+            where there was no mechanism.
         """
+        learned = () if self.learned is None else (self.learned.line(),)
         if self.epsilon is None:
-            return ("none: a reference of a simulation, trained without a mechanism",)
+            return ("none: a reference of a simulation, trained without a mechanism", *learned)
         said = {name: "?" if value is None else value for name, value in self.model_dump().items()}
         sampling = "everybody in each" if self.sampling == 1 else "each person in each with probability {sampling}"
         if self.settings is not None and self.settings.separation is not None:
@@ -101,7 +138,7 @@ class TrainingRecord(BaseModel):
             f"{{mechanism}}; {{rounds}} rounds, {sampling}",
             "assumes: {assumption}",
         )
-        return tuple(line.format_map(said) for line in lines)
+        return (*(line.format_map(said) for line in lines), *learned)
 
 
 @dataclass(frozen=True)
@@ -124,3 +161,8 @@ class Version:
     training: TrainingRecord
     weights: dict[str, NDArray[np.float32]] = field(repr=False)
     aliases: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> Mapping[str, AnyTransform]:
+        """Constants that it learned, by device feature: what `HybridModel.with_learned` takes."""
+        return {} if self.training.learned is None else self.training.learned.transforms

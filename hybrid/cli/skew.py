@@ -161,9 +161,9 @@ def _network(registry: Registry, model: HybridModel, number: int) -> Callable[[N
 
     from hybrid.network import Network
 
-    network, version = Network.build(model), registry.version(model.name, number)
+    version = registry.version(model.name, number)
+    network = Network.of(model, version)
     network.check_registered(version.definition["network"])
-    network.load_weights(version.weights)
     tower, head = network.server_program(), network.head.eval()
 
     def run(slots: NDArray[Any]) -> tuple[Any, Any]:

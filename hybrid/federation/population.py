@@ -238,7 +238,7 @@ def examples(
     expected = (len(population), len(model.server.features))
     if server_slots.shape != expected:
         raise ConfigError(f"server_slots must have shape {expected}, got {server_slots.shape}")
-    labels, known = _labels(model.label, population)
+    labels, known = labels_of(model.label, population)
     if folder is None:
         server, device = _encoded(model, population, server_slots, slice(None))
         rows = Examples(server, device, labels, population.offsets, population.name)
@@ -377,8 +377,12 @@ def _write(folder: Path, table: Any, offsets: NDArray[np.int64], buckets: NDArra
     (folder / "population.json").write_text(json.dumps(about))
 
 
-def _labels(label: Label, population: Population) -> tuple[Float32, NDArray[np.bool_]]:
-    """Labels, and which rows have one."""
+def labels_of(label: Label, population: Population) -> tuple[Float32, NDArray[np.bool_]]:
+    """(n,) labels, and which rows have one.
+
+    Raises:
+        ConfigError: the column is absent, or holds other than 0 and 1.
+    """
     column = population.column(label.column)
     if column.dtype.kind not in "biuf":
         raise ConfigError(f"label column {label.column!r} must hold 0 or 1, got {column.dtype}")

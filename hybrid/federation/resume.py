@@ -40,7 +40,7 @@ def started(run_dir: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(
             f"run {run_dir.name!r} has no training to resume: none got as far as its first round, "
-            "and nothing was spent by one; start it again"
+            "and nothing was spent by one; start it again, and it uses what else is in the run"
         ) from None
     return config
 

@@ -81,6 +81,7 @@ class Swept:
             simulation, configurations of one seed draw the same. Oracles, without noise, are not in it.
         delta: at which.
         users: from how many people all of them learned.
+        exact: features whose constants were not declared and are those of pooled rows: an oracle's.
     """
 
     results: tuple[Result, ...]
@@ -88,6 +89,7 @@ class Swept:
     composed: Spent
     delta: float
     users: int
+    exact: tuple[str, ...] = ()
 
 
 def sweep(

@@ -41,7 +41,7 @@ from hybrid.privacy.accountant import Event
 from hybrid.privacy.ledger import Ledger, costs
 from hybrid.spec import HybridModel, Training, definition_hash
 from hybrid.update import length
-from hybrid.version import TrainingRecord
+from hybrid.version import Learned, TrainingRecord
 
 Kind = Literal["federated", "noiseless", "central", "server-only"]
 Progress = Callable[[int, int], None]  # done, of how many
@@ -106,6 +106,7 @@ def train(
     device: str = "cpu",
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
+    learned: Learned | None = None,
 ) -> Trained:
     """Trains a model on a population it can see whole: a simulation, in one process but for a `federation`.
 
@@ -144,6 +145,8 @@ def train(
         about: what else tells this run from another, as JSON values: kept in config.json, and the same to resume.
         resume: goes on with the training in `run_dir`, of a kind in `BY_ROUNDS`; everything else must be as it was.
             That the code of towers and head is, too, is the caller's to know.
+        learned: constants with which the examples were encoded, of a model that declares some to be learned; what
+            they cost is in the run's ledger (`hybrid.analytics.normalisation.learned`). Kept in the record.
 
     Raises:
         FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger;
@@ -151,7 +154,7 @@ def train(
         NotFound: (resume) no training began in the run directory.
         ConfigError: the budget, delta, optimiser, label or device does not allow this training; the run directory
             holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was; or a
-            federation is given with what it cannot do.
+            federation is given with what it cannot do; or constants are missing, or exact where privacy is claimed.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
@@ -169,11 +172,14 @@ def train(
     if kind in BY_ROUNDS:
         optimizer_for(settings, np.zeros(2, np.float32))
         device_named(device)
-    network = Network.build(model, seed=seed)
+    if budget is not None and learned is not None and learned.epsilon is None:
+        raise ConfigError("learned must be paid for in a training that claims privacy, got exact constants")
+    network = Network.build(model.with_learned({} if learned is None else learned.transforms), seed=seed)
     _check_federation(federation, kind, settings, fleet)
     run = _Run(
         kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device, federation
     )
+    run = replace(run, learned=learned)
     config = _config(run, budget, about or {})
     begun = latest(run_dir, config) if resume else None
     if not resume:
@@ -347,6 +353,7 @@ class _Run:
     fleet: OnFleet | None = None
     device: str = "cpu"
     federation: Federation | None = None
+    learned: Learned | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     begun: Checkpoint | None = None
     resumed: bool = False
@@ -800,6 +807,7 @@ def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
         examples=len(run.examples),
         settings=run.settings,
         oracle=measured,
+        learned=run.learned,
         **privacy,
     )
     return Trained(run.network.weights(), record, run.curves, tuple(run.watch.noted), predictions)
@@ -867,6 +875,7 @@ def _config(run: _Run, budget: float | None, about: Mapping[str, Any]) -> dict[s
         "population": run.examples.population,
         **about,
         **({} if budget is None else {"epsilon": budget, "privacy": model.privacy.model_dump(mode="json")}),
+        **({} if run.learned is None else {"learned": run.learned.model_dump(mode="json")}),
         "training": run.settings.model_dump(mode="json"),
         "federation": None if run.federation is None else run.federation.name,
         "fleet": None if fleet is None else asdict(fleet) | {"trace": fleet.trace.model_dump(mode="json")},

@@ -117,8 +117,7 @@ class Promoted:
         manifest = read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest
         if manifest.train is None or found.training.settings is None:
             raise ConfigError(f"the bundle of {name} has no training program; `hybrid promote` says why")
-        network = Network.build(declared)
-        network.load_weights(found.weights)
+        network = Network.of(declared, found)
         settings = Training(**found.training.settings.model_dump() | changed)
         check_linear(settings)
         return cls(found, network, settings, bundle, trust, manifest)
@@ -298,6 +297,7 @@ class Promoted:
             unit="device",
             protects=self.network.model.protects,
             balance=self.version.training.balance,
+            learned=self.version.training.learned,
             **about,
         )
 

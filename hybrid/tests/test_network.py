@@ -34,6 +34,7 @@ from hybrid import (
 from hybrid.errors import ConfigError
 from hybrid.features import Features
 from hybrid.network import DeviceProgram, Encoder, Network, Transforms
+from hybrid.version import Learned, TrainingRecord, Version
 
 EVERY_KIND = Features.of(
     {
@@ -396,3 +397,38 @@ def test_raw_values_give_a_finite_encoding_on_both_sides(rows: list[tuple[float,
     assert np.isfinite(encoded).all()
     program = DeviceProgram(features, nn.Identity())
     np.testing.assert_allclose(program(torch.from_numpy(inputs)).numpy(), encoded, rtol=1e-6)
+
+
+LATER = {"trips": Numeric(normalise="federated", low=0, high=100)}
+
+
+def learned_version(network: Network, transforms: dict[str, Any]) -> Version:
+    learned = Learned(transforms=transforms, users=9, run="r") if transforms else None
+    training = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, learned=learned)
+    return Version("taxi", 1, "ab", {}, training, network.weights())
+
+
+def test_a_network_is_built_before_its_constants_are_learned():
+    """It can be described and registered; its device program, which would compute with them, cannot be had."""
+    network = Network.build(model(device=LATER, device_tower=lambda: nn.Linear(2, 4)))
+    assert network.description()["device_embedding"] == 4
+    with pytest.raises(ConfigError, match="the constants of trips are not learned yet"):
+        network.device_program()
+
+
+def test_the_network_of_a_version_computes_with_the_constants_it_learned():
+    """(60 - 50) / 20 = 0.5 reaches the tower, whose weights are the version's too."""
+    declared = model(device=LATER, device_tower=lambda: nn.Linear(2, 4))
+    trained = Network.build(declared, seed=7)
+    network = Network.of(declared, learned_version(trained, {"trips": Numeric(mean=50, std=20)}))
+    with torch.no_grad():
+        embedding = network.device_program()(torch.tensor([[60.0]]))
+        expected = trained.device_tower(torch.tensor([[0.5, 0.0]]))
+    torch.testing.assert_close(embedding, expected)
+
+
+def test_a_version_without_the_constants_that_its_model_needs_is_refused():
+    """Nothing stands in their place."""
+    declared = model(device=LATER, device_tower=lambda: nn.Linear(2, 4))
+    with pytest.raises(ConfigError, match=r"must be learned of \['trips'\], as it declares, got those of \[\]"):
+        Network.of(declared, learned_version(Network.build(declared), {}))
