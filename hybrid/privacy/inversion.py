@@ -51,7 +51,7 @@ class Recovered:
 
     Attributes:
         feature: its name.
-        attack: the one that did best on the people set aside; `PRIOR` where none was better by a standard error.
+        attack: the one that did best on the people set aside; `PRIOR` where none was better.
         recovery: share of the attacked rows in which it is right.
         prior: the same, of always guessing the commonest value among the people the attacker knows.
         gain: recovery - prior, with a 95 % interval under resampled people.
@@ -243,14 +243,13 @@ class _People:
     Attributes:
         profiles: what can be guessed, from what the attacker knows.
         learned: (n, features) slots that attacks learn from.
-        aside, aside_user: (m, features) of other known people, by whom the attack is chosen, and (m,) whose row it is.
+        aside: (m, features) of other known people, by whom the attack is chosen.
         truth, user: (k, features) of the attacked, and (k,) whose row it is.
     """
 
     profiles: Profiles
     learned: Float32
     aside: Float32
-    aside_user: NDArray[np.int64]
     truth: Float32
     user: NDArray[np.int64]
 
@@ -267,7 +266,6 @@ class _People:
             profiles=Profiles.of(features, learned),
             learned=learned,
             aside=slots_of(features, known.device[judged]),
-            aside_user=known.user_of_row[judged],
             truth=slots_of(features, attacked.device[some]),
             user=attacked.user_of_row[some],
         )
@@ -295,7 +293,7 @@ def _attack(
         found = {name: profiles.right(attack(released), slots) for name, attack in attacks.items()}
         return {PRIOR: profiles.right(np.broadcast_to(common, slots.shape), slots), **found}
 
-    chosen = _chosen(right(people.aside, _JUDGED), people.aside_user, seed)
+    chosen = _chosen(right(people.aside, _JUDGED))
     found = right(people.truth, _ATTACKED)
     hits = np.stack([found[name][:, f] for f, name in enumerate(chosen)], axis=1)
     gains = _gains(hits, found[PRIOR], people.user, seed)
@@ -313,17 +311,9 @@ def _attack(
     return recovered, float(hits.all(axis=1).mean())
 
 
-def _chosen(judged: Mapping[str, NDArray[np.bool_]], user: NDArray[np.int64], seed: int) -> list[str]:
-    """For each feature the attack that is right most often, if by more than a standard error over the prior.
-
-    With less, chance among the few people set aside would choose, and an attack
-    that merely guesses another constant could be taken for one that knows something.
-    """
-    attacks = [name for name in judged if name != PRIOR]
-    best = np.array([judged[name].mean(axis=0) for name in attacks]).argmax(axis=0)
-    hits = np.stack([judged[attacks[place]][:, f] for f, place in enumerate(best)], axis=1)
-    errors = [(gain.mean, (gain.high - gain.low) / 4) for gain in _gains(hits, judged[PRIOR], user, seed)]
-    return [attacks[place] if mean > error else PRIOR for place, (mean, error) in zip(best, errors, strict=True)]
+def _chosen(judged: Mapping[str, NDArray[np.bool_]]) -> list[str]:
+    """For each feature the attack that is right most often; `PRIOR` where none is oftener than it."""
+    return [max(judged, key=lambda name: judged[name][:, f].sum()) for f in range(judged[PRIOR].shape[1])]
 
 
 def _gains(hits: NDArray[np.bool_], prior: NDArray[np.bool_], user: NDArray[np.int64], seed: int) -> list[Difference]:
