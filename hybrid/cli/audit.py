@@ -1,4 +1,4 @@
-"""The `hybrid audit` commands: membership."""
+"""The `hybrid audit` commands: membership; inversion is in a module of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hybrid.cli.inversion import inversion
 from hybrid.cli.privacy import _check_plot
 from hybrid.cli.runs import exactly, examples_of, progress_bar
 from hybrid.workspace import Workspace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 group = typer.Typer(help="What models and mechanisms give away, measured by attacking them.", no_args_is_help=True)
 app.add_typer(group, name="audit")
+group.command()(inversion)
 
 TURNS = 3  # of a canary in the rounds of a matrix mechanism, where the model declares no separation
 STEPS = 1000  # of the progress bar, for each mechanism
