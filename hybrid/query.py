@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 Cells = tuple[NDArray[np.int64], Floats]
 """Of n rows: places (n, m), -1 where a row adds nothing, and what it adds there, (n, m)."""
 
-LABEL, SCORE = "label", "score"
-"""Columns beside the features: 0, 1 or NaN, and the probability that a version predicts."""
+LABEL, SCORE, AGAINST = "label", "score", "score_against"
+"""Columns beside the features: 0, 1 or NaN, and the probabilities that one version predicts, and another."""
 PEOPLE_A_CHUNK = 4096
 CELLS_A_CHUNK = 1 << 22  # 32 MiB
 MOST_CELLS = 1 << 20
@@ -347,9 +347,11 @@ class Scores(Part):
 
     Attributes:
         nodes: ascending probabilities, at least two.
+        column: with the scores; another one where two versions are compared.
     """
 
     kind: Literal["scores"] = "scores"
+    column: str = SCORE
     nodes: Annotated[tuple[Annotated[FiniteFloat, Field(ge=0, le=1)], ...], Field(min_length=2, max_length=2048)]
 
     @model_validator(mode="after")
@@ -370,11 +372,11 @@ class Scores(Part):
     @property
     def reads(self) -> tuple[str, ...]:
         """Score and label."""
-        return LABEL, SCORE
+        return LABEL, self.column
 
     def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
         """See `Part`."""
-        nodes, score = np.asarray(self.nodes), columns[SCORE].astype(np.float64)
+        nodes, score = np.asarray(self.nodes), columns[self.column].astype(np.float64)
         known = ~np.isnan(score)
         score = np.clip(np.where(known, score, nodes[0]), nodes[0], nodes[-1])
         left = np.clip(np.searchsorted(nodes, score, side="right") - 1, 0, len(nodes) - 2)

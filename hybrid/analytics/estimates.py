@@ -156,36 +156,49 @@ def _around(value: float, sd: float) -> Interval:
     return Interval(value - Z95 * sd, value + Z95 * sd)
 
 
-def quantiles_of(answer: Answer, edges: NDArray[np.floating], levels: Sequence[float]) -> list[Estimate]:
-    """Quantiles from a cumulative histogram with `edges`, ascending with the level; each with its noise interval.
+def quantiles_of(
+    answer: Answer, edges: NDArray[np.floating], levels: Sequence[float], *, group: int = 0
+) -> list[Estimate]:
+    """Quantiles from a cumulative histogram with `edges`, ascending with the level; each with both intervals.
 
     The noised distribution function is made to ascend (the nearest one that does), and inverted by lines between
-    edges. The interval holds every edge-to-edge place at which the function may pass the level.
+    edges. An interval holds every edge-to-edge place at which the function may pass the level. The full one counts
+    the rows of a person as if they were all alike.
 
     Args:
-        answer: to a `Histogram` alone, of one group; rows without a value count nowhere.
+        answer: to a `Histogram` alone; rows without a value count nowhere.
         edges: of the histogram; (k,).
         levels: in (0, 1), ascending.
+        group: of the answer, its place.
 
     Returns:
         One for each level, within the edges.
     """
     from scipy.optimize import isotonic_regression
 
-    counts = answer.counts[0][: len(edges) + 1]
+    cells = len(edges) + 1
+    counts = answer.counts[group][:cells]
     below = np.cumsum(counts)  # rows below each edge, and all
     rows = max(float(below[-1]), 1.0)
-    sums = np.tri(len(edges) + 1)
+    sums = np.tri(cells)
+    gradients = np.zeros((len(edges), answer.query.groups, cells + 1))
     found = []
     for level in levels:
         # What is above the level at each edge: rows below it, less its share of all.
-        gradients = sums[:-1] - level
+        gradients[:, group, :cells] = sums[:-1] - level
         excess = below[:-1] - level * below[-1]
-        sd = answer.noise_sd(np.concatenate([gradients, np.zeros((len(edges), 1))], axis=1))
+        noise = answer.noise_sd(gradients.reshape(len(edges), -1))
         rising = isotonic_regression(excess / rows).x
         value = float(np.interp(0.0, rising, edges))
-        low = np.flatnonzero(np.maximum.accumulate(excess + Z95 * sd) < 0)
-        high = np.flatnonzero(np.minimum.accumulate((excess - Z95 * sd)[::-1])[::-1] > 0)
-        ends = (edges[low[-1]] if len(low) else edges[0], edges[high[0]] if len(high) else edges[-1])
-        found.append(Estimate(value, Interval(min(float(ends[0]), value), max(float(ends[1]), value))))
+        sampling = rows * answer.query.rows * level * (1 - level)
+        both = np.sqrt(noise**2 + sampling)
+        found.append(Estimate(value, *(_crossing(edges, excess, Z95 * sd, value) for sd in (noise, both))))
     return found
+
+
+def _crossing(edges: NDArray[np.floating], excess: Floats, margin: Floats, value: float) -> Interval:
+    """From the last edge that is surely below the crossing to the first that is surely above it."""
+    low = np.flatnonzero(np.maximum.accumulate(excess + margin) < 0)
+    high = np.flatnonzero(np.minimum.accumulate((excess - margin)[::-1])[::-1] > 0)
+    ends = (edges[low[-1]] if len(low) else edges[0], edges[high[0]] if len(high) else edges[-1])
+    return Interval(min(float(ends[0]), value), max(float(ends[1]), value))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid.analytics.asking import Answer, Ask
-from hybrid.analytics.estimates import Estimate, Statistic, estimate, simulated
+from hybrid.analytics.estimates import Estimate, Estimated, Statistic, estimate, simulated
 from hybrid.errors import ConfigError
-from hybrid.query import Floats, Query, Scores
+from hybrid.query import AGAINST, SCORE, Floats, Query, Scores
 
 NODES = 64
 DECILES = 10
@@ -131,7 +131,7 @@ class Evaluation:
     """How good a version is.
 
     Attributes:
-        metrics: by name, see `statistics`; "difference.NAME" of two versions, the first less the second.
+        metrics: by name, see `statistics`.
         roc: true against false positive rate.
         deciles: mean label against mean prediction in ten parts of equally many rows.
         rows: noised number of rows.
@@ -143,6 +143,21 @@ class Evaluation:
     deciles: Curve
     rows: Estimate
     people: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two versions on the same rows.
+
+    Attributes:
+        first, second: how good each is.
+        differences: the first's less the second's, by name; with intervals for paired rows, which are narrower than
+            what the two versions' own intervals would let one think.
+    """
+
+    first: Evaluation
+    second: Evaluation
+    differences: dict[str, Estimate]
 
 
 def evaluate(
@@ -170,17 +185,80 @@ def evaluate(
         BudgetExceeded: the ledger has not enough left.
     """
     grid = arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
-    query = Query(parts=(Scores(nodes=tuple(grid.tolist()), cumulative=True),), rows=rows, clip=clip)
+    query = Query(parts=(_scores(grid, SCORE),), rows=rows, clip=clip)
     named = statistics(grid, threshold) | {"rows": lambda counts: counts.sum(axis=1)}
     found = estimate(ask, query, named, share=share, full=full, totals=("rows",))
-    metrics = {name: _in_range(name, value) for name, value in found.estimates.items() if name != "rows"}
+    return _evaluation(found, grid, 0)
+
+
+def compare(
+    ask: Ask,
+    *,
+    nodes: Sequence[float] | None = None,
+    rows: int = 8,
+    clip: float | None = None,
+    threshold: float = THRESHOLD,
+    share: float = 1.0,
+    full: bool = True,
+) -> Comparison:
+    """Measures two versions on the same rows with one query, which has both scores of each.
+
+    A person moves the sums for both, so that each version's noise is sqrt(2) times what it is where it is asked
+    about alone.
+
+    Args:
+        ask: whom: their columns "score", "score_against" and "label".
+        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        rows: of a person, at most, the last ones.
+        clip: see `Query`.
+        threshold: of precision and recall.
+        share: of the question's epsilon.
+        full: whether intervals for the population are wanted too.
+
+    Raises:
+        BudgetExceeded: the ledger has not enough left.
+    """
+    grid = arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
+    query = Query(parts=(_scores(grid, SCORE), _scores(grid, AGAINST)), rows=rows, clip=clip)
+    of_one, size = statistics(grid, threshold), 2 * len(grid)
+    first, second = ({name: _of_part(f, place, size) for name, f in of_one.items()} for place in range(2))
+    named: dict[str, Statistic] = {"rows": lambda counts: counts[:, :size].sum(axis=1)}
+    for name in of_one:
+        named |= {name: first[name], f"against.{name}": second[name]}
+        if name != "mean_label":  # the rows are the same
+            named[f"difference.{name}"] = _less(first[name], second[name])
+    found = estimate(ask, query, named, share=share, full=full, totals=("rows",))
+    differences = {
+        name.removeprefix("difference."): value
+        for name, value in found.estimates.items()
+        if name.startswith("difference.")
+    }
+    return Comparison(_evaluation(found, grid, 0), _evaluation(found, grid, 1, "against."), differences)
+
+
+def _scores(nodes: Floats, column: str) -> Scores:
+    return Scores(nodes=tuple(nodes.tolist()), column=column, cumulative=True)
+
+
+def _evaluation(found: Estimated, nodes: Floats, part: int, prefix: str = "") -> Evaluation:
+    """Of one part of a query."""
+    size = 2 * len(nodes)
+    names = statistics(nodes)
     return Evaluation(
-        metrics=metrics,
-        roc=_curve(found.answer, _roc(len(grid))),
-        deciles=_curve(found.answer, _deciles(grid)),
+        metrics={name: _in_range(name, found.estimates[f"{prefix}{name}"]) for name in names},
+        roc=_curve(found.answer, _of_part(_roc(len(nodes)), part, size)),
+        deciles=_curve(found.answer, _of_part(_deciles(nodes), part, size)),
         rows=found.estimates["rows"],
         people=found.answer.people,
     )
+
+
+def _of_part(function: Statistic, part: int, size: int) -> Statistic:
+    return lambda counts: function(counts[:, part * size : (part + 1) * size])
+
+
+def _less(first: Statistic, second: Statistic) -> Statistic:
+    return lambda counts: first(counts) - second(counts)
 
 
 def _in_range(name: str, value: Estimate) -> Estimate:

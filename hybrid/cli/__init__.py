@@ -13,9 +13,11 @@ from typing import Annotated
 import typer
 
 from hybrid.cli import (
+    analyze,
     audit,
     buffer,
     dead_letters,
+    evaluate,
     features,
     fleet,
     models,
@@ -44,6 +46,8 @@ GROUPS = (
     train,
     sweep,
     buffer,
+    analyze,
+    evaluate,
     privacy,
     audit,
     promote,

@@ -20,10 +20,10 @@ from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round, local_stream, takes_part
 from hybrid.federation.central import fit_server_side
 from hybrid.federation.engine import Engine
-from hybrid.federation.noise import least_noise, planned_cohort, round_settings
+from hybrid.federation.noise import check_delta, least_noise, planned_cohort, round_settings
 from hybrid.federation.population import Examples
 from hybrid.federation.strategy import NoisedSum
-from hybrid.federation.training import Progress, check_allowed, check_delta, engine_for, optimizer_for, threads_for
+from hybrid.federation.training import Progress, check_allowed, engine_for, optimizer_for, threads_for
 from hybrid.network import Network
 from hybrid.privacy.audit import (
     LONG,

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybrid.errors import ConfigError
 from hybrid.federation.aggregator import Round
 from hybrid.privacy.accountant import Event, noise_multiplier_for
 from hybrid.privacy.matrix import Banded, Matrix, optimised, prefix_error, sensitivity
 from hybrid.spec import HybridModel, Training
+
+
+def check_delta(model: HybridModel, users: int) -> None:
+    """Raises: ConfigError: the declared delta is too large for so many users."""
+    if not users:
+        raise ConfigError("there must be at least one user, got none")
+    most, declared = users**-1.1, model.privacy.delta
+    if declared > most:
+        raise ConfigError(f"privacy.delta must be at most {most:.2g}, users^-1.1 at {users}, got {declared:g}")
 
 
 def least_noise(

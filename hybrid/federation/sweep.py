@@ -24,14 +24,13 @@ from hybrid.federation.aggregator import PaidMechanism, local_stream, takes_part
 from hybrid.federation.central import fit_everything, fit_server_side
 from hybrid.federation.engine import DeviceSide, Engine, predict
 from hybrid.federation.grid import Configuration
-from hybrid.federation.noise import least_noise, planned_cohort, round_settings
+from hybrid.federation.noise import check_delta, least_noise, planned_cohort, round_settings
 from hybrid.federation.optimizers import TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.strategy import NoisedSum
 from hybrid.federation.training import (
     Progress,
     check_allowed,
-    check_delta,
     engine_for,
     fallbacks,
     optimizer_for,

@@ -28,7 +28,7 @@ from hybrid.federation.engine import DeviceSide, Engine, device_named, predict
 from hybrid.federation.fleet import HOUR, PHONES, Fleet, OverSelection, Trace, Work, over_selection, turnout
 from hybrid.federation.flights import Schedule
 from hybrid.federation.metrics import auc, calibration, log_loss
-from hybrid.federation.noise import least_noise, planned_cohort, round_settings
+from hybrid.federation.noise import check_delta, least_noise, planned_cohort, round_settings
 from hybrid.federation.optimizers import ServerOptimizer, TailAverage
 from hybrid.federation.population import Examples
 from hybrid.federation.resume import BY_ROUNDS, CONFIG, PROCESS, Place, Process, check_free, latest
@@ -854,15 +854,6 @@ def check_allowed(model: HybridModel, kind: Kind, epsilon: float | None, setting
             f"epsilon must be > 0 and at most the {declared:g} that {model.name!r} declares, got {budget:g}"
         )
     return budget
-
-
-def check_delta(model: HybridModel, users: int) -> None:
-    """Raises: ConfigError: the declared delta is too large for so many users."""
-    if not users:
-        raise ConfigError("training must have at least one user, got none")
-    most, declared = users**-1.1, model.privacy.delta
-    if declared > most:
-        raise ConfigError(f"privacy.delta must be at most {most:.2g}, users^-1.1 at {users}, got {declared:g}")
 
 
 def _config(run: _Run, budget: float | None, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import FleetAggregator, Task
 from hybrid.federation.flower_app import Job
-from hybrid.federation.noise import least_noise, planned_cohort, round_settings
+from hybrid.federation.noise import check_delta, least_noise, planned_cohort, round_settings
 from hybrid.federation.population import Population
 from hybrid.federation.resume import Place
 from hybrid.federation.server_app import server_app
@@ -35,7 +35,6 @@ from hybrid.federation.strategy import NoisedSum
 from hybrid.federation.training import (
     AT_ONCE,
     check_allowed,
-    check_delta,
     check_linear,
     mechanism_of,
     optimizer_for,

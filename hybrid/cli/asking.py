@@ -1,0 +1,295 @@
+"""What the commands that ask people share: whose rows, which ledger pays, how an answer is kept and shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.cli.runs import run_folder
+from hybrid.errors import BadRequest, BudgetExceeded, ConfigError
+
+if TYPE_CHECKING:
+    from hybrid.analytics.asking import People, Simulated
+    from hybrid.analytics.estimates import Estimate
+    from hybrid.federation.population import Population
+    from hybrid.privacy.accountant import Event
+    from hybrid.privacy.ledger import Ledger
+    from hybrid.spec import HybridModel
+    from hybrid.workspace import Workspace
+
+ANSWERS = "answers"  # folder in a run's
+SEEDED = (
+    "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); "
+    "per run: what other runs asked is not composed"
+)
+MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
+NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
+FULL = "full: 95 %, for the population that they are a sample of, person by person"
+ALIKE = "; rows of a person are taken to be alike, so it is rather too wide"
+
+
+@dataclass(frozen=True)
+class Paying:
+    """One question, and the run whose ledger pays for it.
+
+    Attributes:
+        model, purpose, seed, population: what is asked, of whom.
+        folder: of the run.
+        ledger: its, open.
+        ask: the people.
+        before: releases in the ledger before this question.
+    """
+
+    model: HybridModel
+    purpose: str
+    seed: int
+    population: str
+    folder: Path
+    ledger: Ledger
+    ask: Simulated
+    before: int
+
+    def begin(self, shares: Sequence[float]) -> None:
+        """Sets aside what all phases cost; a run that nobody described yet is described.
+
+        Raises:
+            BudgetExceeded: the ledger has not enough left. No file is changed.
+        """
+        self.ask.begin(shares)
+        config = self.folder / "config.json"
+        if not config.exists():  # `hybrid privacy` finds a model's runs by it
+            about = {"model": self.model.name, "kind": self.purpose, "population": self.population, "seed": self.seed}
+            config.write_text(json.dumps(about, indent=2))
+
+    def spend(self) -> dict[str, Any]:
+        """What this question cost, and what its run has left."""
+        from hybrid.privacy.accountant import epsilon
+        from hybrid.privacy.ledger import costs
+
+        ledger, entries = self.ledger, self.ledger.entries[self.before :]
+        this, spent = epsilon(costs(entries), ledger.delta), ledger.spent()
+        return {
+            "epsilon": this.epsilon,
+            "delta": ledger.delta,
+            "unit": self.model.privacy.unit,
+            "protects": self.model.protects,
+            "mechanism": f"{MECHANISM}; accountant: {this.method}",
+            "assumption": SEEDED,
+            "purpose": self.purpose,
+            "releases": len(entries),
+            "run": self.folder.name,
+            "spent": spent.epsilon,
+            "budget_epsilon": ledger.budget_epsilon,
+            "left": max(0.0, ledger.budget_epsilon - spent.epsilon),
+        }
+
+    def keep(self, shown: Mapping[str, Any]) -> Path:
+        """Writes the answer into the run's folder, where reports find it."""
+        number = self.ledger.entries[self.before].round
+        file = self.folder / ANSWERS / f"{self.purpose}-{number:04}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(shown, indent=2))
+        return file
+
+
+@dataclass(frozen=True)
+class Spending:
+    """How a question is paid for.
+
+    Attributes:
+        purpose: of the ledger's entries.
+        epsilon: of the question, all its phases together.
+        seed: of its noise.
+        run: name of the run whose ledger pays; None: a new one, with the budget that the model declares.
+    """
+
+    purpose: str
+    epsilon: float
+    seed: int
+    run: str | None
+
+
+@contextmanager
+def paying(
+    model: HybridModel, workspace: Workspace, people: People, population: str, spending: Spending
+) -> Iterator[Paying]:
+    """A question to people, which a run's ledger pays for.
+
+    Args:
+        model: whose budget it is.
+        workspace: with the runs.
+        people: who are asked.
+        population: its name.
+        spending: how much, and from which run.
+
+    Raises:
+        BudgetExceeded: the run has not enough left; the message says what it has.
+        ConfigError: epsilon is out of range, or delta too large for so many people.
+    """
+    from hybrid.analytics.asking import Simulated
+    from hybrid.federation.noise import check_delta
+    from hybrid.privacy.ledger import Ledger
+
+    purpose, epsilon, seed = spending.purpose, spending.epsilon, spending.seed
+    check_epsilon(model, epsilon)
+    check_delta(model, len(people))
+    new = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model.name}-{purpose}"
+    with run_folder(workspace.runs, spending.run, new) as folder:
+        budget = _budget(folder, model.privacy.epsilon)
+        with Ledger.open(folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
+            ask = Simulated(people, ledger, purpose=purpose, epsilon=epsilon, seed=seed)
+            try:
+                yield Paying(model, purpose, seed, population, folder, ledger, ask, len(ledger.entries))
+            except BudgetExceeded as error:
+                raise BudgetExceeded(f"{error}; {_left(folder)}") from None
+
+
+def check_epsilon(model: HybridModel, epsilon: float) -> None:
+    """Raises: ConfigError: it is not > 0, or more than the model declares for all of a run."""
+    declared = model.privacy.epsilon
+    if not 0 < epsilon <= declared:
+        raise ConfigError(
+            f"--epsilon must be > 0 and at most the {declared:g} that {model.name!r} declares, got {epsilon:g}"
+        )
+
+
+def columns_of(
+    model: HybridModel, population: Population, names: Sequence[str], workspace: Workspace
+) -> dict[str, NDArray[Any]]:
+    """Raw values of features and of the label, by name, each (n,), as devices and the server have them.
+
+    Args:
+        model: that declares them.
+        population: whose rows.
+        names: request, device or categorical server features, or "label".
+        workspace: with the feature store.
+
+    Raises:
+        ConfigError: a column is absent or of the wrong type.
+        NotFound: some rows have no server features at their time.
+    """
+    from hybrid.federation.population import labels_of
+    from hybrid.query import LABEL
+
+    found: dict[str, NDArray[Any]] = {}
+    raw = {**model.request, **model.device}
+    for name in names:
+        if name == LABEL:
+            values, known = labels_of(model.label, population)
+            found[name] = np.where(known, values, np.nan)
+        elif name in raw:
+            found[name] = population.column(name)
+            try:
+                raw[name].inputs(found[name])
+            except BadRequest as error:
+                raise ConfigError(f"population {population.name!r}: feature {name!r} {error}") from None
+        else:
+            found[name] = _server_text(model, population, name, workspace)
+    return found
+
+
+def _server_text(model: HybridModel, population: Population, name: str, workspace: Workspace) -> NDArray[np.object_]:
+    """(n,) a categorical server feature as it was at each row's time; None where it is not of the vocabulary."""
+    from feature_store.offline import join
+
+    times = None if population.time is None else population.column(population.time)
+    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+    transform = model.server.features.transforms[name]
+    words = np.array([*transform.model_dump()["vocabulary"], None, None], dtype=object)
+    return np.asarray(words[slots[:, model.server.features.names.index(name)].astype(np.int64)])
+
+
+def _budget(folder: Path, declared: float) -> float:
+    """Of the run's ledger, or, where it has none yet, as declared."""
+    from hybrid.errors import NotFound
+    from hybrid.privacy.ledger import Ledger
+
+    try:
+        return Ledger.read(folder).budget_epsilon
+    except NotFound:
+        return declared
+
+
+def _left(folder: Path) -> str:
+    """What a run has left, and what still fits: epsilons do not add up, so that is more than the difference."""
+    from hybrid.privacy.ledger import Ledger
+
+    account = Ledger.read(folder)
+    spent, budget = account.spent().epsilon, account.budget_epsilon
+    left = f"run {folder.name!r} has epsilon {max(0.0, budget - spent):.3g} left of {budget:g}"
+    fits = _fits(account.events(), budget, account.delta)
+    return f"{left}: " + (f"one question of {fits:.3f} fits" if fits else "no further question fits")
+
+
+def _fits(besides: Sequence[Event], budget: float, delta: float) -> float:
+    """The largest epsilon, to three digits after the point, of one question that a budget still allows."""
+    from hybrid.privacy.accountant import noise_multiplier_for
+    from hybrid.privacy.mechanisms import gaussian_epsilon
+
+    try:
+        multiplier = noise_multiplier_for(budget, delta, 1.0, 1, besides=besides)
+    except BudgetExceeded:
+        return 0.0
+    return math.floor(1000 * gaussian_epsilon(1 / multiplier, delta)) / 1000
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """A number and its intervals; None for what there is not."""
+    full = estimate.full
+    return {
+        "value": _number(estimate.value),
+        "noise": [_number(estimate.noise.low), _number(estimate.noise.high)],
+        "full": None if full is None else [_number(full.low), _number(full.high)],
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def spend_lines(spend: Mapping[str, Any] | None, exact: str) -> Iterator[str]:
+    """What was spent, in words; `exact` is why nothing was."""
+    if spend is None:
+        yield f"spent: nothing; {exact}"
+        return
+    yield (
+        f"spent: epsilon {spend['epsilon']:.4g} at delta {spend['delta']:g} per {spend['unit']}; protects the "
+        f"{spend['protects']}"
+    )
+    releases = "one release" if spend["releases"] == 1 else f"{spend['releases']} releases"
+    yield f"  {spend['mechanism']}; {releases}, everybody in each"
+    yield (
+        f"  ledger of run {spend['run']}: {spend['spent']:.4g} spent of {spend['budget_epsilon']:g}, "
+        f"{spend['left']:.4g} left"
+    )
+    yield f"  assumes: {spend['assumption']}"
+
+
+def interval(ends: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
+    """Of 95 %, as it is printed."""
+    if ends is None or None in ends:
+        return "-"
+    return " to ".join(form.format(end) for end in ends)
+
+
+def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:
+    """A value as a bar with its noise interval: full up to the lower end, hatched up to the value, a line beyond.
+
+    >>> bar({"value": 0.5, "noise": [0.25, 0.75]}, 1.0, 8)
+    '██▒▒─┤'
+    """
+    if estimate["value"] is None or not most > 0:
+        return ""
+    ends = (estimate["noise"][0], estimate["value"], estimate["noise"][1])
+    low, value, high = (round(width * min(max(end, 0.0), most) / most) for end in ends)
+    solid = "█" * low + "▒" * (value - low)
+    return solid if high <= value else solid + "─" * (high - value - 1) + "┤"
