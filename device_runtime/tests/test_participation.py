@@ -251,10 +251,10 @@ def test_a_device_trains_from_the_plans_weights_and_sends_one_update():
 
 
 def test_a_check_in_says_model_version_and_runtime():
-    """And takes no more than the largest plan of its three weights: a signature, a length, 64 KiB of JSON, 12 bytes."""
+    """And takes no more than the largest plan: a signature, a length, 64 KiB of JSON, 1 MiB of a query's payload."""
     world = World()
     world.session()
-    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 1}, 64 + 4 + 65536 + 12)]
+    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 2}, 64 + 4 + 65536 + (1 << 20))]
 
 
 def test_an_update_is_kept_before_it_is_sent():
