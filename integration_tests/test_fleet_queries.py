@@ -183,7 +183,7 @@ def devices(tmp_path_factory) -> Devices:
 
 @pytest.mark.parametrize(("rows", "clip", "take"), [(4, None, "last"), (8, 3.0, "first")])
 def test_200_devices_answer_what_a_simulation_does(devices: Devices, rows, clip, take):
-    """Moments, histogram, categories and labels by the request's hour, without noise, to 1e-5; with and without a clip."""
+    """Moments, histogram, categories and labels by the request's hour, without noise, to 1e-5; clipped and not."""
     query = Query(parts=JOINT, rows=rows, clip=clip, take=take, by=By(column="time", values=TIMES))
     with devices.attending(None, 1) as (aggregator, _, endings):
         answer = FleetAsk(aggregator, purpose=EVALUATE, epsilon=None)(query)
