@@ -30,6 +30,7 @@ CELLS_A_CHUNK = 1 << 22  # 32 MiB
 MOST_CELLS = 1 << 20
 SPELLED_BYTES, CHECK_BITS, CHECK_SEED = 32, 32, 1
 SPELLED_BITS = 8 * SPELLED_BYTES + CHECK_BITS
+FEW_PEOPLE = 8  # whose cells are encoded without the matrix, which a device need not hold: 128 MiB for 4,096 cells
 
 
 class Part(BaseModel):
@@ -70,7 +71,7 @@ class Part(BaseModel):
 
     def encode(self, counts: Floats) -> Floats:
         """(k, size) counts -> (k, size) as they are summed and noised."""
-        return self._by_run(counts, lambda run: run @ _root(run.shape[1]).T)
+        return self._by_run(counts, _rooted)
 
     def decode(self, total: Floats) -> Floats:
         """(k, size) encoded -> (k, size) counts."""
@@ -674,6 +675,14 @@ def _roots(size: int) -> Floats:
     k = np.arange(1, size)
     roots: Floats = np.cumprod(np.concatenate([[1.0], (2 * k - 1) / (2 * k)]))
     return roots
+
+
+def _rooted(run: Floats) -> Floats:
+    """(k, n) by the root of running sums."""
+    size = run.shape[1]
+    if len(run) > FEW_PEOPLE:
+        return np.asarray(run @ _root(size).T)
+    return np.array([np.convolve(row, _roots(size))[:size] for row in run]).reshape(run.shape)
 
 
 @lru_cache(maxsize=16)
