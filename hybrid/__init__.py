@@ -6,6 +6,7 @@ Importing this package loads no heavy library.
 from hybrid.features import Bucketize, Categorical, Hash, Log1p, Numeric
 from hybrid.spec import (
     Clear,
+    Drift,
     Entity,
     HybridModel,
     Label,
@@ -22,6 +23,7 @@ __all__ = [
     "Bucketize",
     "Categorical",
     "Clear",
+    "Drift",
     "Entity",
     "Hash",
     "HybridModel",

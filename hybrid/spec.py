@@ -404,6 +404,19 @@ class OnDevice(Declared):
         return self
 
 
+class Drift(Declared):
+    """What watching for drift may cost people, beside what training costs. It may change without training again.
+
+    Attributes:
+        epsilon: of everything that is counted for it in one ISO week (UTC), at privacy.delta; > 0 and <= 100.
+        periods: that are counted in a week, each for an equal part of that. A comparison needs two, its reference and
+            its own; what was counted once is kept, and costs nothing again.
+    """
+
+    epsilon: Annotated[FiniteFloat, Field(gt=0, le=100)]
+    periods: Annotated[int, Field(ge=1, le=1000)] = 2
+
+
 Factory = Callable[[], Any]
 
 
@@ -430,6 +443,7 @@ class HybridModel(Declared):
         training: defaults of `hybrid train`.
         serving: how requests are answered.
         on_device: what devices keep, and what training may ask of them.
+        drift: what `hybrid drift` may spend; None: nothing.
 
     Raises:
         ConfigError: a field is wrong; the message names it, what it must be and what it got.
@@ -449,6 +463,7 @@ class HybridModel(Declared):
     training: Training = Training()
     serving: Serving = Serving()
     on_device: OnDevice = OnDevice()
+    drift: Drift | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -536,7 +551,7 @@ class HybridModel(Declared):
 
     def definition(self) -> dict[str, Any]:
         """What is trained, as JSON values: the declaration without the towers' code, and without how it is used."""
-        return self.model_dump(mode="json", exclude={"serving", "on_device"})
+        return self.model_dump(mode="json", exclude={"serving", "on_device", "drift"})
 
 
 def definition_hash(definition: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from hybrid.cli import (
     audit,
     buffer,
     dead_letters,
+    drift,
     evaluate,
     features,
     fleet,
@@ -56,6 +57,7 @@ GROUPS = (
     fleet,
     dead_letters,
     skew,
+    drift,
 )
 for group in GROUPS:
     app.add_typer(group.app)

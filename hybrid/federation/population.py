@@ -240,7 +240,7 @@ def examples(
         raise ConfigError(f"server_slots must have shape {expected}, got {server_slots.shape}")
     labels, known = labels_of(model.label, population)
     if folder is None:
-        server, device = _encoded(model, population, server_slots, slice(None))
+        server, device = encoded(model, population, server_slots, slice(None))
         rows = Examples(server, device, labels, population.offsets, population.name)
         return rows if known.all() else rows.with_labels(known)
     offsets = np.concatenate([[0], np.cumsum(known)])[population.offsets]
@@ -248,13 +248,28 @@ def examples(
     with ExamplesWriter(folder, offsets, **widths, population=population.name) as writer:
         for begin in range(0, len(population), ROWS_A_PART):
             part = slice(begin, begin + ROWS_A_PART)
-            server, device = _encoded(model, population, server_slots, part)
+            server, device = encoded(model, population, server_slots, part)
             writer.write(server[known[part]], device[known[part]], labels[part][known[part]])
     return Examples.open(folder)
 
 
-def _encoded(model: HybridModel, population: Population, server_slots: Float32, rows: slice) -> tuple[Float32, Float32]:
-    """What both towers read of some rows."""
+def encoded(
+    model: HybridModel, population: Population, server_slots: Float32, rows: slice | NDArray[np.integer]
+) -> tuple[Float32, Float32]:
+    """What both towers read of some rows, with or without a label.
+
+    Args:
+        model: whose features to take.
+        population: has them as columns.
+        server_slots: (n, server features) of every row.
+        rows: which, k of them.
+
+    Returns:
+        (k, server_features.width) and (k, device_features.width).
+
+    Raises:
+        ConfigError: a column is absent or of the wrong type.
+    """
     columns = {name: population.column(name)[rows] for name in [*model.request, *model.device]}
     server_slots, request, device = server_slots[rows], model.request_features, model.device_features
     try:
