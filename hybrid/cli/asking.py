@@ -289,7 +289,7 @@ def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:
     """
     if estimate["value"] is None or not most > 0:
         return ""
-    ends = (estimate["noise"][0], estimate["value"], estimate["noise"][1])
-    low, value, high = (round(width * min(max(end, 0.0), most) / most) for end in ends)
+    ends: tuple[float, ...] = (estimate["noise"][0], estimate["value"], estimate["noise"][1])
+    low, value, high = (int(round(width * min(max(end, 0.0), most) / most)) for end in ends)
     solid = "█" * low + "▒" * (value - low)
     return solid if high <= value else solid + "─" * (high - value - 1) + "┤"

@@ -270,8 +270,8 @@ def _learned(
     if not model.device_features.pending:
         return None
     from hybrid.analytics.normalisation import learned
+    from hybrid.federation.noise import check_delta
     from hybrid.federation.resume import check_free
-    from hybrid.federation.training import check_delta
 
     people = people_of(model, order.population, order.fold, workspace)
     if not resume:
