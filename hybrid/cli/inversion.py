@@ -124,7 +124,7 @@ def _verdict(model: HybridModel, report: Report) -> Iterator[str]:
         yield "At no level of the ladder are all features within 5 points of guessing: give it a larger --sigma."
     elif hidden.sigma:
         yield (
-            f"From {_named(hidden)}, on none is recovered by more than 5 points over guessing; there noise costs "
+            f"From {_named(hidden)} on, none is recovered by more than 5 points over guessing; there noise costs "
             f"{_cost(hidden)}."
         )
     worse = next((level for level in report.levels if level.auc < report.auc_without), None)
