@@ -92,7 +92,7 @@ def test_one_person_moves_the_sum_by_at_most_the_norm(values, rows, clip):
 
 
 def test_the_ledger_composes_training_queries_and_evaluations(tmp_path):
-    """40 rounds, ten queries and two evaluations of two phases: one Gaussian release with the root of all their mu^2."""
+    """40 rounds, ten queries and two evaluations of two phases: one Gaussian release, of the root of all mu^2."""
     with Ledger.open(tmp_path, budget_epsilon=8.0, delta=1e-5) as ledger:
         query = Simulated(PEOPLE, ledger, purpose=ANALYZE, epsilon=0.2, seed=0)
         for _ in range(10):
