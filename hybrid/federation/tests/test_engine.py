@@ -68,7 +68,6 @@ LOCALS = {
     "epochs of all rows": LocalTraining(steps=None, epochs=3, lr=0.5),
     "proximal": LocalTraining(steps=5, lr=0.5, proximal=0.7),
     "proximal, ragged epochs": LocalTraining(steps=None, epochs=2, lr=0.5, batch=2, proximal=0.7),
-    "balance": LocalTraining(steps=3, lr=0.5, batch=2, keep=(0.4, 1.0)),
 }
 
 
