@@ -129,7 +129,7 @@ class Answerer:
         except (BadRequest, ConfigError):  # of its text nothing: it may quote a value
             self.gave_up = "the store holds other values than the bundle declares"
             return None
-        return _towards_zero(clip_rows(contribution[None], plan.clip)[0])
+        return _as_float32(clip_rows(contribution[None], plan.clip)[0], plan.clip)
 
     def _columns(self, query: Query, rows: Rows, check: Callable[[], None]) -> dict[str, Any]:
         """What the query reads, scores where it reads them."""
@@ -158,9 +158,11 @@ class Answerer:
         return PredictProgram(self._bundle, self._engine)
 
 
-def _towards_zero(exact: NDArray[np.float64]) -> Float32:
-    """As float32, no number of it larger than it was: so its norm is not either."""
+def _as_float32(exact: NDArray[np.float64], clip: float) -> Float32:
+    """Rounded to the nearest, or, where that would be longer than the clip, every number of it towards zero."""
     with np.errstate(over="ignore"):
         near = exact.astype(np.float32)
+    if np.linalg.norm(near.astype(np.float64)) <= clip:
+        return near
     lower: Float32 = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
     return lower

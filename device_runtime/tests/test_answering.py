@@ -151,7 +151,7 @@ def test_no_device_sends_more_than_the_norm(found, parts, most, clip):
 
 
 def test_what_is_sent_is_what_a_simulation_clips_to():
-    """Rounded towards zero in float32: within one part in 2^23 of each number, and exact where it is an integer."""
+    """In float32: within one part in 2^23 of each number, and exact where it is an integer."""
     asked = plan(STEPS, Histogram(column="steps", edges=(1.0, 5.0)), clip=1.5)
     held = rows(np.random.default_rng(0).uniform(0, 10, 6).tolist())
     (exact,) = contributions(asked.query, {"steps": held.columns["steps"]}, np.array([0, 6]))
