@@ -19,6 +19,7 @@ FLOWER = ROOT / "docs" / "flower.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
 LEAKAGE = ROOT / "docs" / "leakage.md"
+ANALYTICS = ROOT / "docs" / "analytics.md"
 
 
 def commands(document: Path) -> list[str]:
@@ -28,7 +29,7 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE)],
+    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS)],
     ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
@@ -88,6 +89,17 @@ def test_a_clear_embedding_gives_everything_away_and_noise_that_hides_it_costs_m
     (left,) = re.findall(r"over guessing; there noise costs .* of which (\d\.\d+) is left", printed)
     (without,) = re.findall(r"With nothing of the device AUC is (\d\.\d+)", printed)
     assert float(left) < float(without) - 0.05
+
+
+def test_analytics_answer_and_their_ledger_says_so(type_commands):
+    """Every command succeeds; the questions cost epsilon 1.1 together, by purpose, and the first finds the median."""
+    printed = type_commands("\n".join(commands(ANALYTICS)))
+    median = re.search(r"^0\.5 +(-\d+\.\d+) ", printed, re.MULTILINE)
+    assert median, printed
+    assert abs(float(median[1]) + 57) < 3, "half of the students registered 57 days ahead or earlier"
+    assert re.search(r"analyze: [1-3] release", printed), printed
+    assert re.search(r"evaluate: \d release", printed), printed
+    assert re.search(r"^AUC +0\.\d+ ", printed, re.MULTILINE), printed
 
 
 def on_free_ports(blocks: list[str]) -> str:

@@ -28,6 +28,7 @@ from hybrid.spec import HybridModel
 CELLS = 512  # at least, of the fine histogram that quantiles are read from
 BINS = 10  # of a histogram that nobody asked to be finer
 MOST_EDGES = 1000
+MOST_VALUES, MOST_GROUPS = 4096, 1024  # see `hybrid.query`
 WIDTHS = 4.0  # standard deviations from the mean to a bound, where bounds are a declaration's
 ADAPTIVE_SHARES = (0.3, 0.7)  # of an adaptive histogram's epsilon: for its edges, for its counts
 
@@ -290,6 +291,12 @@ def check_edges(edges: Sequence[float]) -> None:
         raise ConfigError(f"edges must be finite and ascend, got {', '.join(f'{edge:g}' for edge in edges)}")
 
 
+def check_values(feature: str, values: Sequence[str], most: int) -> None:
+    """Raises: ConfigError: there are too many."""
+    if len(values) > most:
+        raise ConfigError(f"{feature!r} must have at most {most} values to be counted by them, got {len(values)}")
+
+
 def check_levels(levels: Sequence[float]) -> None:
     """Raises: ConfigError: there are none, or they do not ascend between 0 and 1."""
     if not levels or any(a >= b for a, b in pairwise((0.0, *levels, 1.0))):
@@ -323,6 +330,7 @@ def by_of(model: HybridModel, key: str) -> By:
     """
     known = server_keys(model)
     if key in known:
+        check_values(key, known[key], MOST_GROUPS)
         return By(column=key, values=known[key])
     if key in model.device:
         why = f"{key!r} is known only on devices: which group a person is in would be a secret of its own"

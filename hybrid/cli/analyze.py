@@ -44,17 +44,20 @@ def analyze(
         float | None, typer.Option(help="Privacy to spend; without need where the server knows the answer anyway.")
     ] = None,
     quantiles: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Cut people's values into N equal parts: N - 1 quantiles.")
+        int | None,
+        typer.Option(metavar="N", min=2, max=100, help="Cut people's values into N equal parts: N - 1 quantiles."),
     ] = None,
     quantile: Annotated[
         list[float] | None, typer.Option(help="A level in (0, 1), e.g. 0.5; may be given several times.")
     ] = None,
     bins: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of a histogram from --low to --high; 10 by default.")
+        int | None,
+        typer.Option(metavar="N", min=1, max=512, help="Of a histogram from --low to --high; 10 by default."),
     ] = None,
     edges: Annotated[str | None, typer.Option(metavar="A,B,...", help="Of its bins, ascending.")] = None,
     adaptive: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="N bins of about as many rows each; finding them costs 30 %.")
+        int | None,
+        typer.Option(metavar="N", min=2, max=512, help="N bins of about as many rows each; finding them costs 30 %."),
     ] = None,
     low: Annotated[float | None, typer.Option(help="Least value; by default from the declaration.")] = None,
     high: Annotated[float | None, typer.Option(help="Largest value; by default from the declaration.")] = None,
@@ -223,10 +226,12 @@ def _of_label(asked: Asked) -> Plan:
 
 
 def _of_text(feature: str, vocabulary: Sequence[str], asked: Asked) -> Plan:
-    from hybrid.analytics.questions import categories
+    from hybrid.analytics.questions import MOST_VALUES, categories, check_values
 
     def ask(people: Ask) -> dict[str, Any]:
         return {"groups": [_counts_json(group) for group in categories(people, feature, vocabulary, asked)]}
+
+    check_values(feature, vocabulary, MOST_VALUES)
 
     # Values that nobody declared, `hybrid.analytics.normalisation.discover`, would be asked for here.
     return Plan((1.0,), ask, {"kind": "categories", "values": [*vocabulary, "any other"]})

@@ -14,7 +14,7 @@ def cells_of(shown: Mapping[str, Any]) -> list[str]:
     """What each cell of an answer is called."""
     if shown["kind"] != "histogram":
         return list(shown["values"])
-    edges = [f"{edge:.4g}" for edge in shown["edges"]]
+    edges = [f"{edge:.5g}" for edge in shown["edges"]]
     return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f">= {edges[-1]}"]
 
 
@@ -50,7 +50,7 @@ def _head(shown: Mapping[str, Any]) -> Iterator[str]:
     )
     bounds = shown.get("bounds")
     if bounds is not None:
-        log = "; of log(1 + x)" if bounds["scale"] == "log1p" else ""
+        log = "; even in log(1 + x), and moments are of it" if bounds["scale"] == "log1p" else ""
         yield f"between {bounds['low']:.4g} and {bounds['high']:.4g} ({bounds['from']}){log}"
     if "edges_from" in shown:
         yield f"edges {shown['edges_from']}"
@@ -82,12 +82,15 @@ def _values(shown: Mapping[str, Any], key: str, title: str) -> Any:
 
 
 def _rates(shown: Mapping[str, Any]) -> Any:
-    table = _table(shown, "rate of label 1", "", "noise", "full", "rows")
+    kinds = ("full",) if shown["exact"] else ("noise", "full")
+    table = _table(shown, "rate", "", *(f"{kind}, %" for kind in kinds), "rows")
     most = max((group["shares"][1]["noise"][1] or 0.0 for group in shown["groups"]), default=1.0)
     for group in shown["groups"]:
         rate = group["shares"][1]
-        row = (_value(rate["value"]), bar(rate, most), interval(rate["noise"]), interval(rate["full"]))
-        table.add_row(*_of_group(shown, group), *row, _rows(group["rows"]))
+        ends = (_percents(rate[kind]) for kind in kinds)
+        table.add_row(
+            *_of_group(shown, group), _percent(rate["value"]), bar(rate, most, 16), *ends, _rows(group["rows"])
+        )
     return table
 
 
@@ -97,16 +100,15 @@ def _bars(shown: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
     title = None if group["group"] is None else f"{shown['by']}: {group['group']}"
-    columns = (escape(shown["feature"]), "share", "", "noise, %", "full, %", "rows")
+    kinds = ("full",) if shown["exact"] else ("noise", "full")
+    columns = (escape(shown["feature"]), "share", "", *(f"{kind}, %" for kind in kinds), "rows")
     table = Table(*columns, title=title and Text(title), title_justify="left", box=None, pad_edge=False)
     most = max(share["noise"][1] or 0.0 for share in group["shares"])
     for name, share, count in zip(cells_of(shown), group["shares"], group["counts"], strict=True):
-        percent = [[end and 100 * end for end in share[kind] or (None, None)] for kind in ("noise", "full")]
-        said = "-" if share["value"] is None else f"{share['value']:.1%}"
-        ends = (interval(one, "{:.1f}") for one in percent)
-        table.add_row(Text(name), said, bar(share, most, 20), *ends, _rows(count))
+        ends = (_percents(share[kind]) for kind in kinds)
+        table.add_row(Text(name), _percent(share["value"]), bar(share, most, 20), *ends, _rows(count))
     if group["missing"] is not None:
-        table.add_row("missing", "", "", "", "", _rows(group["missing"]))
+        table.add_row("missing", "", "", *("" for _ in kinds), _rows(group["missing"]))
     return table
 
 
@@ -122,6 +124,14 @@ def _of_group(shown: Mapping[str, Any], group: Mapping[str, Any]) -> list[Any]:
     from rich.text import Text
 
     return [] if shown["by"] is None else [Text(group["group"])]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _percents(ends: Sequence[float | None] | None) -> str:
+    return interval(ends and [end and 100 * end for end in ends], "{:.1f}")
 
 
 def _rows(count: Mapping[str, Any]) -> str:

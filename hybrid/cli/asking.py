@@ -276,9 +276,8 @@ def spend_lines(spend: Mapping[str, Any] | None, exact: str) -> Iterator[str]:
 
 def interval(ends: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
     """Of 95 %, as it is printed."""
-    if ends is None or None in ends:
-        return "-"
-    return " to ".join(form.format(end) for end in ends)
+    known = [end for end in ends or () if end is not None]
+    return " to ".join(map(form.format, known)) if len(known) == 2 else "-"
 
 
 def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:
@@ -290,6 +289,6 @@ def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:
     if estimate["value"] is None or not most > 0:
         return ""
     ends: tuple[float, ...] = (estimate["noise"][0], estimate["value"], estimate["noise"][1])
-    low, value, high = (int(round(width * min(max(end, 0.0), most) / most)) for end in ends)
+    low, value, high = (round(width * min(max(end, 0.0), most) / most) for end in ends)
     solid = "█" * low + "▒" * (value - low)
     return solid if high <= value else solid + "─" * (high - value - 1) + "┤"

@@ -94,6 +94,7 @@ def evaluate(
     """
     _check_plot(plot)
     from hybrid.analytics.asking import EVALUATE
+    from hybrid.network import Network
     from hybrid.registry import Registry, parse_selector
 
     name, selector = parse_selector(model)
@@ -107,7 +108,8 @@ def evaluate(
         versions.append(_version(registry, name, int(against) if against.isdecimal() else against))
     asked = _Asked.of(versions, population or name, fold, workspace)
     labelled = declared if label is None else _labelled(declared, label)
-    people = _people(labelled, versions, asked, registry.definition(name)["network"], workspace)
+    Network.build(declared).check_registered(registry.definition(name)["network"])
+    people = _people(labelled, versions, asked, workspace)
     shown: dict[str, Any] = {
         "model": name,
         "versions": [{"version": one.number, "aliases": list(one.aliases)} for one in versions],
@@ -203,33 +205,35 @@ def _config(workspace: Workspace, version: Version) -> dict[str, Any] | None:
         config: dict[str, Any] = json.loads((workspace.runs / version.training.run / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config if config.get("kind") == version.training.kind else None
+    trained = version.training  # another training may have been given the same run since
+    same = (config.get("kind"), config.get("users"), config.get("examples"))
+    return config if same == (trained.kind, trained.users, trained.examples) else None
 
 
-def _people(
-    model: HybridModel, versions: list[Version], asked: _Asked, network: Mapping[str, Any], workspace: Workspace
-) -> People:
+def _people(model: HybridModel, versions: list[Version], asked: _Asked, workspace: Workspace) -> People:
     """Labels and scores of the rows of those who are asked; without a label a row is none.
 
     Args:
         model: with the label that is taken.
         versions: one or two, of it.
         asked: who.
-        network: as it is registered.
         workspace: with the population and the feature store.
     """
     from hybrid.analytics.asking import People
     from hybrid.network import Network
     from hybrid.query import AGAINST, LABEL, SCORE
 
-    everybody, held_out = examples_of(model, asked.population, asked.fold, workspace)
-    rows = everybody if held_out is None else held_out
-    columns = {LABEL: rows.labels}
+    columns: dict[str, Any] = {}
+    rows: Examples | None = None
+    of: HybridModel | None = None
     for version, column in zip(versions, (SCORE, AGAINST), strict=False):
         built = Network.build(model)
-        built.check_registered(network)
         built.load_weights(version.weights)
-        columns[column] = _scores(built, version, rows)
+        if rows is None or built.model != of:
+            everybody, held_out = examples_of(built.model, asked.population, asked.fold, workspace)
+            rows, of = everybody if held_out is None else held_out, built.model
+        columns |= {LABEL: rows.labels, column: _scores(built, version, rows)}
+    assert rows is not None
     return People(columns, rows.offsets)
 
 

@@ -229,8 +229,7 @@ def _lines(shown: Mapping[str, Any], of: int) -> Iterator[str]:
 
 
 def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
-    none = "none: a sweep's configuration" if "/" in run["run"] else "none: it goes on, or it failed"
-    versions = ", ".join(map(str, run["versions"])) or none
+    versions = ", ".join(map(str, run["versions"])) or _no_versions(run)
     yield f"run {run['run']} (versions: {versions})"
     if "epsilon" in run:
         unit = f" per {run['unit']}" if run["unit"] else ""
@@ -246,6 +245,14 @@ def _run_lines(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"  doubt     {run['doubt']}"
     yield f"  protects  {run['protects'] or 'said by the version, once there is one'}"
     yield f"  assumes   {run['assumption'] or 'said by the version, once there is one'}"
+
+
+def _no_versions(run: Mapping[str, Any]) -> str:
+    """Why a run has none."""
+    if "/" in run["run"]:
+        return "none: a sweep's configuration"
+    trained = any(spend["purpose"] == "train" for spend in run.get("spent_on", ()))
+    return "none: it goes on, or it failed" if trained or not run.get("spent_on") else "none: questions"
 
 
 def _spend_line(spend: Mapping[str, Any]) -> str:

@@ -396,7 +396,7 @@ def labels_of(label: Label, population: Population) -> tuple[Float32, NDArray[np
     """(n,) labels, and which rows have one.
 
     Raises:
-        ConfigError: there is no such column, or it holds something else than 0 and 1.
+        ConfigError: the column is absent, or holds other than 0 and 1.
     """
     column = population.column(label.column)
     if column.dtype.kind not in "biuf":

@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from hybrid.cli import app
+from hybrid.errors import BudgetExceeded, ConfigError, NotFound
+from hybrid.privacy.ledger import Ledger
+from hybrid.registry import Registry
+from hybrid.workspace import Workspace
+
+
+@pytest.fixture
+def trained(project, tmp_path):
+    """(*words) -> what a command prints, with taxi:1, which held out fold 1/4, as production, and taxi:2 as canary."""
+    for seed in ("0", "1"):
+        project("train", "taxi", "--fold", "1/4", "--seed", seed, "--run", f"run{seed}")
+    registry = Registry(Workspace.current())
+    registry.set_alias("taxi", 1, "production")
+    registry.set_alias("taxi", 2, "canary")
+    return project
+
+
+def test_a_version_is_measured_on_the_people_it_held_out(trained, tmp_path):
+    """Every metric with both intervals, curves, the purpose "evaluate" in the ledger, and the answer kept."""
+    shown = json.loads(trained("evaluate", "taxi", "--epsilon", "4", "--run", "monday", "--json"))
+    assert shown["versions"] == [{"version": 1, "aliases": ["production"]}]
+    assert (shown["fold"], shown["notes"]) == ("1/4", [])
+    assert 15 < shown["people"] < 40
+    (found,) = shown["evaluations"]
+    names = ["auc", "log_loss", "normalised_entropy", "calibration"]
+    names += ["mean_prediction", "mean_label", "precision", "recall"]
+    assert list(found["metrics"]) == names
+    for metric in found["metrics"].values():
+        assert metric["full"][0] <= metric["noise"][0] <= metric["value"] <= metric["noise"][1] <= metric["full"][1]
+    assert {len(found["roc"][name]) for name in ("x", "y", "low", "high")} == {101}
+    assert {len(found["deciles"][name]) for name in ("x", "y", "low", "high")} == {10}
+    purposes = [entry.purpose for entry in Ledger.read(tmp_path / "runs" / "monday").entries]
+    assert purposes == ["evaluate", "evaluate"]
+    assert json.loads((tmp_path / "runs" / "monday" / "answers" / "evaluate-0001.json").read_text()) == shown
+
+
+def test_two_versions_are_measured_on_the_same_rows(trained):
+    """Both, and the first's less the second's of each metric but the mean label; in the terminal and as a picture."""
+    words = ("evaluate", "taxi@canary", "--against", "production", "--epsilon", "4")
+    shown = json.loads(trained(*words, "--json"))
+    assert [one["version"] for one in shown["versions"]] == [2, 1]
+    first, second = (found["metrics"] for found in shown["evaluations"])
+    for name, one in shown["differences"].items():
+        if 0 < first[name]["value"] < 1 and 0 < second[name]["value"] < 1:
+            assert one["value"] == pytest.approx(first[name]["value"] - second[name]["value"])
+    assert "mean_label" not in shown["differences"]
+    printed = trained(*words, "--no-full", "--plot", "roc.svg")
+    assert "taxi:2 (canary) against taxi:1 (production), on" in printed
+    assert "difference" in printed
+    assert "full: not asked for" in printed
+
+
+def test_metrics_on_people_that_a_version_learned_from_are_said_to_flatter(trained):
+    """A version that held out nobody is measured on everybody, and that is said; not so of other people."""
+    trained("train", "taxi", "--run", "all")
+    shown = json.loads(trained("evaluate", "taxi:3", "--epsilon", "1", "--json"))
+    assert (shown["fold"], shown["people"]) == (None, 100)
+    assert "these people were in the training of taxi:3" in shown["notes"][0]
+    trained("population", "import", "rows.parquet", "--user", "person", "--name", "others")
+    assert (
+        json.loads(trained("evaluate", "taxi:3", "--epsilon", "1", "--population", "others", "--json"))["notes"] == []
+    )
+
+
+def test_another_label_column_can_be_taken(trained, tmp_path):
+    """Of 200 rows, half have one: only they are measured."""
+    rows = pd.read_parquet("rows.parquet")
+    rows["later"] = np.where(np.arange(len(rows)) % 100 < 50, rows.rode, np.nan)
+    rows.to_parquet("later.parquet")
+    trained("population", "import", "later.parquet", "--user", "person", "--name", "later")
+    shown = json.loads(
+        trained("evaluate", "taxi", "--epsilon", "4", "--population", "later", "--label", "later", "--json")
+    )
+    assert shown["label"] == "later"
+    low, high = shown["evaluations"][0]["rows"]["noise"]
+    assert low <= 100 <= high
+
+
+REFUSED = [
+    (("taxi", "--epsilon", "4.5"), ConfigError, "--epsilon must be > 0 and at most the 4 that 'taxi' declares"),
+    (("taxi@canary2", "--epsilon", "1"), NotFound, "taxi has no alias 'canary2'; it has: canary, production"),
+    (("taxi:7", "--epsilon", "1"), NotFound, "taxi has no version 7"),
+    (("taxi", "--against", "9", "--epsilon", "1"), NotFound, "taxi has no version 9"),
+    (
+        ("taxi", "--fold", "2/4", "--epsilon", "1"),
+        ConfigError,
+        "--fold must be people that taxi:1 did not learn from: it held out fold 1/4, got 2/4",
+    ),
+    (("taxi", "--threshold", "1", "--epsilon", "1"), ConfigError, r"--threshold must be in \(0, 1\), got 1"),
+]
+
+
+def test_what_cannot_be_measured_is_refused(trained, tmp_path):
+    """In a sentence; nothing is spent, and no run left. In the run of a training there is nothing left to spend."""
+    run = tmp_path / "runs" / "run0"
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    spent = (("taxi", "--epsilon", "1", "--run", "run0"), BudgetExceeded, r"run 'run0' has epsilon \S+ left of 4")
+    for words, error, message in [*REFUSED, spent]:
+        with pytest.raises(error, match=message):
+            trained("evaluate", *words)
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    assert {folder.name for folder in run.parent.iterdir()} == {"run0", "run1"}
+    trained("train", "taxi", "--fold", "2/4", "--run", "other")
+    with pytest.raises(ConfigError, match="must have held out the same people, got folds 1/4 and 2/4"):
+        trained("evaluate", "taxi", "--against", "3", "--epsilon", "1")
+
+
+def test_help_teaches_with_an_example():
+    """Of both commands."""
+    for command in ("analyze", "evaluate"):
+        assert f"Example: hybrid {command} coupon" in CliRunner().invoke(app, [command, "--help"]).stdout
