@@ -21,7 +21,7 @@ RARE_SHARE = 0.01  # of the mean of both: cells below are put together
 RARE_SDS = 3.0  # the same, in standard deviations of the noise in it
 BLIND = 0.5  # where floors, of all cells together, come to so much, nothing is measured
 TAIL = 0.025  # of each side of the interval
-STEPS, DRAWS, REACH = 20, 400, 4.0
+STEPS, DRAWS, REACH = 16, 400, 4.0
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def psi(reference: Noised, current: Noised, *, ordered: bool = True, apart: int 
         return Psi(None, 0.0, None)
     chance = _Chance(reference, current, floors, np.random.default_rng(seed))
     seen = float(index(_floored(reference.counts, floors), _floored(current.counts, floors)))
-    alike = chance.drawn(np.zeros(1))[0]
-    usual = max(float(alike.mean()), 1e-12)
+    usual = max(float(chance.drawn(np.zeros(1)).mean()), 1e-12)
     steps = np.linspace(0.0, 1.0 + REACH * np.sqrt(usual / max(seen, 1e-3 * usual)), STEPS)
     drawn, exact = chance.drawn(steps), chance.exact(steps)
 
@@ -129,9 +128,10 @@ def psi(reference: Noised, current: Noised, *, ordered: bool = True, apart: int 
         return float(np.interp(at, np.maximum.accumulate(expected), exact))
 
     value = where(drawn.mean(axis=1), seen)
-    low = where(np.quantile(drawn, 1 - TAIL, axis=1), seen)
+    least, most = np.quantile(drawn, [TAIL, 1 - TAIL], axis=1)
+    low = where(most, seen)
     # Seen to be nearer than two samples of one population usually are: that is luck, and says no more than the usual.
-    high = where(np.quantile(drawn, TAIL, axis=1), max(seen, usual))
+    high = where(least, max(seen, usual))
     return Psi(value, min(low, value), max(high, value))
 
 

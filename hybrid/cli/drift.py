@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hybrid.analytics.asking import People
     from hybrid.analytics.drift import Column, Counted, Period, Question
     from hybrid.federation.population import Population
+    from hybrid.network import Network
     from hybrid.registry import Registry
     from hybrid.spec import HybridModel
     from hybrid.version import Version
@@ -253,11 +255,22 @@ class _Week:
 
         population = Population.open(question.period.population, self.workspace)
         _check_delta(self.model, population.users)
-        rows = rows_in(population, question.period, self.time)
+        rows = last_of_each(rows_in(population, question.period, self.time), population.offsets)  # no other counts
         columns = {name: population.column(name)[rows] for name in question.query.reads if name != SCORE}
         if self.version is not None:
             columns[SCORE] = self._scores(population, rows)
         return People(columns, np.searchsorted(rows, population.offsets))
+
+    @cached_property
+    def _network(self) -> Network:
+        """The version's."""
+        from hybrid.network import Network
+
+        assert self.version is not None
+        network = Network.build(self.model)
+        network.check_registered(self.version.definition["network"])
+        network.load_weights(self.version.weights)
+        return network
 
     def _scores(self, population: Population, rows: NDArray[np.integer]) -> NDArray[np.float32]:
         """(k,) what the version predicts for some rows; none needs a label."""
@@ -266,13 +279,9 @@ class _Week:
         from feature_store.offline import join
         from hybrid.federation.engine import predict
         from hybrid.federation.population import ROWS_A_PART, Examples, encoded
-        from hybrid.network import Network
 
         assert self.version is not None
         model, version = self.model, self.version
-        network = Network.build(model)
-        network.check_registered(version.definition["network"])
-        network.load_weights(version.weights)
         times = None if population.time is None else population.column(population.time)[rows]
         entities = population.column(model.server.entity.join_key)[rows]
         slots = np.full((len(population), len(model.server.features)), np.nan, np.float32)
@@ -282,7 +291,7 @@ class _Week:
         for begin in range(0, len(rows), ROWS_A_PART):
             server, device = encoded(model, population, slots, rows[begin : begin + ROWS_A_PART])
             part = Examples(server, device, np.zeros(len(server), np.float32), np.array([0, len(server)]))
-            scores.append(predict(network, part, without=without))  # type: ignore[arg-type]
+            scores.append(predict(self._network, part, without=without))  # type: ignore[arg-type]
         return np.concatenate(scores)
 
     def shown(self, counted: Sequence[Counted], columns: Sequence[Column]) -> dict[str, Any]:
@@ -361,6 +370,14 @@ def rows_in(population: Population, period: Period, time: str | None) -> NDArray
         if end is not None:
             inside &= keeps(times, np.datetime64(end.astimezone(UTC).replace(tzinfo=None)))
     return np.flatnonzero(inside)
+
+
+def last_of_each(rows: NDArray[np.int64], offsets: NDArray[np.integer]) -> NDArray[np.int64]:
+    """(k,) rows, ascending, of people whose rows begin at `offsets` -> the last one of each who has any."""
+    import numpy as np
+
+    ends = np.searchsorted(rows, offsets)
+    return rows[ends[1:][np.diff(ends) > 0] - 1]
 
 
 def _version(registry: Registry, model: HybridModel, which: str | int) -> Version:

@@ -23,6 +23,7 @@ app = typer.Typer()
 
 SCOPE = "per run; repeats and tuning not composed"
 FORMATS = (".svg", ".png")
+ABOUT = ("unit", "protects", "assumption")  # of a run: its versions say it, or its config.json where it has none
 POINTS = 48  # of all lines of a plot: composing takes up to a second each
 TOLERANCE = 0.02  # an accountant that got tighter is no damage
 
@@ -80,12 +81,14 @@ class _Run:
         trained: version -> record, of the versions that it made under a mechanism.
         account: of its ledger; None where that is missing.
         spent: what it comes to; None likewise.
+        config: what its config.json says; empty where there is none.
     """
 
     name: str
     trained: Mapping[int, TrainingRecord]
     account: Account | None
     spent: Spent | None
+    config: Mapping[str, Any]
 
     @property
     def doubt(self) -> str | None:
@@ -108,14 +111,14 @@ def _runs(folder: Path, model: str, trainings: Mapping[int, TrainingRecord]) -> 
             trained.setdefault(record.run, {})[number] = record
     for ledger in sorted([*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}")]):  # a sweep has one a configuration
         name = ledger.parent.relative_to(folder).as_posix()
-        if name not in trained and _model_of(ledger.parent) == model:
+        if name not in trained and _config(ledger.parent).get("model") == model:
             trained[name] = {}
     if not trained and not trainings:
         raise ConfigError(f"{model} has no trained version; run `hybrid train {model}` first")
     runs = []
     for name, versions in trained.items():
         account = _read(folder / name)
-        runs.append(_Run(name, versions, account, account.spent() if account else None))
+        runs.append(_Run(name, versions, account, account.spent() if account else None, _config(folder / name)))
     return runs
 
 
@@ -128,13 +131,13 @@ def _read(run: Path) -> Account | None:
         return None
 
 
-def _model_of(run: Path) -> str | None:
-    """Whose training wrote the run's config.json; None where none did yet."""
+def _config(run: Path) -> dict[str, Any]:
+    """What the run's config.json says, e.g. whose it is; empty where nobody wrote one yet."""
     try:
-        name = json.loads((run / "config.json").read_text())["model"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return str(name)
+        config = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _run_json(run: _Run) -> dict[str, Any]:
@@ -142,9 +145,8 @@ def _run_json(run: _Run) -> dict[str, Any]:
     shown = {
         "run": run.name,
         "versions": list(run.trained),
-        "unit": record and record.unit,
-        "protects": record and record.protects,
-        "assumption": record and record.assumption,
+        "kind": run.config.get("kind"),
+        **{about: getattr(record, about) if record else run.config.get(about) for about in ABOUT},
         "doubt": run.doubt,
     }
     account, spent = run.account, run.spent
@@ -251,6 +253,8 @@ def _no_versions(run: Mapping[str, Any]) -> str:
     """Why a run has none."""
     if "/" in run["run"]:
         return "none: a sweep's configuration"
+    if run["kind"] == "drift":
+        return "none: a week of watching for drift"
     trained = any(spend["purpose"] == "train" for spend in run.get("spent_on", ()))
     return "none: it goes on, or it failed" if trained or not run.get("spent_on") else "none: questions"
 
