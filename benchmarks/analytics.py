@@ -239,7 +239,7 @@ def inverted(folder: Path, data: Path | None, bar: Progress) -> Found:
     folder.mkdir(parents=True, exist_ok=True)
     table = prepare_coupon.write_population(folder / "population.parquet")
     import_table(table, user="user", name="coupon", workspace=workspace)
-    fold = folds.prepare_folds(workspace, 2, bar)[0]
+    fold = folds.prepare_folds(workspace, 5, bar)[0]
     trained = train(fold.model, fold.train, fold.test, epsilon=8.0, run_dir=folder / "runs" / "version")
     network = Network.build(fold.model)
     network.load_weights(trained.weights)
