@@ -56,6 +56,14 @@ def test_prv_agrees_with_an_independent_accountant(sampling, noise_multiplier, r
         ([GaussianEvent(2.34, 0.4, 70), GaussianEvent(8.0)], 1e-5, 7.3034),
         ([GaussianEvent(2.0, 0.01, 500), GaussianEvent(5.0)], 1e-6, 0.98977),
         ([GaussianEvent(1.0, 0.01, 1000), GaussianEvent(1.0)], 1e-6, 5.38922),
+        (  # a training, ten queries, and two evaluations of two phases
+            [
+                GaussianEvent(8.0, 0.25, 200),
+                *[GaussianEvent(z, count=n) for z, n in ((20.0, 10), (16.0, 2), (40.0, 2))],
+            ],
+            2.3e-5,
+            1.82419,
+        ),
     ],
 )
 def test_plain_releases_among_sampled_ones_are_composed_as_tightly(events, delta, referee):

@@ -1,0 +1,260 @@
+"""How good predictions are, from noised counts of scores by label: nobody's score or label is seen.
+
+Each device shares its rows' scores between nodes (`hybrid.query.Scores`); everything here is computed of the sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybrid.analytics.asking import Answer, Ask
+from hybrid.analytics.estimates import Estimate, Statistic, estimate, simulated
+from hybrid.errors import ConfigError
+from hybrid.query import Floats, Query, Scores
+
+NODES = 64
+DECILES = 10
+LEAST = 1e-12
+THRESHOLD = 0.5
+POINTS = 101  # of a curve
+
+
+def arcsine_nodes(nodes: int = NODES) -> Floats:
+    """(nodes,) from 0 to 1, closer together near both ends, where a score's own spread is smaller: sin^2 of even steps.
+
+    >>> arcsine_nodes(3).round(3).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    return np.asarray(np.sin(np.linspace(0, math.pi / 2, nodes)) ** 2)
+
+
+def auc(counts: Floats) -> Floats:
+    """(b, 2, nodes) -> (b,) chance that a positive scores above a negative; the same node counts half."""
+    negative, positive = counts[:, 0], counts[:, 1]
+    below = np.cumsum(negative, axis=1) - negative / 2
+    return _over((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
+
+
+def log_loss(nodes: Floats) -> Callable[[Floats], Floats]:
+    """Mean of -log of the probability given to what happened, in nats.
+
+    A score is taken to be at least half the first step of the nodes away from 0 and from 1.
+    """
+    kept = _kept(nodes)
+    of_label = np.stack([-np.log1p(-kept), -np.log(kept)])
+    return lambda counts: _over((counts * of_label).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
+
+
+def normalised_entropy(nodes: Floats) -> Callable[[Floats], Floats]:
+    """Log-loss over that of always predicting the mean label: below 1 is better than that.
+
+    Source:
+        He et al., Practical Lessons from Predicting Clicks on Ads at Facebook, ADKDD 2014, section 3.
+    """
+    loss = log_loss(nodes)
+
+    def function(counts: Floats) -> Floats:
+        rate = np.clip(mean_label(counts), LEAST, 1 - LEAST)
+        return _over(loss(counts), -rate * np.log(rate) - (1 - rate) * np.log1p(-rate))
+
+    return function
+
+
+def mean_label(counts: Floats) -> Floats:
+    """Share of positives."""
+    return _over(counts[:, 1].sum(axis=1), counts.sum(axis=(1, 2)))
+
+
+def mean_prediction(nodes: Floats) -> Callable[[Floats], Floats]:
+    """Mean score; exact, since scores are shared between nodes linearly."""
+    return lambda counts: _over((counts * nodes).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
+
+
+def calibration(nodes: Floats) -> Callable[[Floats], Floats]:
+    """Mean prediction over mean label: 1 is calibrated in the large."""
+    predicted = mean_prediction(nodes)
+    return lambda counts: _over(predicted(counts), mean_label(counts))
+
+
+def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
+    """Share of positives among rows that score above a threshold."""
+    above = _above(nodes, threshold)
+
+    def function(counts: Floats) -> Floats:
+        chosen = (counts * above).sum(axis=2)
+        return _over(chosen[:, 1], chosen.sum(axis=1))
+
+    return function
+
+
+def recall(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
+    """Share of the positives that score above a threshold."""
+    above = _above(nodes, threshold)
+    return lambda counts: _over((counts[:, 1] * above).sum(axis=1), counts[:, 1].sum(axis=1))
+
+
+def statistics(nodes: Floats, threshold: float = THRESHOLD) -> dict[str, Statistic]:
+    """What `evaluate` reports, by name: functions of flat counts (b, 2 x nodes)."""
+    of_pairs = {
+        "auc": auc,
+        "log_loss": log_loss(nodes),
+        "normalised_entropy": normalised_entropy(nodes),
+        "calibration": calibration(nodes),
+        "mean_prediction": mean_prediction(nodes),
+        "mean_label": mean_label,
+        "precision": precision(nodes, threshold),
+        "recall": recall(nodes, threshold),
+    }
+    return {name: _flat(function, len(nodes)) for name, function in of_pairs.items()}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve with a band that is for each of its points by itself.
+
+    Attributes:
+        x, y, low, high: (k,); the band is the noise's.
+    """
+
+    x: Floats
+    y: Floats
+    low: Floats
+    high: Floats
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a version is.
+
+    Attributes:
+        metrics: by name, see `statistics`; "difference.NAME" of two versions, the first less the second.
+        roc: true against false positive rate.
+        deciles: mean label against mean prediction in ten parts of equally many rows.
+        rows: noised number of rows.
+        people: who were asked.
+    """
+
+    metrics: dict[str, Estimate]
+    roc: Curve
+    deciles: Curve
+    rows: Estimate
+    people: int
+
+
+def evaluate(
+    ask: Ask,
+    *,
+    nodes: Sequence[float] | None = None,
+    rows: int = 8,
+    clip: float | None = None,
+    threshold: float = THRESHOLD,
+    share: float = 1.0,
+    full: bool = True,
+) -> Evaluation:
+    """Measures the scores of people's labelled rows.
+
+    Args:
+        ask: whom: their columns "score" and "label".
+        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        rows: of a person, at most, the last ones.
+        clip: see `Query`.
+        threshold: of precision and recall.
+        share: of the question's epsilon.
+        full: whether intervals for the population are wanted too.
+
+    Raises:
+        BudgetExceeded: the ledger has not enough left.
+    """
+    grid = arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
+    query = Query(parts=(Scores(nodes=tuple(grid.tolist()), cumulative=True),), rows=rows, clip=clip)
+    named = statistics(grid, threshold) | {"rows": lambda counts: counts.sum(axis=1)}
+    found = estimate(ask, query, named, share=share, full=full, totals=("rows",))
+    metrics = {name: _in_range(name, value) for name, value in found.estimates.items() if name != "rows"}
+    return Evaluation(
+        metrics=metrics,
+        roc=_curve(found.answer, _roc(len(grid))),
+        deciles=_curve(found.answer, _deciles(grid)),
+        rows=found.estimates["rows"],
+        people=found.answer.people,
+    )
+
+
+def _in_range(name: str, value: Estimate) -> Estimate:
+    shares = {"auc", "mean_prediction", "mean_label", "precision", "recall"}
+    return value.within(0.0, 1.0 if name in shares else math.inf)
+
+
+def _flat(function: Callable[[Floats], Floats], nodes: int) -> Statistic:
+    return lambda counts: function(counts.reshape(len(counts), 2, nodes))
+
+
+def _curve(answer: Answer, function: Callable[[Floats], Floats]) -> Curve:
+    """(1, counts) -> (1, 2, k) x and y; the band from the mechanism's noise drawn again."""
+    x, y = function(answer.counts.reshape(1, -1))[0]
+    around = simulated(answer, function)[:, 1]
+    low, high = np.nanpercentile(around, [2.5, 97.5], axis=0)
+    return Curve(x, y, np.minimum(low, y), np.maximum(high, y))
+
+
+def _roc(nodes: int) -> Callable[[Floats], Floats]:
+    """True positive rate at even false positive rates."""
+    at = np.linspace(0, 1, POINTS)
+
+    def function(counts: Floats) -> Floats:
+        pairs = counts.reshape(len(counts), 2, nodes)
+        above = np.flip(np.cumsum(np.flip(pairs, 2), axis=2), 2)
+        rates = np.clip(above / np.maximum(above[:, :, :1], LEAST), 0, 1)
+        curves = []
+        for false, true in rates:
+            x = np.maximum.accumulate(np.concatenate([[0.0], false[::-1]]))
+            y = np.maximum.accumulate(np.concatenate([[0.0], true[::-1]]))
+            curves.append(np.interp(at, x, y))
+        return np.stack([np.broadcast_to(at, (len(counts), POINTS)), np.stack(curves)], axis=1)
+
+    return function
+
+
+def _deciles(nodes: Floats) -> Callable[[Floats], Floats]:
+    """Mean prediction and mean label in ten parts of equally many rows, each node's rows cut in proportion."""
+
+    def function(counts: Floats) -> Floats:
+        pairs = counts.reshape(len(counts), 2, len(nodes))
+        rows = np.maximum(pairs.sum(axis=1), 0.0)
+        ends = np.cumsum(rows, axis=1)
+        starts, width = ends - rows, ends[:, -1:] / DECILES
+        parts = []
+        for part in range(DECILES):
+            inside = np.minimum(ends, (part + 1) * width) - np.maximum(starts, part * width)
+            weight = np.clip(inside, 0, None) / np.maximum(rows, LEAST)
+            total = np.maximum((weight * rows).sum(axis=1), LEAST)
+            predicted = (weight * rows * nodes).sum(axis=1) / total
+            parts.append((predicted, np.clip((weight * pairs[:, 1]).sum(axis=1) / total, 0, 1)))
+        return np.moveaxis(np.array(parts), (0, 1, 2), (2, 1, 0))
+
+    return function
+
+
+def _above(nodes: Floats, threshold: float) -> Floats:
+    """Share of a node's rows that are above a threshold: those around it are as dense as between it and the next."""
+    return np.interp(nodes, *_step(nodes, threshold))
+
+
+def _step(nodes: Floats, threshold: float) -> tuple[list[float], list[float]]:
+    if not 0 < threshold < 1:
+        raise ConfigError(f"threshold must be in (0, 1), got {threshold!r}")
+    near = int(np.clip(np.searchsorted(nodes, threshold), 1, len(nodes) - 1))
+    half = (nodes[near] - nodes[near - 1]) / 2
+    return [threshold - half, threshold + half], [0.0, 1.0]
+
+
+def _kept(nodes: Floats) -> Floats:
+    return np.asarray(np.clip(nodes, (nodes[1] - nodes[0]) / 2, 1 - (nodes[-1] - nodes[-2]) / 2))
+
+
+def _over(part: Floats, whole: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(np.abs(whole) > LEAST, part / np.where(whole == 0, np.nan, whole), np.nan))

@@ -1,0 +1,85 @@
+"""Metrics of noised counts are those of the rows."""
+
+import numpy as np
+import pytest
+
+from hybrid.analytics import metrics
+from hybrid.analytics.asking import Exact, People
+from hybrid.errors import ConfigError
+from hybrid.federation import metrics as pooled
+
+NODES = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+COUNTS = np.array([[[2.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0, 1.0]]])
+"""Negatives at 0, 0, 1/4, 1/2; positives at 1/2, 3/4, 3/4, 1."""
+
+
+def test_auc_of_counts():
+    """Of 16 pairs all are in order but one tie: 15.5 / 16."""
+    assert metrics.auc(COUNTS)[0] == pytest.approx(15.5 / 16)
+
+
+def test_calibration_of_counts():
+    """Mean prediction (0 + 0 + 1/4 + 1/2 + 1/2 + 3/2 + 1) / 8 = 3.75 / 8, mean label 1/2."""
+    assert metrics.mean_prediction(NODES)(COUNTS)[0] == pytest.approx(3.75 / 8)
+    assert metrics.calibration(NODES)(COUNTS)[0] == pytest.approx(3.75 / 4)
+
+
+def test_precision_and_recall_of_counts():
+    """Above 0.625: three rows, all positive, of four. Above 0.5 half of the two rows at 1/2 count: 3.5 of 4 chosen."""
+    assert metrics.precision(NODES, 0.625)(COUNTS)[0] == pytest.approx(1.0)
+    assert metrics.recall(NODES, 0.625)(COUNTS)[0] == pytest.approx(0.75)
+    assert metrics.recall(NODES, 0.5)(COUNTS)[0] == pytest.approx(3.5 / 4)
+    assert metrics.precision(NODES, 0.5)(COUNTS)[0] == pytest.approx(3.5 / 4)
+
+
+def test_normalised_entropy_of_the_mean_label_is_one():
+    """Everybody is given 1/4, and a quarter has the label: log-loss and entropy are the same."""
+    counts = np.zeros((1, 2, 5))
+    counts[0, :, 1] = 3.0, 1.0
+    assert metrics.normalised_entropy(NODES)(counts)[0] == pytest.approx(1.0)
+
+
+def test_what_has_no_rows_has_no_value():
+    """No positives, so no AUC and no recall: NaN, and no warning."""
+    counts = np.zeros((1, 2, 5))
+    assert np.isnan(metrics.auc(counts)[0])
+    assert np.isnan(metrics.recall(NODES)(counts)[0])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    score = rng.beta(2, 3, 4000)
+    return score, (rng.random(4000) < score).astype(float)
+
+
+def test_without_noise_metrics_are_those_of_the_rows(rows):
+    """4,000 rows of 1,000 people, nothing clipped: AUC and log-loss to 0.001, calibration to 1e-6.
+
+    Precision and recall to 0.005: of the 100 or so rows within a node of the threshold, about half count.
+    """
+    score, label = rows
+    found = metrics.evaluate(Exact(People({"score": score, "label": label}, 4 * np.arange(1001))), rows=4).metrics
+    assert found["auc"].value == pytest.approx(pooled.auc(label, score), abs=1e-3)
+    assert found["log_loss"].value == pytest.approx(pooled.log_loss(label, score), abs=1e-3)
+    assert found["calibration"].value == pytest.approx(score.mean() / label.mean(), abs=1e-6)
+    assert found["precision"].value == pytest.approx(label[score > 0.5].mean(), abs=5e-3)
+    assert found["recall"].value == pytest.approx(label[score > 0.5].sum() / label.sum(), abs=5e-3)
+
+
+def test_curves_run_from_corner_to_corner(rows):
+    """ROC from (0, 0) to (1, 1), ascending; ten deciles, ascending in prediction, near what happens."""
+    score, label = rows
+    found = metrics.evaluate(Exact(People({"score": score, "label": label}, np.arange(4001))), rows=1, full=False)
+    assert (found.roc.x[0], found.roc.x[-1], found.roc.y[-1]) == (0, 1, 1)
+    assert (np.diff(found.roc.y) >= 0).all()
+    assert found.deciles.x.shape == (10,)
+    assert (np.diff(found.deciles.x) > 0).all()
+    np.testing.assert_allclose(found.deciles.y, found.deciles.x, atol=0.1)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0])
+def test_a_threshold_is_a_probability(threshold):
+    """In (0, 1), or refused."""
+    with pytest.raises(ConfigError, match="threshold"):
+        metrics.precision(NODES, threshold)
