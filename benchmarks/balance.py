@@ -142,7 +142,7 @@ def _row(
 def figures_of(rows: list[dict[str, Any]], pairs: list[Compared]) -> dict[str, float]:
     """Means over seeds; the difference in AUC with its interval under resampled people."""
     plain, even = ([row for row in rows if row["examples"] == name] for name in ("as they come", "balanced"))
-    gain = compare(pairs, resamples=500)["auc"]
+    gain = compare(pairs, resamples=200)["auc"]
 
     def mean(found: list[dict[str, Any]], name: str) -> float:
         return float(np.mean([row[name] for row in found]))
