@@ -106,7 +106,7 @@ def _bars(shown: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
     most = max(share["noise"][1] or 0.0 for share in group["shares"])
     for name, share, count in zip(cells_of(shown), group["shares"], group["counts"], strict=True):
         ends = (_percents(share[kind]) for kind in kinds)
-        table.add_row(Text(name), _percent(share["value"]), bar(share, most, 20), *ends, _rows(count))
+        table.add_row(Text(name), _percent(share["value"]), bar(share, most, 16), *ends, _rows(count))
     if group["missing"] is not None:
         table.add_row("missing", "", "", *("" for _ in kinds), _rows(group["missing"]))
     return table

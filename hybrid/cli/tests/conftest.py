@@ -48,23 +48,33 @@ model = HybridModel(
 """
 
 
+@pytest.fixture(scope="session")
+def begun():
+    """(folder) -> (*words) -> what a command prints, in a current folder where a model and people are made first."""
+
+    def begin(folder):
+        (folder / "model.py").write_text(FILE)
+        stamp = [datetime.now(UTC) - timedelta(minutes=5)] * 2
+        zones = pd.DataFrame({"zone_id": ["centre", "port"], "demand": [1.0, -1.0], "event_timestamp": stamp})
+        zones.to_parquet("zones.parquet")
+        rng = np.random.default_rng(0)
+        rows = pd.DataFrame({"person": np.arange(200) % 100, "zone_id": rng.choice(["centre", "port"], 200)})
+        rows.assign(trips=rng.normal(size=200), rode=rng.integers(0, 2, 200)).to_parquet("rows.parquet")
+
+        def hybrid(*words):
+            return CliRunner().invoke(app, list(words), catch_exceptions=False).stdout
+
+        hybrid("register", "model.py")
+        hybrid("features", "apply", "taxi")
+        hybrid("population", "import", "rows.parquet", "--user", "person", "--name", "taxi")
+        return hybrid
+
+    return begin
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, begun):
     """A folder with a registered model, its features and its population; (*words) -> what a command prints."""
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.py").write_text(FILE)
-    stamp = [datetime.now(UTC) - timedelta(minutes=5)] * 2
-    zones = pd.DataFrame({"zone_id": ["centre", "port"], "demand": [1.0, -1.0], "event_timestamp": stamp})
-    zones.to_parquet("zones.parquet")
-    rng = np.random.default_rng(0)
-    rows = pd.DataFrame({"person": np.arange(200) % 100, "zone_id": rng.choice(["centre", "port"], 200)})
-    rows.assign(trips=rng.normal(size=200), rode=rng.integers(0, 2, 200)).to_parquet("rows.parquet")
-
-    def hybrid(*words):
-        return CliRunner().invoke(app, list(words), catch_exceptions=False).stdout
-
-    hybrid("register", "model.py")
-    hybrid("features", "apply", "taxi")
-    hybrid("population", "import", "rows.parquet", "--user", "person", "--name", "taxi")
-    return hybrid
+    return begun(tmp_path)

@@ -12,18 +12,32 @@ from hybrid.registry import Registry
 from hybrid.workspace import Workspace
 
 
+@pytest.fixture(scope="module")
+def trained(begun, tmp_path_factory):
+    """(*words) -> what a command prints, in a folder with four versions of taxi, which the tests leave as they are.
+
+    1, production, and 2, canary, held out fold 1/4; 3 nobody; 4 fold 2/4. The run of N is "runN".
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_HOME", str(folder / ".hybrid"))
+        patch.chdir(folder)
+        hybrid = begun(folder)
+        for version, fold in enumerate((("--fold", "1/4"), ("--fold", "1/4"), (), ("--fold", "2/4")), start=1):
+            hybrid("train", "taxi", *fold, "--seed", str(version), "--run", f"run{version}")
+        registry = Registry(Workspace.current())
+        registry.set_alias("taxi", 1, "production")
+        registry.set_alias("taxi", 2, "canary")
+        yield hybrid
+
+
 @pytest.fixture
-def trained(project, tmp_path):
-    """(*words) -> what a command prints, with taxi:1, which held out fold 1/4, as production, and taxi:2 as canary."""
-    for seed in ("0", "1"):
-        project("train", "taxi", "--fold", "1/4", "--seed", seed, "--run", f"run{seed}")
-    registry = Registry(Workspace.current())
-    registry.set_alias("taxi", 1, "production")
-    registry.set_alias("taxi", 2, "canary")
-    return project
+def runs():
+    """The folder of all runs."""
+    return Workspace.current().runs
 
 
-def test_a_version_is_measured_on_the_people_it_held_out(trained, tmp_path):
+def test_a_version_is_measured_on_the_people_it_held_out(trained, runs):
     """Every metric with both intervals, curves, the purpose "evaluate" in the ledger, and the answer kept."""
     shown = json.loads(trained("evaluate", "taxi", "--epsilon", "4", "--run", "monday", "--json"))
     assert shown["versions"] == [{"version": 1, "aliases": ["production"]}]
@@ -37,9 +51,9 @@ def test_a_version_is_measured_on_the_people_it_held_out(trained, tmp_path):
         assert metric["full"][0] <= metric["noise"][0] <= metric["value"] <= metric["noise"][1] <= metric["full"][1]
     assert {len(found["roc"][name]) for name in ("x", "y", "low", "high")} == {101}
     assert {len(found["deciles"][name]) for name in ("x", "y", "low", "high")} == {10}
-    purposes = [entry.purpose for entry in Ledger.read(tmp_path / "runs" / "monday").entries]
+    purposes = [entry.purpose for entry in Ledger.read(runs / "monday").entries]
     assert purposes == ["evaluate", "evaluate"]
-    assert json.loads((tmp_path / "runs" / "monday" / "answers" / "evaluate-0001.json").read_text()) == shown
+    assert json.loads((runs / "monday" / "answers" / "evaluate-0001.json").read_text()) == shown
 
 
 def test_two_versions_are_measured_on_the_same_rows(trained):
@@ -60,7 +74,6 @@ def test_two_versions_are_measured_on_the_same_rows(trained):
 
 def test_metrics_on_people_that_a_version_learned_from_are_said_to_flatter(trained):
     """A version that held out nobody is measured on everybody, and that is said; not so of other people."""
-    trained("train", "taxi", "--run", "all")
     shown = json.loads(trained("evaluate", "taxi:3", "--epsilon", "1", "--json"))
     assert (shown["fold"], shown["people"]) == (None, 100)
     assert "these people were in the training of taxi:3" in shown["notes"][0]
@@ -70,7 +83,7 @@ def test_metrics_on_people_that_a_version_learned_from_are_said_to_flatter(train
     )
 
 
-def test_another_label_column_can_be_taken(trained, tmp_path):
+def test_another_label_column_can_be_taken(trained):
     """Of 200 rows, half have one: only they are measured."""
     rows = pd.read_parquet("rows.parquet")
     rows["later"] = np.where(np.arange(len(rows)) % 100 < 50, rows.rode, np.nan)
@@ -94,23 +107,23 @@ REFUSED = [
         ConfigError,
         "--fold must be people that taxi:1 did not learn from: it held out fold 1/4, got 2/4",
     ),
+    (
+        ("taxi", "--against", "4", "--epsilon", "1"),
+        ConfigError,
+        "must have held out the same people, got folds 1/4 and 2/4",
+    ),
     (("taxi", "--threshold", "1", "--epsilon", "1"), ConfigError, r"--threshold must be in \(0, 1\), got 1"),
 ]
 
 
-def test_what_cannot_be_measured_is_refused(trained, tmp_path):
+def test_what_cannot_be_measured_is_refused(trained, runs):
     """In a sentence; nothing is spent, and no run left. In the run of a training there is nothing left to spend."""
-    run = tmp_path / "runs" / "run0"
-    before = {file: file.read_bytes() for file in run.iterdir()}
-    spent = (("taxi", "--epsilon", "1", "--run", "run0"), BudgetExceeded, r"run 'run0' has epsilon \S+ left of 4")
+    spent = (("taxi", "--epsilon", "1", "--run", "run1"), BudgetExceeded, r"run 'run1' has epsilon \S+ left of 4")
+    before = {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()}
     for words, error, message in [*REFUSED, spent]:
         with pytest.raises(error, match=message):
             trained("evaluate", *words)
-    assert {file: file.read_bytes() for file in run.iterdir()} == before
-    assert {folder.name for folder in run.parent.iterdir()} == {"run0", "run1"}
-    trained("train", "taxi", "--fold", "2/4", "--run", "other")
-    with pytest.raises(ConfigError, match="must have held out the same people, got folds 1/4 and 2/4"):
-        trained("evaluate", "taxi", "--against", "3", "--epsilon", "1")
+    assert {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()} == before
 
 
 def test_help_teaches_with_an_example():
