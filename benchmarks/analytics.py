@@ -9,6 +9,7 @@ released embedding of examples/coupon discloses. Everything that is compared wit
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,17 +22,22 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import measure
+from benchmarks import balance, measure, normalisation
 from benchmarks.accuracy import prepare_oulad
 from examples.coupon import folds
+from examples.coupon import prepare as prepare_coupon
 from hybrid.analytics.asking import EVALUATE, Answer, People, Simulated, phase
 from hybrid.analytics.estimates import estimate, quantiles_of
 from hybrid.analytics.metrics import arcsine_nodes, evaluate, statistics
 from hybrid.federation import metrics as pooled
+from hybrid.federation.population import import_table
 from hybrid.federation.training import train
+from hybrid.network import Network
 from hybrid.privacy.accountant import noise_multiplier_for
+from hybrid.privacy.inversion import inversion
 from hybrid.privacy.ledger import Ledger
 from hybrid.query import Floats, Histogram, Query, Scores, contributions, squares
+from hybrid.workspace import Workspace
 
 Row = dict[str, Any]
 Found = tuple[list[Row], dict[str, float]]
@@ -42,6 +48,7 @@ RUNS = 20  # whole evaluations, ledger included
 SEEDS = 1000  # of noise, and of people drawn anew
 CELLS = 512  # of a year before and after the start
 DAYS = 365
+BALANCE_SEEDS, NORMALISATION_SEEDS = 10, 5
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def main() -> None:
         for name in arguments.only or PARTS:
             more, found = PARTS[name](Path(folder) / name, arguments.data, bar)
             rows, figures = rows + more, figures | found
-    measure.show("Measured by noised queries (oracle: what they are compared with)", rows, figures)
+    measure.show("Learned without looking (oracle: what it is compared with)", rows, figures)
     measure.write(arguments.json, rows, figures)
 
 
@@ -212,7 +219,64 @@ def _evaluated(world: World, run: Path, seed: int) -> dict[str, float]:
     return {name: each.value for name, each in found.metrics.items()}
 
 
-PARTS: Mapping[str, Callable[[Path, Path | None, Progress], Found]] = {"queries": queries}
+def balanced(folder: Path, data: Path | None, bar: Progress) -> Found:
+    """Positives thinned to 5 %: trained as they come, and balanced. See `benchmarks.balance`."""
+    task = bar.add_task("balance: preparing", total=2 * BALANCE_SEEDS)
+    split, _, _ = prepare_oulad(data, folder)
+    bar.update(task, description="balance: training")
+    return balance.balance(split, folder, BALANCE_SEEDS, lambda: bar.advance(task))
+
+
+def normalised(folder: Path, data: Path | None, bar: Progress) -> Found:
+    """Constants learned by queries against exact ones of pooled rows. See `benchmarks.normalisation`."""
+    return normalisation.oulad(data, NORMALISATION_SEEDS, folder, bar)
+
+
+def inverted(folder: Path, data: Path | None, bar: Progress) -> Found:
+    """What embeddings of coupon's version disclose, clear and noised, of the people of a held-out fold."""
+    task = bar.add_task("inversion: preparing", total=None)
+    workspace = Workspace(folder / ".hybrid")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = prepare_coupon.write_population(folder / "population.parquet")
+    import_table(table, user="user", name="coupon", workspace=workspace)
+    fold = folds.prepare_folds(workspace, 5, bar)[0]
+    trained = train(fold.model, fold.train, fold.test, epsilon=8.0, run_dir=folder / "runs" / "version")
+    network = Network.build(fold.model)
+    network.load_weights(trained.weights)
+    bar.update(task, description="inversion: attacking")
+    found = inversion(
+        network, fold.test, fold.train, progress=lambda done, of: bar.update(task, completed=done, total=of)
+    )
+    clear, hidden = found.clear, found.hidden_from
+    assert clear is not None
+    rows: list[Row] = [
+        {
+            "sigma": level.sigma,
+            "local epsilon": level.epsilon if level.sigma else None,
+            "largest gain": level.most.gain.mean,
+            "of": level.most.feature,
+            "whole profiles": level.whole,
+            "AUC": level.auc,
+            "AUC cost": level.auc_cost.mean,
+        }
+        for level in found.levels
+    ]
+    return rows, {
+        "inversion_gain_clear": clear.most.gain.mean,
+        "inversion_gain_at_noise": min(level.most.gain.mean for level in found.levels)
+        if hidden is None
+        else hidden.most.gain.mean,
+        "inversion_sigma": math.nan if hidden is None else hidden.sigma,
+        "inversion_auc_cost": math.nan if hidden is None else hidden.auc_cost.mean,
+    }
+
+
+PARTS: Mapping[str, Callable[[Path, Path | None, Progress], Found]] = {
+    "queries": queries,
+    "balance": balanced,
+    "normalisation": normalised,
+    "inversion": inverted,
+}
 
 
 if __name__ == "__main__":

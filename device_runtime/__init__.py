@@ -1,3 +1,5 @@
 """What runs on a device."""
 
-RUNTIME = 1  # grows when a bundle may need what older ones lack: `hybrid.bundle.Manifest.minimum_runtime`
+# Grows when a bundle or a plan may need what older ones lack: `hybrid.bundle.Manifest.minimum_runtime`, and, from 2
+# on, `hybrid.plan.QueryPlan`.
+RUNTIME = 2

@@ -93,10 +93,11 @@ def _add_infer(commands: Any) -> None:
 def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="take part in training, once, where the device may",
+        help="take part in training or answer a query, once, where the device may",
         description="Sends the update that waits in the store; or else asks the aggregator for a plan, and where it is "
-        "signed by --trust, for this bundle, and every condition holds, trains on the store's examples and sends one "
-        "clipped update. Prints how each device's session ended as JSON; not to take part is no error.",
+        "signed by --trust, for this bundle, and every condition holds, trains on the store's examples, or counts what "
+        "a query asks, and sends one clipped vector. Prints how each device's session ended as JSON; not to take part "
+        "is no error.",
     )
     which = train.add_mutually_exclusive_group(required=True)
     which.add_argument("--bundle", type=Path, help="the version's device bundle")

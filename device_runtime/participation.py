@@ -1,7 +1,8 @@
-"""One device takes part in training: it asks for a plan, decides, trains, and sends one clipped update, once.
+"""One device takes part: it asks for a plan, decides, trains or answers a query, and sends one clipped vector, once.
 
-The update is in the store, under a random id of its own, before the first attempt to send it: whatever ends
-the process after that, the same bytes go out under the same id, and are counted once.
+What it sends, its *update*, is in the store, under a random id of its own, before the first attempt to send it:
+whatever ends the process after that, the same bytes go out under the same id, and are counted once. Training and
+queries have one history: policies count both, whatever for the device was asked before.
 """
 
 from __future__ import annotations
@@ -23,16 +24,31 @@ from pydantic import ValidationError
 
 from device_runtime import RUNTIME
 from device_runtime.aggregator import Reply
+from device_runtime.answering import Answerer, Readable
 from device_runtime.eligibility import Decision, Reason, both, decide
 from device_runtime.protocol import Event, State, Upload, advance
 from hybrid.bundle import Bundle, Manifest
 from hybrid.errors import ConfigError, PlanError
-from hybrid.plan import MAX_JSON, SIGNATURE, CheckIn, Halt, Policy, TrainPlan, Turn, open_signed
+from hybrid.plan import (
+    MAX_JSON,
+    MAX_PAYLOAD,
+    SIGNATURE,
+    CheckIn,
+    Halt,
+    Plan,
+    Policy,
+    QueryPlan,
+    TrainPlan,
+    Turn,
+    open_signed,
+)
+from hybrid.query import Query
 from hybrid.update import encode
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+    from device_runtime.answering import Rows
     from device_runtime.host import Host
     from device_runtime.trainer import Trainer
 
@@ -43,7 +59,7 @@ BACKOFF_S = 1.0  # before the second attempt at most; doubles
 PATIENCE_S = 30.0  # a session waits no longer than this between attempts: what is asked beyond is the next session's
 ASK_AGAIN_S = 3600.0  # where the aggregator does not say when
 SPREAD = 0.25  # share of a wait by which it is made longer, by chance, so that a cohort does not come back at once
-LOOK_S = 1.0  # how often the host is asked while training
+LOOK_S = 1.0  # how often the host is asked while training or answering
 _RANDOM = secrets.SystemRandom()
 
 
@@ -59,6 +75,7 @@ class Ending(StrEnum):
     BAD_PLAN = "bad_plan"
     HALTED = "halted"
     NO_TRAINING = "no_training"
+    CANNOT_ANSWER = "cannot_answer"  # the query reads what the bundle does not declare
     OTHER_MODEL = "other_model"
     OTHER_VERSION = "other_version"
     OTHER_DEFINITION = "other_definition"
@@ -128,6 +145,10 @@ class Store(Protocol):
         """The device's newest examples, the oldest of them first."""
         ...
 
+    def asked(self, query: Query, now_ms: int, *, device: int = 0) -> Rows:
+        """The rows of the device that a query counts over."""
+        ...
+
     @property
     def forgets(self) -> int:
         """How often the person had something forgotten."""
@@ -191,6 +212,10 @@ class Outcome:
         }
 
 
+Work = Callable[[Callable[[], bool], np.random.Generator], "Float32 | None"]
+"""What is done for a plan, in a thread: whether it may go on, asked now and again, and what is random -> an update."""
+
+
 class _Ended(Exception):
     def __init__(
         self, ending: Ending, why: str, *, reasons: Sequence[Reason] = (), ask_again_s: float | None = None
@@ -211,6 +236,7 @@ class Participation:
         aggregator: who is asked.
         trusted: the host app's public key, which plans are signed by.
         device: whose examples, where a store holds those of several.
+        answerer: of the same bundle; None: one is made at the first query.
         own: the host app's own conditions, which hold beside those of a plan.
         now_ms: Unix time in UTC.
         clock: seconds that only go forward.
@@ -225,6 +251,7 @@ class Participation:
     aggregator: Asks
     trusted: Ed25519PublicKey
     device: int = 0
+    answerer: Answerer | None = None
     own: Policy = field(default_factory=Policy)
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
     clock: Callable[[], float] = time.monotonic
@@ -237,7 +264,7 @@ class Participation:
 
         Raises:
             StoreError: the store cannot be read or written. What was begun is not begun again.
-            BundleError: the training program does not do what its manifest says.
+            BundleError: a program does not do what its manifest says.
         """
         try:
             await self._session()
@@ -259,19 +286,20 @@ class Participation:
             await self._send(waiting[0])
             return
         self._require(self.own)
-        message, weights = await self._ask()
+        message, numbers = await self._ask()
         if isinstance(message, Halt):
             self._halt(message)
         if found := refusal(message, manifest, self.now_ms()):
             raise _Ended(*found, ask_again_s=self._later(None))
         self._move(Event.OFFERED)
-        await self._send(await self._train(message, weights))
+        await self._send(await self._take_part(message, numbers))
 
-    async def _ask(self) -> tuple[TrainPlan | Halt, Float32]:
+    async def _ask(self) -> tuple[Plan | Halt, Float32]:
         """What a verified answer says."""
         manifest = self.bundle.manifest
         asked = CheckIn(model=manifest.model, version=manifest.version, runtime=RUNTIME)
-        reply = await self.aggregator.check_in(asked, SIGNATURE + 4 + MAX_JSON + 4 * parameters(manifest))
+        numbers = max(parameters(manifest), MAX_PAYLOAD)
+        reply = await self.aggregator.check_in(asked, SIGNATURE + 4 + MAX_JSON + 4 * numbers)
         self._move(Event.ASKED)
         later = self._later(reply.retry_after_s)
         if reply.status == 0:
@@ -298,18 +326,36 @@ class Participation:
         self._forget_uploads()
         raise _Ended(Ending.HALTED, f"version {manifest.version} was stopped: {message.reason}")
 
-    async def _train(self, plan: TrainPlan, weights: Float32) -> Upload:
+    async def _take_part(self, plan: Plan, numbers: Float32) -> Upload:
         """An update that is in the store."""
-        assert self.trainer is not None  # the refusal looked for a training program
         history = self.store.history(0, device=self.device)
         self._require(self.own, plan.policy, history=history)
         if plan.turn is not None:
             self._require_turn(plan.turn, plan.expires_ms)
         forgets = self.store.forgets
-        newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
-        if len(newest.labels) < plan.examples[0]:
-            why = f"the plan asks for at least {plan.examples[0]} examples"
-            raise _Ended(Ending.FEW_EXAMPLES, why, ask_again_s=self._later(None))
+        work = self._training(plan, numbers) if isinstance(plan, TrainPlan) else self._answering(plan, numbers)
+        self._begin(plan, history)
+        self._move(Event.BEGUN)
+        watch, rng = _Watch(self, plan, history), np.random.default_rng()
+        try:
+            update = await asyncio.to_thread(work, watch.go_on, rng)
+        except PlanError as error:
+            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=self._later(None)) from None
+        finally:
+            watch.stop.set()
+        if update is None:
+            self._interrupted(watch, plan)
+        body = encode(update, plan.upload, rng)
+        upload = Upload(plan.id, secrets.token_hex(16), body, plan.expires_ms, plan.version, plan.policy)
+        with self.store.together():
+            if self.store.forgets != forgets:
+                raise _Ended(Ending.FORGOTTEN, "something was forgotten meanwhile; the update is too")
+            self.store.keep_upload(upload, device=self.device)
+        self._move(Event.TRAINED)
+        return upload
+
+    def _begin(self, plan: Plan, history: Sequence[int]) -> None:
+        """Notes that the device takes part, or that it does not: it decides once, for what was so when it looked."""
         # Whoever loses the toss has decided too: another toss for the same plan would change its odds.
         takes_part = self.toss() < plan.sampling
         with self.store.together():
@@ -320,26 +366,23 @@ class Participation:
             raise _Ended(Ending.TAKEN_PART, "this plan was decided on before", ask_again_s=self._later(None))
         if not takes_part:
             raise _Ended(Ending.NOT_SAMPLED, "the toss fell the other way", ask_again_s=self._later(None))
-        self._move(Event.BEGUN)
-        watch = _Watch(self, plan, history)
+
+    def _training(self, plan: TrainPlan, weights: Float32) -> Work:
+        """With the newest examples, if there are enough."""
+        trainer = self.trainer
+        assert trainer is not None  # the refusal looked for a training program
+        newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
+        if len(newest.labels) < plan.examples[0]:
+            why = f"the plan asks for at least {plan.examples[0]} examples"
+            raise _Ended(Ending.FEW_EXAMPLES, why, ask_again_s=self._later(None))
         arguments = (newest.server, self.bundle.manifest.features.inputs(newest.features), newest.labels)
-        rng = np.random.default_rng()
-        try:
-            update = await asyncio.to_thread(self.trainer.train, plan, weights, *arguments, go_on=watch.go_on, rng=rng)
-        except PlanError as error:
-            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=self._later(None)) from None
-        finally:
-            watch.stop.set()
-        if update is None:
-            self._interrupted(watch)
-        body = encode(update, plan.upload, rng)
-        upload = Upload(plan.id, secrets.token_hex(16), body, plan.expires_ms, plan.version, plan.policy)
-        with self.store.together():
-            if self.store.forgets != forgets:
-                raise _Ended(Ending.FORGOTTEN, "something was forgotten while training; the update is too")
-            self.store.keep_upload(upload, device=self.device)
-        self._move(Event.TRAINED)
-        return upload
+        return lambda go_on, rng: trainer.train(plan, weights, *arguments, go_on=go_on, rng=rng)
+
+    def _answering(self, plan: QueryPlan, payload: Float32) -> Work:
+        """With all rows that count, none included: that a device answers says nothing of what it has."""
+        answerer = self.answerer = self.answerer or Answerer(self.bundle)
+        rows = self.store.asked(plan.query, self.now_ms(), device=self.device)
+        return lambda go_on, _: answerer.answer(plan, payload, rows, go_on=go_on)
 
     def _require_turn(self, turn: Turn, expires_ms: int) -> None:
         """Waits a separation from turn to turn, and before the first for a share of it by chance.
@@ -358,15 +401,16 @@ class Participation:
             why = f"its turn is in {step - turn.first_step} steps at the earliest"
             raise _Ended(Ending.NOT_ITS_TURN, why, ask_again_s=self._later(min(left_s, ASK_AGAIN_S)))
 
-    def _interrupted(self, watch: _Watch) -> NoReturn:
-        assert self.trainer is not None
+    def _interrupted(self, watch: _Watch, plan: Plan) -> NoReturn:
+        worker = self.trainer if isinstance(plan, TrainPlan) else self.answerer
+        assert worker is not None
         if Reason.NO_CONSENT in watch.reasons:
             self._withdraw()
         if watch.reasons:
             raise _Ended(Ending.INTERRUPTED, "the device may no longer take part", reasons=watch.reasons)
         if watch.expired:
-            raise _Ended(Ending.EXPIRED, "the plan expired while training")
-        raise _Ended(Ending.GAVE_UP, self.trainer.gave_up or "training gave no update")
+            raise _Ended(Ending.EXPIRED, "the plan expired meanwhile")
+        raise _Ended(Ending.GAVE_UP, worker.gave_up or "no update came of it")
 
     async def _send(self, upload: Upload) -> None:
         """Sends an update until it is taken, refused, or this session's patience ends."""
@@ -441,9 +485,9 @@ class Participation:
 
 
 class _Watch:
-    """Asks the host, now and again, whether a training may go on; from the training's thread."""
+    """Asks the host, now and again, whether what was begun may go on; from its thread."""
 
-    def __init__(self, session: Participation, plan: TrainPlan, history: Sequence[int]) -> None:
+    def __init__(self, session: Participation, plan: Plan, history: Sequence[int]) -> None:
         self._session, self._plan, self._history = session, plan, history
         self._looked = session.clock()
         self.stop = threading.Event()
@@ -486,15 +530,12 @@ def parameters(manifest: Manifest) -> int:
     return 0 if manifest.train is None else manifest.train.size
 
 
-def refusal(plan: TrainPlan, manifest: Manifest, now_ms: int) -> tuple[Ending, str] | None:
+def refusal(plan: Plan, manifest: Manifest, now_ms: int) -> tuple[Ending, str] | None:
     """Why a verified plan is none for this bundle, or asks for more than it allows; None: it is and does not."""
-    keeping = manifest.keeping
-    asked = (
-        ("examples", plan.examples[1], keeping.max_examples),
-        ("seconds", plan.seconds, keeping.max_seconds),
-        ("memory_mb", plan.memory_mb, keeping.max_memory_mb),
-    )
-    too_large = [f"{name} {value:g} of at most {most:g}" for name, value, most in asked if value > most]
+    own = _training_refusals(plan, manifest) if isinstance(plan, TrainPlan) else _query_refusals(plan, manifest)
+    too_large = [
+        f"{name} {value:g} of at most {most:g}" for name, value, most in _limits(plan, manifest) if value > most
+    ]
     checks = (
         (plan.model != manifest.model, Ending.OTHER_MODEL, f"the plan is for model {plan.model!r}"),
         (plan.version != manifest.version, Ending.OTHER_VERSION, f"the plan is for version {plan.version}"),
@@ -503,13 +544,31 @@ def refusal(plan: TrainPlan, manifest: Manifest, now_ms: int) -> tuple[Ending, s
             Ending.OTHER_DEFINITION,
             "the plan is for another definition of the model",
         ),
-        (manifest.train is None, Ending.NO_TRAINING, "the bundle has no training program"),
-        (
-            plan.parameters != parameters(manifest),
-            Ending.BAD_PLAN,
-            f"the plan has {plan.parameters} weights, the bundle's program {parameters(manifest)}",
-        ),
+        *own,
         (now_ms >= plan.expires_ms, Ending.EXPIRED, "the plan has expired"),
         (bool(too_large), Ending.TOO_LARGE, f"the plan asks for more than the bundle allows: {', '.join(too_large)}"),
     )
     return next(((ending, why) for refused, ending, why in checks if refused), None)
+
+
+def _limits(plan: Plan, manifest: Manifest) -> list[tuple[str, float, float]]:
+    """Name, what the plan asks for, and what the bundle allows at most."""
+    keeping = manifest.keeping
+    seconds = ("seconds", plan.seconds, keeping.max_seconds)
+    if isinstance(plan, QueryPlan):
+        return [("rows", plan.query.rows, keeping.max_examples), seconds]
+    memory = ("memory_mb", plan.memory_mb, keeping.max_memory_mb)
+    return [("examples", plan.examples[1], keeping.max_examples), seconds, memory]
+
+
+def _training_refusals(plan: TrainPlan, manifest: Manifest) -> tuple[tuple[bool, Ending, str], ...]:
+    weights = f"the plan has {plan.parameters} weights, the bundle's program {parameters(manifest)}"
+    return (
+        (manifest.train is None, Ending.NO_TRAINING, "the bundle has no training program"),
+        (plan.parameters != parameters(manifest), Ending.BAD_PLAN, weights),
+    )
+
+
+def _query_refusals(plan: QueryPlan, manifest: Manifest) -> tuple[tuple[bool, Ending, str], ...]:
+    lacking = Readable(manifest).lacks(plan.query)
+    return ((bool(lacking), Ending.CANNOT_ANSWER, f"the bundle does not declare what the query reads: {lacking}"),)

@@ -28,6 +28,7 @@ from device_runtime.rows import DEVICE, REQUEST, Rows, feature_columns, quoted, 
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, StoreError
 from hybrid.plan import Policy, Turn
+from hybrid.query import LABEL, Query
 
 FORGOTTEN = "forgotten"  # in place of the plans that a device took part in before its person had it forget
 _UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
@@ -79,6 +80,23 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows of one device that a query counts over, the oldest first.
+
+    Attributes:
+        columns: device and request features by name, each (n,) raw, None where missing; "label" 0, 1 or None.
+        features: the device features alone.
+        server: (n, server_embedding) as the server side contributed it to this version; NaN where it did not.
+        predicted: (n,) what this version predicted from a genuine contribution; NaN where it did not.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    features: Mapping[str, Sequence[Any]]
+    server: NDArray[np.float32]
+    predicted: NDArray[np.float32]
 
 
 class Store(AbstractContextManager["Store"]):
@@ -285,9 +303,8 @@ class Store(AbstractContextManager["Store"]):
             now_ms: the device's time; where `keeping.label_window_s` has passed without an event, the label is
                 `keeping.label_absent`, if there is one.
         """
-        manifest = self._manifest
+        manifest, waited = self._manifest, self._waited(now_ms)
         width = manifest.server_embedding if manifest.train is None else manifest.train.server
-        waited = now_ms - self._window_ms if manifest.keeping.label_absent is not None else -(2**63)
         columns = {name: f"{DEVICE}{name}" for name in manifest.features.names}
         names = ["server", "coalesce(label, ?)", *(quoted(column) for column in columns.values())]
         sql = (
@@ -295,7 +312,7 @@ class Store(AbstractContextManager["Store"]):
             f"AND version IN ({self._comparable}) AND (label IS NOT NULL OR at_ms < ?) "
             "ORDER BY at_ms DESC, id DESC LIMIT ?"
         )
-        chosen = (manifest.keeping.label_absent, device, 4 * width, max(waited, -(2**63)), max(newest, 0))
+        chosen = (manifest.keeping.label_absent, device, 4 * width, waited, max(newest, 0))
         found = self._db.all(sql, chosen)[::-1]
         server, labels, *features = zip(*found, strict=True) if found else ((),) * len(names)
         return Examples(
@@ -303,6 +320,45 @@ class Store(AbstractContextManager["Store"]):
             features=dict(zip(columns, features, strict=True)),
             labels=np.array(labels, np.float32),
         )
+
+    def asked(self, query: Query, now_ms: int, *, device: int = 0) -> Asked:
+        """The rows that a query counts over: `query.rows` of all events at most, labelled ones where it reads labels.
+
+        Args:
+            query: which reads what the bundle declares.
+            now_ms: see `examples`, for labels that stayed away.
+            device: whose.
+        """
+        manifest = self._manifest
+        request = {name: f"{REQUEST}{name}" for name in manifest.request}
+        own = {name: f"{DEVICE}{name}" for name in manifest.features.names}
+        columns = request | own
+        label = "coalesce(label, CASE WHEN version IS NOT NULL AND at_ms < ? THEN ? END)"
+        here = f"version = {manifest.version} AND server IS NOT NULL"
+        names = [label, f"CASE WHEN {here} THEN server END", f"CASE WHEN {here} THEN prediction END"]
+        names += [quoted(column) for column in columns.values()]
+        order = "DESC" if query.take == "last" else "ASC"
+        labelled = f"AND {label} IS NOT NULL" if LABEL in query.reads else ""
+        sql = (
+            f"SELECT {', '.join(names)} FROM events WHERE device = ? {labelled} "  # noqa: S608
+            f"ORDER BY at_ms {order}, id {order} LIMIT ?"
+        )
+        late = (self._waited(now_ms), manifest.keeping.label_absent)
+        found = self._db.all(sql, (*late, device, *(late if labelled else ()), query.rows))
+        found = found[::-1] if query.take == "last" else found
+        labels, server, predicted, *values = zip(*found, strict=True) if found else ((),) * len(names)
+        by_name = dict(zip(columns, values, strict=True))
+        return Asked(
+            columns=by_name | {LABEL: labels},
+            features={name: by_name[name] for name in own},
+            server=_embeddings(server, manifest.server_embedding),
+            predicted=np.array(predicted, np.float32),
+        )
+
+    def _waited(self, now_ms: int) -> int:
+        """Requests without a label from before this time will get none, where the bundle says what that means."""
+        absent = self._manifest.keeping.label_absent
+        return -(2**63) if absent is None else max(now_ms - self._window_ms, -(2**63))
 
     @property
     def _comparable(self) -> str:
@@ -514,6 +570,15 @@ def _iso(at_ms: int) -> str:
 
 def _marks(number: int) -> str:
     return ", ".join("?" * number)
+
+
+def _embeddings(found: Sequence[bytes | None], width: int) -> NDArray[np.float32]:
+    """(n, width); NaN where there is none of that width."""
+    server = np.full((len(found), width), np.nan, np.float32)
+    for row, blob in enumerate(found):
+        if blob is not None and len(blob) == 4 * width:
+            server[row] = np.frombuffer(blob, "<f4")
+    return server
 
 
 def _one_row(device: int, row: int, entity: str, request: Mapping[str, Any], features: Mapping[str, Any]) -> Rows:

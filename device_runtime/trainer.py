@@ -125,10 +125,11 @@ class Trainer:
             inputs: (n, features) inputs of each, the oldest example first.
             labels: (n,) 0 or 1.
             go_on: asked before each chunk of rows; False ends the training.
-            rng: draws the order of rows and tower dropout: the same state gives the same bits.
+            rng: draws which examples are taken, their order and tower dropout: the same state gives the same bits.
 
         Returns:
-            (p,) how far the weights moved, of L2 norm `plan.clip` at most; None where `go_on` said
+            (p,) how far the weights moved, of L2 norm `plan.clip` at most; zeros where the plan samples examples by
+            their label and none was drawn, since to send nothing would tell of the labels; None where `go_on` said
             stop, a limit was passed, there are too few examples or the numbers left those that are finite.
 
         Raises:
@@ -148,6 +149,9 @@ class Trainer:
         try:
             if len(rows) < plan.examples[0]:
                 raise _GivenUp(f"there must be at least {plan.examples[0]} examples")
+            rows = rows.of(local.kept(rows.labels, rng))
+            if not len(rows):
+                return np.zeros_like(weights)
             schedule = _Schedule.draw(local, len(rows), plan.local.tower_dropout, rng)
             moved = self._descend(program, weights, local, rows, schedule, watch)
             if not np.isfinite(moved).all():
@@ -198,7 +202,12 @@ class Trainer:
         local = plan.local
         try:
             return LocalTraining(
-                steps=local.steps, epochs=local.epochs, lr=local.lr, batch=local.batch, proximal=local.proximal
+                steps=local.steps,
+                epochs=local.epochs,
+                lr=local.lr,
+                batch=local.batch,
+                proximal=local.proximal,
+                keep=local.keep,
             )
         except ConfigError as error:
             raise PlanError(f"the plan's local.{error}") from None
@@ -252,6 +261,10 @@ class _Rows:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def of(self, kept: NDArray[np.bool_]) -> _Rows:
+        """Some of them."""
+        return _Rows(self.train, self.server[kept], self.inputs[kept], self.labels[kept])
 
     def batches(
         self, rows: NDArray[np.int64], weight: Float32, absent: Float32 | None

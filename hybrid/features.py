@@ -25,11 +25,21 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from hybrid.errors import BadRequest
+from hybrid.errors import BadRequest, ConfigError
 
 Float32 = NDArray[np.float32]
+UNUSED = "\uffff"  # a place of a vocabulary that no text was found for begins with it: Unicode says it is no character
 
 
 def _held_by_float32(value: float) -> float:
@@ -54,6 +64,11 @@ class Transform(BaseModel):
     text: ClassVar[bool] = False
 
     @property
+    def pending(self) -> bool:
+        """Whether its constants are to be learned by a query: until they are, it can turn no value into anything."""
+        return False
+
+    @property
     def cardinality(self) -> int:
         """How many indices the slot can hold; 0 where it is a number."""
         return 0
@@ -68,9 +83,10 @@ class Transform(BaseModel):
 
         Raises:
             BadRequest: a value is of the wrong type for this transform.
+            ConfigError: its vocabulary is not learned yet.
         """
         if self.text:
-            return self._indices(_as_text(raw))
+            return self._indices(as_text(raw))
         return _as_numbers(raw)
 
     def slots(self, inputs: Float32) -> Float32:
@@ -98,8 +114,12 @@ class Numeric(Transform):
     of their own.
 
     Args:
-        mean, std: in the feature's own unit; written by hand or learned under the ledger.
+        mean, std: in the feature's own unit. Written by hand, or left out with `normalise`.
         clip: bound on the normalised value.
+        normalise: "federated": mean and std are learned by a query that the ledger of a training pays for, and are
+            part of the version. For device features. None: they are those above.
+        low, high: with it, bounds of the raw value that are known before anybody is asked; what lies beyond counts as
+            the bound. The closer they are, the less noise there is in what is learned.
 
     >>> temperature = Numeric(mean=60.0, std=20.0)
     >>> temperature.encode(temperature.slots(temperature.inputs([80, None]))).tolist()
@@ -110,6 +130,44 @@ class Numeric(Transform):
     mean: Constant = 0.0
     std: Annotated[Constant, Field(gt=0)] = 1.0
     clip: Annotated[Constant, Field(gt=0)] = 10.0
+    normalise: Literal["federated"] | None = None
+    low: Constant | None = None
+    high: Constant | None = None
+
+    @model_validator(mode="after")
+    def _learned_or_written(self) -> Self:
+        bounds = (self.low, self.high)
+        if self.normalise is None:
+            if bounds != (None, None):
+                raise ValueError(f"low and high must be left out without normalise='federated', got {bounds}")
+            return self
+        if self.model_fields_set & {"mean", "std"}:
+            raise ValueError("mean and std must be left out with normalise='federated', which learns them")
+        if self.low is None or self.high is None or not self.scaled(self.low) < self.scaled(self.high):
+            raise ValueError(
+                "low and high must be given with normalise='federated', low below high as this transform scales "
+                f"float32: bounds of the raw value that are known before anybody is asked, got {bounds}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_declared(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what does not apply: constants written by hand look as if nothing could be learned."""
+        apart = {"normalise", "low", "high"} if self.normalise is None else {"mean", "std"}
+        return {name: value for name, value in fields(self).items() if name not in apart}
+
+    @property
+    def pending(self) -> bool:
+        """See `Transform.pending`."""
+        return self.normalise is not None
+
+    def learned(self, mean: float, std: float) -> Self:
+        """With these constants, as if they had been written by hand. They are of the scaled value, see `scaled`."""
+        return type(self)(mean=mean, std=std, clip=self.clip)
+
+    def scaled(self, value: float) -> float:
+        """The number that is normalised for one raw number."""
+        return float(self.scale(np.array([value], np.float32))[0])
 
     @property
     def width(self) -> int:
@@ -117,10 +175,15 @@ class Numeric(Transform):
         return 2
 
     def slots(self, inputs: Float32) -> Float32:
-        """(n,) numbers -> (n,) normalised; NaN where missing."""
+        """(n,) numbers -> (n,) normalised; NaN where missing.
+
+        Raises:
+            ConfigError: mean and std are not learned yet.
+        """
+        check_learned({self.kind: self})
         finite = np.where(np.isfinite(inputs), inputs, np.float32(np.nan))
         with np.errstate(over="ignore"):  # past float32 it is clipped anyway
-            normal = (self._scale(finite) - np.float32(self.mean)) / np.float32(self.std)
+            normal = (self.scale(finite) - np.float32(self.mean)) / np.float32(self.std)
         bounded: Float32 = np.clip(normal, np.float32(-self.clip), np.float32(self.clip))
         return bounded
 
@@ -129,7 +192,8 @@ class Numeric(Transform):
         missing = np.isnan(slots)
         return np.stack([np.where(missing, np.float32(0), slots), missing.astype(np.float32)], axis=1)
 
-    def _scale(self, values: Float32) -> Float32:
+    def scale(self, values: Float32) -> Float32:
+        """(n,) numbers -> (n,) what is normalised of them."""
         return values
 
 
@@ -138,7 +202,8 @@ class Log1p(Numeric):
 
     kind: Literal["log1p"] = "log1p"  # type: ignore[assignment]
 
-    def _scale(self, values: Float32) -> Float32:
+    def scale(self, values: Float32) -> Float32:
+        """(n,) numbers -> (n,) their logarithms."""
         return np.log1p(np.maximum(values, np.float32(0)))
 
 
@@ -178,7 +243,10 @@ class Categorical(Transform):
     """Text -> its place in a vocabulary; unseen text -> v, missing -> v + 1.
 
     Args:
-        vocabulary: distinct texts; compared after Unicode NFC.
+        vocabulary: distinct texts; compared after Unicode NFC. Written by hand, or left out with `discover`.
+        discover: the vocabulary is learned by a query that the ledger of a training pays for, and is part of the
+            version: frequent texts, so many at most. For device features. There are places for all of them, whatever
+            is found, so that a tower can be built before: v = `discover`. None: it is the one above.
 
     >>> Categorical(vocabulary=("1d", "2h")).inputs(["2h", "3w", None]).tolist()
     [1.0, 2.0, 3.0]
@@ -186,10 +254,16 @@ class Categorical(Transform):
 
     kind: Literal["categorical"] = "categorical"
     text: ClassVar[bool] = True
-    vocabulary: Annotated[tuple[str, ...], Field(min_length=1)]
+    vocabulary: tuple[str, ...] = ()
+    discover: Annotated[int, Field(ge=1, le=1000)] | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
+        if bool(self.vocabulary) == (self.discover is not None):
+            raise ValueError(
+                "vocabulary must hold at least one text, or be left out with discover, which learns it, got "
+                f"{len(self.vocabulary)} texts and discover={self.discover}"
+            )
         if len({unicodedata.normalize("NFC", word) for word in self.vocabulary}) < len(self.vocabulary):
             raise ValueError("vocabulary must hold distinct texts (after Unicode NFC)")
         return self
@@ -197,7 +271,27 @@ class Categorical(Transform):
     @property
     def cardinality(self) -> int:
         """The vocabulary, unseen, missing."""
-        return len(self.vocabulary) + 2
+        return (self.discover or len(self.vocabulary)) + 2
+
+    @model_serializer(mode="wrap")
+    def _as_declared(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what does not apply: see `Numeric`."""
+        apart = "discover" if self.discover is None else "vocabulary"
+        return {name: value for name, value in fields(self).items() if name != apart}
+
+    @property
+    def pending(self) -> bool:
+        """See `Transform.pending`."""
+        return self.discover is not None
+
+    def learned(self, texts: Sequence[str]) -> Categorical:
+        """With this vocabulary, as if it had been written by hand; its other places stay unused.
+
+        Args:
+            texts: distinct; at most `discover`.
+        """
+        unused = (f"{UNUSED}{place}" for place in range(len(texts), self.cardinality - 2))
+        return Categorical(vocabulary=(*texts, *unused))
 
     @cached_property
     def _table(self) -> dict[str | None, int]:
@@ -205,6 +299,7 @@ class Categorical(Transform):
         return {**{word: place for place, word in enumerate(words)}, None: len(self.vocabulary) + 1}
 
     def _indices(self, text: NDArray[np.object_]) -> Float32:
+        check_learned({self.kind: self})
         get, unseen = self._table.get, len(self.vocabulary)
         return np.fromiter((get(value, unseen) for value in text), dtype=np.float32, count=len(text))
 
@@ -262,6 +357,11 @@ class Features(BaseModel):
         return tuple(self.transforms)
 
     @property
+    def pending(self) -> tuple[str, ...]:
+        """Features whose constants are to be learned."""
+        return tuple(name for name, transform in self.transforms.items() if transform.pending)
+
+    @property
     def width(self) -> int:
         """Columns once encoded."""
         return sum(transform.width for transform in self.transforms.values())
@@ -294,8 +394,19 @@ class Features(BaseModel):
         return np.concatenate([np.zeros((len(slots), 0), np.float32), *parts], axis=1)
 
     def _by_column(self, compute: Any, rows: int = 0) -> Float32:
+        check_learned(self.transforms)
         parts = [compute(name, transform) for name, transform in self.transforms.items()]
         return np.stack(parts, axis=1) if parts else np.zeros((rows, 0), np.float32)
+
+
+def check_learned(transforms: Mapping[str, Transform]) -> None:
+    """Raises: ConfigError: constants of a transform are not learned yet; nothing stands in their place."""
+    pending = [name for name, transform in transforms.items() if transform.pending]
+    if pending:
+        raise ConfigError(
+            f"the constants of {', '.join(pending)} are not learned yet: `hybrid train` learns them, and they are part "
+            "of the version that it gives"
+        )
 
 
 def murmur3_32(data: bytes, seed: int = 0) -> int:
@@ -331,7 +442,7 @@ def _named(name: str, transform: Transform, raw: ArrayLike) -> Float32:
         raise BadRequest(f"feature {name!r}: {error}") from None
 
 
-def _as_text(raw: ArrayLike) -> NDArray[np.object_]:
+def as_text(raw: ArrayLike) -> NDArray[np.object_]:
     """(n,) of str, bytes in UTF-8, None or NaN -> NFC str, or None where missing."""
     values = np.asarray(raw, dtype=object)
     return np.array([_text(value) for value in values.ravel()] + [None], dtype=object)[:-1]

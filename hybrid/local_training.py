@@ -28,6 +28,8 @@ class LocalTraining:
         epochs: so many times all batches, so that users with more rows take more steps.
         batch: rows of a step; None: all of the user's.
         proximal: mu of a term mu / 2 |w - w0|^2 that holds each user near where it started; >= 0.
+        keep: probabilities with which an example with the label 0, and one with the label 1, is taken in a
+            participation, by a coin of its own that is tossed anew each time; each in (0, 1]. None: all are.
 
     Raises:
         ConfigError: an attribute is outside its range.
@@ -42,6 +44,7 @@ class LocalTraining:
     epochs: int | None = None
     batch: int | None = None
     proximal: float = 0.0
+    keep: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -56,10 +59,12 @@ class LocalTraining:
             raise ConfigError(f"proximal must be finite and >= 0, got {self.proximal!r}")
         if self.lr * self.proximal > 1:
             raise ConfigError(f"lr x proximal must be at most 1, else it overshoots, got {self.lr * self.proximal!r}")
+        if self.keep is not None and not all(0 < share <= 1 for share in self.keep):
+            raise ConfigError(f"keep must be two probabilities in (0, 1], got {self.keep!r}")
 
     @classmethod
-    def of(cls, settings: Training) -> LocalTraining:
-        """What a training's settings say of it."""
+    def of(cls, settings: Training, keep: tuple[float, float] | None = None) -> LocalTraining:
+        """What a training's settings say of it, with what was made of its label balance."""
         epochs = settings.local_epochs
         return cls(
             steps=settings.local_steps if epochs is None else None,
@@ -67,7 +72,19 @@ class LocalTraining:
             epochs=epochs,
             batch=settings.local_batch,
             proximal=settings.proximal,
+            keep=keep,
         )
+
+    def kept(self, labels: NDArray[np.floating], rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Which examples are taken in this participation: drawn before anything else.
+
+        Args:
+            labels: (n,) 0 or 1, one user's after another's.
+            rng: draws once a row, where there is something to draw.
+        """
+        if self.keep is None:
+            return np.ones(len(labels), np.bool_)
+        return rng.random(len(labels)) < np.where(labels > 0, self.keep[1], self.keep[0])
 
     def steps_of(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(k,) rows of each user -> (k,) steps it takes; none without rows."""

@@ -18,14 +18,19 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
 from hybrid.errors import ConfigError
-from hybrid.features import Bucketize, Features, Log1p, Numeric, Transform
+from hybrid.features import Bucketize, Features, Log1p, Numeric, Transform, check_learned
 from hybrid.spec import HybridModel
+from hybrid.version import Version
 
 ROWS = 3  # of the probe batches below: more than one, so that rows that mix are seen
 
 
 class Transforms(nn.Module):
-    """inputs -> slots, all columns at once, in float32; the torch form of `Features.slots`."""
+    """inputs -> slots, all columns at once, in float32; the torch form of `Features.slots`.
+
+    Raises:
+        ConfigError: constants are not learned yet.
+    """
 
     mean: Tensor
     std: Tensor
@@ -38,6 +43,7 @@ class Transforms(nn.Module):
 
     def __init__(self, features: Features) -> None:
         super().__init__()
+        check_learned(features.transforms)
         transforms = list(features.transforms.values())
         numeric = [t if isinstance(t, Numeric) else None for t in transforms]
         edges = [list(t.edges) if isinstance(t, Bucketize) else [] for t in transforms]
@@ -133,6 +139,33 @@ class DeviceProgram(nn.Module):
         return self.tower(self.encoder(self.transforms(inputs)))  # type: ignore[no-any-return]
 
 
+class Correction(nn.Module):
+    """Logits of the head -> probabilities: the one place that says how.
+
+    A head that learned from examples sampled by their label speaks of their odds;
+    `shift` takes its logits back to everybody's. It is no trained weight and no part of
+    a definition, but travels with a version's weights; 0 where nothing was sampled.
+    """
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(n,) -> (n,) in [0, 1]."""
+        return torch.sigmoid(self.corrected(logits))
+
+    def corrected(self, logits: Tensor) -> Tensor:
+        """(n,) logits of the head -> (n,) logits of the probabilities."""
+        return logits + self.shift
+
+    def set_shift(self, shift: float) -> None:
+        """In nats."""
+        self.shift.fill_(shift)
+
+
 @dataclass(frozen=True)
 class Network:
     """The three modules of a hybrid model, built, checked, and their sizes.
@@ -144,6 +177,7 @@ class Network:
         head: the two embeddings -> (n,) logits.
         missing: "server" and "device": (n, 1) ones -> the embedding that stands for that side where it is missing.
             Zeros until tower dropout trains it.
+        correction: the head's logits -> probabilities.
     """
 
     model: HybridModel
@@ -153,6 +187,7 @@ class Network:
     server_embedding: int
     device_embedding: int
     missing: nn.ModuleDict
+    correction: Correction
 
     @classmethod
     def build(cls, model: HybridModel, *, seed: int = 0) -> Network:
@@ -176,7 +211,29 @@ class Network:
             _check_nothing_shared(parts)
             _check_parts_alone(parts, _widths(model, server, device))
             missing = nn.ModuleDict({"server": _zeros(server), "device": _zeros(device)})
-        return cls(model, **parts, server_embedding=server, device_embedding=device, missing=missing)
+        return cls(
+            model,
+            **parts,
+            server_embedding=server,
+            device_embedding=device,
+            missing=missing,
+            correction=Correction(),
+        )
+
+    @classmethod
+    def of(cls, model: HybridModel, version: Version) -> Network:
+        """The network of a trained version: with the constants that it learned, and its weights.
+
+        Args:
+            model: the declaration that it was trained from.
+            version: of it.
+
+        Raises:
+            ConfigError: constants or weights are of another declaration.
+        """
+        network = cls.build(model.with_learned(version.learned))
+        network.load_weights(version.weights)
+        return network
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
@@ -195,21 +252,27 @@ class Network:
         """(rows, size) what the head is given where the "server" or the "device" does not answer."""
         return self.missing[side](torch.ones(rows, 1))  # type: ignore[no-any-return]
 
+    @property
+    def _kept(self) -> Mapping[str, nn.Module]:
+        """What a version holds, by name."""
+        return {**self.parts, "missing": self.missing, "correction": self.correction}
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Every parameter and persistent buffer, the missing embeddings included, as "part.name" -> array."""
+        """Every parameter and persistent buffer as "part.name" -> array, missing embeddings and correction included."""
         return {
             f"{part}.{name}": value.detach().cpu().numpy().copy()
-            for part, module in {**self.parts, "missing": self.missing}.items()
+            for part, module in self._kept.items()
             for name, value in module.state_dict().items()
         }
 
     def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
-        """Sets what `weights` returned.
+        """Sets what `weights` returned; without a correction, as versions before there was one, it is none.
 
         Raises:
             ConfigError: a name or shape is not this network's.
         """
-        for part, module in {**self.parts, "missing": self.missing}.items():
+        weights = {"correction.shift": np.zeros((), np.float32), **weights}
+        for part, module in self._kept.items():
             prefix = f"{part}."
             state = {n.removeprefix(prefix): torch.tensor(v) for n, v in weights.items() if n.startswith(prefix)}
             try:

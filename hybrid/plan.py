@@ -1,12 +1,12 @@
-"""Plans and what devices send back: how a device takes part in training, over HTTP.
+"""Plans and what devices send back: how a device takes part in training and answers queries, over HTTP.
 
 A device asks `POST CHECK_IN` with a `CheckIn` as JSON, and is answered
 
-    200  a signed message: a `TrainPlan` with its weights, or a `Halt`
+    200  a signed message: a `TrainPlan` with its weights, a `QueryPlan` with its payload, or a `Halt`
     204  nothing to do; `Retry-After` says in how many seconds to ask again
     429, 503  the same, for a server that is busy
 
-and sends its update once, `PUT UPDATE` with the upload's own random id in the path, which is answered
+and sends its update, or its answer, once, `PUT UPDATE` with the upload's own random id in the path, which is answered
 
     200  it is counted, now or by an earlier attempt: a repeat of the same bytes is answered alike, and counted once
     429, 503  not taken; again after `Retry-After`, with the same id and bytes
@@ -17,7 +17,7 @@ Neither a check-in nor an update names the device or the person, and no header t
 a whole cohort is in the plan, and what is not is the update.
 
 A signed message is 64 bytes of Ed25519 signature (RFC 8032), then the length of the JSON as 4 bytes, little-endian, the
-JSON, and raw float32 weights, little-endian, where the plan has some. The signature is over `CONTEXT` and all that
+JSON, and raw float32 numbers, little-endian, where the plan has some. The signature is over `CONTEXT` and all that
 follows it: the key is the control plane's, which signs bundles too, and neither may pass for the other. Devices have
 the public half from their host app.
 """
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from hybrid.errors import PlanError
+from hybrid.query import Query
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -42,6 +43,8 @@ CONTEXT = b"hybrid plan 1\0"
 MAX_BYTES = 64 << 20  # of a signed message
 MAX_JSON = 64 << 10  # of its JSON
 MAX_PARAMETERS = (MAX_BYTES - MAX_JSON - 128) // 4
+MAX_PAYLOAD = 1 << 18  # numbers that a query brings along
+QUERY_RUNTIME = 2  # of the first devices that know a `QueryPlan`: others are given none
 SIGNATURE = 64
 _LENGTH = struct.Struct("<I")
 
@@ -49,6 +52,7 @@ Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
+Share = Annotated[FiniteFloat, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]  # Unix time in UTC; exact in a browser too
 
@@ -89,6 +93,8 @@ class Local(_Message):
         steps, epochs: one of them; the other is None.
         lr, batch, proximal: of `LocalTraining`.
         tower_dropout: share of rows that train without the server's, and of those that train without the device's side.
+        keep: of `LocalTraining`; absent where all examples are taken. A device that is older than it refuses a plan
+            that has it: it would train with other examples than the version's correction is for.
     """
 
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -97,6 +103,7 @@ class Local(_Message):
     batch: Count | None = None
     proximal: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
+    keep: tuple[Share, Share] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -173,6 +180,80 @@ class TrainPlan(_Message):
             raise ValueError("examples must be the least and the most, in this order")
         return self
 
+    @property
+    def attached(self) -> int:
+        """Numbers that travel behind it: the weights."""
+        return self.parameters
+
+
+class QueryPlan(_Message):
+    """What everybody is asked once: to count over their own rows, and to send one vector of bounded norm.
+
+    Nobody tosses a coin and nobody waits for a turn: who answers may be known, and a device without rows answers too.
+
+    Attributes:
+        id, model, version, definition_hash, expires_ms, policy: see `TrainPlan`; a query that reads scores is about
+            this version's.
+        seconds: of the counting, at most.
+        query: what is asked; of a device at most `query.rows` rows are read.
+
+    Raises:
+        ValueError: (pydantic's) the query is none, or its payload would have more than `MAX_PAYLOAD` numbers.
+    """
+
+    kind: Literal["query"] = "query"
+    format: Literal[1] = 1
+    id: Id
+    model: Name
+    version: Count
+    definition_hash: Digest
+    expires_ms: Milliseconds
+    policy: Policy = Policy()
+    seconds: Positive = 60.0
+    query: Query
+
+    @model_validator(mode="after")
+    def _carried(self) -> Self:
+        if self.attached > MAX_PAYLOAD:
+            raise ValueError(
+                f"statistics x (counts + 1) of a query with spread must be at most {MAX_PAYLOAD}, got {self.attached}"
+            )
+        return self
+
+    @property
+    def attached(self) -> int:
+        """Numbers that travel behind it: the payload of a query with `spread`."""
+        query = self.query
+        return 0 if query.spread is None else len(query.spread) * (query.counts + 1)
+
+    @property
+    def sampling(self) -> float:
+        """Everybody is asked."""
+        return 1.0
+
+    @property
+    def turn(self) -> None:
+        """None: turns are a training's."""
+        return
+
+    @property
+    def clip(self) -> float:
+        """Largest L2 norm of an answer."""
+        return self.query.norm
+
+    @property
+    def upload(self) -> Literal["float32"]:
+        """How an answer travels."""
+        return "float32"
+
+    @property
+    def parameters(self) -> int:
+        """Length of an answer."""
+        return self.query.size
+
+
+Plan = TrainPlan | QueryPlan
+
 
 class Halt(_Message):
     """The kill switch: a device stops to predict and to train with these versions, until it has another.
@@ -203,22 +284,25 @@ class CheckIn(_Message):
     runtime: Count
 
 
-_SIGNED: TypeAdapter[TrainPlan | Halt] = TypeAdapter(Annotated[TrainPlan | Halt, Field(discriminator="kind")])
+_SIGNED: TypeAdapter[Plan | Halt] = TypeAdapter(Annotated[TrainPlan | QueryPlan | Halt, Field(discriminator="kind")])
 
 
-def sign(message: TrainPlan | Halt, key: Ed25519PrivateKey, weights: NDArray[np.float32] | None = None) -> bytes:
+def sign(message: Plan | Halt, key: Ed25519PrivateKey, numbers: NDArray[np.float32] | None = None) -> bytes:
     """A message as it travels.
 
     Args:
         message: what is asked.
         key: the control plane's.
-        weights: (parameters,) of a `TrainPlan`, finite; None for a `Halt`.
+        numbers: (message.attached,) finite: the weights of a `TrainPlan`, the payload of a `QueryPlan` with `spread`;
+            None where there are none.
 
     Raises:
-        PlanError: the weights are not the message's: no device would take it.
+        PlanError: the numbers are not the message's, or its JSON is too long: no device would take it.
     """
-    text = message.model_dump_json(exclude_none=True).encode()  # a device that knows no turns reads plans without
-    values = np.zeros(0, np.float32) if weights is None else weights
+    text = message.model_dump_json(
+        exclude_none=True
+    ).encode()  # a device that knows no turns or keep reads plans without
+    values = np.zeros(0, np.float32) if numbers is None else numbers
     _check(message, len(text), values)
     body = _LENGTH.pack(len(text)) + text + np.ascontiguousarray(values, "<f4").tobytes()
     return key.sign(CONTEXT + body) + body
@@ -226,7 +310,7 @@ def sign(message: TrainPlan | Halt, key: Ed25519PrivateKey, weights: NDArray[np.
 
 def open_signed(
     data: bytes, trusted: Ed25519PublicKey, *, most: int = MAX_BYTES
-) -> tuple[TrainPlan | Halt, NDArray[np.float32]]:
+) -> tuple[Plan | Halt, NDArray[np.float32]]:
     """Verifies a message; nothing of it is read before that.
 
     Args:
@@ -235,10 +319,10 @@ def open_signed(
         most: bytes that are looked at.
 
     Returns:
-        It, and its weights, read-only; none for a `Halt`.
+        It, and its weights or payload, read-only; none for a `Halt`.
 
     Raises:
-        PlanError: too large, not signed by that key, of another format, or with other weights than it says.
+        PlanError: too large, not signed by that key, of another format, or with other numbers than it says.
     """
     from cryptography.exceptions import InvalidSignature
 
@@ -258,16 +342,17 @@ def open_signed(
         raise PlanError(f"the plan is of another format: {error.error_count()} fields differ") from None
     except struct.error:
         raise PlanError("the plan is damaged: it has no length") from None
-    weights = np.frombuffer(body[begin:], "<f4").astype(np.float32)  # a copy: aligned, and the plan's bytes can go
-    weights.flags.writeable = False
-    _check(message, length, weights)
-    return message, weights
+    numbers = np.frombuffer(body[begin:], "<f4").astype(np.float32)  # a copy: aligned, and the plan's bytes can go
+    numbers.flags.writeable = False
+    _check(message, length, numbers)
+    return message, numbers
 
 
-def _check(message: TrainPlan | Halt, length: int, weights: NDArray[np.float32]) -> None:
+def _check(message: Plan | Halt, length: int, numbers: NDArray[np.float32]) -> None:
     """What both sides hold a message to."""
-    expected = message.parameters if isinstance(message, TrainPlan) else 0
-    if weights.shape != (expected,) or not np.isfinite(weights).all():
-        raise PlanError(f"the plan must have {expected} finite weights, got shape {weights.shape}")
+    expected = 0 if isinstance(message, Halt) else message.attached
+    what = "numbers of payload" if isinstance(message, QueryPlan) else "weights"
+    if numbers.shape != (expected,) or not np.isfinite(numbers).all():
+        raise PlanError(f"the plan must have {expected} finite {what}, got shape {numbers.shape}")
     if length > MAX_JSON:
         raise PlanError(f"the plan must have at most {MAX_JSON} bytes of JSON, got {length}")

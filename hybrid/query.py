@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from hybrid.errors import ConfigError
-from hybrid.features import Categorical, Numeric
+from hybrid.features import UNUSED, Categorical, Numeric, as_text, murmur3_32
 
 Floats = NDArray[np.float64]
 Cells = tuple[NDArray[np.int64], Floats]
@@ -28,6 +28,9 @@ LABEL, SCORE, AGAINST = "label", "score", "score_against"
 PEOPLE_A_CHUNK = 4096
 CELLS_A_CHUNK = 1 << 22  # 32 MiB
 MOST_CELLS = 1 << 20
+SPELLED_BYTES, CHECK_BITS, CHECK_SEED = 32, 32, 1
+SPELLED_BITS = 8 * SPELLED_BYTES + CHECK_BITS
+FEW_PEOPLE = 8  # whose cells are encoded without the matrix, which a device need not hold: 128 MiB for 4,096 cells
 
 
 class Part(BaseModel):
@@ -68,7 +71,7 @@ class Part(BaseModel):
 
     def encode(self, counts: Floats) -> Floats:
         """(k, size) counts -> (k, size) as they are summed and noised."""
-        return self._by_run(counts, lambda run: run @ _root(run.shape[1]).T)
+        return self._by_run(counts, _rooted)
 
     def decode(self, total: Floats) -> Floats:
         """(k, size) encoded -> (k, size) counts."""
@@ -224,6 +227,98 @@ class Categories(Part):
         return place[:, None], np.ones((len(place), 1))
 
 
+class Hashed(Part):
+    """Rows by a hash of their text: what is frequent is found in it, before anybody knows what there is.
+
+    A text that cannot be spelled (see `Spelled`), and a missing one, add nothing.
+
+    Attributes:
+        column: a text feature.
+        buckets: of MurmurHash3 x86_32 of the NFC UTF-8 bytes.
+    """
+
+    kind: Literal["hashed"] = "hashed"
+    text: ClassVar[bool] = True
+    column: str
+    buckets: Annotated[int, Field(ge=2, le=MOST_CELLS)]
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        if self.cumulative:
+            raise ValueError("cumulative must be left out: hashes have no order")
+        return self
+
+    @property
+    def size(self) -> int:
+        """The buckets."""
+        return self.buckets
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The feature."""
+        return (self.column,)
+
+    def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
+        """See `Part`."""
+        text = as_text(columns[self.column])
+        found = {value: bucket_of(value, self.buckets) for value in set(text)}
+        place = np.fromiter((found[value] for value in text), dtype=np.int64, count=len(text))
+        return place[:, None], np.ones((len(place), 1))
+
+
+class Spelled(Part):
+    """The bits of texts, summed for each of some buckets: where one text is frequent, the signs of the sums spell it.
+
+    A text is its NFC UTF-8 bytes, `SPELLED_BYTES` of them, zeros behind its end, and 32 bits of a second hash. Each
+    bit counts as 1 or -1 over the root of how many there are, so that a row's vector has the norm 1, whatever its
+    text. A longer text adds nothing, nor does one of another bucket, one that holds a zero character, or
+    `hybrid.features.UNUSED`.
+
+    Attributes:
+        column: a text feature.
+        buckets: of `Hashed`.
+        survivors: those of them that are spelled, distinct.
+    """
+
+    kind: Literal["spelled"] = "spelled"
+    text: ClassVar[bool] = True
+    column: str
+    buckets: Annotated[int, Field(ge=2, le=MOST_CELLS)]
+    survivors: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=1000)]
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        if len(set(self.survivors)) < len(self.survivors) or max(self.survivors) >= self.buckets:
+            raise ValueError("survivors must be distinct buckets")
+        if self.cumulative:
+            raise ValueError("cumulative must be left out: bits have no order")
+        return self
+
+    @property
+    def size(self) -> int:
+        """The bits of each bucket."""
+        return len(self.survivors) * SPELLED_BITS
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The feature."""
+        return (self.column,)
+
+    def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
+        """See `Part`."""
+        text = as_text(columns[self.column])
+        distinct = sorted({value for value in text if value is not None})
+        first = {bucket: SPELLED_BITS * place for place, bucket in enumerate(self.survivors)}
+        begin = {value: first.get(bucket_of(value, self.buckets), -1) for value in distinct}
+        spelled = [value for value in distinct if begin[value] >= 0]
+        places, signs = np.full((len(spelled) + 1, SPELLED_BITS), -1), np.zeros((len(spelled) + 1, SPELLED_BITS))
+        for row, value in enumerate(spelled):
+            places[row], signs[row] = begin[value] + np.arange(SPELLED_BITS), spelling(value)
+        number = {value: row for row, value in enumerate(spelled)}
+        of_row = np.fromiter((number.get(value, len(spelled)) for value in text), dtype=np.int64, count=len(text))
+        return places[of_row], signs[of_row] / math.sqrt(SPELLED_BITS)
+
+
 class Labels(Part):
     """Rows with the label 0, and rows with the label 1."""
 
@@ -292,6 +387,42 @@ class Scores(Part):
         return places.astype(np.int64), np.stack([1.0 - share, share], axis=1)
 
 
+class Residuals(Part):
+    """How far predictions are off in the large: sums of label - score, and of scores by shifted logits.
+
+    The first says by how many rows; the others, with all logits shifted by -1, 0 and 1,
+    how fast a shift changes that. Where a label is rare one person adds little to any, so that they may
+    be clipped low, and have little noise, where counts by score would have much.
+    """
+
+    kind: Literal["residuals"] = "residuals"
+
+    @property
+    def size(self) -> int:
+        """The four sums."""
+        return 4
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Score and label."""
+        return LABEL, SCORE
+
+    @property
+    def row_norm(self) -> float:
+        """Of (-1, 1, 1, 1): a label of 0 with a score of 1."""
+        return 2.0
+
+    def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
+        """See `Part`."""
+        score = columns[SCORE].astype(np.float64)
+        known = ~np.isnan(score)
+        score = np.clip(np.where(known, score, 0.0), 0.0, 1.0)[:, None]
+        odds = score * np.exp([-1.0, 0.0, 1.0])
+        shifted = odds / (1.0 - score + odds)
+        residual = (columns[LABEL] == 1)[:, None] - score
+        return np.where(known[:, None], np.arange(4), -1), np.concatenate([residual, shifted], axis=1)
+
+
 class By(BaseModel):
     """Groups, by a column that the server knows of each row: what it says of a person is nothing new to it.
 
@@ -310,7 +441,9 @@ class By(BaseModel):
         return self
 
 
-AnyPart = Annotated[Moments | Histogram | Categories | Labels | Scores, Field(discriminator="kind")]
+AnyPart = Annotated[
+    Moments | Histogram | Categories | Hashed | Spelled | Labels | Scores | Residuals, Field(discriminator="kind")
+]
 
 
 class Query(BaseModel):
@@ -544,6 +677,14 @@ def _roots(size: int) -> Floats:
     return roots
 
 
+def _rooted(run: Floats) -> Floats:
+    """(k, n) by the root of running sums."""
+    size = run.shape[1]
+    if len(run) > FEW_PEOPLE:
+        return np.asarray(run @ _root(size).T)
+    return np.array([np.convolve(row, _roots(size))[:size] for row in run]).reshape(run.shape)
+
+
 @lru_cache(maxsize=16)
 def _root(size: int) -> Floats:
     return _toeplitz(_roots(size))
@@ -560,6 +701,22 @@ def _toeplitz(first: Floats) -> Floats:
     """Lower triangular."""
     behind = np.arange(len(first))[:, None] - np.arange(len(first))
     return np.where(behind >= 0, first[np.maximum(behind, 0)], 0.0)
+
+
+def bucket_of(text: str | None, buckets: int) -> int:
+    """Of an NFC text, by `hybrid.features.murmur3_32`; -1 for a missing one, and one that cannot be spelled."""
+    if text is None or UNUSED in text or "\0" in text or len(text.encode()) > SPELLED_BYTES:
+        return -1
+    return murmur3_32(text.encode()) % buckets
+
+
+def spelling(text: str) -> NDArray[np.int8]:
+    """(SPELLED_BITS,) of 1 and -1: an NFC text of at most `SPELLED_BYTES`, and a second hash of it."""
+    content = text.encode()
+    check = murmur3_32(content, CHECK_SEED).to_bytes(CHECK_BITS // 8, "little")
+    whole = content.ljust(SPELLED_BYTES, b"\0") + check
+    bits: NDArray[np.int8] = 2 * np.unpackbits(np.frombuffer(whole, np.uint8)).astype(np.int8) - 1
+    return bits
 
 
 def _check_ascending(name: str, values: Sequence[float]) -> None:

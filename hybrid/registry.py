@@ -316,7 +316,7 @@ class Registry:
         points += [Metric(f"{FINAL}{metric}", value, now, 0) for metric, value in training.oracle.items()]
         for start in range(0, len(points), METRICS_PER_CALL):
             client.log_batch(run, metrics=points[start : start + METRICS_PER_CALL])
-        settings = training.model_dump(exclude={"oracle", "settings"}, exclude_none=True)
+        settings = training.model_dump(exclude={"oracle", "settings", "learned"}, exclude_none=True)
         if training.settings is not None:
             settings |= {f"training.{setting}": value for setting, value in training.settings}
         client.log_batch(run, params=[Param(setting, str(value)) for setting, value in settings.items()])

@@ -24,8 +24,10 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
+    model_serializer,
     model_validator,
 )
 
@@ -218,6 +220,10 @@ class Noised(Declared):
     sigma: Annotated[FiniteFloat, Field(gt=0)]
 
 
+_LATER = ("balance", "balance_epsilon", "normalise_share", "normalise_rows")
+"""Settings of `Training` that are in its JSON only where they are not the default."""
+
+
 class Training(Declared):
     """How the device side is trained. Every field has a flag of `hybrid train`.
 
@@ -252,6 +258,15 @@ class Training(Declared):
             [0, 0.5): what a missing side means is learned by it.
         upload: how a user's clipped update travels: "float32", or "int8", in 8 bits a weight, rounded by chance and
             clipped again where it arrives.
+        balance: share of positives that devices train with, in (0, 1), 0.5 the usual: each device leaves out examples
+            of the label that there is too much of, others in each round, and the version's correction takes
+            predictions back to how often the label is 1. None: examples are taken as they come.
+        balance_epsilon: of the budget, for what `balance` must know of everybody: how often the label is 1 before the
+            training (where only devices know), and how far predictions are off after it. None: a quarter of the
+            budget. That leaves the training nearly all: noise adds up in squares.
+        normalise_share: of the budget's epsilon, what learning the constants of device features may cost, where some
+            are declared to be learned; the rounds have what that leaves.
+        normalise_rows: of a person, the last ones, that count in it at most.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 200
@@ -274,6 +289,22 @@ class Training(Declared):
     server_tower: Literal["central", "frozen", "federated"] = "central"
     tower_dropout: Annotated[FiniteFloat, Field(ge=0, lt=0.5)] = 0.0
     upload: Literal["float32", "int8"] = "float32"
+    balance: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    balance_epsilon: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    normalise_share: Annotated[FiniteFloat, Field(gt=0, le=0.9)] = 0.1
+    normalise_rows: Annotated[int, Field(ge=1, le=1000)] = 4
+
+    @model_serializer(mode="wrap")
+    def _as_declared(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without settings that came later, where they are not changed: definitions of before keep their hash."""
+        defaults = {name: type(self).model_fields[name].default for name in _LATER}
+        return {name: value for name, value in fields(self).items() if (name, value) not in defaults.items()}
+
+    @model_validator(mode="after")
+    def _balance(self) -> Self:
+        if self.balance is None and self.balance_epsilon is not None:
+            raise ValueError("balance_epsilon must be left out without balance: there is nothing to ask")
+        return self
 
     @model_validator(mode="after")
     def _noise(self) -> Self:
@@ -447,6 +478,12 @@ class HybridModel(Declared):
         if taken:
             raise ValueError(f"request features cannot be called {taken}: every request has inputs of those names")
         _check_exportable({**self.server.features.transforms, **self.request, **self.device})
+        seen = self.server_features.pending
+        if seen:
+            raise ValueError(
+                f"server and request features {list(seen)} must have constants written by hand: normalise='federated' "
+                "and discover are for what only devices know; what the server sees, it can count itself"
+            )
         _distinct("server and request features", [*self.server.features.names, *self.request])
         known = {*self.server.features.names, *self.request, *self.device, self.server.entity.join_key}
         if self.label.column in known:
@@ -487,6 +524,30 @@ class HybridModel(Declared):
     def protects(self) -> str:
         """What epsilon is about."""
         return self.label.protects
+
+    def with_learned(self, learned: Mapping[str, Transform]) -> HybridModel:
+        """This model with the constants that a version learned, as if they had been written by hand.
+
+        Args:
+            learned: device feature -> its transform, for each whose constants are declared to be learned.
+
+        Raises:
+            ConfigError: it is not of exactly those features, or of another kind or width.
+        """
+        pending = self.device_features.pending
+        if set(learned) != set(pending):
+            raise ConfigError(
+                f"constants of {self.name!r} must be learned of {list(pending)}, as it declares, got those of "
+                f"{sorted(learned)}"
+            )
+        for name, transform in learned.items():
+            declared = self.device[name]
+            if type(transform) is not type(declared) or transform.width != declared.width or transform.pending:
+                raise ConfigError(
+                    f"what was learned of {name!r} must be {declared.kind} of width {declared.width}, as "
+                    f"{self.name!r} declares, got {type(transform).__name__} of width {transform.width}"
+                )
+        return self.model_copy(update={"device": {**self.device, **learned}}) if learned else self
 
     def definition(self) -> dict[str, Any]:
         """What is trained, as JSON values: the declaration without the towers' code, and without how it is used."""

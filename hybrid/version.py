@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +10,68 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from hybrid.features import AnyTransform
 from hybrid.spec import Training
+
+
+class Balance(BaseModel):
+    """What a training with label balance learned, and how far its correction shifts logits, in nats.
+
+    Attributes:
+        prior: share of positives, of people who count alike; noised unless `prior_exact`.
+        prior_exact: whether the server knows the labels, or nothing is private.
+        keep: probabilities with which devices keep an example with the label 0, and with the label 1.
+        analytic: what the sampling does to the odds, undone.
+        estimated: how far predictions were still off, added to it; None: nothing that makes sense was found.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prior: float
+    prior_exact: bool
+    keep: tuple[float, float]
+    analytic: float
+    estimated: float | None
+
+    def line(self) -> str:
+        """In words."""
+        rest = "nothing that makes sense" if self.estimated is None else f"{self.estimated:+.3f}"
+        return (
+            f"label prior {self.prior:.4g} ({'exact' if self.prior_exact else 'noised'}); devices keep "
+            f"{self.keep[0]:.3g} of label 0 and {self.keep[1]:.3g} of label 1; logits are shifted by "
+            f"{self.analytic:+.3f}, and {rest} as estimated after the training"
+        )
+
+
+class Learned(BaseModel):
+    """Constants of device features that a query learned, and what it cost.
+
+    Attributes:
+        transforms: by feature name, with constants as if they had been written by hand.
+        users: whose rows were asked (public).
+        rows: of a person, the last ones, that the query counted at most; None: all, in a reference.
+        epsilon, delta: of these releases alone. None: exact, computed from pooled rows without a mechanism, as only a
+            simulation can: a reference.
+        run: whose ledger paid for them, and holds them in its whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    transforms: dict[str, AnyTransform]
+    users: int
+    run: str
+    rows: int | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+
+    def line(self) -> str:
+        """What was learned, and what for, in words."""
+        names = ", ".join(self.transforms)
+        if self.epsilon is None:
+            return f"constants of {names}: exact, from pooled rows (oracle)"
+        rows = "the last row" if self.rows == 1 else f"the last {self.rows} rows"
+        spent = f"epsilon {self.epsilon:.3f} at delta {self.delta} of run {self.run}"
+        return f"constants of {names}: {spent}, from {rows} of each person"
 
 
 class TrainingRecord(BaseModel):
@@ -29,7 +91,9 @@ class TrainingRecord(BaseModel):
         assumption: what the claim rests on, in words.
         unit: "user" or "device".
         protects: "device features" or "device features and label"; None without a mechanism.
+        balance: of a training whose devices sample examples by their label; None: they take them as they come.
         oracle: metrics computed from pooled data, in simulation only: never released from a fleet.
+        learned: constants that belong to the weights; None where the model declares all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,17 +114,21 @@ class TrainingRecord(BaseModel):
     assumption: str | None = None
     unit: Literal["user", "device"] | None = None
     protects: str | None = None
+    balance: Balance | None = None
     oracle: dict[str, float] = {}
+    learned: Learned | None = None
 
     def privacy_lines(self) -> tuple[str, ...]:
         """The whole claim in words, to be printed wherever epsilon is.
 
         Returns:
             Epsilon with delta, unit and what it protects; the mechanism over its rounds
-            and their sampling; what it rests on. One line where there was no mechanism.
+            and their sampling; what it rests on; what learned constants cost. One line
+            where there was no mechanism.
         """
+        learned = () if self.learned is None else (self.learned.line(),)
         if self.epsilon is None:
-            return ("none: a reference of a simulation, trained without a mechanism",)
+            return ("none: a reference of a simulation, trained without a mechanism", *learned)
         said = {name: "?" if value is None else value for name, value in self.model_dump().items()}
         sampling = "everybody in each" if self.sampling == 1 else "each person in each with probability {sampling}"
         if self.settings is not None and self.settings.separation is not None:
@@ -70,7 +138,7 @@ class TrainingRecord(BaseModel):
             f"{{mechanism}}; {{rounds}} rounds, {sampling}",
             "assumes: {assumption}",
         )
-        return tuple(line.format_map(said) for line in lines)
+        return (*(line.format_map(said) for line in lines), *learned)
 
 
 @dataclass(frozen=True)
@@ -93,3 +161,8 @@ class Version:
     training: TrainingRecord
     weights: dict[str, NDArray[np.float32]] = field(repr=False)
     aliases: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> Mapping[str, AnyTransform]:
+        """Constants that it learned, by device feature: what `HybridModel.with_learned` takes."""
+        return {} if self.training.learned is None else self.training.learned.transforms

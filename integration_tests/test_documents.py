@@ -18,6 +18,7 @@ FLEET = ROOT / "docs" / "fleet.md"
 FLOWER = ROOT / "docs" / "flower.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
+LEAKAGE = ROOT / "docs" / "leakage.md"
 ANALYTICS = ROOT / "docs" / "analytics.md"
 
 
@@ -28,7 +29,7 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, ANALYTICS)],
+    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS)],
     ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
@@ -79,6 +80,15 @@ def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands
     assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 6 + ["seen"] * 3, printed
     assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:6]), printed
     assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
+
+
+def test_a_clear_embedding_gives_everything_away_and_noise_that_hides_it_costs_more_than_it_is_worth(type_commands):
+    """All 16 features are recovered clear; where none is, AUC is far below what it is with nothing of the device."""
+    printed = type_commands("\n".join(commands(LEAKAGE)))
+    assert "From a clear embedding 16 of 16 features are recovered better than by guessing" in printed, printed
+    (left,) = re.findall(r"over guessing; there noise costs .* of which (\d\.\d+) is left", printed)
+    (without,) = re.findall(r"With nothing of the device AUC is (\d\.\d+)", printed)
+    assert float(left) < float(without) - 0.05
 
 
 def test_analytics_answer_and_their_ledger_says_so(type_commands):

@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks import accuracy, measure, serving, serving_process, world
+from benchmarks import accuracy, measure, normalisation, serving, serving_process, world
 from benchmarks.workload import BATCH, CLIP, EXAMPLES, LR, Contest
+from examples.study_coach.prepare import MODEL as STUDY_COACH
+from hybrid import Numeric
 from hybrid.federation import simulation
 from hybrid.local_training import Schedule
+from hybrid.spec import load_model
 
 
 @pytest.mark.parametrize(("size", "weights"), [("0.4k", 357), ("6.3k", 6305), ("17k", 16_641), ("200k", 197_377)])
@@ -154,3 +157,17 @@ def test_every_part_of_the_serving_benchmark_can_be_quick():
     """Each length is shorter."""
     assert set(serving.PARTS) == {"drain", "clients", "latency", "soak"}
     assert all(vars(serving.QUICK)[name] < value for name, value in vars(serving.Lengths()).items())
+
+
+def test_all_numeric_device_features_of_the_study_coach_are_learned():
+    """The sixteen of them, and they alone; each keeps its clip and its scale."""
+    model = load_model(STUDY_COACH)
+    found = normalisation.learning(model)
+    numeric = {name for name, each in model.device.items() if isinstance(each, Numeric)}
+    assert {name for name, each in found.items() if each.pending} == numeric
+    assert len(numeric) == 16
+    assert all(
+        type(found[name]) is type(each) and found[name].clip == each.clip
+        for name, each in model.device.items()
+        if name in numeric
+    )

@@ -30,7 +30,8 @@ from hybrid import Clear, Numeric
 from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
-from hybrid.plan import Halt, Local, Policy, TrainPlan, Turn, sign
+from hybrid.plan import Halt, Local, Policy, QueryPlan, TrainPlan, Turn, sign
+from hybrid.query import LABEL, Categories, Labels, Moments, Query
 from hybrid.update import decode
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -67,6 +68,15 @@ PLAN = TrainPlan(
     clip=10.0,
     parameters=3,
 )
+QUERY = QueryPlan(
+    id="2f" * 16,
+    model="meals",
+    version=7,
+    definition_hash="ab" * 32,
+    expires_ms=NOW + 600_000,
+    seconds=30,
+    query=Query(parts=(Moments(column="steps", low=0, high=8),), rows=64),
+)
 WEIGHTS = np.array([1.0, 2.0, 3.0], np.float32)
 UPDATE = np.array([0.5, -0.25, 2.0], np.float32)
 GOOD = Readings(
@@ -81,6 +91,17 @@ class Examples:
     server: np.ndarray
     features: dict
     labels: np.ndarray
+
+
+@dataclass
+class Asked:
+    columns: dict
+    server: np.ndarray
+    predicted: np.ndarray
+
+    @property
+    def features(self):
+        return {"steps": self.columns["steps"]}
 
 
 @dataclass
@@ -128,6 +149,11 @@ class MemoryStore:
     def examples(self, device, newest, now_ms):
         n = min(self.rows, newest)
         return Examples(np.ones((n, 2), np.float32), {"steps": [float(i) for i in range(n)]}, np.ones(n, np.float32))
+
+    def asked(self, query, now_ms, *, device=0):
+        n = min(self.rows, query.rows)
+        steps = [float(i) for i in range(n)]
+        return Asked({"steps": steps, LABEL: [1] * n}, np.ones((n, 2), np.float32), np.ones(n, np.float32))
 
     def forget(self):
         self.forgets += 1
@@ -251,10 +277,10 @@ def test_a_device_trains_from_the_plans_weights_and_sends_one_update():
 
 
 def test_a_check_in_says_model_version_and_runtime():
-    """And takes no more than the largest plan of its three weights: a signature, a length, 64 KiB of JSON, 12 bytes."""
+    """And takes no more than the largest plan: a signature, a length, 64 KiB of JSON, 1 MiB of a query's payload."""
     world = World()
     world.session()
-    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 1}, 64 + 4 + 65536 + 12)]
+    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 2}, 64 + 4 + 65536 + (1 << 20))]
 
 
 def test_an_update_is_kept_before_it_is_sent():
@@ -803,3 +829,100 @@ def test_whatever_happens_each_plan_has_at_most_one_update_and_it_was_kept_first
     assert all(len(uploads) == 1 for uploads in by_plan.values())
     ids = [plan for plan, *_ in world.trainer.trained]
     assert len(ids) == len(set(ids))
+
+
+# Queries
+
+
+def asked(**fields):
+    return QUERY.model_copy(update=fields)
+
+
+def test_a_device_answers_a_query_once():
+    """Steps 0 to 4 of [0, 8]: five, 10/8 and 30/64, through the states of a training, and not the same plan again."""
+    world = World(own=OFTEN).answers(asked(policy=OFTEN))
+    outcome = world.session()
+    assert outcome.ending is Ending.UPLOADED
+    assert outcome.path == ("idle", "checked_in", "planned", "training", "ready", "uploading", "done")
+    ((plan, upload, body),) = world.aggregator.sent
+    assert (plan, re.fullmatch("[0-9a-f]{32}", upload) is not None) == (QUERY.id, True)
+    np.testing.assert_allclose(decode(body, 3), [5, 1.25, 0.46875], rtol=1e-6)
+    assert (world.store.history(0), world.trainer.trained) == ([NOW], [])
+    assert world.session().ending is Ending.TAKEN_PART
+
+
+def test_a_device_without_a_training_program_or_rows_answers_too():
+    """Zeros."""
+    world = World(manifest=MANIFEST.model_copy(update={"train": None})).answers(QUERY)
+    world.trainer, world.store.rows = None, 0
+    assert world.session().ending is Ending.UPLOADED
+    np.testing.assert_array_equal(decode(world.aggregator.sent[0][2], 3), [0, 0, 0])
+
+
+@pytest.mark.parametrize(("first", "second"), [(QUERY, PLAN), (PLAN, QUERY), (QUERY, asked(id="3f" * 16))])
+def test_training_and_queries_rest_after_each_other(first, second):
+    """A day by default, whatever for the device was asked: it says so before it sends anything."""
+    world = World().answers(first)
+    assert world.session().ending is Ending.UPLOADED
+    world.now_ms += DAY_MS - 1
+    assert world.answers(later(second, world)).session().reasons == (Reason.TOO_SOON, Reason.TOO_OFTEN)
+    world.now_ms += 1
+    assert world.answers(later(second, world)).session().ending is Ending.UPLOADED
+
+
+def later(plan, world):
+    return plan.model_copy(update={"expires_ms": world.now_ms + 600_000})
+
+
+@pytest.mark.parametrize(
+    ("fields", "ending"),
+    [
+        ({"model": "other"}, "other_model"),
+        ({"version": 6}, "other_version"),
+        ({"definition_hash": "cd" * 32}, "other_definition"),
+        ({"expires_ms": NOW}, "expired"),
+        ({"seconds": 30.5}, "too_large"),
+        ({"query": Query(parts=(Labels(),), rows=65)}, "too_large"),
+        ({"query": Query(parts=(Moments(column="weight", low=0, high=1),))}, "cannot_answer"),
+        ({"query": Query(parts=(Categories(column="steps", values=("a",)),))}, "cannot_answer"),
+    ],
+    ids=str,
+)
+def test_a_query_that_is_not_for_this_device_is_refused(fields: dict, ending: str):
+    """By one word; nothing is sent, and it is not counted as taking part."""
+    world = World().answers(asked(**fields))
+    outcome = world.session()
+    assert (outcome.ending, outcome.path[-1]) == (ending, "dropped")
+    assert (world.aggregator.sent, world.store.decided) == ([], {})
+
+
+def test_an_answer_is_kept_before_it_is_sent_and_sent_again_the_same():
+    """An aggregator that cannot be reached: the next session sends the same bytes under the same id."""
+    world = World(own=OFTEN).answers(asked(policy=OFTEN))
+    world.aggregator.uploads = [Reply(0, error="it broke")] * ATTEMPTS + [Reply(200)]
+    assert world.session().ending is Ending.WAITING
+    assert world.session().ending is Ending.UPLOADED
+    assert len(set(world.aggregator.sent)) == 1
+    assert len(world.aggregator.asked) == 1
+
+
+def test_an_answer_of_what_was_forgotten_meanwhile_is_not_sent():
+    """The person had something forgotten after the rows were read."""
+    world = World().answers(QUERY)
+    read = world.store.asked
+
+    def then_forgotten(query, now_ms, *, device=0):
+        rows = read(query, now_ms)
+        world.store.forget()
+        return rows
+
+    world.store.asked = then_forgotten
+    assert world.session().ending is Ending.FORGOTTEN
+    assert (world.aggregator.sent, world.store.waiting) == ([], {})
+
+
+def test_without_consent_no_query_is_answered():
+    """Withdrawn while it would answer: nothing is sent."""
+    world = World(readings=(GOOD, GOOD, replace(GOOD, consent=False))).answers(QUERY)
+    assert world.session().ending is Ending.NO_CONSENT
+    assert (world.aggregator.sent, world.store.waiting) == ([], {})

@@ -33,6 +33,7 @@ from hybrid.bundle import Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
 from hybrid.plan import Policy, Turn
+from hybrid.query import Labels, Moments, Query, Scores
 
 KEY = bytes(range(32))
 NOW = 1_900_000_000_000
@@ -497,6 +498,50 @@ def test_what_a_bundle_no_longer_has_is_gone_for_whoever_has_the_key_too(file: P
         assert len(events(store)) == 1000
         assert SECRET.encode() not in pages(file)
         assert file.with_name("store.sqlite-journal").stat().st_size == 0
+
+
+# What a query reads
+
+STEPS = Moments(column="steps", low=0, high=9)
+
+
+def test_a_query_reads_the_last_or_first_rows_of_a_device(store: Store):
+    """Of four events of another device two, the oldest first; another device's are none of them."""
+    store.write(many(4), NOW)
+    last = store.asked(Query(parts=(STEPS,), rows=2), NOW)
+    first = store.asked(Query(parts=(STEPS,), rows=2, take="first"), NOW)
+    assert (last.columns["steps"], first.columns["steps"]) == ((2.0, 3.0), (0.0, 1.0))
+    assert set(last.columns) == {"time", "distance", "mood", "steps", "temperature", "label"}
+    assert (last.columns["time"], last.columns["label"]) == (("7AM", "7AM"), (None, None))
+    assert list(last.features) == ["mood", "steps", "temperature"]
+
+
+def test_a_query_of_a_device_without_rows_reads_none(store: Store):
+    found = store.asked(Query(parts=(STEPS, Scores(nodes=(0, 1)))), NOW, device=77)
+    assert (found.columns["steps"], found.server.shape, found.predicted.shape) == ((), (0, 2), (0,))
+
+
+def test_a_query_that_reads_labels_takes_rows_that_have_one(file: Path, manifest: Manifest):
+    """Of four events the second has a label, the third waits for one that will not come, the last still may."""
+    asked = Query(parts=(Labels(),), rows=9)
+    settings = keeping(manifest, label_window_s=3600, label_absent=0)
+    with Store.open(file, KEY, settings, now_ms=NOW) as store:
+        store.write(many(4), NOW)
+        store.answered([(0, row, served(NOW + row)) for row in (1, 2)] + [(0, 3, served(NOW + HOUR))])
+        store.label(1, NOW + 1, inference=store.id_of(0, 1))
+        found = store.asked(asked, NOW + HOUR + 60_000)
+        assert (found.columns["label"], found.columns["steps"]) == ((1, 0), (1.0, 2.0))
+        assert len(store.asked(Query(parts=(STEPS,), rows=9), NOW).columns["label"]) == 4
+
+
+def test_a_query_reads_what_this_version_was_given(file: Path, manifest: Manifest):
+    """Of events of version 7, of 6, of none, and of a fallback, which kept nothing: the first alone."""
+    with Store.open(file, KEY, manifest, now_ms=NOW) as store:
+        store.write(many(4), NOW)
+        store.answered([(0, 0, served()), (0, 1, served(version=6)), (0, 3, Served(NOW, 7, 0.5))])
+        found = store.asked(Query(parts=(STEPS,), rows=9), NOW)
+    np.testing.assert_array_equal(found.server, [[0.5, -2.0]] + [[np.nan] * 2] * 3)
+    np.testing.assert_array_equal(found.predicted, [0.25, np.nan, np.nan, np.nan])
 
 
 # What goes

@@ -155,22 +155,39 @@ LOCALS = {
     "epochs of batches": {"epochs": 4, "batch": 7},
     "proximal": {"steps": 20, "proximal": 0.5},
     "proximal, batches": {"epochs": 4, "batch": 7, "proximal": 0.5},
+    "balance": {"steps": 20, "keep": (0.4, 0.9)},
+    "balance, batches": {"epochs": 8, "batch": 7, "keep": (1.0, 0.3)},
 }
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["whole", "tower dropout"])
 @pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
 def test_a_device_trains_as_the_simulator_does(people, local, dropout):
-    """For users of 1 to 40 rows, 20 steps or more, every option: each weight moves as in the engine, to 1e-4."""
+    """For users of 1 to 40 rows, 20 steps or more, every option: each weight moves as in the engine, to 1e-4.
+
+    The engine leaves out whoever is left with no example; the device sends zeros then.
+    """
     engine = people.engine(LocalTraining(**{"steps": None, "lr": LR} | local), dropout)
     plan = people.plan(Local(**{"steps": None, "lr": LR, "tower_dropout": dropout} | local))
     for user in range(len(ROWS)):
-        (expected,) = engine.updates(engine.side.flat(), np.array([user]), stream=(5, user))
+        trained = list(engine.updates(engine.side.flat(), np.array([user]), stream=(5, user)))
+        expected = trained[0][0] if trained else np.zeros(engine.size, np.float32)
         got = people.train(user, plan)
         # Without tower dropout a simulation does not train the embeddings for a missing side, which come last.
-        np.testing.assert_allclose(got[: engine.size], expected[0], atol=1e-4)
+        np.testing.assert_allclose(got[: engine.size], expected, atol=1e-4)
         assert dropout or not got[engine.size :].any()
-        assert 0.02 < np.abs(expected).max() < 2
+        assert 0.02 < np.abs(expected).max() < 2 or not (trained or got.any())
+        assert trained or ("keep" in local and ROWS[user] < 4)
+
+
+def test_whoever_is_left_with_no_example_sends_zeros(coupon):
+    """With one label only, of which one in a billion is kept: an update all the same, as anybody else's."""
+    server, inputs, labels = coupon.of(1)
+    plan = coupon.plan(Local(steps=2, lr=0.3, keep=(1e-9, 1.0)))
+    trainer = Trainer(coupon.bundle)
+    rest = {"go_on": lambda: True, "rng": np.random.default_rng(0)}
+    update = trainer.train(plan, coupon.weights, server, inputs, np.zeros_like(labels), **rest)
+    assert (update.shape, update.any(), trainer.gave_up) == ((trainer.parameters,), False, None)
 
 
 def test_a_program_without_embeddings_for_a_missing_side_trains_as_the_simulator_does():

@@ -153,9 +153,7 @@ def offline_predictions(fold: Fold, version: Version) -> NDArray[np.float32]:
     from hybrid.federation.engine import predict
     from hybrid.network import Network
 
-    network = Network.build(fold.model)
-    network.load_weights(version.weights)
-    return predict(network, fold.test)
+    return predict(Network.of(fold.model, version), fold.test)
 
 
 def _outcome(

@@ -14,7 +14,7 @@ import typer
 
 from hybrid.cli.inversion import inversion
 from hybrid.cli.privacy import _check_plot
-from hybrid.cli.runs import examples_of, progress_bar
+from hybrid.cli.runs import exactly, examples_of, progress_bar
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -94,7 +94,10 @@ def membership(
 
     claimed = check_allowed(declared, "federated", epsilon, declared.training)
     assert claimed is not None
-    examples = examples_of(declared, population or model, None, workspace)[0] if training else None
+    examples = None
+    if training:
+        declared = exactly(declared, population or model, None, workspace)
+        examples = examples_of(declared, population or model, None, workspace)[0]
     found = _audit(declared, examples, claimed, rounds, trials=trials, confidence=confidence, seed=seed)
     delta = declared.privacy.delta
     shown = {"model": model, "epsilon": claimed, "delta": delta, "confidence": confidence, "seed": seed, "oracle": True}

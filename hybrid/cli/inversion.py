@@ -127,14 +127,15 @@ def _verdict(model: HybridModel, report: Report) -> Iterator[str]:
         yield "At no level of the ladder are all features within 5 points of guessing: give it a larger --sigma."
     elif hidden.sigma:
         yield (
-            f"From {_named(hidden)}, on none is recovered by more than 5 points over guessing; there noise costs "
+            f"From {_named(hidden)} on, none is recovered by more than 5 points over guessing; there noise costs "
             f"{_cost(hidden)}."
         )
     worse = next((level for level in report.levels if level.auc < report.auc_without), None)
     if worse is not None and model.merge == "server":
         yield (
             f"With nothing of the device AUC is {report.auc_without:.3f}: from {_named(worse)} on, sending the "
-            "embedding is worse than sending none. merge='device' sends none and keeps the clear AUC."
+            "embedding is worse than sending none, as it is served. A server that drew what it is sent towards the "
+            f"mean would have {worse.auc_shrunk:.3f} there. merge='device' sends none and keeps the clear AUC."
         )
     if model.merge == "device":
         yield "This model merges on the device and releases no embedding: all this is what it would give away."
@@ -175,7 +176,7 @@ def _print(name: str, report: Report) -> None:
     from rich.table import Table
 
     levels = Table(title=f"{name}: what noise on the embedding costs, and hides (oracle)")
-    for column in ("sigma", "local epsilon", "AUC", "AUC lost (95 %)", "largest gain", "whole profiles"):
+    for column in ("sigma", "local epsilon", "AUC", "AUC lost (95 %)", "AUC, shrunk", "largest gain", "whole profiles"):
         levels.add_column(column, justify="right")
     for level in report.levels:
         cost, most = level.auc_cost, level.most
@@ -184,10 +185,11 @@ def _print(name: str, report: Report) -> None:
             f"{level.epsilon:.3g}" if level.sigma else "none",
             f"{level.auc:.3f}",
             f"{cost.mean:.3f} ({cost.low:.3f}, {cost.high:.3f})" if level.sigma else "0",
+            f"{level.auc_shrunk:.3f}",
             f"{most.feature} {_points(most)}",
             f"{level.whole:.1%}",
         )
-    levels.add_row("nothing sent", "0", f"{report.auc_without:.3f}", "", "", "")
+    levels.add_row("nothing sent", "0", f"{report.auc_without:.3f}", "", "", "", "")
     features = Table(
         title=f"recovered: share of {report.rows} requests of {report.attacked} people, and points over guessing; "
         f"attackers know {report.known} others; clip {report.clip:.3g}"
@@ -208,7 +210,7 @@ def _column(level: Level) -> str:
 
 
 def _points(found: Recovered) -> str:
-    return f"{100 * found.gain.mean:+.0f}"
+    return f"{round(100 * found.gain.mean):+d}"
 
 
 def _draw(file: Path, name: str, report: Report) -> None:
@@ -222,6 +224,8 @@ def _draw(file: Path, name: str, report: Report) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.3 * len(order)))
     places = np.arange(len(report.levels))
     above.plot(places, [level.auc for level in report.levels], marker="o", color="C0", label="AUC")
+    shrunk = [level.auc_shrunk for level in report.levels]
+    above.plot(places, shrunk, marker=".", linestyle="--", color="C0", label="did the server shrink it")
     above.axhline(report.auc_without, color="0.5", linestyle=":", label="with nothing of the device")
     above.spines[["top", "right"]].set_visible(False)
     above.set(ylabel="AUC", title=f"{name}: inversion audit (oracle)")
@@ -229,8 +233,16 @@ def _draw(file: Path, name: str, report: Report) -> None:
     below.imshow(gains, aspect="auto", cmap="Reds", vmin=0, vmax=100)
     for row, column in np.ndindex(*gains.shape):
         shown = gains[row, column]
-        below.text(column, row, f"{shown:.0f}", ha="center", va="center", color="w" if shown > 55 else "k", fontsize=8)
+        below.text(
+            column,
+            row,
+            f"{round(float(shown))}",
+            ha="center",
+            va="center",
+            color="w" if shown > 55 else "k",
+            fontsize=8,
+        )
     below.set_xticks(places, [_column(level).replace(" ", "\n") for level in report.levels])
     below.set_yticks(range(len(order)), [report.levels[0].recovered[f].feature for f in order])
-    below.set(xlabel="sigma: noise over clip (below: points over guessing)")
+    below.set(xlabel="sigma: noise over clip", ylabel="points over guessing")
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

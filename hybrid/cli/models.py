@@ -15,6 +15,7 @@ from hybrid.workspace import Workspace
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hybrid.features import AnyTransform
     from hybrid.registry import Registered
     from hybrid.spec import HybridModel
     from hybrid.version import TrainingRecord, Version
@@ -126,13 +127,18 @@ def _add_declaration(table: Table, declaration: Mapping[str, Any]) -> None:
     served = {name: kind for view in declaration["server"]["views"] for name, kind in view["features"].items()}
     sides = {"server": served, "request": declaration["request"], "device": declaration["device"]}
     for side, transforms in sides.items():
-        features = ", ".join(f"{name} ({transform['kind']})" for name, transform in transforms.items())
+        features = ", ".join(f"{name} ({_kind(transform)})" for name, transform in transforms.items())
         table.add_row(f"{side} features", features or "none")
     label, privacy = Label(**declaration["label"]), Privacy(**declaration["privacy"])
     table.add_row("label", f"{label.column}, visible to the {label.visible_to}")
     budget = f"epsilon <= {privacy.epsilon:g} at delta {privacy.delta:g} per {privacy.unit}"
     table.add_row("privacy", f"{budget}; protects {label.protects}")
     table.add_row("release", _released(declaration["release"], privacy.delta))
+
+
+def _kind(transform: Mapping[str, Any]) -> str:
+    learned = "normalise" in transform or "discover" in transform
+    return f"{transform['kind']}, learned" if learned else str(transform["kind"])
 
 
 def _released(release: Mapping[str, Any] | None, delta: float) -> str:
@@ -193,10 +199,25 @@ def _add_training(table: Table, record: TrainingRecord) -> None:
     table.add_row("training", learned)
     table.add_row("run", record.run)
     table.add_row("privacy spent", "\n".join(record.privacy_lines()))
+    if record.balance is not None:
+        table.add_row("label balance", record.balance.line())
     if record.noise_multiplier is not None:
         table.add_row("noise", f"{record.noise_multiplier:.4g} x clip {record.clip}")
+    if record.learned is not None:
+        constants = (f"{name}: {_constants(each)}" for name, each in record.learned.transforms.items())
+        table.add_row("learned constants", "\n".join(constants))
     for metric, value in record.oracle.items():
         table.add_row(f"{metric} (oracle: pooled data, simulation only)", f"{value:.4g}")
+
+
+def _constants(transform: AnyTransform) -> str:
+    from hybrid.features import UNUSED, Categorical, Log1p, Numeric
+
+    if isinstance(transform, Categorical):
+        texts = [text for text in transform.vocabulary if not text.startswith(UNUSED)]
+        return ", ".join(texts) or "no text is frequent"
+    assert isinstance(transform, Numeric)
+    return f"mean {transform.mean:.4g}, std {transform.std:.4g}" + (" of log1p" if isinstance(transform, Log1p) else "")
 
 
 def _table(title: str) -> Table:

@@ -14,6 +14,7 @@ from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from hybrid.analytics.asking import People
     from hybrid.federation.population import Examples
     from hybrid.registry import Registry
     from hybrid.spec import HybridModel
@@ -42,6 +43,43 @@ def examples_of(
     large = 4 * len(population) * (model.server_features.width + model.device_features.width) > IN_MEMORY
     rows = examples(model, population, slots, folder=workspace.examples / name if large else None)
     return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
+
+
+def people_of(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> People:
+    """Those to learn from, and of them the device features whose constants are learned, in rows that have a label.
+
+    Raises:
+        ConfigError: the population lacks a column, or holds values of another type in it.
+    """
+    import numpy as np
+
+    from hybrid.analytics.asking import People
+    from hybrid.errors import BadRequest
+    from hybrid.features import Numeric, as_text
+    from hybrid.federation.population import Population, labels_of, parse_fold
+
+    population = Population.open(name, workspace)
+    learning = np.ones(population.users, np.bool_)
+    if fold is not None:
+        learning = ~population.fold(*parse_fold(fold))
+    _, known = labels_of(model.label, population)
+    rows = known & np.repeat(learning, np.diff(population.offsets))
+    columns = {feature: population.column(feature)[rows] for feature in model.device_features.pending}
+    for feature, column in columns.items():
+        try:
+            (as_text if model.device[feature].text else Numeric().inputs)(column)
+        except BadRequest as error:
+            raise ConfigError(f"population {name!r}: feature {feature!r}: {error}") from None
+    counted = np.concatenate([[0], np.cumsum(rows)])[population.offsets]
+    return People(columns, np.concatenate([counted[:-1][learning], counted[-1:]]))
+
+
+def exactly(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> HybridModel:
+    """The model with constants from pooled rows, for what is an oracle anyway; itself where it declares them all."""
+    from hybrid.analytics.normalisation import exact
+
+    pending = {feature: model.device[feature] for feature in model.device_features.pending}
+    return model.with_learned(exact(pending, people_of(model, name, fold, workspace)) if pending else {})
 
 
 @contextmanager

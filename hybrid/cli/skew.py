@@ -161,15 +161,15 @@ def _network(registry: Registry, model: HybridModel, number: int) -> Callable[[N
 
     from hybrid.network import Network
 
-    network, version = Network.build(model), registry.version(model.name, number)
+    version = registry.version(model.name, number)
+    network = Network.of(model, version)
     network.check_registered(version.definition["network"])
-    network.load_weights(version.weights)
     tower, head = network.server_program(), network.head.eval()
 
     def run(slots: NDArray[Any]) -> tuple[Any, Any]:
         with torch.no_grad():
             embedding = tower(torch.from_numpy(slots))
-            score = torch.sigmoid(head(embedding, network.missing_embedding("device", len(slots))))
+            score = network.correction(head(embedding, network.missing_embedding("device", len(slots))))
         return embedding.numpy(), score.reshape(-1, 1).numpy()
 
     return run

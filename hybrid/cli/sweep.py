@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import examples_of, progress_bar, run_folder
+from hybrid.cli.runs import exactly, examples_of, progress_bar, run_folder
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -77,6 +77,8 @@ def sweep(
     Network.build(declared).check_registered(registry.definition(model)["network"])
     from hybrid.federation.sweep import sweep as sweep_model
 
+    pending = declared.device_features.pending
+    declared = exactly(declared, population or model, fold, workspace)
     train_on, held_out = examples_of(declared, population or model, fold, workspace)
     assert held_out is not None
     folder = run_folder(workspace.runs, None, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-sweep")
@@ -84,6 +86,7 @@ def sweep(
         swept = sweep_model(
             declared, configurations, train_on, held_out, run_dir=run_dir, central=central, progress=progress
         )
+        swept = replace(swept, exact=pending)
         shown = {"model": model, "population": train_on.population, "fold": fold, "run": str(run_dir)}
         shown |= _results(swept)
         _write(run_dir, wanted, shown)
@@ -156,6 +159,9 @@ def _statement(swept: Swept) -> Iterator[str]:
             f"({swept.composed.method}), each with noise of its own; in this seeded simulation those of one seed "
             "draw the same."
         )
+    if swept.exact:
+        names = ", ".join(swept.exact)
+        yield f"Constants of {names} are exact, from pooled rows (oracle): their cost is in no epsilon."
     if oracles:
         yield f"{oracles} had no noise and no privacy at all (epsilon inf), and so has nobody who looks at the whole."
     yield (

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import Where, examples_of, interrupted, progress_bar, run_folder
+from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder
 from hybrid.errors import ConfigError, FederationError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrid.federation.training import Federation, Kind, OnFleet
     from hybrid.spec import HybridModel, Training
-    from hybrid.version import TrainingRecord
+    from hybrid.version import Learned, TrainingRecord
 
 app = typer.Typer()
 
@@ -105,6 +105,20 @@ def train(
     upload: Annotated[
         str | None, typer.Option(help="How updates travel: float32, or int8, in 8 bits a weight.")
     ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="Share of positives that devices train with, e.g. 0.5; predictions are corrected for it."),
+    ] = None,
+    balance_epsilon: Annotated[
+        float | None,
+        typer.Option(help="With --balance: of the budget, for what must be asked; by default a quarter of it."),
+    ] = None,
+    normalise_share: Annotated[
+        float | None, typer.Option(help="Of epsilon, what learning the constants of features may cost, where declared.")
+    ] = None,
+    normalise_rows: Annotated[
+        int | None, typer.Option(help="Of a person, the last ones, that count in it at most.")
+    ] = None,
     fleet: Annotated[
         Path | None,
         typer.Option(
@@ -181,6 +195,10 @@ def train(
         "server_tower": server_tower,
         "tower_dropout": tower_dropout,
         "upload": upload,
+        "balance": balance,
+        "balance_epsilon": balance_epsilon,
+        "normalise_share": normalise_share,
+        "normalise_rows": normalise_rows,
     }
     from hybrid.network import Network
     from hybrid.registry import Registry
@@ -208,13 +226,20 @@ def train(
         raise ConfigError(f"--max-staleness must be left out without --buffer, got {max_staleness}")
     if sampling is not None and order.settings.separation is not None:
         raise ConfigError(f"--sampling must be left out with --separation, which is in its place, got {sampling:g}")
+    if not declared.device_features.pending and (normalise_share, normalise_rows) != (None, None):
+        raise ConfigError(
+            f"--normalise-share and --normalise-rows must be left out: "
+            f"{model} declares all its constants, and learns none"
+        )
     Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
     from hybrid.federation.training import check_allowed
     from hybrid.federation.training import train as train_model
 
-    check_allowed(declared, order.kind, order.epsilon, order.settings)
-    train_on, held_out = examples_of(declared, order.population, order.fold, workspace)
+    budget = check_allowed(declared, order.kind, order.epsilon, order.settings)
     with folder as run_dir, _resumable(model, run_dir), progress_bar(f"{order.kind} training of {model}") as progress:
+        learned = _learned(declared, order, run_dir, workspace, budget=budget, resume=resume)
+        encoding = declared.with_learned({} if learned is None else learned.transforms)
+        train_on, held_out = examples_of(encoding, order.population, order.fold, workspace)
         trained = train_model(
             declared,
             train_on,
@@ -230,11 +255,39 @@ def train(
             about={"fold": order.fold, "registered": digest},
             device=device,
             resume=resume,
+            learned=learned,
         )
         version = registry.create_version(
             model, weights=trained.weights, training=trained.record, curves=trained.curves, expected_hash=digest
         )
     _print(model, version, run_dir, trained.record, as_json=as_json)
+
+
+def _learned(
+    model: HybridModel, order: _Order, run_dir: Path, workspace: Workspace, *, budget: float | None, resume: bool
+) -> Learned | None:
+    """Constants that the model declares to be learned; of what would be refused anyway, nothing is asked."""
+    if not model.device_features.pending:
+        return None
+    from hybrid.analytics.normalisation import learned
+    from hybrid.federation.noise import check_delta
+    from hybrid.federation.resume import check_free
+
+    people = people_of(model, order.population, order.fold, workspace)
+    if not resume:
+        check_free(run_dir)
+    if budget is not None:
+        check_delta(model, len(people))
+    return learned(
+        model,
+        people,
+        run_dir,
+        budget=budget,
+        share=order.settings.normalise_share,
+        rows=order.settings.normalise_rows,
+        seed=order.seed,
+        resume=resume,
+    )
 
 
 @dataclass(frozen=True)
@@ -316,11 +369,14 @@ def _resumable(model: str, run: Path) -> Iterator[None]:
         raise FederationError(f"{error}\n`{again}` goes on") from None
     except KeyboardInterrupt:
         from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
+        from hybrid.privacy.ledger import FILE as LEDGER
 
         config = started(run) if (run / CONFIG).exists() else {}
         if config.get("kind") in BY_ROUNDS:
             of = config["training"]["rounds"]
             said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
+        elif (run / LEDGER).exists():
+            said = f"before its first round; what was learned is kept: `hybrid train {model} --run {run.name}` uses it"
         else:
             said = "before anything was spent: start it again"
         print(f"stopped {said}", file=sys.stderr)
@@ -367,6 +423,8 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         return
     print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
     print("privacy: " + "\n  ".join(record.privacy_lines()))
+    if record.balance is not None:
+        print(f"label balance: {record.balance.line()}")
     on_fleet = {name: value for name, value in record.oracle.items() if name.startswith("fleet_")}
     held_out = {name: value for name, value in record.oracle.items() if name not in on_fleet}
     for title, found in (("held-out users (oracle)", held_out), ("simulated fleet (oracle)", on_fleet)):

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.export.conformance import embedding_probes, input_probes
-from hybrid.network import DeviceProgram, Network
+from hybrid.network import Correction, DeviceProgram, Network
 
 
 class PredictProgram(nn.Module):
     """The merge on the device: its inputs and the server's embedding -> a probability."""
 
-    def __init__(self, embed: DeviceProgram, head: nn.Module) -> None:
+    def __init__(self, embed: DeviceProgram, head: nn.Module, correction: Correction) -> None:
         super().__init__()
-        self.embed, self.head = embed, head
+        self.embed, self.head, self.correction = embed, head, correction
 
     def forward(self, inputs: Tensor, server: Tensor) -> Tensor:
         """(n, device features), (n, server_embedding) -> (n,) in [0, 1]."""
-        return torch.sigmoid(self.head(server, self.embed(inputs)))
+        return self.correction(self.head(server, self.embed(inputs)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def device_parts(network: Network) -> dict[str, Part]:
     (server,) = embedding_probes(network.server_embedding)
     server = server[torch.arange(len(inputs)) % len(server)]
     embed = network.device_program()
+    predict = PredictProgram(embed, network.head, network.correction).eval()
     return {
         "embed": Part(embed, {"inputs": inputs}, "embedding"),
-        "predict": Part(PredictProgram(embed, network.head).eval(), {"inputs": inputs, "server": server}, "prediction"),
+        "predict": Part(predict, {"inputs": inputs, "server": server}, "prediction"),
     }

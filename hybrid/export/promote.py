@@ -61,9 +61,8 @@ def export_version(
         ConfigError: the version cannot be promoted, or a part cannot be exported.
     """
     _check(version, model)
-    network = Network.build(model)
+    network = Network.of(model, version)
     network.check_registered(version.definition["network"])
-    network.load_weights(version.weights)
     _check_fallbacks(network, f"{model.name}:{version.number}")
     programs, train, untrainable = _device_programs(network, version.training)
     tower, head = triton.export(network, version.number, workspace.triton, backend=backend)

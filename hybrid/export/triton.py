@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from hybrid.export.conformance import embedding_probes, slot_probes
 from hybrid.export.onnx import MAX_BATCH, onnx_bytes
-from hybrid.network import Network
+from hybrid.network import Correction, Network
 
 Backend = Literal["python", "onnxruntime"]
 QUEUE_DELAY_US = 200  # how long the dynamic batcher may wait for company
@@ -32,13 +31,13 @@ class Tensors:
 class HeadProgram(nn.Module):
     """The head as it is served: a probability, in a column of its own since Triton has no (n,) tensors."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, correction: Correction) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.correction = head, correction
 
     def forward(self, server: Tensor, device: Tensor) -> Tensor:
         """(n, a), (n, b) -> (n, 1) in [0, 1]."""
-        return torch.sigmoid(self.head(server, device)).unsqueeze(-1)
+        return self.correction(self.head(server, device)).unsqueeze(-1)  # type: ignore[no-any-return]
 
 
 def export(network: Network, version: int, repository: Path, *, backend: Backend = "python") -> tuple[str, str]:
@@ -70,7 +69,7 @@ def export(network: Network, version: int, repository: Path, *, backend: Backend
     }
     files = {
         tower: _onnx(tower, network.server_program(), tensors[tower], slot_probes(slots)),
-        head: _onnx(head, HeadProgram(network.head).eval(), tensors[head], *embedding_probes(a, b)),
+        head: _onnx(head, HeadProgram(network.head, network.correction).eval(), tensors[head], *embedding_probes(a, b)),
     }
     repository.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():

@@ -135,9 +135,11 @@ class PaidMechanism:
         seed: of the noise; None: it is the operating system's, as people's is.
         size: p, the length of a flat update.
         repeats: entries of rounds that are only computed again, after a restart: see `next_attempt`.
+        purpose: of its entries in the ledger.
 
     Attributes:
         horizon: names it in the ledger, where a matrix mechanism may be begun anew on the same one.
+        purpose: as given.
 
     Raises:
         ConfigError: noise is drawn, and there is no ledger to pay for what it covers; or rounds are to be repeated
@@ -154,10 +156,11 @@ class PaidMechanism:
         seed: int | None,
         size: int,
         repeats: Iterable[AnyEntry] = (),
+        purpose: str = PURPOSE,
     ) -> None:
         if ledger is None and settings.noise_multiplier:
             raise ConfigError(f"noise_multiplier must be 0 without a ledger, got {settings.noise_multiplier!r}")
-        self._settings, self._ledger, self._seed = settings, ledger, seed
+        self._settings, self._ledger, self._seed, self.purpose = settings, ledger, seed, purpose
         self._mechanism = settings.aggregation()
         self._state = self._mechanism.init(size)
         self._repeats = {entry.round: entry for entry in repeats}  # of several attempts at a round, the last
@@ -205,7 +208,7 @@ class PaidMechanism:
         if self._ledger is None:
             return 1
         paid = self._repeated(number)
-        return self._ledger.next_attempt(PURPOSE, number) if paid is None else paid.attempt
+        return self._ledger.next_attempt(self.purpose, number) if paid is None else paid.attempt
 
     def _repeated(self, number: int) -> AnyEntry | None:
         """What paid for round `number`, where this round is that one again."""
@@ -233,7 +236,7 @@ class PaidMechanism:
             if self._ledger is not None and (paid is None or attempt != paid.attempt):
                 self._ledger.spend(
                     event,
-                    purpose=PURPOSE,
+                    purpose=self.purpose,
                     clip=clip,
                     round_number=number,
                     attempt=attempt,

@@ -106,6 +106,7 @@ def audit_training(
 
     Only the sums are looked at. Where the clip adapts, all canaries move it
     together; over the clip, which is released, their sums still do not depend on each other.
+    Examples are taken as they come: what a label balance asks is released beside the rounds.
 
     Args:
         model: with its `training` and `privacy`; no more than its epsilon can be claimed.

@@ -1,4 +1,8 @@
-"""Training on pooled data, without privacy: the server's own tower, and the reference for federated training."""
+"""Training on pooled data, without privacy: the server's own tower, and the reference for federated training.
+
+What is fitted is the probability: where the network has a correction, the head learns the logits before it. Examples
+are taken as they come: label balancing is for rounds on devices, and its reference is without.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +70,9 @@ def fit_server_side(
     absent = torch.zeros(1, network.device_embedding)
 
     def logits(rows: Tensor) -> Tensor:
-        return network.head(network.server_tower(server[rows]), absent.expand(len(rows), -1))  # type: ignore[no-any-return]
+        return network.correction.corrected(
+            network.head(network.server_tower(server[rows]), absent.expand(len(rows), -1))
+        )
 
     modules = nn.ModuleList([network.server_tower, network.head])
     return _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)
@@ -107,7 +113,7 @@ def fit_everything(
             gone = {"server": draw < tower_dropout, "device": draw > 1 - tower_dropout}
             missing = (network.missing_embedding(side, len(rows)) for side in gone)
             embeddings = tuple(map(torch.where, gone.values(), missing, embeddings))  # type: ignore[assignment]
-        return network.head(*embeddings)  # type: ignore[no-any-return]
+        return network.correction.corrected(network.head(*embeddings))
 
     modules = nn.ModuleList([*network.parts.values(), *([network.missing] if tower_dropout else [])])
     return _fit(modules, logits, examples, seed=seed, fitting=fitting or Fitting(), on_epoch=on_epoch)

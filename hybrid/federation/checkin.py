@@ -22,7 +22,7 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from hybrid import http
 from hybrid.bundle import signing_key
 from hybrid.errors import HybridError
-from hybrid.federation.aggregator import Round
+from hybrid.federation.aggregator import PURPOSE, Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
 from hybrid.federation.halts import KillSwitch
@@ -270,7 +270,7 @@ class Service(Declared):
         with Ledger.open(folder, budget_epsilon=self.epsilon, delta=self.delta) as account:
             # A horizon is paid for by its first step, so one that was begun is not reserved again: without the state
             # of its noise another one would begin, for which nothing is left.
-            done = len(account.entries)
+            done = sum(entry.purpose == PURPOSE for entry in account.entries)
             left = max(0, self.rounds - done) if self.turns is None else self.rounds * (done == 0)
             if left:
                 account.reserve([settings.of(left)])

@@ -200,7 +200,7 @@ class Engine:
             flat: (p,) the weights to start from.
             users: (k,) distinct, each in [0, self.users).
             clip: largest L2 norm of one user's update.
-            stream: seeds the order of rows, the tower dropout and the rounding of this round.
+            stream: seeds which rows are kept, their order, the tower dropout and the rounding of this round.
         """
         return self.clipped_sums(flat[None], users, [clip], [self.local.lr], stream=stream)[0]
 
@@ -220,7 +220,7 @@ class Engine:
             users: (k,) distinct, each in [0, self.users).
             clips: of each start, largest L2 norm of one user's update.
             lrs: of each start, in place of `local.lr`.
-            stream: seeds the order of rows, the tower dropout and the rounding of this round.
+            stream: seeds which rows are kept, their order, the tower dropout and the rounding of this round.
         """
         sums = [self._sum(clip, stream) for clip in clips]
         for first, starts, moves in self._moves(flats, users, lrs, stream):
@@ -264,15 +264,23 @@ class Engine:
             in_order = sorted(moves, key=lambda move: move[0])
             yield torch.cat([column for _, columns in in_order for column in columns], dim=1).cpu().numpy()
 
-    def order(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of `users` who have examples, in the order of `updates`."""
-        counts = self._counts(users)
-        users, counts = users[counts > 0], counts[counts > 0]
-        return users[np.lexsort((counts, self.local.steps_of(counts)))]
+    def order(self, users: NDArray[np.int64], *, stream: tuple[int, ...] = (0,)) -> NDArray[np.int64]:
+        """Those of `users` who have examples in a round, in the order of `updates`."""
+        return self._taken(users, np.random.default_rng(stream)).users
 
-    def _counts(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
-        offsets = self.examples.offsets
-        return offsets[users + 1] - offsets[users]
+    def _taken(self, users: NDArray[np.int64], rng: np.random.Generator) -> _Taken:
+        """The rows that each of `users` trains with in a round, ordered for `_moves`."""
+        begin = self.examples.offsets[users]
+        counts, rows = self.examples.offsets[users + 1] - begin, None
+        if self.local.keep is not None:
+            every = np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+            kept = self.local.kept(self.examples.labels[every], rng)
+            owner, rows = np.repeat(np.arange(len(users)), counts)[kept], every[kept]
+            counts = np.bincount(owner, minlength=len(users))
+            begin = np.cumsum(counts) - counts
+        some = np.flatnonzero(counts)
+        order = some[np.lexsort((counts[some], self.local.steps_of(counts[some])))]
+        return _Taken(users[order], counts[order], begin[order], rows)
 
     def _moves(
         self, flats: Float32, users: NDArray[np.int64], lrs: Sequence[float], stream: tuple[int, ...]
@@ -282,17 +290,17 @@ class Engine:
         Chunks, and what is drawn for them, are those of one start alone. Where a
         chunk leaves room, as that of a small cohort does, several starts are trained as one batch.
         """
-        ordered = self.order(users)
-        counts = self._counts(ordered)
+        rng = np.random.default_rng(stream)
+        taken = self._taken(users, rng)
+        counts = taken.counts
         weights = torch.tensor(flats, device=self.device)
         rates = torch.tensor(lrs, dtype=torch.float32, device=self.device)
-        rng = np.random.default_rng(stream)
         begin = 0
-        while begin < len(ordered):
+        while begin < len(counts):
             sizes = self._bytes(counts[begin:])
             end = max(1, int(np.searchsorted(sizes, self.chunk_bytes, side="right")))
             chunk = slice(begin, begin + end)
-            batches = self._batches(ordered[chunk], self.local.schedule(counts[chunk], rng), rng)
+            batches = self._batches(taken, chunk, self.local.schedule(counts[chunk], rng), rng)
             at_once = max(1, self.chunk_bytes // STACKED // int(sizes[end - 1]))
             for first in range(0, len(flats), at_once):
                 here = slice(first, first + at_once)
@@ -306,11 +314,11 @@ class Engine:
         size: NDArray[np.int64] = (4 * counts * row + 12 * self.size) * np.arange(1, len(counts) + 1)
         return size
 
-    def _batches(self, users: NDArray[np.int64], schedule: Schedule, rng: np.random.Generator) -> Batches:
-        rows = torch.from_numpy(self.examples.offsets[users][:, None, None] + schedule.place)
+    def _batches(self, taken: _Taken, chunk: slice, schedule: Schedule, rng: np.random.Generator) -> Batches:
+        rows = torch.from_numpy(taken.places(chunk, schedule.place))
         absent, longest = None, int(schedule.steps.max())
         if self.tower_dropout:
-            shape = len(users), longest, rows.shape[2]
+            shape = len(rows), longest, rows.shape[2]
             absent = torch.from_numpy(missing_sides(shape, self.tower_dropout, rng)).to(self.device)
         return Batches(
             self,
@@ -331,6 +339,28 @@ class Engine:
             return features
         with torch.no_grad():
             return self.server_tower(features)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Which rows some users train with in a round.
+
+    Attributes:
+        users: (k,) those who have some.
+        counts: (k,) how many each has.
+        begin: (k,) where each one's are in `rows`, or, without, among all examples.
+        rows: (n,) of all users that were asked for; None: each takes all of its own.
+    """
+
+    users: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    begin: NDArray[np.int64]
+    rows: NDArray[np.int64] | None
+
+    def places(self, chunk: slice, place: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of a chunk's users, (c, ...) places among each one's own -> among all examples."""
+        here = self.begin[chunk][:, None, None] + place
+        return here if self.rows is None else self.rows[here]
 
 
 @dataclass
@@ -600,7 +630,7 @@ def predict(network: Network, examples: Examples, *, without: Literal["server", 
     def probabilities(server: Tensor, device: Tensor) -> Tensor:
         a = network.missing_embedding("server", len(server)) if without == "server" else network.server_tower(server)
         b = network.missing_embedding("device", len(device)) if without == "device" else network.device_tower(device)
-        return torch.sigmoid(network.head(a, b))
+        return network.correction(network.head(a, b))  # type: ignore[no-any-return]
 
     server, device = (torch.split(torch.from_numpy(side), ROWS_A_PASS) for side in (examples.server, examples.device))
     with torch.no_grad():

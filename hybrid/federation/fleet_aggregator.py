@@ -1,5 +1,7 @@
 """The aggregator of a fleet: it opens a round, gives its plan to who checks in, and lets one noised sum out.
 
+A round is of a training, or it asks a query: what devices send, how it is summed and how it is paid for are the same.
+
 A round is not durable. After a restart its plan is unknown, late uploads are answered 404, and the round is a failed
 attempt: what its noise would have cost is spent only if it was written before the process died. The same holds for what
 waits in a buffer, where training is asynchronous: see `hybrid.federation.buffer`.
@@ -17,13 +19,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from hybrid.errors import ConfigError, Halted, RoundStopped
 from hybrid.features import Float32
-from hybrid.federation.aggregator import PaidMechanism, Round
+from hybrid.federation.aggregator import PURPOSE, PaidMechanism, Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.clock import Clock, SystemClock
 from hybrid.federation.horizon import Horizon
@@ -31,20 +33,24 @@ from hybrid.federation.pace import MEMORY, Arrivals, wait_s
 from hybrid.federation.rounds import MOST_UPLOADS, Answer, OpenSum, Uploads
 from hybrid.plan import (
     MAX_PARAMETERS,
+    QUERY_RUNTIME,
     CheckIn,
     Count,
     Digest,
     Halt,
     Local,
     Name,
+    Plan,
     Policy,
     Positive,
+    QueryPlan,
     TrainPlan,
     Turn,
     sign,
 )
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import ClippedSum, Release
+from hybrid.query import Query
 from hybrid.update import Upload
 
 if TYPE_CHECKING:
@@ -61,12 +67,11 @@ REMEMBERED = 1000  # ended plans whose ids are told from unknown ones
 _RANDOM = secrets.SystemRandom()
 
 
-class Task(BaseModel):
-    """What every round of a training asks of devices: a `TrainPlan` but for what each round has of its own.
+class Audience(BaseModel):
+    """Whose devices are asked, whatever they are asked: what all plans of an aggregator have in common.
 
     Attributes:
-        model, version, definition_hash, policy, examples, seconds, memory_mb, local, upload, parameters: see
-            `TrainPlan`.
+        model, version, definition_hash, policy, seconds: see `TrainPlan`.
         round_s: how long a round is open: it closes by the clock, whoever came. With a buffer, how long a flush waits
             at most.
         wanted: how many devices are to check in to one round; sampling decides which of them take part. With a
@@ -79,19 +84,57 @@ class Task(BaseModel):
     version: Count
     definition_hash: Digest
     policy: Policy = Policy()
-    examples: tuple[Count, Count] = (1, 1024)
     seconds: Positive = 60.0
+    round_s: Annotated[float, Field(gt=0, le=7 * 86_400)]
+    wanted: Positive
+
+    @property
+    def _planned(self) -> dict[str, Any]:
+        """What goes into its plans as it is."""
+        return self.model_dump(exclude={"round_s", "wanted"})
+
+    def asked(self, query: Query) -> Question:
+        """A query to them."""
+        return Question(query=query, **self.model_dump(include=set(Audience.model_fields)))
+
+
+class Task(Audience):
+    """What every round of a training asks of devices: a `TrainPlan` but for what each round has of its own.
+
+    Attributes:
+        examples, memory_mb, local, upload, parameters: see `TrainPlan`.
+    """
+
+    examples: tuple[Count, Count] = (1, 1024)
     memory_mb: Count = 512
     local: Local
     upload: Upload = "float32"
     parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
-    round_s: Annotated[float, Field(gt=0, le=7 * 86_400)]
-    wanted: Positive
 
     def plan(self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None) -> TrainPlan:
         """Of one attempt at a round."""
-        fields = self.model_dump(exclude={"round_s", "wanted"}) | {"turn": turn}
+        fields = self._planned | {"turn": turn}
         return TrainPlan(id=secrets.token_hex(16), sampling=sampling, clip=clip, expires_ms=expires_ms, **fields)
+
+
+class Question(Audience):
+    """What a round asks that is a query's.
+
+    Attributes:
+        query: which.
+    """
+
+    query: Query
+
+    @property
+    def parameters(self) -> int:
+        """Length of an answer."""
+        return self.query.size
+
+    def plan(self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None) -> QueryPlan:
+        """Of one attempt: everybody is asked, and clips to the query's norm."""
+        assert (sampling, clip, turn) == (1.0, self.query.norm, None)
+        return QueryPlan(id=secrets.token_hex(16), expires_ms=expires_ms, **self._planned)
 
 
 class Refused(StrEnum):
@@ -131,6 +174,28 @@ _ANSWERS: dict[Answer, tuple[int, Refused | None]] = {
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What a round is for.
+
+    Attributes:
+        task: what it asks.
+        settings: how it is sampled, clipped and noised.
+        mechanism: that releases it, and pays.
+        horizon: of noise that spans rounds.
+    """
+
+    task: Task | Question
+    settings: Round
+    mechanism: PaidMechanism
+    horizon: Horizon | None = None
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return "round" if self.mechanism.purpose == PURPOSE else f"query ({self.mechanism.purpose})"
+
+
+@dataclass(frozen=True)
 class _Version:
     """A plan that uploads may come for.
 
@@ -143,8 +208,13 @@ class _Version:
     step: int
 
     @property
-    def plan(self) -> TrainPlan:
+    def plan(self) -> Plan:
         return self.uploads.plan
+
+    @property
+    def runtime(self) -> int:
+        """Of devices that know such a plan, at least."""
+        return QUERY_RUNTIME if isinstance(self.plan, QueryPlan) else 1
 
 
 @dataclass(frozen=True)
@@ -159,16 +229,16 @@ class _Offer:
 class FleetAggregator:
     """Where a fleet's updates are clipped, summed and noised; the noise is the operating system's.
 
-    `run_round` is called by whoever holds the weights, from one thread; `check_in` and `upload` by what speaks to
-    devices, from another one.
+    `run_round` is called by whoever holds the weights, and `ask` by whoever has a question, from one thread; `check_in`
+    and `upload` by what speaks to devices, from another one.
 
     With a buffer a round is a flush: it is over as soon as K updates are there, those that came between two calls
     among them. Devices begin at the newest version and may come up to `oldest` flushes later. A buffer that is full
     takes no more until it is taken out: what waits is one sum, whatever comes.
 
     Args:
-        task: what every round asks.
-        settings: how a round is sampled, clipped and noised.
+        task: what every round of a training asks; an `Audience`: there is no training, and only queries are asked.
+        settings: how a round of it is sampled, clipped and noised; None without a training.
         ledger: pays for each round before its noise is drawn; None where there is no noise, and so no privacy.
         key: signs plans and halts; devices trust its public half.
         noise_state: a file for the noise of earlier rounds, which later ones need where `settings` have a matrix. It
@@ -182,16 +252,16 @@ class FleetAggregator:
             took part is as private as who (docs/decisions/0009).
 
     Raises:
-        ConfigError: the clip adapts, which needs norms before the clip, which devices do not tell; a minimum is
-            asked for beside sampling below 1, whose amplification it would break; there is noise and no ledger; or
-            a matrix, and sampling below 1, which it claims nothing of, or no file for its state, or another's; or
-            a buffer, and no matrix, or a minimum that it never reaches.
+        ConfigError: a task without settings, or settings without a task; the clip adapts, which needs norms before the
+            clip, which devices do not tell; a minimum is asked for beside sampling below 1, whose amplification it
+            would break; there is noise and no ledger; or a matrix, and sampling below 1, which it claims nothing of, or
+            no file for its state, or another's; or a buffer, and no matrix, or a minimum that it never reaches.
     """
 
     def __init__(
         self,
-        task: Task,
-        settings: Round,
+        task: Audience,
+        settings: Round | None,
         ledger: Ledger | None,
         key: Ed25519PrivateKey,
         *,
@@ -199,21 +269,9 @@ class FleetAggregator:
         buffer: Buffer | None = None,
         clock: Clock | None = None,
     ) -> None:
-        if settings.quantile is not None:
-            raise ConfigError("clip_quantile must be left out on a fleet: devices send updates that are clipped")
-        if settings.sampling < 1 and settings.minimum:
-            raise ConfigError(
-                f"minimum must be 0 where sampling is below 1, got {settings.minimum}: "
-                "a round that is withheld because few came tells who was in one that is not"
-            )
-        if buffer is not None and settings.matrix is None:
-            raise ConfigError("buffer needs a matrix: no coins are tossed, so a separation must protect")
-        if buffer is not None and settings.minimum > buffer.updates:
-            raise ConfigError(f"minimum must be at most the buffer's {buffer.updates}, got {settings.minimum}")
-        self._task, self._settings, self._key, self._buffer = task, settings, key, buffer
+        self._task, self._ledger, self._key, self._buffer = task, ledger, key, buffer
         self._oldest = 0 if buffer is None else buffer.oldest
-        self._mechanism = PaidMechanism(settings, ledger, seed=None, size=task.parameters)
-        self._horizon = self._on_disk(noise_state, ledger)
+        self._training = self._training_of(task, settings, noise_state)
         self._clock: Clock = clock or SystemClock()
         self._alone = threading.Lock()  # of a round
         self._lock = threading.Lock()
@@ -231,22 +289,38 @@ class FleetAggregator:
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
         self.refused: Counter[Refused] = Counter()
 
-    def _on_disk(self, file: Path | None, ledger: Ledger | None) -> Horizon | None:
-        settings = self._settings
-        if settings.matrix is None:
+    def _training_of(self, task: Audience, settings: Round | None, noise_state: Path | None) -> _Work | None:
+        """The training that the rounds are of, if there is one."""
+        if settings is None or not isinstance(task, Task):
+            if settings is not None or isinstance(task, Task) or self._buffer is not None:
+                raise ConfigError("task and settings go together: an audience that is only asked queries has neither")
             return None
-        if settings.sampling < 1:
-            raise ConfigError(f"sampling must be 1 with a matrix, which claims none, got {settings.sampling!r}")
-        if file is None:
+        _check_settings(settings, self._buffer)
+        mechanism = PaidMechanism(settings, self._ledger, seed=None, size=task.parameters)
+        if settings.matrix is None:
+            return _Work(task, settings, mechanism)
+        if noise_state is None:
             raise ConfigError(
                 "noise_state must be a file with a matrix: without the noise of earlier rounds none goes on"
             )
-        return Horizon(file, self._mechanism, settings, ledger, size=self._task.parameters)
+        horizon = Horizon(noise_state, mechanism, settings, self._ledger, size=task.parameters)
+        return _Work(task, settings, mechanism, horizon)
 
     @property
     def clip(self) -> float:
-        """The L2 norm that the next round clips to."""
-        return self._mechanism.clip
+        """The L2 norm that the next round of the training clips to."""
+        return self._trained.mechanism.clip
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What pays; None: nothing is noised."""
+        return self._ledger
+
+    @property
+    def _trained(self) -> _Work:
+        if self._training is None:
+            raise ConfigError("task must be a Task to train: this aggregator only asks queries")
+        return self._training
 
     # The control side
 
@@ -263,23 +337,61 @@ class FleetAggregator:
             PlanError: `flat` is not (parameters,) finite.
             Halted, RoundStopped: it was halted or stopped, before or in the round; nothing is spent.
         """
+        return self._run(self._trained, number, flat)
+
+    def ask(
+        self,
+        query: Query,
+        payload: Float32 | None = None,
+        *,
+        purpose: str,
+        number: int,
+        noise_multiplier: float,
+        minimum: int,
+    ) -> Release:
+        """Asks a query of everybody who checks in while its round is open. Blocks until it has closed, by the clock.
+
+        Args:
+            query: what.
+            payload: float32, of a query with `spread`.
+            purpose: of its entry in the ledger.
+            number: of the query, of those with this purpose, from 1.
+            noise_multiplier: standard deviation of the noise over `query.norm`.
+            minimum: fewest answers that are released together.
+
+        Raises:
+            BudgetExceeded: the ledger does not allow it; devices were asked, and what they sent is forgotten. Who
+                reserves it in the ledger first asks nobody in vain.
+            CohortTooSmall: fewer answered. Nothing is spent.
+            ConfigError: a round is open already; there is noise and no ledger; or there is a buffer, whose flushes go
+                on between rounds: queries then need an aggregator of their own.
+            PlanError: the payload is not the query's, or the query is larger than a plan may be. Nobody was asked.
+            Halted, RoundStopped: as in `run_round`.
+        """
+        if self._buffer is not None:
+            raise ConfigError("buffer must be None to ask queries: a flush goes on between rounds")
+        settings = Round(sampling=1.0, clip=query.norm, noise_multiplier=noise_multiplier, minimum=minimum)
+        mechanism = PaidMechanism(settings, self._ledger, seed=None, size=query.size, purpose=purpose)
+        return self._run(_Work(self._task.asked(query), settings, mechanism), number, payload)
+
+    def _run(self, work: _Work, number: int, numbers: Float32 | None) -> Release:
         if not self._alone.acquire(blocking=False):
             raise ConfigError("a round is open already: an aggregator runs one at a time")
         try:
-            attempt = self._mechanism.next_attempt(number)
-            release = self._released(number, attempt, flat)
+            attempt = work.mechanism.next_attempt(number)
+            release = self._released(work, number, attempt, numbers)
         finally:
             self._alone.release()
-        log.info("round %d, attempt %d: released", number, attempt)
+        log.info("%s %d, attempt %d: released", work.name, number, attempt)
         return release
 
-    def _released(self, number: int, attempt: int, flat: Float32) -> Release:
-        before = self._mechanism.released
+    def _released(self, work: _Work, number: int, attempt: int, numbers: Float32 | None) -> Release:
+        before = work.mechanism.released
         try:
-            return self._mechanism.release(number, attempt, lambda clip: self._collect(flat, clip))
+            return work.mechanism.release(number, attempt, lambda clip: self._collect(work, numbers, clip))
         finally:
-            if self._horizon is not None:
-                self._horizon.settle(before)
+            if work.horizon is not None:
+                work.horizon.settle(before)
 
     def halt(self, versions: Iterable[int], reason: str) -> None:
         """The kill switch: devices of these versions are told to stop, and a round for one of them ends unreleased."""
@@ -300,48 +412,48 @@ class FleetAggregator:
                 self._stopped = why
             self._over.set()
 
-    def _collect(self, flat: Float32, clip: float) -> ClippedSum:
+    def _collect(self, work: _Work, numbers: Float32 | None, clip: float) -> ClippedSum:
         """Opens a round, waits for its end, and fixes its sum; noise is drawn after that."""
-        ends_ms = self._open(flat, clip)
+        ends_ms = self._open(work, numbers, clip)
         try:
             self._clock.wait(self._over, ends_ms)
         finally:
-            total = self._close()
+            total = self._close(work)
         if self._stopped is not None:
             raise type(self._stopped)(f"the round was stopped: {self._stopped}; nothing is spent")
-        if self._horizon is not None:
-            self._horizon.draws()
+        if work.horizon is not None:
+            work.horizon.draws()
         return total
 
-    def _open(self, flat: Float32, clip: float) -> int:
+    def _open(self, work: _Work, numbers: Float32 | None, clip: float) -> int:
         """Offers a plan; returns when the round ends at the latest, in Unix milliseconds."""
         begins_ms, lasts_ms = self._clock.now_ms(), math.ceil(self._task.round_s * 1e3)
         plan_ms = lasts_ms * (1 + self._oldest)
-        plan = self._task.plan(
-            sampling=self._settings.sampling,
+        plan = work.task.plan(
+            sampling=work.settings.sampling,
             clip=clip,
             expires_ms=begins_ms + plan_ms,
-            turn=None if self._horizon is None else self._horizon.turn(self._oldest),
+            turn=None if work.horizon is None else work.horizon.turn(self._oldest),
         )
         version = _Version(Uploads(plan), self._step)
-        offer = _Offer(version, sign(plan, self._key, flat), begins_ms + int(LAST_OFFER * plan_ms))
+        offer = _Offer(version, sign(plan, self._key, numbers), begins_ms + int(LAST_OFFER * plan_ms))
         with self._summing:
-            self._sum = self._sum or self._empty()
+            self._sum = self._sum or self._empty(work)
         with self._lock:
             if self._stopped is not None:
                 raise type(self._stopped)(f"no round is opened any more: {self._stopped}")
-            if self._horizon is not None:
-                self._horizon.opened()
+            if work.horizon is not None:
+                work.horizon.opened()
             self._offer, self._versions[plan.id], self._began_ms = offer, version, begins_ms
         return begins_ms + lasts_ms
 
-    def _close(self) -> ClippedSum:
+    def _close(self, work: _Work) -> ClippedSum:
         """What is in the sum; what comes from now on is in the next one."""
         with self._summing:
             assert self._sum is not None
             total = self._sum.close()
             self._step += 1
-            self._sum = None if self._buffer is None else self._empty()
+            self._sum = None if self._buffer is None else self._empty(work)
             self._over.clear()
         with self._lock:
             if self._buffer is None:
@@ -351,8 +463,8 @@ class FleetAggregator:
             self._forget()
         return total
 
-    def _empty(self) -> OpenSum:
-        return OpenSum(self._task.parameters, MOST_UPLOADS if self._buffer is None else self._buffer.updates)
+    def _empty(self, work: _Work) -> OpenSum:
+        return OpenSum(work.task.parameters, MOST_UPLOADS if self._buffer is None else self._buffer.updates)
 
     def _forget(self) -> None:
         """Uploads of an ended plan stay known for one round, so that a lost answer is given again; then its id is."""
@@ -373,7 +485,8 @@ class FleetAggregator:
                 return Reply(200, self._halts[said.version])
             if (said.model, said.version) != (task.model, task.version):
                 return Reply(204, retry_after_s=IDLE_S)
-            if (offer := self._offer) is not None and self._may_send_off(offer, now_ms):
+            offer = self._offer
+            if offer is not None and said.runtime >= offer.version.runtime and self._may_send_off(offer, now_ms):
                 return Reply(200, offer.signed)  # and it rests as its policy says, which is not for us to pace
             wait = self._wait(now_ms, now_s)
             self._arrivals.add(now_s, wait)
@@ -465,3 +578,20 @@ class FleetAggregator:
             return wait_s(0.0, self._lasted_s, wanted=self._buffer.updates, fleet=fleet, toss=toss)
         opens_s = 0.0 if self._offer is None else max(0.0, (self._offer.version.plan.expires_ms - now_ms) / 1e3)
         return wait_s(opens_s, task.round_s, wanted=task.wanted, fleet=fleet, toss=toss)
+
+
+def _check_settings(settings: Round, buffer: Buffer | None) -> None:
+    """Raises: ConfigError: no fleet can keep them."""
+    if settings.quantile is not None:
+        raise ConfigError("clip_quantile must be left out on a fleet: devices send updates that are clipped")
+    if settings.sampling < 1 and settings.minimum:
+        raise ConfigError(
+            f"minimum must be 0 where sampling is below 1, got {settings.minimum}: "
+            "a round that is withheld because few came tells who was in one that is not"
+        )
+    if buffer is not None and settings.matrix is None:
+        raise ConfigError("buffer needs a matrix: no coins are tossed, so a separation must protect")
+    if buffer is not None and settings.minimum > buffer.updates:
+        raise ConfigError(f"minimum must be at most the buffer's {buffer.updates}, got {settings.minimum}")
+    if settings.matrix is not None and settings.sampling < 1:
+        raise ConfigError(f"sampling must be 1 with a matrix, which claims none, got {settings.sampling!r}")

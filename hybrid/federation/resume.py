@@ -40,7 +40,7 @@ def started(run_dir: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(
             f"run {run_dir.name!r} has no training to resume: none got as far as its first round, "
-            "and nothing was spent by one; start it again"
+            "and nothing was spent by one; start it again, and it uses what else is in the run"
         ) from None
     return config
 
@@ -66,7 +66,7 @@ def check_free(run_dir: Path) -> None:
 
 
 def latest(run_dir: Path, config: Mapping[str, Any]) -> Checkpoint | None:
-    """Where the training in `run_dir` stands; None where it was stopped before its first round, and spent nothing.
+    """Where the training in `run_dir` stands; None where it was stopped before it paid for its first round.
 
     Args:
         run_dir: of the run.

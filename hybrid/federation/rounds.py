@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.errors import UpdateError
-from hybrid.plan import TrainPlan
+from hybrid.plan import Plan
 from hybrid.privacy.mechanisms import ClippedSum, clip_and_sum
 from hybrid.update import decode, head, length
 
@@ -99,7 +99,7 @@ class Uploads:
         plan: that devices were given.
     """
 
-    plan: TrainPlan
+    plan: Plan
     _seen: dict[bytes, bytes] = field(default_factory=dict, repr=False)
 
     def __contains__(self, upload: str) -> bool:

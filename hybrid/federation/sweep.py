@@ -80,6 +80,7 @@ class Swept:
             simulation, configurations of one seed draw the same. Oracles, without noise, are not in it.
         delta: at which.
         users: from how many people all of them learned.
+        exact: features whose constants were not declared and are those of pooled rows: an oracle's.
     """
 
     results: tuple[Result, ...]
@@ -87,6 +88,7 @@ class Swept:
     composed: Spent
     delta: float
     users: int
+    exact: tuple[str, ...] = ()
 
 
 def sweep(
@@ -121,6 +123,11 @@ def sweep(
     for each in configurations:
         check_allowed(model, "federated", None if each.is_oracle else each.epsilon, each.settings)
         optimizer_for(each.settings, np.zeros(2, np.float32))
+        if each.settings.balance is not None:
+            raise ConfigError(
+                "balance must be left out of a sweep, whose configurations share cohorts and the rows in them; "
+                f"`hybrid train --balance` tries one, got {each.settings.balance:g}"
+            )
         if each.settings.buffer is not None:
             raise ConfigError(
                 f"buffer must be left out of a sweep, whose configurations share cohorts, got {each.settings.buffer}"

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, Attended, BufferedAggregator, Round, SimulatedAggregator
+from hybrid.federation.balance import Balancing
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.central import Fitting, fit_everything, fit_server_side
 from hybrid.federation.checkpoint import Checkpoint, Checkpoints, Stateful, digest
@@ -36,10 +37,11 @@ from hybrid.federation.simulation import simulate
 from hybrid.federation.strategy import NoisedSum
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
+from hybrid.privacy.accountant import Event
 from hybrid.privacy.ledger import Ledger, costs
 from hybrid.spec import HybridModel, Training, definition_hash
 from hybrid.update import length
-from hybrid.version import TrainingRecord
+from hybrid.version import Learned, TrainingRecord
 
 Kind = Literal["federated", "noiseless", "central", "server-only"]
 Progress = Callable[[int, int], None]  # done, of how many
@@ -104,13 +106,15 @@ def train(
     device: str = "cpu",
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
+    learned: Learned | None = None,
 ) -> Trained:
     """Trains a model on a population it can see whole: a simulation, in one process but for a `federation`.
 
     "federated": where server_tower is "central", it and the head are fitted on the
     label that the server sees; then device tower and head, and the server tower where the settings say
     so, are trained by federated rounds under user-level differential privacy; what
-    the run's ledger already holds besides trainings is paid from the same budget.
+    the run's ledger already holds besides trainings is paid from the same budget,
+    and so is what a label balance asks before the rounds and after (docs/decisions/0029).
     "noiseless": the same rounds without noise, so without privacy: it tells what
     noise costs. "central": everything on pooled data,
     without privacy. "server-only": server tower and the model's own head, with
@@ -141,6 +145,8 @@ def train(
         about: what else tells this run from another, as JSON values: kept in config.json, and the same to resume.
         resume: goes on with the training in `run_dir`, of a kind in `BY_ROUNDS`; everything else must be as it was.
             That the code of towers and head is, too, is the caller's to know.
+        learned: constants with which the examples were encoded, of a model that declares some to be learned; what
+            they cost is in the run's ledger (`hybrid.analytics.normalisation.learned`). Kept in the record.
 
     Raises:
         FederationError: the federation ended before its last round. What its rounds may cost stays in the ledger;
@@ -148,7 +154,7 @@ def train(
         NotFound: (resume) no training began in the run directory.
         ConfigError: the budget, delta, optimiser, label or device does not allow this training; the run directory
             holds an interrupted one, and it is not to be resumed; or it is, and something is not as it was; or a
-            federation is given with what it cannot do.
+            federation is given with what it cannot do; or constants are missing, or exact where privacy is claimed.
         BudgetExceeded: the run directory's ledger has not enough left.
     """
     settings = settings or model.training
@@ -166,17 +172,20 @@ def train(
     if kind in BY_ROUNDS:
         optimizer_for(settings, np.zeros(2, np.float32))
         device_named(device)
-    network = Network.build(model, seed=seed)
+    if budget is not None and learned is not None and learned.epsilon is None:
+        raise ConfigError("learned must be paid for in a training that claims privacy, got exact constants")
+    network = Network.build(model.with_learned({} if learned is None else learned.transforms), seed=seed)
     _check_federation(federation, kind, settings, fleet)
     run = _Run(
         kind, network, examples_train, examples_test, seed, run_dir, settings, progress, fleet, device, federation
     )
+    run = replace(run, learned=learned)
     config = _config(run, budget, about or {})
     begun = latest(run_dir, config) if resume else None
     if not resume:
         check_free(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    run = replace(run, config=config, begun=begun)
+    run = replace(run, config=config, begun=begun, resumed=resume)
     with threads_for(network):
         privacy = _TRAINERS[kind](run) if budget is None else _federated(run, budget)
         return _finish(run, privacy)
@@ -189,6 +198,11 @@ def _check_federation(federation: Federation | None, kind: Kind, settings: Train
     if settings.buffer is not None:
         raise ConfigError(
             f"federation must be left out with a buffer, whose time is simulated in one process, got {settings.buffer}"
+        )
+    if settings.balance is not None:
+        raise ConfigError(
+            "balance must be left out with a federation: what it asks of everybody before and after the rounds is "
+            f"asked in one process, got {settings.balance:g}"
         )
     if fleet is not None or kind not in BY_ROUNDS:
         raise ConfigError("federation must be left out with a fleet, and where there are no federated rounds")
@@ -339,8 +353,11 @@ class _Run:
     fleet: OnFleet | None = None
     device: str = "cpu"
     federation: Federation | None = None
+    learned: Learned | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     begun: Checkpoint | None = None
+    resumed: bool = False
+    keep: tuple[float, float] | None = None
     curves: Curves = field(default_factory=dict)
     oracle: dict[str, float] = field(default_factory=dict)
     watch: _Watch = field(default_factory=_Watch)
@@ -392,8 +409,9 @@ def _noiseless(run: _Run) -> dict[str, Any]:
     cohort = _cohort(run)
     rounds = _round(run, 0.0, cohort)
     write_json(run.folder / CONFIG, run.config)
-    _simulate(run, _process(run, rounds, None), cohort, rounds)
-    return {}
+    balancing = _balancing(run, None, None)
+    _balanced(run, _process(run, rounds, None), cohort, rounds, balancing)
+    return {} if balancing is None else {"balance": balancing.record}
 
 
 def _federated(run: _Run, budget: float) -> dict[str, Any]:
@@ -401,25 +419,55 @@ def _federated(run: _Run, budget: float) -> dict[str, Any]:
     model, settings = run.network.model, run.settings
     cohort = _cohort(run)  # before the ledger: what is refused leaves none
     with Ledger.open(run.folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort), cohort)
+        balancing = _balancing(run, budget, ledger)
+        besides = [] if balancing is None else balancing.due(ledger.delta)
+        rounds = _round(run, _noise_multiplier(run, budget, ledger, cohort, besides), cohort)
         process = _process(run, rounds, ledger)
-        if due := process.due(rounds.event):
+        if due := [*process.due(rounds.event), *besides]:
             ledger.reserve(due)
         write_json(run.folder / CONFIG, run.config)  # what was refused changes no file
-        clip, released = _simulate(run, process, cohort, rounds)
+        clip, released = _balanced(run, process, cohort, rounds, balancing)
         spent = ledger.spent()
     return {
+        "balance": None if balancing is None else balancing.record,
         "epsilon": spent.epsilon,
         "delta": model.privacy.delta,
         "noise_multiplier": rounds.noise_multiplier,
         "clip": clip,
         "sampling": None if rounds.matrix else rounds.sampling,
         "rounds": released,
-        "mechanism": f"{mechanism_of(settings)}, zero-out adjacency; accountant: {spent.method}",
+        "mechanism": f"{mechanism_of(settings)}{_asked(balancing)}, zero-out adjacency; accountant: {spent.method}",
         "assumption": _assumption(run, rounds),
         "unit": model.privacy.unit,
         "protects": model.protects,
     }
+
+
+def _balancing(run: _Run, budget: float | None, ledger: Ledger | None) -> Balancing | None:
+    model = run.network.model
+    return Balancing.of(run.folder, run.config, run.settings, model, budget=budget, ledger=ledger, resumed=run.resumed)
+
+
+def _asked(balancing: Balancing | None) -> str:
+    """What a label balance adds to the mechanism, for the record."""
+    if balancing is None:
+        return ""
+    return ", and on sums of " + ("scores" if balancing.prior_known else "labels and of scores")
+
+
+def _balanced(
+    run: _Run, process: Process, cohort: _Cohort, rounds: Round, balancing: Balancing | None
+) -> tuple[float, int]:
+    """All rounds that are left, between what a label balance asks before and after them; returns as `_simulate`."""
+    if balancing is None:
+        return _simulate(run, process, cohort, rounds)
+    people = run.network, run.examples, process.ledger, run.seed
+    balancing.ask_prior(*people)
+    ended = _simulate(replace(run, keep=balancing.keep), process, cohort, rounds)
+    balancing.ask_rest(*people)
+    last = Checkpoint.read(run.folder)
+    replace(last, weights=run.network.weights()).write(run.folder)
+    return ended
 
 
 def _assumption(run: _Run, rounds: Round) -> str:
@@ -448,12 +496,19 @@ def _prepared(run: _Run) -> _Ready:
         run.network.load_weights(run.begun.weights)  # the server tower as it was fitted
     elif run.settings.server_tower == "central":
         fit_server_side(run.network, run.examples, seed=run.seed)
-    engine = engine_for(run.network, run.examples, run.settings, run.device)
+    engine = engine_for(run.network, run.examples, run.settings, run.device, keep=run.keep)
     return _Ready(engine, optimizer_for(run.settings, engine.side.flat()))
 
 
-def engine_for(network: Network, examples: Examples, settings: Training, device: str = "cpu") -> Engine:
-    """Trains users as the settings say, on the device.
+def engine_for(
+    network: Network,
+    examples: Examples,
+    settings: Training,
+    device: str = "cpu",
+    *,
+    keep: tuple[float, float] | None = None,
+) -> Engine:
+    """Trains users as the settings say, on the device, with what is kept of their examples: see `LocalTraining`.
 
     Raises:
         ConfigError: there is no such device.
@@ -461,7 +516,7 @@ def engine_for(network: Network, examples: Examples, settings: Training, device:
     return Engine.build(
         network,
         examples,
-        LocalTraining.of(settings),
+        LocalTraining.of(settings, keep),
         federate_server_tower=settings.server_tower == "federated",
         tower_dropout=settings.tower_dropout,
         upload=settings.upload,
@@ -664,12 +719,17 @@ def _size(run: _Run) -> int:
     return DeviceSide(run.network, server_tower=federated, missing=missing).size
 
 
-def _noise_multiplier(run: _Run, budget: float, ledger: Ledger, cohort: _Cohort) -> float:
-    """The least noise with which all rounds stay within what the budget leaves them; as it was, of a resumed run."""
+def _noise_multiplier(
+    run: _Run, budget: float, ledger: Ledger, cohort: _Cohort, planned: Sequence[Event] = ()
+) -> float:
+    """The least noise with which all rounds stay within what the budget leaves them; as it was, of a resumed run.
+
+    What is planned besides is left room for too.
+    """
     if run.begun is not None:
         return float(run.begun.state[PROCESS]["noise_multiplier"])
     # What else this run's ledger has paid for, label rates say. Other trainings in it are not made room for: refused.
-    besides = costs(entry for entry in ledger.entries if entry.purpose != PURPOSE)
+    besides = [*costs(entry for entry in ledger.entries if entry.purpose != PURPOSE), *planned]
     return least_noise(run.settings, budget, run.network.model.privacy.delta, sampling=cohort.sampling, besides=besides)
 
 
@@ -747,6 +807,7 @@ def _finish(run: _Run, privacy: Mapping[str, Any]) -> Trained:
         examples=len(run.examples),
         settings=run.settings,
         oracle=measured,
+        learned=run.learned,
         **privacy,
     )
     return Trained(run.network.weights(), record, run.curves, tuple(run.watch.noted), predictions)
@@ -805,6 +866,7 @@ def _config(run: _Run, budget: float | None, about: Mapping[str, Any]) -> dict[s
         "population": run.examples.population,
         **about,
         **({} if budget is None else {"epsilon": budget, "privacy": model.privacy.model_dump(mode="json")}),
+        **({} if run.learned is None else {"learned": run.learned.model_dump(mode="json")}),
         "training": run.settings.model_dump(mode="json"),
         "federation": None if run.federation is None else run.federation.name,
         "fleet": None if fleet is None else asdict(fleet) | {"trace": fleet.trace.model_dump(mode="json")},

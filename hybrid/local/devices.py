@@ -30,6 +30,7 @@ from hybrid.errors import StackError
 from hybrid.features import Float32
 
 if TYPE_CHECKING:
+    from device_runtime.answering import Answerer
     from device_runtime.participation import Outcome
     from device_runtime.store import Store
     from device_runtime.trainer import Trainer
@@ -237,6 +238,7 @@ async def _run(
     *, bundle: Path, trust: Path, store: Path, key_file: Path, aggregator: str, devices: int, rest_s: float
 ) -> dict[str, Any]:
     from device_runtime.aggregator import Aggregator
+    from device_runtime.answering import Answerer
     from device_runtime.eligibility import Readings
     from device_runtime.host import ScriptedHost
     from device_runtime.participation import Participation
@@ -251,13 +253,14 @@ async def _run(
     host = ScriptedHost([Readings(**GOOD)])  # type: ignore[arg-type]
     # A round stands for a day here: a device takes part in each.
     own = Policy(separation_s=0, participations=1_000_000)
-    trainer, room = cast(Trainer, _InTurn(Trainer(opened))), asyncio.Semaphore(CONCURRENCY)
+    shared, room = _InTurn(Trainer(opened), Answerer(opened)), asyncio.Semaphore(CONCURRENCY)
+    trainer, answerer = cast(Trainer, shared), cast(Answerer, shared)
     with Store.open(store, read_store_key(key_file, {}), opened.manifest) as kept:
 
         async def session(device: int) -> Outcome:
             async with room:
                 return await Participation(
-                    opened, trainer, kept, host, asked, trusted, device=device, own=own
+                    opened, trainer, kept, host, asked, trusted, device=device, answerer=answerer, own=own
                 ).session()
 
         print(json.dumps({"ready": devices}), flush=True)
@@ -266,10 +269,10 @@ async def _run(
 
 
 class _InTurn:
-    """A trainer that several sessions share: trainings of several threads at once have been seen to stand still."""
+    """Programs that several sessions share: trainings of several threads at once have been seen to stand still."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._alone = trainer, threading.Lock()
+    def __init__(self, trainer: Trainer, answerer: Answerer) -> None:
+        self._trainer, self._answerer, self._alone = trainer, answerer, threading.Lock()
         self.gave_up: str | None = None
 
     def train(self, *arguments: Any, **more: Any) -> Float32 | None:
@@ -278,6 +281,13 @@ class _InTurn:
             update = self._trainer.train(*arguments, **more)
             self.gave_up = self._trainer.gave_up
         return update
+
+    def answer(self, *arguments: Any, **more: Any) -> Float32 | None:
+        """See `device_runtime.answering.Answerer.answer`."""
+        with self._alone:
+            answer = self._answerer.answer(*arguments, **more)
+            self.gave_up = self._answerer.gave_up
+        return answer
 
 
 async def _live(

@@ -116,8 +116,7 @@ class Promoted:
         manifest = read_bundle(bundle.read_bytes(), trusted_key(trust)).manifest
         if manifest.train is None or found.training.settings is None:
             raise ConfigError(f"the bundle of {name} has no training program; `hybrid promote` says why")
-        network = Network.build(declared)
-        network.load_weights(found.weights)
+        network = Network.of(declared, found)
         settings = Training(**found.training.settings.model_dump() | changed)
         check_linear(settings)
         return cls(found, network, settings, bundle, trust, manifest)
@@ -222,7 +221,7 @@ class Promoted:
         assert self.manifest.train is not None
         wanted = devices if self.buffer is None else AT_ONCE * self.buffer.updates
         settings, keeping = self.settings, self.manifest.keeping
-        epochs = settings.local_epochs
+        epochs, balance = settings.local_epochs, self.version.training.balance
         local = Local(
             steps=settings.local_steps if epochs is None else None,
             epochs=epochs,
@@ -230,6 +229,7 @@ class Promoted:
             batch=settings.local_batch,
             proximal=settings.proximal,
             tower_dropout=settings.tower_dropout,
+            keep=None if balance is None else balance.keep,  # as the version's correction says; nobody is asked again
         )
         return Task(
             model=self.version.model,
@@ -295,6 +295,8 @@ class Promoted:
             assumption="; ".join(assumes),
             unit="device",
             protects=self.network.model.protects,
+            balance=self.version.training.balance,
+            learned=self.version.training.learned,
             **about,
         )
 

@@ -117,8 +117,7 @@ def finish(folder: Path, workspace: Workspace) -> tuple[int, Prepared]:
     if failed == job.rounds:
         raise FederationError(f"none of the {job.rounds} rounds was released: there is no version to register")
     registry = Registry(workspace)
-    network = Network.build(registry.load_model(prepared.model))
-    network.load_weights(registry.version(prepared.model, prepared.version).weights)
+    network = Network.of(registry.load_model(prepared.model), registry.version(prepared.model, prepared.version))
     device_side(network, job.training).load_flat(last.flat)
     record = prepared.record.model_copy(update={"rounds": job.rounds - failed})
     number = registry.create_version(

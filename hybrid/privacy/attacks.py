@@ -26,6 +26,7 @@ INDEPENDENT = 0.1  # share of the prior that takes features for independent, whe
 ROWS_A_BLOCK = 128  # of releases that are compared with all candidates at once
 CELLS_A_SEARCH = 1 << 22  # of encoded profiles at once, 16 MiB
 BEAM, SWEEPS = 16, 12
+WIDER = 4  # times the beam, for clear embeddings that no profile found so far has
 EXACT = 1e-9  # squared distance of embeddings that are the same but for rounding
 
 
@@ -150,18 +151,26 @@ def search(knows: Knowledge, *, beam: int = BEAM, sweeps: int = SWEEPS) -> Attac
     A beam of profiles is kept for each release. A sweep tries every change of
     one value in each and keeps the likeliest, until none is better. Features
     are taken for independent. The guess is each feature's most likely value
-    among all profiles of the last sweep; without noise, that of the nearest.
+    among all profiles of the last sweep; without noise, that of the nearest,
+    and where that does not have the very embedding, a wider beam tries again.
     """
     candidates, steps = _Candidates.of(knows), _Steps.of(knows)
-    rows = max(1, CELLS_A_SEARCH // (beam * steps.put.numel()))
 
-    def attack(released: Tensor) -> Float32:
+    def climbed(released: Tensor, beam: int) -> Float32:
         parts = []
-        for part in torch.split(released, rows):
+        for part in torch.split(released, max(1, CELLS_A_SEARCH // (beam * steps.put.numel()))):
             fit = candidates.log_prior * (knows.sd > 0) - candidates.distances(part) / (2 * steps.sd**2)
             first = fit.topk(min(beam, len(candidates.codes)), dim=1).indices
             parts.append(steps.climb(part, candidates.codes[first.numpy()], beam, sweeps))
         return _likeliest(knows.profiles, np.concatenate(parts))
+
+    def attack(released: Tensor) -> Float32:
+        guess = climbed(released, beam)
+        if knows.sd == 0:
+            stuck = (knows.released(guess) - released).square().sum(dim=1) > EXACT
+            if stuck.any():
+                guess[stuck.numpy()] = climbed(released[stuck], WIDER * beam)
+        return guess
 
     return attack
 

@@ -17,27 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hybrid.errors import ConfigError
 from hybrid.features import Float32
-from hybrid.federation.engine import embed, predict
-from hybrid.federation.metrics import Compared, Difference, auc, compare
+from hybrid.federation.engine import embed
+from hybrid.federation.metrics import Difference
 from hybrid.federation.population import Examples
 from hybrid.network import Network
 from hybrid.privacy.attacks import Knowledge, enumeration, search
-from hybrid.privacy.mechanisms import SeededNoise, clip_and_noise, local_epsilon
+from hybrid.privacy.mechanisms import SeededNoise, local_epsilon
 from hybrid.privacy.profiles import Profiles, slots_of
+from hybrid.privacy.released import RESAMPLES, Served, clip_for, released
 from hybrid.privacy.trained_attack import trained
 from hybrid.spec import Clear, Noised
 
 SIGMAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-CLIP_QUANTILE = 0.9  # of the embeddings' norms: the ladder's clip where the model declares none
 SEARCHED = 0.05  # sigma: where noise is larger, too many profiles fit for one to be climbed to
 ASIDE = 0.2  # share of the people the attacker knows by whom it chooses its attack
 FEWEST = 10  # people that the attacker must know
 LEARNED = 1 << 16  # of their rows, at most so many
-RESAMPLES = 1000
 NEAR = 0.05  # of the prior: a gain that counts as none in `Report.hidden_from`
 PRIOR, ENUMERATION, SEARCH, TRAINED = "prior", "enumeration", "search", "trained"
 _ATTACKED, _CHOSEN, _RELEASED, _JUDGED = range(4)  # streams of the seed
@@ -51,7 +49,7 @@ class Recovered:
 
     Attributes:
         feature: its name.
-        attack: the one that did best on the people set aside; `PRIOR` where none was better by a standard error.
+        attack: the one that did best on the people set aside; `PRIOR` where none was better.
         recovery: share of the attacked rows in which it is right.
         prior: the same, of always guessing the commonest value among the people the attacker knows.
         gain: recovery - prior, with a 95 % interval under resampled people.
@@ -76,6 +74,7 @@ class Level:
         declared: whether it is what the model declares.
         auc: on the attacked people, oracle.
         auc_cost: clear AUC minus this one, with a 95 % interval under resampled people.
+        auc_shrunk: what it would be if the server drew what it is sent towards the mean first (`Served.shrunk`).
         recovered: by feature.
         whole: share of rows of which every feature is recovered.
     """
@@ -85,6 +84,7 @@ class Level:
     declared: bool
     auc: float
     auc_cost: Difference
+    auc_shrunk: float
     recovered: Sequence[Recovered]
     whole: float
 
@@ -101,6 +101,7 @@ class Level:
             "declared": self.declared,
             "auc": self.auc,
             "auc_cost": asdict(self.auc_cost),
+            "auc_shrunk": self.auc_shrunk,
             "whole": self.whole,
             "largest_gain": self.most.gain.mean,
             "features": {found.feature: asdict(found) for found in self.recovered},
@@ -112,7 +113,7 @@ class Report:
     """What `inversion` found. Oracle, all of it.
 
     Attributes:
-        clip: largest L2 norm of a noised embedding, of the model, or `CLIP_QUANTILE` of those of known people.
+        clip: largest L2 norm of a noised embedding, see `hybrid.privacy.released.clip_for`.
         delta: of the local epsilons.
         known, attacked: how many people.
         rows: how many of the attacked people's rows were attacked.
@@ -184,19 +185,20 @@ def inversion(
     _check(attacked, known)
     for part in network.parts.values():
         part.eval()
-    clip = _clip(network, known)
-    people, released = _People.of(network, attacked, known, rows, seed), _Released.of(network, attacked)
+    clip = clip_for(network, known)
+    people, served = _People.of(network, attacked, known, rows, seed), Served.of(network, attacked, known, clip)
     levels = []
     for number, sigma in enumerate(ladder):
         with threads_for(network):
             recovered, whole = _attack(network, people, clip, sigma, seed + number)
-        noised = _noised(released.embedding, clip, sigma, SeededNoise(seed, _RELEASED, number))
+        noised = released(served.device, clip, sigma, SeededNoise(seed, _RELEASED, number))
         level = Level(
             sigma=sigma,
             epsilon=local_epsilon(sigma, network.model.privacy.delta) if sigma else math.inf,
             declared=sigma == declared,
-            auc=auc(attacked.labels, released.predictions(noised)),
-            auc_cost=released.cost(noised, seed),
+            auc=served.auc(noised),
+            auc_cost=served.cost(noised),
+            auc_shrunk=served.auc(served.shrunk(noised, sigma * clip)),
             recovered=recovered,
             whole=whole,
         )
@@ -208,7 +210,7 @@ def inversion(
         known=known.users,
         attacked=attacked.users,
         rows=len(people.user),
-        auc_without=auc(attacked.labels, predict(network, attacked, without="device")),
+        auc_without=served.auc_without(),
         levels=tuple(levels),
     )
 
@@ -229,13 +231,6 @@ def _check(attacked: Examples, known: Examples) -> None:
         raise ConfigError(f"attacked people must have rows of both labels, for an AUC; got {len(attacked)} rows of one")
 
 
-def _clip(network: Network, known: Examples) -> float:
-    if isinstance(network.model.release, Noised):
-        return network.model.release.clip
-    norms = embed(network.device_tower, known.device).norm(dim=1).numpy()
-    return float(np.quantile(norms, CLIP_QUANTILE)) or 1.0  # a tower that says nothing has no norm to clip to
-
-
 @dataclass(frozen=True)
 class _People:
     """Whose features are known, and whose are guessed.
@@ -243,14 +238,13 @@ class _People:
     Attributes:
         profiles: what can be guessed, from what the attacker knows.
         learned: (n, features) slots that attacks learn from.
-        aside, aside_user: (m, features) of other known people, by whom the attack is chosen, and (m,) whose row it is.
+        aside: (m, features) of other known people, by whom the attack is chosen.
         truth, user: (k, features) of the attacked, and (k,) whose row it is.
     """
 
     profiles: Profiles
     learned: Float32
     aside: Float32
-    aside_user: NDArray[np.int64]
     truth: Float32
     user: NDArray[np.int64]
 
@@ -267,15 +261,9 @@ class _People:
             profiles=Profiles.of(features, learned),
             learned=learned,
             aside=slots_of(features, known.device[judged]),
-            aside_user=known.user_of_row[judged],
             truth=slots_of(features, attacked.device[some]),
             user=attacked.user_of_row[some],
         )
-
-
-def _noised(embedding: Float32, clip: float, sigma: float, noise: SeededNoise) -> Float32:
-    """What devices would release."""
-    return clip_and_noise(embedding, clip=clip, sigma=sigma, noise=noise) if sigma else embedding
 
 
 def _attack(
@@ -291,11 +279,11 @@ def _attack(
 
     def right(slots: Float32, stream: int) -> dict[str, NDArray[np.bool_]]:
         embedding = embed(tower, profiles.features.encode(slots)).numpy()
-        released = torch.from_numpy(_noised(embedding, clip, sigma, SeededNoise(seed, stream)))
-        found = {name: profiles.right(attack(released), slots) for name, attack in attacks.items()}
+        seen = torch.from_numpy(released(embedding, clip, sigma, SeededNoise(seed, stream)))
+        found = {name: profiles.right(attack(seen), slots) for name, attack in attacks.items()}
         return {PRIOR: profiles.right(np.broadcast_to(common, slots.shape), slots), **found}
 
-    chosen = _chosen(right(people.aside, _JUDGED), people.aside_user, seed)
+    chosen = _chosen(right(people.aside, _JUDGED))
     found = right(people.truth, _ATTACKED)
     hits = np.stack([found[name][:, f] for f, name in enumerate(chosen)], axis=1)
     gains = _gains(hits, found[PRIOR], people.user, seed)
@@ -313,17 +301,9 @@ def _attack(
     return recovered, float(hits.all(axis=1).mean())
 
 
-def _chosen(judged: Mapping[str, NDArray[np.bool_]], user: NDArray[np.int64], seed: int) -> list[str]:
-    """For each feature the attack that is right most often, if by more than a standard error over the prior.
-
-    With less, chance among the few people set aside would choose, and an attack
-    that merely guesses another constant could be taken for one that knows something.
-    """
-    attacks = [name for name in judged if name != PRIOR]
-    best = np.array([judged[name].mean(axis=0) for name in attacks]).argmax(axis=0)
-    hits = np.stack([judged[attacks[place]][:, f] for f, place in enumerate(best)], axis=1)
-    errors = [(gain.mean, (gain.high - gain.low) / 4) for gain in _gains(hits, judged[PRIOR], user, seed)]
-    return [attacks[place] if mean > error else PRIOR for place, (mean, error) in zip(best, errors, strict=True)]
+def _chosen(judged: Mapping[str, NDArray[np.bool_]]) -> list[str]:
+    """For each feature the attack that is right most often; `PRIOR` where none is oftener than it."""
+    return [max(judged, key=lambda name: judged[name][:, f].sum()) for f in range(judged[PRIOR].shape[1])]
 
 
 def _gains(hits: NDArray[np.bool_], prior: NDArray[np.bool_], user: NDArray[np.int64], seed: int) -> list[Difference]:
@@ -337,36 +317,3 @@ def _gains(hits: NDArray[np.bool_], prior: NDArray[np.bool_], user: NDArray[np.i
     drawn = (times @ sums) / (times @ np.bincount(person))[:, None]
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return [Difference(*map(float, one)) for one in zip(better.mean(axis=0), low, high, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Released:
-    """The attacked people's rows as the head sees them.
-
-    Attributes:
-        network: whose head.
-        server: (n, a) embeddings of the server.
-        embedding: (n, b) of the device, clear.
-        examples: the rows.
-    """
-
-    network: Network
-    server: Tensor
-    embedding: Float32
-    examples: Examples
-
-    @classmethod
-    def of(cls, network: Network, examples: Examples) -> _Released:
-        server = embed(network.server_tower, examples.server)
-        return cls(network, server, embed(network.device_tower, examples.device).numpy(), examples)
-
-    def predictions(self, released: Float32) -> Float32:
-        with torch.no_grad():
-            scores: Float32 = torch.sigmoid(self.network.head(self.server, torch.from_numpy(released))).numpy()
-        return scores
-
-    def cost(self, released: Float32, seed: int) -> Difference:
-        """AUC of the clear embeddings minus that of the released ones."""
-        clear, noised = self.predictions(self.embedding), self.predictions(released)
-        pair = Compared(self.examples.labels, clear, noised, self.examples.user_of_row)
-        return compare([pair], resamples=RESAMPLES, seed=seed)["auc"]

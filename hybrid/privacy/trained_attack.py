@@ -16,6 +16,8 @@ from hybrid.federation.optimizers import step, without_compiler
 from hybrid.privacy.attacks import Attack, Knowledge
 from hybrid.privacy.profiles import UNSEEN, Profiles
 
+LEAST = 1e-3  # by which the loss must fall at first, as a share of it: less is chance among the few people set aside
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -52,7 +54,7 @@ def trained(knows: Knowledge, *, seed: int, fitting: Fitting | None = None) -> A
     optimizer = torch.optim.AdamW(way_back.parameters(), lr=fitting.lr, weight_decay=fitting.weight_decay)
     rows, aside = _Rows.of(knows, knows.slots), _Rows.of(knows, knows.aside).noised(knows.sd, generator)
     steps, done = fitting.epochs * math.ceil(len(knows.slots) / fitting.batch), 0
-    best, kept = way_back.loss_of(aside), deepcopy(way_back.state_dict())
+    best, kept = (1 - LEAST) * way_back.loss_of(aside), deepcopy(way_back.state_dict())
     for _ in range(fitting.epochs):
         for batch in torch.split(torch.randperm(len(knows.slots), generator=generator), fitting.batch):
             optimizer.param_groups[0]["lr"] = fitting.lr * (1 - done / steps)

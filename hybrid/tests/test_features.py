@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hybrid.errors import BadRequest
-from hybrid.features import Bucketize, Categorical, Features, Hash, Log1p, Numeric, murmur3_32
+from hybrid.errors import BadRequest, ConfigError
+from hybrid.features import UNUSED, Bucketize, Categorical, Features, Hash, Log1p, Numeric, murmur3_32
 
 NAN, INF = float("nan"), float("inf")
 COMPOSED, DECOMPOSED = "Caf\u00e9", "Cafe\u0301"  # the same word in NFC and in NFD
@@ -184,3 +184,72 @@ def test_every_text_has_one_valid_index(values):
         assert ((index >= 0) & (index < transform.cardinality)).all()
         other = [None if value is None else unicodedata.normalize("NFD", value) for value in values]
         assert transform.inputs(other).tolist() == index.tolist()
+
+
+LEARNED_LATER = {
+    "trips": Numeric(normalise="federated", low=0, high=100),
+    "spent": Log1p(normalise="federated", low=0, high=1000, clip=3),
+    "zone": Categorical(discover=3),
+}
+
+
+def test_constants_written_by_hand_have_the_json_they_always_had():
+    """What may be learned left no trace in them, so that no hash of a declaration moved."""
+    assert Numeric(mean=2).model_dump() == {"kind": "numeric", "mean": 2.0, "std": 1.0, "clip": 10.0}
+    assert Log1p().model_dump(mode="json") == {"kind": "log1p", "mean": 0.0, "std": 1.0, "clip": 10.0}
+    assert Categorical(vocabulary=("a",)).model_dump(mode="json") == {"kind": "categorical", "vocabulary": ["a"]}
+
+
+def test_a_transform_to_be_learned_comes_back_from_its_json():
+    """Of the declaration; it has no mean, std or vocabulary to mistake for learned ones."""
+    features = Features.of(LEARNED_LATER)
+    dumped = features.model_dump(mode="json")["transforms"]
+    assert dumped["trips"] == {"kind": "numeric", "clip": 10.0, "normalise": "federated", "low": 0.0, "high": 100.0}
+    assert dumped["zone"] == {"kind": "categorical", "discover": 3}
+    assert Features.model_validate_json(features.model_dump_json()) == features
+    assert features.pending == ("trips", "spent", "zone")
+
+
+@pytest.mark.parametrize("name", LEARNED_LATER)
+def test_nothing_stands_for_constants_that_are_not_learned(name):
+    """Not even mean 0: what would be computed with it is refused, and how to learn them is said."""
+    transform = LEARNED_LATER[name]
+    with pytest.raises(ConfigError, match="not learned yet: `hybrid train` learns them"):
+        transform.slots(transform.inputs(["port"] if transform.text else [3.0]))
+    with pytest.raises(ConfigError, match=f"the constants of {name} are not learned yet"):
+        Features.of({name: transform}).slots(np.zeros((1, 1), np.float32))
+
+
+def test_learned_constants_are_those_of_a_transform_written_by_hand():
+    """Its clip stays; 60 is then (60 - 50) / 20 = 0.5."""
+    assert LEARNED_LATER["trips"].learned(50.0, 20.0) == Numeric(mean=50, std=20)
+    assert LEARNED_LATER["spent"].learned(1.5, 0.5) == Log1p(mean=1.5, std=0.5, clip=3)
+    assert slots(LEARNED_LATER["trips"].learned(50.0, 20.0), [60]) == [0.5]
+
+
+@pytest.mark.parametrize("found", [(), ("port",), ("port", "centre"), ("port", "centre", "airport")])
+def test_a_learned_vocabulary_has_the_width_that_was_declared(found):
+    """Three places and two, whatever was found; text that was not found is unseen, in no unused place."""
+    transform = LEARNED_LATER["zone"]
+    learned = transform.learned(found)
+    assert (learned.width, learned.pending) == (transform.width, False) == (5, False)
+    assert slots(learned, [*found, "beach", "", None]) == [*range(len(found)), 3, 3, 4]
+    assert all(word.startswith(UNUSED) for word in learned.vocabulary[len(found) :])
+
+
+@pytest.mark.parametrize(
+    ("declare", "message"),
+    [
+        (lambda: Numeric(normalise="federated"), "low and high must be given"),
+        (lambda: Numeric(normalise="federated", low=1, high=1), "low and high must be given"),
+        (lambda: Log1p(normalise="federated", low=-3, high=0), "low and high must be given"),
+        (lambda: Numeric(normalise="federated", low=0, high=1, mean=0.5), "mean and std must be left out"),
+        (lambda: Numeric(low=0, high=1), "low and high must be left out without normalise"),
+        (Categorical, "must hold at least one text, or be left out with discover"),
+        (lambda: Categorical(vocabulary=("a",), discover=3), "must hold at least one text, or be left out with"),
+    ],
+)
+def test_constants_are_written_or_learned_never_both(declare, message):
+    """A log of max(x, 0) is one number from -3 to 0, so those are no bounds of it."""
+    with pytest.raises(ValidationError, match=message):
+        declare()

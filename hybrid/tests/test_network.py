@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from hybrid import (
 from hybrid.errors import ConfigError
 from hybrid.features import Features
 from hybrid.network import DeviceProgram, Encoder, Network, Transforms
+from hybrid.version import Learned, TrainingRecord, Version
 
 EVERY_KIND = Features.of(
     {
@@ -342,6 +344,27 @@ def test_weights_come_back_as_they_went():
         Network.build(model(device_tower=lambda: nn.Linear(4, 4, bias=False))).load_weights(source.weights())
 
 
+def test_a_correction_shifts_the_logits_and_travels_with_the_weights():
+    """A logit of 0 shifted by -log 3 is odds of 1 : 3, a quarter; weights of before there was one have none."""
+    network, other = Network.build(model()), Network.build(model())
+    before = network.weights()
+    assert network.correction(torch.zeros(2)).tolist() == [0.5, 0.5]
+    network.correction.set_shift(-math.log(3))
+    other.load_weights(network.weights())
+    np.testing.assert_allclose(other.correction(torch.zeros(2)).numpy(), [0.25, 0.25], rtol=1e-6)
+    other.load_weights({name: value for name, value in before.items() if not name.startswith("correction.")})
+    assert float(other.correction.shift) == 0
+
+
+def test_a_correction_is_no_part_of_a_definition_and_nothing_trains_it():
+    """The description is the same with a shift; the parameters that travel have it neither way."""
+    network = Network.build(model())
+    before = network.description()
+    network.correction.set_shift(1.0)
+    assert network.description() == before
+    assert not list(network.correction.parameters())
+
+
 @given(
     st.lists(
         st.tuples(*[numbers] * 5, st.sampled_from([0, 1, 2, 3]), st.sampled_from([0, 1, 5])), min_size=1, max_size=8
@@ -374,3 +397,38 @@ def test_raw_values_give_a_finite_encoding_on_both_sides(rows: list[tuple[float,
     assert np.isfinite(encoded).all()
     program = DeviceProgram(features, nn.Identity())
     np.testing.assert_allclose(program(torch.from_numpy(inputs)).numpy(), encoded, rtol=1e-6)
+
+
+LATER = {"trips": Numeric(normalise="federated", low=0, high=100)}
+
+
+def learned_version(network: Network, transforms: dict[str, Any]) -> Version:
+    learned = Learned(transforms=transforms, users=9, run="r") if transforms else None
+    training = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, learned=learned)
+    return Version("taxi", 1, "ab", {}, training, network.weights())
+
+
+def test_a_network_is_built_before_its_constants_are_learned():
+    """It can be described and registered; its device program, which would compute with them, cannot be had."""
+    network = Network.build(model(device=LATER, device_tower=lambda: nn.Linear(2, 4)))
+    assert network.description()["device_embedding"] == 4
+    with pytest.raises(ConfigError, match="the constants of trips are not learned yet"):
+        network.device_program()
+
+
+def test_the_network_of_a_version_computes_with_the_constants_it_learned():
+    """(60 - 50) / 20 = 0.5 reaches the tower, whose weights are the version's too."""
+    declared = model(device=LATER, device_tower=lambda: nn.Linear(2, 4))
+    trained = Network.build(declared, seed=7)
+    network = Network.of(declared, learned_version(trained, {"trips": Numeric(mean=50, std=20)}))
+    with torch.no_grad():
+        embedding = network.device_program()(torch.tensor([[60.0]]))
+        expected = trained.device_tower(torch.tensor([[0.5, 0.0]]))
+    torch.testing.assert_close(embedding, expected)
+
+
+def test_a_version_without_the_constants_that_its_model_needs_is_refused():
+    """Nothing stands in their place."""
+    declared = model(device=LATER, device_tower=lambda: nn.Linear(2, 4))
+    with pytest.raises(ConfigError, match=r"must be learned of \['trips'\], as it declares, got those of \[\]"):
+        Network.of(declared, learned_version(Network.build(declared), {}))

@@ -14,16 +14,19 @@ from hybrid.plan import (
     MAX_BYTES,
     MAX_JSON,
     MAX_PARAMETERS,
+    MAX_PAYLOAD,
     SIGNATURE,
     CheckIn,
     Halt,
     Local,
     Policy,
+    QueryPlan,
     TrainPlan,
     Turn,
     open_signed,
     sign,
 )
+from hybrid.query import By, Categories, Histogram, Labels, Moments, Query, Scores
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key()
@@ -81,6 +84,13 @@ def test_a_turn_comes_back_and_is_absent_where_there_is_none():
         Turn(training="5" * 32, first_step=3, last_step=2, separation=8)
 
 
+def test_what_is_kept_by_label_comes_back_and_is_absent_where_all_is():
+    """A device that knows no `keep` reads plans without it, and refuses one with it."""
+    plan = PLAN.model_copy(update={"local": PLAN.local.model_copy(update={"keep": (0.05, 1.0)})})
+    assert open_signed(sign(plan, KEY, WEIGHTS), PUBLIC)[0] == plan
+    assert b'"keep"' not in MESSAGE
+
+
 def test_a_halt_comes_back():
     """It has no weights."""
     message, weights = open_signed(sign(HALT, KEY), PUBLIC)
@@ -94,6 +104,81 @@ def test_a_message_is_laid_out_as_the_module_says():
     length = int.from_bytes(body[:4], "little")
     assert json.loads(body[4 : 4 + length])["id"] == "0f" * 16
     assert struct.unpack("<3f", body[4 + length :]) == tuple(WEIGHTS.tolist())
+
+
+QUERY = Query(
+    parts=(
+        Moments(column="age", low=0, high=120, scale="log1p"),
+        Histogram(column="age", edges=(18.0, 65.0), cumulative=True),
+        Categories(column="town", values=("Köln", "Ulm")),
+        Labels(),
+        Scores(nodes=tuple(np.sin(np.linspace(0, np.pi / 2, 64)) ** 2), cumulative=True),
+    ),
+    rows=8,
+    by=By(column="hour", values=("7AM", "2PM")),
+    clip=3.0,
+)
+ASKED = QueryPlan(
+    id="1f" * 16, model="coupon", version=3, definition_hash="ab" * 32, expires_ms=1_700_000_000_000, query=QUERY
+)
+
+
+def test_a_query_s_plan_comes_back():
+    """Every part of it, with 64 nodes in less than a tenth of what a plan's JSON may have; it brings nothing along."""
+    signed_plan = sign(ASKED, KEY)
+    message, payload = open_signed(signed_plan, PUBLIC)
+    assert (message, payload.shape) == (ASKED, (0,))
+    assert len(signed_plan) < MAX_JSON / 10
+    assert (message.parameters, message.clip, message.upload, message.sampling) == (QUERY.size, 3.0, "float32", 1.0)
+    assert QUERY.size == 2 * (3 + 4 + 4 + 2 + 128)
+
+
+def test_squares_are_asked_with_their_payload():
+    """Two statistics of two counts: gradients and centres, six numbers, and no other count of them."""
+    spread = Query(parts=(Labels(),), spread=(1.0, 2.0))
+    plan, payload = ASKED.model_copy(update={"query": spread}), np.arange(6, dtype=np.float32)
+    message, found = open_signed(sign(plan, KEY, payload), PUBLIC)
+    assert (message, found.tolist(), message.parameters) == (plan, payload.tolist(), 2)
+    assert message.clip == pytest.approx(2**0.5)
+    for wrong in (None, payload[:5], np.full(6, np.nan, np.float32)):
+        with pytest.raises(PlanError, match="6 finite numbers of payload"):
+            sign(plan, KEY, wrong)
+    document = json.loads(plan.model_dump_json(exclude_none=True))
+    with pytest.raises(PlanError, match="6 finite numbers of payload"):
+        open_signed(signed(body_of(document, payload[:5].tobytes())), PUBLIC)
+
+
+def test_a_payload_is_bounded():
+    """513 statistics of 512 counts are 513 x 513 numbers, more than 2^18."""
+    query = {"parts": [{"kind": "histogram", "column": "age", "edges": list(range(510))}], "spread": [1.0] * 513}
+    with pytest.raises(ValidationError, match=f"at most {MAX_PAYLOAD}"):
+        QueryPlan(**ASKED.model_dump(exclude={"query"}), query=query)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"parts": []},
+        {"parts": [{"kind": "shell", "column": "age"}]},
+        {"parts": [{"kind": "labels", "more": 1}]},
+        {"parts": [{"kind": "moments", "column": "age", "low": 2, "high": 1}]},
+        {"parts": [{"kind": "histogram", "column": "age", "edges": [1, 1]}]},
+        {"parts": [{"kind": "categories", "column": "town", "values": ["a", "a"]}]},
+        {"parts": [{"kind": "scores", "nodes": [0.5, 2]}]},
+        {"parts": [{"kind": "histogram", "column": "age", "edges": list(range(4096))}] * 256},
+        {"parts": [{"kind": "labels"}], "clip": 0},
+        {"parts": [{"kind": "labels"}], "spread": [-1]},
+        {"parts": [{"kind": "labels"}], "by": {"column": "hour", "values": []}},
+        "labels",
+        None,
+    ],
+    ids=str,
+)
+def test_a_malformed_query_is_a_malformed_plan(query):
+    """Also where the right key signed it."""
+    document = json.loads(ASKED.model_dump_json(exclude_none=True)) | {"query": query}
+    with pytest.raises(PlanError):
+        open_signed(signed(body_of(document)), PUBLIC)
 
 
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1))
@@ -217,6 +302,9 @@ def test_a_bundles_signature_does_not_pass_for_a_plans():
         {"local": {"lr": 3.0, "steps": 1, "proximal": 0.5}},
         {"local": {"lr": 1.0, "steps": 1001}},
         {"local": {"lr": 1.0, "steps": 1, "tower_dropout": 0.5}},
+        {"local": {"lr": 1.0, "steps": 1, "keep": [0, 1]}},
+        {"local": {"lr": 1.0, "steps": 1, "keep": [0.5, 1.5]}},
+        {"local": {"lr": 1.0, "steps": 1, "keep": [0.5]}},
         {"policy": {"battery": 1.5}},
         {"policy": {"thermal": "critical"}},
         {"policy": {"participations": 0}},

@@ -16,6 +16,7 @@ from hybrid import (
     Entity,
     HybridModel,
     Label,
+    Log1p,
     Noised,
     Numeric,
     Privacy,
@@ -289,7 +290,7 @@ def test_a_file_is_read_and_its_sources_are_beside_it(tmp_path: Path):
         ),
         (
             FILE.replace('("never", "often")', "()"),
-            "model.py: Categorical.vocabulary: Tuple should have",
+            "model.py: Categorical: vocabulary must hold at least one text",
         ),
         (FILE.replace("Numeric()", "Numeric(std=0)"), "model.py: Numeric.std: Input should be greater than 0, got 0"),
     ],
@@ -380,3 +381,71 @@ def test_a_declaration_is_read_from_a_json_file(tmp_path):
     file.write_text('{"name": "offer"}')
     with pytest.raises(ConfigError, match="join_key"):
         Entity.read(file)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"balance": 0.0}, "balance: Input should be greater than 0"),
+        ({"balance": 1.0}, "balance: Input should be less than 1"),
+        ({"balance_epsilon": 0.5}, "balance_epsilon must be left out without balance"),
+        ({"balance": 0.5, "balance_epsilon": 0.0}, "balance_epsilon: Input should be greater than 0"),
+    ],
+)
+def test_a_balance_is_a_share_and_its_epsilon_is_for_it(training: dict[str, Any], message: str):
+    """The message names the field and its range."""
+    refused(lambda: Training(**training), message)
+
+
+TRIPS = Numeric(normalise="federated", low=0, high=100)
+
+
+def test_only_a_device_feature_may_be_learned():
+    """What the server sees, it can count itself: the feature is named."""
+    declare(device={"trips": TRIPS, "zone": Categorical(discover=3)})
+    for changes in (
+        {"server": server(views=(view(features={"demand": TRIPS}),))},
+        {"request": {"demand": Categorical(discover=3)}, "server": server(views=(view(features={"rain": Numeric()}),))},
+    ):
+        refused(lambda changes=changes: declare(**changes), "['demand'] must have constants written by hand")
+
+
+def test_a_model_with_learned_constants_is_one_written_by_hand():
+    """Its device features, and nothing else of it; a model that declares all its constants is itself."""
+    model = declare(device={"habit": Numeric(std=2), "trips": TRIPS})
+    assert model.with_learned({"trips": Numeric(mean=5)}).device == {"habit": Numeric(std=2), "trips": Numeric(mean=5)}
+    assert declare().with_learned({}).definition() == declare().definition()
+
+
+@pytest.mark.parametrize(
+    ("learned", "message"),
+    [
+        ({}, "must be learned of ['trips', 'zone'], as it declares, got those of []"),
+        ({"trips": Numeric(), "zone": Categorical(vocabulary=("a",))}, "'zone' must be categorical of width 5"),
+        ({"trips": Log1p(), "zone": Categorical(vocabulary=("a", "b", "c"))}, "'trips' must be numeric of width 2"),
+        ({"trips": TRIPS, "zone": Categorical(vocabulary=("a", "b", "c"))}, "'trips' must be numeric of width 2"),
+        ({"trips": Numeric(), "zone": Categorical(vocabulary=("a", "b", "c")), "x": Numeric()}, "got those of ['trips"),
+    ],
+)
+def test_constants_of_another_declaration_are_refused(learned, message):
+    """Some are missing, too many, of another kind, of another width, or not learned."""
+    model = declare(device={"trips": TRIPS, "zone": Categorical(discover=3)})
+    refused(lambda: model.with_learned(learned), message)
+
+
+def test_what_is_learned_is_no_part_of_the_definition():
+    """The declaration's hash stays: it holds that the constants are learned, within which bounds, and none of them."""
+    definition = declare(device={"trips": TRIPS}).definition()
+    said = {"kind": "numeric", "clip": 10.0, "normalise": "federated", "low": 0.0, "high": 100.0}
+    assert definition["device"] == {"trips": said}
+
+
+def test_settings_that_came_later_move_no_other_definition():
+    """They are in the declaration of a training only where they are not what they are by default."""
+    assert not {name for name in Training().model_dump(mode="json") if name.startswith(("normalise", "balance"))}
+    changed = Training(normalise_share=0.3, normalise_rows=2)
+    assert changed.model_dump(mode="json") == Training().model_dump(mode="json") | {
+        "normalise_share": 0.3,
+        "normalise_rows": 2,
+    }
+    assert Training(**changed.model_dump()) == changed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from hybrid.features import Numeric
 from hybrid.spec import Training
-from hybrid.version import TrainingRecord
+from hybrid.version import Balance, Learned, TrainingRecord
 
 RECORD = TrainingRecord(
     kind="federated",
@@ -48,3 +49,33 @@ def test_a_record_s_settings_are_read_as_they_were_written():
     assert read == record
     assert read.settings.server_options == {"betas": (0.9, 0.99), "nesterov": True, "momentum": 0.5}
     assert TrainingRecord.model_validate_json(RECORD.model_dump_json(exclude={"settings"})) == RECORD
+
+
+def test_a_label_balance_is_told_with_prior_keep_and_shift():
+    """What the noise made of the estimated part is said, whichever it is."""
+    balance = Balance(prior=0.0512, prior_exact=False, keep=(0.054, 1.0), analytic=-2.919, estimated=-0.08)
+    assert balance.line() == (
+        "label prior 0.0512 (noised); devices keep 0.054 of label 0 and 1 of label 1; logits are shifted by -2.919, "
+        "and -0.080 as estimated after the training"
+    )
+    exact = balance.model_copy(update={"prior_exact": True, "estimated": None})
+    assert "(exact)" in exact.line()
+    assert "and nothing that makes sense as estimated" in exact.line()
+    record = RECORD.model_copy(update={"balance": balance})
+    assert TrainingRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_learned_constants_are_told_with_what_they_cost():
+    """Of which features, whose ledger paid, and from how much of each person; exact ones are an oracle's."""
+    spent = Learned(transforms={"trips": Numeric(mean=3)}, users=30, run="r0", rows=4, epsilon=0.25, delta=1e-5)
+    line = "constants of trips: epsilon 0.250 at delta 1e-05 of run r0, from the last 4 rows of each person"
+    assert RECORD.model_copy(update={"learned": spent}).privacy_lines() == (*RECORD.privacy_lines(), line)
+    exact = Learned(transforms={"trips": Numeric(mean=3)}, users=30, run="r0")
+    assert exact.line() == "constants of trips: exact, from pooled rows (oracle)"
+
+
+def test_a_record_comes_back_from_json_with_its_constants():
+    """Bit for bit, as every side computes with them."""
+    learned = Learned(transforms={"trips": Numeric(mean=0.1, std=1 / 3)}, users=30, run="r1")
+    record = RECORD.model_copy(update={"learned": learned})
+    assert TrainingRecord.model_validate_json(record.model_dump_json()) == record

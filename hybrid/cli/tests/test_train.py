@@ -30,6 +30,16 @@ def test_trainings_of_one_run_share_one_budget(project, tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_a_balanced_training_tells_what_it_learned(project):
+    """Prior, what devices keep and the shift, after the training and wherever the version is shown."""
+    said = project("train", "taxi", "--balance", "0.7")
+    assert "label balance: label prior" in said
+    assert "label balance" in project("show", "taxi:1")
+    shown = json.loads(project("show", "taxi:1", "--json"))["training"]
+    assert shown["settings"]["balance"] == 0.7
+    assert shown["balance"]["keep"][1] == 1.0
+
+
 def test_a_refused_training_leaves_no_run(project, tmp_path):
     """Neither under its own name nor under a new one; a name is no path."""
     for words in (("--epsilon", "5"), ("--epsilon", "5", "--run", "monday"), ("--run", "../monday")):

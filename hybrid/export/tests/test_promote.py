@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid import Label, OnDevice, Serving, Training
+from hybrid import Categorical, Label, Log1p, Numeric, OnDevice, Serving, Training
 from hybrid.bundle import Alone, Keeping
 from hybrid.errors import ConfigError
 from hybrid.export import promote
 from hybrid.export.promote import export_version
 from hybrid.export.tests.conftest import declared, version_of
 from hybrid.network import Network
+from hybrid.version import Learned
 from hybrid.workspace import Workspace
 
 
@@ -194,3 +195,27 @@ def test_a_version_that_no_device_can_train_is_served(every, tmp_path: Path, mon
     assert (exported.manifest.train, exported.deployment.contributes) == (None, "embedding")
     assert set(exported.manifest.programs) == {"device.pte", "embed.onnx", "predict.onnx"}
     assert why in exported.untrainable
+
+
+def test_learned_constants_ship_like_those_written_by_hand(tmp_path: Path):
+    """Manifest, programs and their conformance checks have the version's constants; the definition has none."""
+    later = {
+        "own_number": Numeric(normalise="federated", low=0, high=100, clip=3),
+        "own_count": Log1p(normalise="federated", low=0, high=50),
+        "own_word": Categorical(discover=3),
+    }
+    transforms = {
+        "own_number": Numeric(mean=61.25, std=19.5, clip=3),
+        "own_count": Log1p(mean=1.5, std=0.75),
+        "own_word": later["own_word"].learned(("a", "b")),
+    }
+    model = declared(device=later)
+    network = Network.build(model)
+    version = version_of(network)
+    with pytest.raises(ConfigError, match="constants of 'every' must be learned"):
+        export_version(version, model, Workspace(tmp_path))
+    learned = Learned(transforms=transforms, users=10, run="r", rows=1, epsilon=0.1, delta=1e-5)
+    version = replace(version, training=version.training.model_copy(update={"learned": learned}))
+    exported = export_version(version, model, Workspace(tmp_path))
+    assert exported.manifest.features.transforms == transforms
+    assert exported.untrainable is None

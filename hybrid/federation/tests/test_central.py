@@ -20,7 +20,7 @@ def test_the_server_side_learns_nothing_from_devices(tiny_model, tiny_examples):
         fit_server_side(network, rows, seed=1, fitting=Fitting(epochs=5))
         fitted.append(network.weights())
     built = Network.build(tiny_model()).weights()
-    for name, value in ((n, v) for n, v in built.items() if not n.startswith("missing.")):
+    for name, value in ((n, v) for n, v in built.items() if not n.startswith(("missing.", "correction."))):
         np.testing.assert_array_equal(fitted[0][name], fitted[1][name])
         assert (name.startswith("device_tower.")) == np.array_equal(fitted[0][name], value), name
 
@@ -34,6 +34,15 @@ def test_fitting_everything_finds_what_the_two_sides_know_together(tiny_model, t
         fit(network, train, seed=1, fitting=Fitting(lr=0.03))
         scores[fit] = auc(test.labels, predict(network, test))
     assert scores[fit_everything] > scores[fit_server_side] + 0.1
+
+
+def test_what_is_fitted_is_the_probability_after_the_correction(tiny_model, tiny_examples):
+    """With a shift of -3 the head's logits are some 3 higher, so that the mean prediction is still the label's."""
+    examples, network = tiny_examples(400), Network.build(tiny_model())
+    network.correction.set_shift(-3.0)
+    fit_server_side(network, examples, seed=1, fitting=Fitting(lr=0.03))
+    mean = float(predict(network, examples, without="device").mean())
+    assert mean == pytest.approx(examples.labels.mean(), abs=0.05)
 
 
 def test_it_stops_early_and_keeps_the_best_weights(tiny_model, tiny_examples):

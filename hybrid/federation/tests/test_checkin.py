@@ -23,6 +23,7 @@ from hybrid.federation.fleet_aggregator import Refused
 from hybrid.federation.remote import RemoteAggregator
 from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of, task
 from hybrid.plan import CHECK_IN, UPDATE, Halt, open_signed
+from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
 
 
@@ -204,6 +205,17 @@ def test_the_rounds_of_a_process_are_reserved_and_what_an_earlier_one_spent_is_a
     reserved = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     counts = [line["events"][0]["count"] for line in reserved if line["kind"] == "reserved"]
     assert counts == [3, 3, 1, 2]  # the third: of the entry that was written by hand
+
+
+def test_queries_in_the_ledger_are_none_of_a_training_s_rounds(tmp_path):
+    """One was asked: all three rounds are still to be reserved."""
+    service = Service.model_validate(SERVICE)
+    with Ledger.open(tmp_path / "run", budget_epsilon=8.0, delta=1e-5) as ledger:
+        ledger.spend(GaussianEvent(9.0), purpose="analyze", clip=1.0, round_number=1)
+    with service.aggregator(tmp_path / "run", tmp_path / "keys"):
+        pass
+    last = json.loads((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()[-1])
+    assert [event["count"] for event in last["events"]] == [3]
 
 
 NOISELESS = {"noise_multiplier": 0, "epsilon": None, "delta": None}

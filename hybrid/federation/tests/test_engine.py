@@ -99,7 +99,7 @@ def test_the_batched_cohort_does_what_each_user_would_do_alone(
     assert isinstance(engine.trainer, AnyTrainer if tower is _normed else LayerTrainer)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(expected).max() > 0.01
-    assert len(found) == np.count_nonzero(np.diff(examples.offsets))
+    assert len(found) == len(engine.order(users, stream=(5, 1))) <= np.count_nonzero(np.diff(examples.offsets))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4000, 1 << 26])
@@ -310,6 +310,7 @@ def test_tower_dropout_out_of_range_is_refused(tiny_model, tiny_examples):
         ({"steps": 1, "lr": 0.0}, "lr must be finite and > 0"),
         ({"steps": 1, "proximal": -1.0}, "proximal must be finite and >= 0"),
         ({"steps": 1, "proximal": 11.0}, "lr x proximal must be at most 1"),
+        ({"steps": 1, "keep": (0.0, 1.0)}, r"keep must be two probabilities in \(0, 1\], got \(0.0, 1.0\)"),
     ],
 )
 def test_local_training_out_of_range_is_refused(changes, message):
@@ -327,6 +328,37 @@ def test_an_epoch_takes_every_row_once():
     assert schedule.weight[1].sum(axis=1).tolist() == [1, 1, 0]
 
 
+def test_examples_are_kept_by_their_label_anew_in_each_round(tiny_model, tiny_examples):
+    """Of 0 a fifth and of 1 all: over 50 rounds each row comes as often, within 5 standard deviations."""
+    examples, rounds = tiny_examples(300), 50
+    local = LocalTraining(steps=1, lr=0.5, keep=(0.2, 1.0))
+    engine = Engine.build(Network.build(tiny_model()), examples, local)
+    came = np.zeros(len(examples))
+    for number in range(rounds):
+        taken = engine._taken(np.arange(300), np.random.default_rng((1, number)))
+        rows = np.concatenate([taken.rows[b : b + n] for b, n in zip(taken.begin, taken.counts, strict=True)])
+        np.add.at(came, rows, 1)
+        assert (np.repeat(taken.users, taken.counts) == examples.user_of_row[rows]).all()
+    negative = examples.labels == 0
+    assert (came[~negative] == rounds).all()
+    assert abs(came[negative].mean() / rounds - 0.2) < 5 * np.sqrt(0.2 * 0.8 / (rounds * negative.sum()))
+    assert 0 < came[negative].std() < 2 * np.sqrt(rounds * 0.2 * 0.8)
+
+
+def test_a_cohort_trains_on_what_is_kept_as_if_it_had_nothing_else(tiny_model, tiny_examples):
+    """Every update is that of the same users with the kept rows alone; who keeps none is left out of the sum."""
+    examples, network = tiny_examples(40), Network.build(tiny_model())
+    local = LocalTraining(steps=3, lr=0.5, keep=(0.3, 0.8))
+    engine = Engine.build(network, examples, local, chunk_bytes=20_000)
+    flat, users = engine.side.flat(), np.arange(40)
+    kept = local.kept(examples.labels, np.random.default_rng((3, 1)))
+    alone = Engine.build(network, examples.with_labels(kept), replace(local, keep=None), chunk_bytes=20_000)
+    found, expected = (one.clipped_sum(flat, users, 0.1, stream=(3, 1)) for one in (engine, alone))
+    np.testing.assert_allclose(found.total, expected.total, atol=1e-6)
+    assert (found.received, found.below, found.above) == (40, expected.below, expected.above)
+    assert found.below + found.above == np.count_nonzero(np.bincount(examples.user_of_row[kept], minlength=40))
+
+
 def test_flat_weights_of_another_length_are_refused(tiny_model):
     """The message says what shape they must have."""
     side = DeviceSide(Network.build(tiny_model()))
@@ -335,14 +367,15 @@ def test_flat_weights_of_another_length_are_refused(tiny_model):
 
 
 def test_predictions_are_the_networks_own(tiny_model, tiny_examples):
-    """The probability of each row is the sigmoid of head(server tower, device tower)."""
+    """The probability of each row is the sigmoid of head(server tower, device tower), less the 2 of its correction."""
     network, examples = Network.build(tiny_model()), tiny_examples(6)
+    network.correction.set_shift(-2.0)
     with torch.no_grad():
         towers = (
             network.server_tower(torch.tensor(examples.server)),
             network.device_tower(torch.tensor(examples.device)),
         )
-        expected = torch.sigmoid(network.head(*towers)).numpy()
+        expected = torch.sigmoid(network.head(*towers) - 2).numpy()
     np.testing.assert_allclose(predict(network, examples), expected, atol=1e-6)
 
 

@@ -1,13 +1,20 @@
+import struct
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError, Halted, PlanError, RoundStopped
 from hybrid.federation.aggregator import Round
+from hybrid.federation.buffer import Buffer
 from hybrid.federation.clock import ManualClock
-from hybrid.federation.fleet_aggregator import IDLE_S, FleetAggregator, Refused, Task
-from hybrid.plan import CheckIn, Halt, Local, Policy, TrainPlan, open_signed
+from hybrid.federation.fleet_aggregator import IDLE_S, Audience, FleetAggregator, Refused, Task
+from hybrid.plan import CheckIn, Halt, Local, Policy, QueryPlan, TrainPlan, open_signed
 from hybrid.privacy.ledger import Ledger
+from hybrid.privacy.matrix import optimised
+from hybrid.query import Labels, Query
 from hybrid.update import head
 
 KEY = Ed25519PrivateKey.generate()
@@ -217,3 +224,136 @@ def test_weights_that_are_none_open_no_round(flat):
 def test_settings_that_no_fleet_can_keep_are_refused(settings, why):
     with pytest.raises(ConfigError, match=why):
         FleetAggregator(task(), settings, None, KEY)
+
+
+# Queries
+
+COUNT = Query(parts=(Labels(),), rows=5)  # norm 5
+NEW = SAID.model_copy(update={"runtime": 2})
+ABOUT = {"model": "kiosk", "version": 4, "definition_hash": "ab" * 32}
+
+
+def asking(aggregator, query=COUNT, payload=None, *, noise=0.0, minimum=0, number=1):
+    about = {"purpose": "analyze", "number": number, "noise_multiplier": noise, "minimum": minimum}
+    return lambda: aggregator.ask(query, payload, **about)
+
+
+def question_of(aggregator):
+    plan, payload = open_signed(aggregator.check_in(NEW).body, TRUST)
+    assert isinstance(plan, QueryPlan)
+    return plan, payload
+
+
+def test_a_query_is_a_round_between_those_of_a_training():
+    """Answers are clipped to its own norm, an update of the round before is none of them; then training goes on."""
+    aggregator, clock = built(policy=Policy(separation_s=7), seconds=9)
+    with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S):
+        training, _ = plan_of(aggregator)
+    with clock.during(asking(aggregator), ROUND_S) as release:
+        plan, _ = question_of(aggregator)
+        assert aggregator.upload(plan.id, name(1), body(30, 40)).status == 200
+        assert aggregator.upload(plan.id, name(2), body(1, 0)).status == 200
+        assert aggregator.upload(training.id, name(3), body(1, 1)).status == 410
+    assert (plan.query, plan.policy.separation_s, plan.seconds) == (COUNT, 7, 9)
+    np.testing.assert_allclose(release.result().sum, [4, 4])
+    assert release.result().received == 2
+    with clock.during(lambda: aggregator.run_round(2, FLAT), ROUND_S) as after:
+        aggregator.upload(plan_of(aggregator)[0].id, name(4), body(1, 1))
+    np.testing.assert_allclose(after.result().sum, [1, 1])
+
+
+def test_a_device_that_does_not_know_queries_is_given_none():
+    """It is told when to come back, and is given the next round of the training."""
+    aggregator, clock = built()
+    with clock.during(asking(aggregator), ROUND_S):
+        reply = aggregator.check_in(SAID)
+        assert (reply.status, reply.body) == (204, b"")
+        assert reply.retry_after_s is not None
+        assert aggregator.check_in(NEW).status == 200
+    with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S):
+        assert aggregator.check_in(SAID).status == aggregator.check_in(NEW).status == 200
+
+
+def test_a_query_is_in_the_ledger_by_its_purpose(tmp_path):
+    """With its norm as the clip and nobody sampled; a second attempt at the same number is another entry."""
+    with Ledger.open(tmp_path, budget_epsilon=50, delta=1e-5) as ledger:
+        aggregator, clock = built(NOISY, ledger)
+        for _ in range(2):
+            with clock.during(asking(aggregator, noise=3.0), ROUND_S):
+                pass
+        found = [(e.purpose, e.round, e.attempt, e.noise_multiplier, e.sampling, e.clip) for e in ledger.entries]
+    assert found == [("analyze", 1, 1, 3.0, 1.0, 5.0), ("analyze", 1, 2, 3.0, 1.0, 5.0)]
+
+
+def test_below_its_minimum_a_query_is_withheld_and_nothing_is_spent(tmp_path):
+    with Ledger.open(tmp_path, budget_epsilon=50, delta=1e-5) as ledger:
+        aggregator, clock = built(NOISY, ledger)
+        with clock.during(asking(aggregator, noise=3.0, minimum=2), ROUND_S) as release:
+            aggregator.upload(question_of(aggregator)[0].id, name(1), body(1, 0))
+        with pytest.raises(CohortTooSmall):
+            release.result()
+        assert ledger.entries == []
+
+
+def test_an_aggregator_without_a_training_asks_queries():
+    """Its audience is asked, payload and all; there is nothing to train."""
+    clock = ManualClock()
+    aggregator = FleetAggregator(Audience(**ABOUT, round_s=ROUND_S, wanted=10), None, None, KEY, clock=clock)
+    spread, payload = COUNT.model_copy(update={"spread": (1.0,)}), np.array([0.5, 0.25, 0], np.float32)
+    with clock.during(asking(aggregator, spread, payload), ROUND_S) as release:
+        plan, found = question_of(aggregator)
+        aggregator.upload(plan.id, name(1), body(0.75))
+    assert (found.tolist(), release.result().sum.tolist()) == ([0.5, 0.25, 0], [0.75])
+    with pytest.raises(ConfigError, match="only asks queries"):
+        aggregator.run_round(1, FLAT)
+    with pytest.raises(ConfigError, match="task and settings go together"):
+        FleetAggregator(task(), None, None, KEY)
+
+
+def test_a_payload_that_is_none_of_the_query_opens_no_round():
+    aggregator, _ = built()
+    with pytest.raises(PlanError, match="0 finite numbers"):
+        asking(aggregator, payload=np.zeros(3, np.float32))()
+    assert aggregator.check_in(NEW).status == 204
+
+
+def test_a_halt_ends_a_query_too():
+    aggregator, clock = built()
+    with clock.during(asking(aggregator), ROUND_S) as release:
+        aggregator.halt([4], "it is wrong")
+        with pytest.raises(Halted):
+            release.result(10)
+
+
+def test_beside_a_buffer_no_query_is_asked(tmp_path):
+    """Whose flushes go on between rounds."""
+    settings = Round(1.0, 5.0, 0.0, 0, matrix=optimised("independent", 9, 3))
+    file, buffer = tmp_path / "noise.state", Buffer(updates=2, oldest=1)
+    aggregator = FleetAggregator(task(), settings, None, KEY, noise_state=file, buffer=buffer)
+    with pytest.raises(ConfigError, match="buffer must be None"):
+        asking(aggregator)()
+
+
+REPLIES = st.one_of(
+    st.lists(st.floats(width=32), min_size=2, max_size=2).map(lambda pair: body(*pair)),
+    st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2).map(
+        lambda bits: head(2, "float32") + struct.pack("<2I", *bits)
+    ),
+    st.binary(max_size=40),
+    st.integers(0, 40).map(lambda size: head(2, "float32") + b"\xff" * size),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(REPLIES, max_size=4), st.sampled_from([None, 0.25]))
+def test_one_device_moves_a_released_sum_by_its_bound_at_most(replies, clip):
+    """Whatever it sends, under one id: any numbers, any bits, too much, too little; another's answer stays whole."""
+    aggregator, clock = built()
+    query = COUNT.model_copy(update={"clip": clip})
+    with clock.during(asking(aggregator, query), ROUND_S) as release:
+        plan, _ = question_of(aggregator)
+        aggregator.upload(plan.id, name(1), body(0, 0.125))
+        for reply in replies:
+            aggregator.upload(plan.id, name(2), reply)
+    moved = np.linalg.norm(release.result().sum - [0, 0.125])
+    assert moved <= query.norm * (1 + 1e-12)

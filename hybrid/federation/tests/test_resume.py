@@ -12,10 +12,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from hybrid import Numeric, Training
+from hybrid import Label, Numeric, Training
 from hybrid.errors import BudgetExceeded, ConfigError, NotFound
 from hybrid.federation import checkpoint, resume, training
 from hybrid.federation.aggregator import PaidMechanism, Round
+from hybrid.federation.balance import Balancing
 from hybrid.federation.checkpoint import Checkpoint, Checkpoints
 from hybrid.federation.fleet import PHONES, Trace
 from hybrid.federation.optimizers import ServerOptimizer
@@ -50,7 +51,10 @@ OUTSIDE = {
     "after-the-reservation": (Ledger, "reserve", "after"),
     "before-the-servers-fit": (training, "fit_server_side", "before"),
     "after-the-rounds": (training, "_finish", "before"),
+    "before-an-answer-is-kept": (Balancing, "_write", "before"),
+    "after-an-answer-is-kept": (Balancing, "_write", "after"),
 }
+BALANCED = {"balance": 0.7, "server_tower": "federated", "hidden": True}
 WAYS = {
     "fedavg": {"server_optimizer": "SGD", "server_lr": 1.0, "server_options": {"momentum": 0.9}},
     "adam": {"server_optimizer": "Adam"},
@@ -109,6 +113,8 @@ def killed(tiny_model, people):
 
 
 def _start(model, people, folder, *, resume=False, **changes):
+    if changes.pop("hidden", False):
+        model = model.model_copy(update={"label": Label(column="clicked", visible_to="device")})
     fields = {name: changes.pop(name) for name in list(changes) if name in Training.model_fields}
     settings = QUICK.model_copy(update=fields)
     return train(model, *people, run_dir=folder, settings=settings, resume=resume, **changes)
@@ -220,6 +226,53 @@ def test_a_kill_before_anything_was_started_leaves_a_run_that_can_be_started(sta
     with pytest.raises(NotFound, match="start it again"):
         start(folder, resume=True)
     _assert_same(start(folder), whole[0], folder, whole[1])
+
+
+@pytest.fixture(scope="module")
+def balanced(start, tmp_path_factory):
+    """A balanced training that nobody killed, and its folder."""
+    folder = tmp_path_factory.mktemp("balanced")
+    return start(folder, **BALANCED), folder
+
+
+@pytest.mark.parametrize(
+    ("point", "call", "spent"),
+    [
+        ("after-an-answer-is-kept", 1, 1),
+        ("after-spend", 9, 9),
+        ("after-an-answer-is-kept", 2, 1 + ROUNDS),
+        ("after-an-answer-is-kept", 3, 2 + ROUNDS),
+        ("after-the-rounds", 1, 2 + ROUNDS),
+    ],
+)
+def test_a_balanced_training_asks_each_question_once_however_often_it_is_killed(
+    start, killed, balanced, tmp_path, point, call, spent
+):
+    """Before, between and after its phases: the same examples are kept, and no question is paid for twice."""
+    folder = tmp_path / "killed"
+    assert killed(folder, point, call, **BALANCED)
+    assert len(_entries(folder)) == spent
+    _assert_same(start(folder, resume=True, **BALANCED), balanced[0], folder, balanced[1])
+
+
+def test_a_prior_that_was_paid_for_and_lost_is_asked_and_paid_for_again(start, killed, tmp_path):
+    """Nobody saw the first one's noise; both are in the ledger, and the rounds have what is left."""
+    folder = tmp_path / "killed"
+    assert killed(folder, "before-an-answer-is-kept", 1, **BALANCED)
+    record = start(folder, resume=True, **BALANCED).record
+    assert [entry.purpose for entry in _entries(folder)].count("label-prior") == 2
+    assert 0.99 * 8 < record.epsilon <= 8
+
+
+def test_a_rest_that_was_paid_for_and_lost_is_given_up(start, killed, balanced, tmp_path):
+    """The budget has room for one: the version has the analytic shift alone, and its record says so."""
+    folder = tmp_path / "killed"
+    assert killed(folder, "before-an-answer-is-kept", 3, **BALANCED)
+    found, whole = start(folder, resume=True, **BALANCED), balanced[0]
+    assert [entry.purpose for entry in _entries(folder)].count("recalibrate") == 1
+    assert found.record.epsilon == whole.record.epsilon
+    assert found.record.balance == whole.record.balance.model_copy(update={"estimated": None})
+    assert found.weights["correction.shift"] == pytest.approx(found.record.balance.analytic, abs=1e-6)
 
 
 def test_a_training_that_ended_is_resumed_to_itself(start, whole, tmp_path):

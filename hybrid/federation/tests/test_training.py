@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid import Label, Privacy, Training
+from hybrid import Label, Numeric, Privacy, Training
 from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.federation.fleet import PHONES, Trace
 from hybrid.federation.training import OnFleet, train
@@ -13,6 +13,7 @@ from hybrid.network import Network
 from hybrid.privacy.accountant import GaussianEvent, epsilon, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.matrix import optimised
+from hybrid.version import Learned
 
 USERS = 500
 MOMENTUM = {"momentum": 0.9}
@@ -367,3 +368,37 @@ def test_a_training_that_may_not_be_is_refused(tiny_model, people, tmp_path, cha
     with pytest.raises(ConfigError, match=message):
         train(tiny_model(**changes), people[0], run_dir=tmp_path / "run", **arguments)
     assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
+LATER = {"age": Numeric(normalise="federated", low=0, high=100)}
+AGE = {"transforms": {"age": Numeric(mean=30, std=10)}, "users": USERS, "run": "r"}
+
+
+def test_the_record_has_the_constants_that_examples_were_encoded_with(tiny_model, people, tmp_path):
+    """And what they cost; the weights are those of a model that declares the same constants."""
+    settings = QUICK.model_copy(update={"rounds": 2})
+    learned = Learned(**AGE, rows=4, epsilon=0.5, delta=1e-3)
+    result = train(tiny_model(device=LATER), people[0], run_dir=tmp_path / "later", settings=settings, learned=learned)
+    assert result.record.learned == learned
+    by_hand = train(tiny_model(), people[0], run_dir=tmp_path / "hand", settings=settings)
+    assert all(np.array_equal(result.weights[name], value) for name, value in by_hand.weights.items())
+    assert by_hand.record.learned is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "learned", "message"),
+    [
+        ("federated", None, r"constants of 'tiny' must be learned of \['age'\]"),
+        ("central", None, r"constants of 'tiny' must be learned of \['age'\]"),
+        (
+            "federated",
+            Learned(**AGE),
+            "learned must be paid for in a training that claims privacy, got exact constants",
+        ),
+    ],
+)
+def test_no_training_goes_without_the_constants_it_needs(tiny_model, people, tmp_path, kind, learned, message):
+    """Nor with exact ones where it claims privacy; no run is left."""
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_model(device=LATER), people[0], kind=kind, run_dir=tmp_path / "run", learned=learned)
+    assert not (tmp_path / "run").exists()

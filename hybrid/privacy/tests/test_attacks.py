@@ -80,12 +80,12 @@ def test_a_clipped_embedding_is_compared_with_clipped_ones():
 
 
 def test_a_search_recovers_profiles_that_nobody_known_has():
-    """Of 4^9 profiles 200 are known: the nearest of them is hardly ever the one, and nine in ten are found."""
+    """Of 4^9 profiles 200 are known: the nearest of them is hardly ever the one, and nearly all are found."""
     knows = knowledge(MANY, people(MANY, 200), tower(MANY, 12))
     attacked = people(MANY, 200, seed=1)
     seen = released(knows, attacked)
     assert (enumeration(knows)(seen) == attacked).all(axis=1).mean() < 0.1
-    assert (search(knows)(seen) == attacked).all(axis=1).mean() > 0.9
+    assert (search(knows)(seen) == attacked).all(axis=1).mean() > 0.95
 
 
 def test_a_search_that_covers_every_profile_is_the_posterior_s_choice():
