@@ -20,6 +20,8 @@ STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
 LEAKAGE = ROOT / "docs" / "leakage.md"
 ANALYTICS = ROOT / "docs" / "analytics.md"
+REPORT = ROOT / "docs" / "report.md"
+RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, REPORT)
 
 
 def commands(document: Path) -> list[str]:
@@ -29,7 +31,7 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS)],
+    [d for d in DOCUMENTS if d not in RUN],
     ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
@@ -100,6 +102,15 @@ def test_analytics_answer_and_their_ledger_says_so(type_commands):
     assert re.search(r"analyze: [1-3] release", printed), printed
     assert re.search(r"evaluate: \d release", printed), printed
     assert re.search(r"^AUC +0\.\d+ ", printed, re.MULTILINE), printed
+
+
+def test_the_report_is_written_and_costs_nothing(type_commands, tmp_path):
+    """Its commands succeed; the page has the question, the evaluation, and what both cost by purpose."""
+    printed = type_commands("\n".join(commands(REPORT)))
+    assert "Nothing was spent." in printed
+    page = (tmp_path / "coupon.html").read_text()
+    for said in ("<bdi>temperature</bdi>", "ROC", "analyze: ", "evaluate: ", "train: "):
+        assert said in page, said
 
 
 def on_free_ports(blocks: list[str]) -> str:
