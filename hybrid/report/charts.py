@@ -178,7 +178,7 @@ def bars(
     title: str, says: str, rows: Sequence[tuple[str, Estimate]], say: Callable[[float], str], *, most: float
 ) -> Element:
     """A bar from zero up to `most` for each row, with both intervals: the noise's thick, the full one thin."""
-    left, right = 122.0, 52.0
+    left, right = 122.0, 60.0
 
     def across(value: float) -> float:
         return left + (WIDTH - left - right) * min(max(value, 0.0), most) / most
