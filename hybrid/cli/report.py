@@ -125,21 +125,26 @@ def _described(run: dict[str, Any], results: Sequence[tuple[str, Result]]) -> di
 
 
 def _paid_for(
-    kept: Sequence[tuple[str, Result]], accounts: Mapping[str, Account | None]
+    kept: Sequence[tuple[str, Result]], accounts: Mapping[str, Account | None], runs: Path
 ) -> tuple[list[tuple[str, Result]], list[str]]:
     """Answers that may be shown; and, of noised ones whose ledger does not hold what they cost, why not."""
     shown, unpaid = [], []
     for run, result in kept:
         spend = result.spend
-        account = None if spend is None else accounts.get(spend["run"])
-        entries = () if account is None else account.entries
-        if spend is None or sum(entry.purpose == spend["purpose"] for entry in entries) >= spend["releases"]:
+        if spend is None or _releases(spend, accounts, runs) >= spend["releases"]:
             shown.append((run, result))
         else:
-            unpaid.append(
-                f"an answer of hybrid {result.kind} in run {run}: the ledger of {spend['run']} has no such spend"
-            )
+            said = f"an answer of hybrid {result.kind} in run {run}"
+            unpaid.append(f"{said}: the ledger of {spend['run']} has no such spend")
     return shown, unpaid
+
+
+def _releases(spend: Mapping[str, Any], accounts: Mapping[str, Account | None], runs: Path) -> int:
+    """How many its ledger holds that are for its purpose; a run of another model may have paid."""
+    from hybrid.cli.privacy import _read
+
+    account = accounts.get(spend["run"]) or _read(runs / spend["run"])
+    return 0 if account is None else sum(entry.purpose == spend["purpose"] for entry in account.entries)
 
 
 def _curves(registry: Registry, model: str, trainings: dict[int, TrainingRecord]) -> dict[int, Any]:

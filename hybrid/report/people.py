@@ -27,6 +27,7 @@ from hybrid.report.elements import (
     table,
 )
 from hybrid.report.facts import Facts
+from hybrid.version import Balance
 
 LABEL = "label"
 ASK = "0.2"  # the epsilon of a question that is proposed
@@ -66,8 +67,8 @@ def label(facts: Facts) -> Iterator[Element]:
     else:
         spends = "" if facts.label_visible_to == "server" else f" --epsilon {ASK}"
         yield missing("Nobody asked how often the label is 1.", f"hybrid analyze {facts.model} label{spends}")
-    balanced = [(number_, getattr(record, "balance", None)) for number_, record in facts.trainings.items()]
-    rows = [_balance_row(version, balance) for version, balance in reversed(balanced) if balance is not None]
+    balanced = [(version, record.balance) for version, record in reversed(facts.trainings.items())]
+    rows = [_balance_row(version, balance) for version, balance in balanced if balance is not None]
     if rows:
         head = ("version", "prior", "kept of label 0", "kept of label 1", "shift by sampling", "shift as estimated")
         yield table("Label balance: what devices kept, and the correction of logits that a version carries", head, rows)
@@ -229,7 +230,7 @@ def _key_numbers(shown: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
 def _learned(facts: Facts) -> Iterator[Element]:
     """Constants that a version carries."""
     for version, record in reversed(facts.trainings.items()):
-        learned = getattr(record, "learned", None)
+        learned = record.learned
         if learned is None:
             continue
         mark: Mark = "oracle" if learned.epsilon is None else "noised"
@@ -239,6 +240,7 @@ def _learned(facts: Facts) -> Iterator[Element]:
         ]
         said = f"Constants of features that version {version} carries"
         yield table(said, ("feature", "constants"), rows, mark)
+        yield e("p", e("bdi", learned.line(), data_mark=mark), ".")
         return
 
 
@@ -253,7 +255,7 @@ def _plain(value: Any) -> str:
     return " | ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _balance_row(version: int, balance: Any) -> Children:
+def _balance_row(version: int, balance: Balance) -> Children:
     mark: Mark = "public" if balance.prior_exact else "noised"
     kept = (number(keep, "public", ".3g") for keep in balance.keep)
     shifts = number(balance.analytic, mark, "+.3f"), number(balance.estimated, "noised", "+.3f")

@@ -3,11 +3,12 @@
 from datetime import UTC, datetime, timedelta
 
 from hybrid.analytics.results import Result
+from hybrid.features import Numeric
 from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Account, Entry
 from hybrid.report.facts import Facts
 from hybrid.report.spending import over_time
-from hybrid.version import TrainingRecord
+from hybrid.version import Balance, Learned, TrainingRecord
 
 NOW = datetime(2026, 11, 29, 9, 0, tzinfo=UTC)
 EVIL = "<script>alert(1)</script>\"'&"
@@ -115,6 +116,9 @@ def record(run, epsilon):
     private = {"epsilon": epsilon, "delta": 9e-4, "unit": "user", "protects": "device features", "rounds": 3}
     if epsilon is None:
         return TrainingRecord(kind="central", run=run, population="shop", users=469, examples=10108, oracle=oracle)
+    learned = Learned(transforms={"steps": Numeric(mean=7319, std=20)}, users=587, run=run, epsilon=0.3, delta=9e-4)
+    balance = Balance(prior=0.0512, prior_exact=False, keep=(0.1, 1.0), analytic=-2.303, estimated=0.021)
+    private |= {"learned": learned, "balance": balance}
     said = {"mechanism": "Gaussian", "assumption": "nobody sees who took part", "sampling": 1.0}
     return TrainingRecord(
         kind="federated", run=run, population="shop", users=469, examples=10108, oracle=oracle, **private, **said

@@ -140,3 +140,10 @@ def test_differences_and_attacks_are_said_in_words():
     content = page(facts(evaluated(), attacked()))
     assert "Version 2 ranks better than version 1" in content
     assert "From a clear embedding 2 of 2 features" in content
+
+
+def test_what_a_version_learned_and_what_balance_did_is_shown():
+    """The constant 7319, and the shift of -2.303 by sampling, which a prior of 0.0512 led to."""
+    content = page(facts())
+    for said in ("mean 7319", "-2.303", "0.0512"):
+        assert said in content, said
