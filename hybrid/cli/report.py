@@ -92,9 +92,8 @@ def facts_of(model: str, run: str | None, workspace: Workspace, now: datetime) -
         if run not in known:
             raise NotFound(f"{model} has no run {run!r}; it has: {', '.join(sorted(known)) or 'none'}")
     runs = [found for found in every if run in (None, found.name)]
-    results, unpaid = _paid_for(
-        [one for one in kept if run in (None, one[0])], {one.name: one.account for one in every}
-    )
+    accounts = {found.name: found.account for found in every}
+    results, unpaid = _paid_for([one for one in kept if run in (None, one[0])], accounts, workspace.runs)
     privacy = declaration["privacy"]
     return Facts(
         model=model,
