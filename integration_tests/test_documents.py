@@ -75,7 +75,9 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
     assert re.search(r"epsilon (1\.99\d|2\.000) at delta 2\.3e-05 per user", printed), printed
     assert len(re.findall(r"reference: study_coach to 2014-06-01: .*nothing now", printed)) == 1
     assert re.search(r"drift: 3 releases, gaussian noise .*; alone epsilon 0\.8[45]\d", printed), printed
-    assert re.search(r'^hybrid_drift_psi_low{column="course_earlier",model="study_coach",version="1"} 0\.[12]', printed, re.M)
+    assert re.search(
+        r'^hybrid_drift_psi_low{column="course_earlier",model="study_coach",version="1"} 0\.[12]', printed, re.M
+    )
 
 
 def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands):

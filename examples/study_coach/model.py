@@ -11,7 +11,20 @@ federated from its start too, since the label that it would be fitted on is the 
 
 from datetime import timedelta
 
-from hybrid import Categorical, Clear, Drift, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Training, View
+from hybrid import (
+    Categorical,
+    Clear,
+    Drift,
+    Entity,
+    HybridModel,
+    Label,
+    Log1p,
+    Numeric,
+    Privacy,
+    Server,
+    Training,
+    View,
+)
 
 EMBEDDING = 16
 HISTORY = {
