@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hybrid.federation.population import Population
     from hybrid.network import Network
     from hybrid.registry import Registry
-    from hybrid.spec import HybridModel
+    from hybrid.spec import Drift, HybridModel
     from hybrid.version import Version
 
 app = typer.Typer()
@@ -166,21 +166,24 @@ class _Week:
         return folder_of(self.workspace.runs, self.model.name, self.name)
 
     @property
-    def budget(self) -> float:
-        """Of the week."""
+    def declared(self) -> Drift:
+        """What the model declares.
+
+        Raises:
+            ConfigError: nothing.
+        """
         if self.model.drift is None:
             raise ConfigError(f"drift of {self.model.name!r} must be declared: {DECLARE}")
-        return self.model.drift.epsilon
+        return self.model.drift
 
     @property
     def price(self) -> tuple[float, float]:
         """Of one period: an epsilon, and the share of it that is spent."""
-        assert self.model.drift is not None
         if self.epsilon is None:
-            return self.budget, 1 / self.model.drift.periods
-        if not 0 < self.epsilon <= self.budget:
+            return self.declared.epsilon, 1 / self.declared.periods
+        if not 0 < self.epsilon <= self.declared.epsilon:
             raise ConfigError(
-                f"--epsilon must be in (0, {self.budget:g}], the week's that {self.model.name} declares, "
+                f"--epsilon must be in (0, {self.declared.epsilon:g}], the week's that {self.model.name} declares, "
                 f"got {self.epsilon:g}"
             )
         return self.epsilon, 1.0
@@ -230,7 +233,7 @@ class _Week:
         alone = accounted([event], delta).epsilon
         self._begin()
         found = {}
-        with Ledger.open(self.folder, budget_epsilon=self.budget, delta=delta) as ledger:
+        with Ledger.open(self.folder, budget_epsilon=self.declared.epsilon, delta=delta) as ledger:
             ledger.reserve([event] * len(questions))  # or refuses, before anybody's rows are read
             for question in questions:
                 seed = None if self.seed is None else zlib.crc32(f"{self.seed}:{self.name}".encode())
@@ -342,10 +345,10 @@ class _Week:
         return {
             "week": self.name,
             "run": self.folder.name,
-            "budget_epsilon": self.budget,
+            "budget_epsilon": self.declared.epsilon,
             "delta": self.model.privacy.delta,
             "epsilon": 0.0 if spent is None else spent.epsilon,
-            "left": self.budget if spent is None else max(0.0, self.budget - spent.epsilon),
+            "left": self.declared.epsilon if spent is None else max(0.0, self.declared.epsilon - spent.epsilon),
             "accountant": None if spent is None else spent.method,
             "unit": self.model.privacy.unit,
             "protects": "device features",
