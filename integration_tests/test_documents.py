@@ -18,12 +18,9 @@ FLEET = ROOT / "docs" / "fleet.md"
 FLOWER = ROOT / "docs" / "flower.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
-<<<<<<< HEAD
 LEAKAGE = ROOT / "docs" / "leakage.md"
 ANALYTICS = ROOT / "docs" / "analytics.md"
-=======
 DRIFT = ROOT / "docs" / "drift.md"
->>>>>>> drift
 
 
 def commands(document: Path) -> list[str]:
@@ -33,11 +30,11 @@ def commands(document: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "document",
-<<<<<<< HEAD
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS)],
-=======
-    [d for d in DOCUMENTS if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, DRIFT)],
->>>>>>> drift
+    [
+        d
+        for d in DOCUMENTS
+        if d not in (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, DRIFT)
+    ],
     ids=lambda d: d.name,
 )
 def test_documents_name_only_make_targets_that_exist(document):
