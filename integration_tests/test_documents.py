@@ -20,8 +20,9 @@ STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
 LEAKAGE = ROOT / "docs" / "leakage.md"
 ANALYTICS = ROOT / "docs" / "analytics.md"
+DRIFT = ROOT / "docs" / "drift.md"
 REPORT = ROOT / "docs" / "report.md"
-RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, REPORT)
+RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, DRIFT, REPORT)
 
 
 def commands(document: Path) -> list[str]:
@@ -68,11 +69,19 @@ def type_commands(tmp_path):
 
 
 def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands):
-    """Its commands succeed; label counts and rounds cost epsilon 2 together, and the ledger says both."""
-    printed = type_commands("\n".join(commands(STUDY_COACH)))
+    """Its commands succeed; label counts and rounds cost epsilon 2 together, and the ledger says both.
+
+    Then its features and scores are watched: what was counted once is kept, and three periods cost what they should.
+    """
+    printed = type_commands("\n".join(commands(STUDY_COACH) + commands(DRIFT)))
     assert "protects the device features and label" in printed
     assert "label-rates" in printed
     assert re.search(r"epsilon (1\.99\d|2\.000) at delta 2\.3e-05 per user", printed), printed
+    assert len(re.findall(r"reference: study_coach to 2014-06-01: .*nothing now", printed)) == 1
+    assert re.search(r"drift: 3 releases, gaussian noise .*; alone epsilon 0\.8[45]\d", printed), printed
+    assert re.search(
+        r'^hybrid_drift_psi_low{column="course_earlier",model="study_coach",version="1"} 0\.[12]', printed, re.M
+    )
 
 
 def test_the_audit_refutes_no_mechanism_and_sees_every_planted_bug(type_commands):

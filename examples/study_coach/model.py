@@ -11,7 +11,20 @@ federated from its start too, since the label that it would be fitted on is the 
 
 from datetime import timedelta
 
-from hybrid import Categorical, Clear, Entity, HybridModel, Label, Log1p, Numeric, Privacy, Server, Training, View
+from hybrid import (
+    Categorical,
+    Clear,
+    Drift,
+    Entity,
+    HybridModel,
+    Label,
+    Log1p,
+    Numeric,
+    Privacy,
+    Server,
+    Training,
+    View,
+)
 
 EMBEDDING = 16
 HISTORY = {
@@ -109,6 +122,7 @@ model = HybridModel(
     head=head,
     label=Label(column="good", visible_to="device"),
     privacy=Privacy(epsilon=2, delta=2.3e-5, clip=2.0, unit="user"),
+    drift=Drift(epsilon=1, periods=4),
     merge="server",
     release=Clear(reason="a demonstration on a published and pseudonymous data set"),
     training=Training(

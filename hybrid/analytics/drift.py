@@ -125,7 +125,7 @@ def watched(transforms: Mapping[str, Transform], *, score: bool) -> Query:
     least, and rows that are counted are independent.
 
     Args:
-        transforms: of the device features; those without cells (`Hash`) are left out, see `unwatched`.
+        transforms: of the device features; those without cells (`Hash`, what is not learned yet) are left out
         score: whether a version's scores are asked too.
 
     Raises:
@@ -148,7 +148,9 @@ def unwatched(transforms: Mapping[str, Transform]) -> tuple[str, ...]:
 
 
 def _part(name: str, transform: Transform) -> AnyPart | None:
-    """The cells of a feature, from its declaration alone."""
+    """The cells of a feature, from its constants alone; none where they are not learned yet."""
+    if transform.pending:
+        return None
     match transform:
         case Categorical():
             return Categories(column=name, values=transform.vocabulary[:MOST_VALUES])

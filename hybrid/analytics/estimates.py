@@ -59,6 +59,15 @@ class Estimate:
         full = None if sampling_variance is None else math.sqrt(noise_sd**2 + sampling_variance)
         return cls(value, _around(value, noise_sd), None if full is None else _around(value, full))
 
+    def over(self, whole: float) -> Estimate:
+        """As a share of what is known exactly; > 0."""
+        noise, full = (
+            None if interval is None else Interval(interval.low / whole, interval.high / whole)
+            for interval in (self.noise, self.full)
+        )
+        assert noise is not None
+        return Estimate(self.value / whole, noise, full)
+
     def within(self, low: float, high: float) -> Estimate:
         """Kept in the range that such a number can have."""
 

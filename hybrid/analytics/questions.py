@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hybrid.analytics.asking import Answer, Ask
 from hybrid.analytics.estimates import Estimate, gradient, quantiles_of
+from hybrid.analytics.vocabulary import discover
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
 from hybrid.query import AnyPart, By, Categories, Floats, Histogram, Labels, Moments, Query
@@ -265,13 +266,34 @@ def categories(
 ) -> tuple[Counts, ...]:
     """Rows by text: each of the values, and all others as the last cell; arguments as for `numbers`.
 
-    Values are known before. Which values are frequent is another question: see `hybrid.analytics.normalisation`.
+    Values are known before. Which values are frequent is another question: see `frequent`.
 
     Raises:
         BudgetExceeded: the ledger has not enough left.
     """
     answer = ask(asked.query(Categories(column=feature, values=tuple(values))), share=share)
     return _counts(answer, asked.groups, np.eye(len(values) + 1))
+
+
+def frequent(ask: Ask, feature: str, most: int, *, share: float = 1.0) -> tuple[list[str], Counts]:
+    """The most frequent texts of people's last rows, known before or not: see `hybrid.analytics.vocabulary.discover`.
+
+    Args:
+        ask: whom; `begin` has been called with `hybrid.analytics.vocabulary.phases(share)`.
+        feature: a text feature.
+        most: texts at most.
+        share: of the whole question's epsilon.
+
+    Returns:
+        The texts, and how many people have each. Rows and shares are of all who were asked; none where none stands out.
+
+    Raises:
+        BudgetExceeded: the ledger has not enough left.
+    """
+    found = discover(ask, feature, most, share=share)
+    cells, shares = tuple(one.people for one in found), tuple(one.people.over(one.asked) for one in found)
+    asked = found[0].asked if found else 0
+    return [one.text for one in found], Counts(None, cells, shares, Estimate.of(asked, 0.0, 0.0), None)
 
 
 def labels(ask: Ask, asked: Asked, *, share: float = 1.0) -> tuple[Counts, ...]:
@@ -311,6 +333,8 @@ def scale_of(transform: Transform) -> Scale | None:
     >>> scale_of(Numeric(mean=60, std=20))
     Scale(low=-20.0, high=140.0, log=False)
     """
+    if isinstance(transform, Numeric) and transform.low is not None and transform.high is not None:
+        return Scale(transform.low, transform.high, log=isinstance(transform, Log1p))
     if isinstance(transform, Log1p):
         ends = (max(transform.mean + sign * WIDTHS * transform.std, 0.0) for sign in (-1, 1))
         low, high = (math.expm1(end) for end in ends)

@@ -45,10 +45,12 @@ class Frequent:
     Attributes:
         text: in NFC.
         people: how many of those who were asked; noised.
+        asked: how many were; public.
     """
 
     text: str
     people: Estimate
+    asked: int
 
 
 def phases(share: float = 1.0) -> tuple[float, float]:
@@ -88,7 +90,7 @@ def discover(ask: Ask, column: str, most: int, *, share: float = 1.0, buckets: i
             held = min(max(people, 0.0), float(answer.people))
             variance = held * (1 - held / answer.people)
             estimate = Estimate.of(people, answer.sd, variance).within(0.0, answer.people)
-            found.append(Frequent(text, estimate))
+            found.append(Frequent(text, estimate, answer.people))
     return tuple(sorted(found, key=lambda each: -each.people.value))
 
 

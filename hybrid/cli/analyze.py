@@ -21,6 +21,7 @@ from hybrid.workspace import Workspace
 if TYPE_CHECKING:
     from hybrid.analytics.asking import Ask
     from hybrid.analytics.questions import Asked, Binned, Counts, Numbers, Scale
+    from hybrid.features import Transform
     from hybrid.spec import HybridModel
 
 app = typer.Typer()
@@ -55,6 +56,10 @@ def analyze(
         typer.Option(metavar="N", min=1, max=512, help="Of a histogram from --low to --high; 10 by default."),
     ] = None,
     edges: Annotated[str | None, typer.Option(metavar="A,B,...", help="Of its bins, ascending.")] = None,
+    frequent: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1000, help="Of text: the N most frequent values, declared or not."),
+    ] = None,
     adaptive: Annotated[
         int | None,
         typer.Option(metavar="N", min=2, max=512, help="N bins of about as many rows each; finding them costs 30 %."),
@@ -86,7 +91,8 @@ def analyze(
 
     A number is answered with count, sum, mean, variance and a histogram; with
     --quantiles by quantiles, and a histogram that comes with them; text by how often
-    each value of its vocabulary occurs; `label` by its rate. Each device adds at
+    each value of its vocabulary occurs, or, with --frequent, by those that many people
+    have, whether anybody knew of them or not; `label` by its rate. Each device adds at
     most --rows of its rows, each as one count in its bin; the sum is noised, and
     paid for by the ledger of a run before the noise is drawn. A question that would
     pass the run's budget is refused, and nothing is spent.
@@ -111,10 +117,11 @@ def analyze(
     declared = Registry(workspace).load_model(model)
     asked = Asked(rows, take.value, None if by is None else by_of(declared, by))
     options = _Options(_levels(quantiles, quantile), bins, _edges(edges), adaptive, low, high)
+    _check_frequent(frequent, asked)
     free = known_to_server(declared, feature)
     if not free:
         check_epsilon(declared, _given(epsilon, feature))
-    plan = planned(declared, feature, options, asked)
+    plan = planned(declared, feature, options, asked, frequent)
     people_in = Population.open(population or model, workspace)
     names = [feature] if by is None else [feature, by]
     people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)
@@ -194,7 +201,7 @@ def known_to_server(model: HybridModel, feature: str) -> bool:
     return feature in model.request
 
 
-def planned(model: HybridModel, feature: str, options: _Options, asked: Asked) -> Plan:
+def planned(model: HybridModel, feature: str, options: _Options, asked: Asked, frequent: int | None = None) -> Plan:
     """The question that a feature and its options mean.
 
     Raises:
@@ -207,12 +214,17 @@ def planned(model: HybridModel, feature: str, options: _Options, asked: Asked) -
         _no_number_options(options, "label")
         return _of_label(asked)
     transform = {**model.request, **model.device}[feature]
+    if frequent is not None:
+        _no_number_options(options, "text")
+        return _of_frequent(feature, transform, frequent)
+    if isinstance(transform, Categorical) and transform.pending:
+        raise ConfigError(f"--frequent must be given for {feature!r}: its vocabulary is to be learned")
     if isinstance(transform, Categorical):
         _no_number_options(options, "text")
         return _of_text(feature, transform.vocabulary, asked)
     if transform.text:
         raise ConfigError(
-            f"{feature!r} is hashed: without a declared vocabulary there is nothing to count by; declare a Categorical"
+            f"--frequent must be given for {feature!r}: it is hashed, so there is no declared vocabulary to count by"
         )
     return _of_number(model, feature, options, asked)
 
@@ -233,9 +245,26 @@ def _of_text(feature: str, vocabulary: Sequence[str], asked: Asked) -> Plan:
         return {"groups": [_counts_json(group) for group in categories(people, feature, vocabulary, asked)]}
 
     check_values(feature, vocabulary, MOST_VALUES)
-
-    # Values that nobody declared, `hybrid.analytics.normalisation.discover`, would be asked for here.
     return Plan((1.0,), ask, {"kind": "categories", "values": [*vocabulary, "any other"]})
+
+
+def _of_frequent(feature: str, transform: Transform, most: int) -> Plan:
+    from hybrid.analytics.questions import frequent
+    from hybrid.analytics.vocabulary import phases
+
+    if not transform.text:
+        raise ConfigError(f"--frequent must be left out: it is for text, and {feature!r} is a number")
+
+    def ask(people: Ask) -> dict[str, Any]:
+        values, counts = frequent(people, feature, most)
+        return {"values": values, "groups": [_counts_json(counts)]}
+
+    return Plan(phases(), ask, {"kind": "categories"})
+
+
+def _check_frequent(frequent: int | None, asked: Asked) -> None:
+    if frequent is not None and (asked.rows, asked.take, asked.by) != (1, "last", None):
+        raise ConfigError("--rows, --take and --by must be left out with --frequent: each person's last row counts")
 
 
 def _of_number(model: HybridModel, feature: str, options: _Options, asked: Asked) -> Plan:
@@ -342,7 +371,9 @@ def _suggestion(transform: Any) -> str:
     from hybrid.analytics.questions import WIDTHS
     from hybrid.features import Bucketize
 
-    return "its outer edges" if isinstance(transform, Bucketize) else f"{WIDTHS:g} std on either side of its mean"
+    if isinstance(transform, Bucketize):
+        return "its outer edges"
+    return f"{WIDTHS:g} std on either side of its mean" if transform.low is None else "low and high"
 
 
 def _no_number_options(options: _Options, what: str) -> None:

@@ -27,6 +27,8 @@ def show(shown: Mapping[str, Any]) -> None:
         print(line)
     for table in _tables(shown):
         console.print(table)
+    if not cells_of(shown):
+        print("no value stands out from the noise: ask more people, or with a larger --epsilon")
     people = shown["people"]
     if not shown["exact"]:
         print(NOISE.format(people=people))
@@ -103,7 +105,7 @@ def _bars(shown: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
     kinds = ("full",) if shown["exact"] else ("noise", "full")
     columns = (escape(shown["feature"]), "share", "", *(f"{kind}, %" for kind in kinds), "rows")
     table = Table(*columns, title=title and Text(title), title_justify="left", box=None, pad_edge=False)
-    most = max(share["noise"][1] or 0.0 for share in group["shares"])
+    most = max((share["noise"][1] or 0.0 for share in group["shares"]), default=0.0)
     for name, share, count in zip(cells_of(shown), group["shares"], group["counts"], strict=True):
         ends = (_percents(share[kind]) for kind in kinds)
         table.add_row(Text(name), _percent(share["value"]), bar(share, most, 16), *ends, _rows(count))

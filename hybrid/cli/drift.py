@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
     from hybrid.analytics.asking import People
     from hybrid.analytics.drift import Column, Counted, Period, Question
+    from hybrid.features import Transform
     from hybrid.federation.population import Population
     from hybrid.network import Network
     from hybrid.registry import Registry
-    from hybrid.spec import HybridModel
+    from hybrid.spec import Drift, HybridModel
     from hybrid.version import Version
 
 app = typer.Typer()
@@ -113,7 +114,7 @@ def drift(
     week = _Week(model, version, workspace, now, time, epsilon, seed)
     current = week.period(population or name, *_period(since, until, period, now))
     before = _reference(current, version, reference, reference_since, reference_until)
-    query = watched(model.device, score=version is not None)
+    query = watched(week.device, score=version is not None)
     counted = week.counted([week.period(*before), current], query)
     columns = compare(*counted)
     shown = week.shown(counted, columns)
@@ -167,21 +168,24 @@ class _Week:
         return folder_of(self.workspace.runs, self.model.name, self.name)
 
     @property
-    def budget(self) -> float:
-        """Of the week."""
+    def declared(self) -> Drift:
+        """What the model declares.
+
+        Raises:
+            ConfigError: nothing.
+        """
         if self.model.drift is None:
             raise ConfigError(f"drift of {self.model.name!r} must be declared: {DECLARE}")
-        return self.model.drift.epsilon
+        return self.model.drift
 
     @property
     def price(self) -> tuple[float, float]:
         """Of one period: an epsilon, and the share of it that is spent."""
-        assert self.model.drift is not None
         if self.epsilon is None:
-            return self.budget, 1 / self.model.drift.periods
-        if not 0 < self.epsilon <= self.budget:
+            return self.declared.epsilon, 1 / self.declared.periods
+        if not 0 < self.epsilon <= self.declared.epsilon:
             raise ConfigError(
-                f"--epsilon must be in (0, {self.budget:g}], the week's that {self.model.name} declares, "
+                f"--epsilon must be in (0, {self.declared.epsilon:g}], the week's that {self.model.name} declares, "
                 f"got {self.epsilon:g}"
             )
         return self.epsilon, 1.0
@@ -231,7 +235,7 @@ class _Week:
         alone = accounted([event], delta).epsilon
         self._begin()
         found = {}
-        with Ledger.open(self.folder, budget_epsilon=self.budget, delta=delta) as ledger:
+        with Ledger.open(self.folder, budget_epsilon=self.declared.epsilon, delta=delta) as ledger:
             ledger.reserve([event] * len(questions))  # or refuses, before anybody's rows are read
             for question in questions:
                 seed = None if self.seed is None else zlib.crc32(f"{self.seed}:{self.name}".encode())
@@ -252,16 +256,22 @@ class _Week:
         import numpy as np
 
         from hybrid.analytics.asking import People
+        from hybrid.federation.noise import check_delta
         from hybrid.federation.population import Population
         from hybrid.query import SCORE
 
         population = Population.open(question.period.population, self.workspace)
-        _check_delta(self.model, population.users)
+        check_delta(self.model, population.users)
         rows = last_of_each(rows_in(population, question.period, self.time), population.offsets)  # no other counts
         columns = {name: population.column(name)[rows] for name in question.query.reads if name != SCORE}
         if self.version is not None:
             columns[SCORE] = self._scores(population, rows)
         return People(columns, np.searchsorted(rows, population.offsets))
+
+    @property
+    def device(self) -> Mapping[str, Transform]:
+        """The device features, with the constants that the version learned, if there is one."""
+        return self.model.device if self.version is None else self._network.model.device
 
     @cached_property
     def _network(self) -> Network:
@@ -269,9 +279,8 @@ class _Week:
         from hybrid.network import Network
 
         assert self.version is not None
-        network = Network.build(self.model)
+        network = Network.of(self.model, self.version)
         network.check_registered(self.version.definition["network"])
-        network.load_weights(self.version.weights)
         return network
 
     def _scores(self, population: Population, rows: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -283,7 +292,7 @@ class _Week:
         from hybrid.federation.population import ROWS_A_PART, Examples, encoded
 
         assert self.version is not None
-        model, version = self.model, self.version
+        model, version = self._network.model, self.version
         times = None if population.time is None else population.column(population.time)[rows]
         entities = population.column(model.server.entity.join_key)[rows]
         slots = np.full((len(population), len(model.server.features)), np.nan, np.float32)
@@ -311,7 +320,7 @@ class _Week:
             "thresholds": {"moved": MOVED, "drifted": DRIFTED},
             "columns": [_column_json(column) for column in columns],
             "drifted": [column.name for column in columns if column.psi.verdict == "drifted"],
-            "unwatched": list(unwatched(self.model.device)),
+            "unwatched": list(unwatched(self.device)),
             "privacy": self._privacy(),
         }
 
@@ -347,10 +356,10 @@ class _Week:
         return {
             "week": self.name,
             "run": self.folder.name,
-            "budget_epsilon": self.budget,
+            "budget_epsilon": self.declared.epsilon,
             "delta": self.model.privacy.delta,
             "epsilon": 0.0 if spent is None else spent.epsilon,
-            "left": self.budget if spent is None else max(0.0, self.budget - spent.epsilon),
+            "left": self.declared.epsilon if spent is None else max(0.0, self.declared.epsilon - spent.epsilon),
             "accountant": None if spent is None else spent.method,
             "unit": self.model.privacy.unit,
             "protects": "device features",
@@ -442,13 +451,6 @@ def _time(option: str, text: str | None) -> datetime | None:
     except ValueError:
         raise ConfigError(f"{option} must be a time such as 2026-11-23 or 2026-11-23T12:00, got {text!r}") from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _check_delta(model: HybridModel, users: int) -> None:
-    """As trainings do."""
-    most, declared = users**-1.1, model.privacy.delta
-    if declared > most:
-        raise ConfigError(f"privacy.delta must be at most {most:.2g}, users^-1.1 at {users}, got {declared:g}")
 
 
 def _column_json(column: Column) -> dict[str, Any]:

@@ -227,8 +227,7 @@ def _people(model: HybridModel, versions: list[Version], asked: _Asked, workspac
     rows: Examples | None = None
     of: HybridModel | None = None
     for version, column in zip(versions, (SCORE, AGAINST), strict=False):
-        built = Network.build(model)
-        built.load_weights(version.weights)
+        built = Network.of(model, version)
         if rows is None or built.model != of:
             everybody, held_out = examples_of(built.model, asked.population, asked.fold, workspace)
             rows, of = everybody if held_out is None else held_out, built.model

@@ -76,10 +76,9 @@ def inversion(
     workspace = Workspace.current()
     registry = Registry(workspace)
     declared, found = registry.load_model(model), _version(registry, model, version)
-    network = Network.build(declared)
+    network = Network.of(declared, found)
     network.check_registered(found.definition["network"])
-    network.load_weights(found.weights)
-    known, attacked = examples_of(declared, population or model, fold, workspace)
+    known, attacked = examples_of(network.model, population or model, fold, workspace)
     assert attacked is not None
     with progress_bar(f"inversion of {model}:{found.number}") as progress:
         report = attack(

@@ -1,15 +1,18 @@
 """Queries are paid for, noised, and bounded."""
 
 import math
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.analytics.asking import ANALYZE, EVALUATE, Exact, People, Simulated
+from hybrid.analytics.asking import ANALYZE, EVALUATE, Exact, People, Simulated, next_question
 from hybrid.errors import BudgetExceeded, ConfigError
-from hybrid.privacy.accountant import GaussianEvent
+from hybrid.privacy.accountant import GaussianEvent, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import gaussian_epsilon
 from hybrid.query import Labels, Moments, Query
@@ -70,6 +73,31 @@ def test_noise_is_drawn_after_the_ledger_is_written(ledger, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         ask(COUNT)
     assert drawn == []
+
+
+def test_a_process_that_is_killed_between_spend_and_release_has_spent(tmp_path):
+    """kill -9 as noise is drawn, twice: both queries are in the ledger, and the third is a question of its own."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; import numpy as np\n"
+        "from hybrid.analytics.asking import People, Simulated; from hybrid.privacy import mechanisms\n"
+        "from hybrid.privacy.ledger import Ledger; from hybrid.query import Labels, Query\n"
+        "mechanisms.SeededNoise.gaussian = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ledger = Ledger.open(Path(sys.argv[1]), budget_epsilon=1.0, delta=1e-5)\n"
+        "people = People({'label': [0, 1]}, np.array([0, 1, 2]))\n"
+        "Simulated(people, ledger, purpose='analyze', epsilon=0.3, seed=0)(Query(parts=(Labels(),)))\n"
+    )
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+    with Ledger.open(tmp_path, budget_epsilon=1.0, delta=1e-5) as ledger:
+        assert [(entry.purpose, entry.round) for entry in ledger.entries] == [("analyze", 1), ("analyze", 2)]
+        assert ledger.spent().epsilon == pytest.approx(gaussian_epsilon(math.sqrt(2) * _mu(0.3), 1e-5), rel=2e-3)
+        assert next_question(ledger, "analyze") == 3
+
+
+def _mu(epsilon):
+    """Of one Gaussian release that costs so much at delta 1e-5."""
+    return 1 / noise_multiplier_for(epsilon, 1e-5, 1.0, 1)
 
 
 def test_no_two_queries_have_the_same_noise(ledger):

@@ -191,6 +191,21 @@ def test_a_fold_is_left_out_of_those_asked(project):
     assert "without fold 1/5" in project("trips", "--bins", "2", "--epsilon", "1", "--fold", "1/5")
 
 
+def test_frequent_texts_are_found_that_nobody_declared(project):
+    """1,500 people live north and 500 east, which no vocabulary has; both intervals hold the shares."""
+    shown = json.loads(project("home", "--frequent", "5", "--epsilon", "2", "--json"))
+    assert shown["values"] == ["north", "east"]
+    for share, exact in zip(shown["groups"][0]["shares"], (0.75, 0.25), strict=True):
+        assert share["noise"][0] < exact < share["noise"][1]
+        assert share["full"][0] < exact < share["full"][1]
+    assert "north" in project("home", "--frequent", "5", "--epsilon", "2")
+
+
+def test_where_no_text_stands_out_it_is_said(project):
+    """At epsilon 0.01 the noise hides 1,500 people."""
+    assert "no value stands out from the noise" in project("home", "--frequent", "5", "--epsilon", "0.01")
+
+
 @pytest.mark.parametrize("name", ["trips.svg", "trips.png"])
 def test_a_plot_is_drawn(project, tmp_path, name):
     """Into the file that is named, also of groups."""
@@ -206,7 +221,9 @@ def test_a_plot_is_drawn(project, tmp_path, name):
         (("trips", "--epsilon", "0"), "--epsilon must be > 0"),
         (("tips", "--epsilon", "1"), "'taxi' has no feature 'tips'; it has: trips, wait, spent, home, street, hour"),
         (("demand", "--epsilon", "1"), "'demand' is a server feature"),
-        (("street", "--epsilon", "1"), "'street' is hashed"),
+        (("street", "--epsilon", "1"), "--frequent must be given for 'street': it is hashed"),
+        (("trips", "--frequent", "3", "--epsilon", "1"), "--frequent must be left out: it is for text"),
+        (("home", "--frequent", "3", "--by", "hour", "--epsilon", "1"), "--rows, --take and --by must be left out"),
         (("trips", "--by", "home", "--epsilon", "1"), r"with a declared vocabulary \(hour\); 'home' is known only on"),
         (("home", "--quantiles", "4", "--epsilon", "1"), "--quantiles must be left out: they are for numbers, .* text"),
         (("label", "--low", "4", "--epsilon", "1"), "--low must be left out: they are for numbers, and this is label"),

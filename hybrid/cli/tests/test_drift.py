@@ -49,7 +49,7 @@ def test_a_model_that_declares_no_budget_is_not_watched(project):
 
 
 def test_a_period_is_paid_once_and_one_too_many_is_refused(periods, tmp_path):
-    """Two periods use the week up: the shift is found; again it costs nothing; another is refused, and nothing spent."""
+    """Two periods use the week up: the shift is found; again it costs nothing; another is refused and costs nothing."""
     words = ("taxi", "--reference", "early", "--seed", "1", "--json")
     shown = json.loads(drift(*words, "--population", "far").stdout)
     assert (shown["drifted"], shown["version"]) == (["trips"], None)
@@ -148,7 +148,7 @@ def test_options_that_say_no_period_are_refused(options, message):
 
 
 def test_of_each_person_the_last_row_in_the_period_counts():
-    """Rows on the 1st to the 6th, of people with 3, 1 and 2 rows; from the 2nd to before the 6th: the 3rd, 4th and 5th."""
+    """Rows of the 1st to the 6th, people with 3, 1 and 2: from the 2nd to the 5th it is the 3rd, 4th and 5th."""
     days = np.array([f"2026-11-0{day}" for day in range(1, 7)], "datetime64[us]")
     population = SimpleNamespace(name="p", time="day", column=lambda name: days)
     ends = {"since": datetime(2026, 11, 2, tzinfo=UTC), "until": datetime(2026, 11, 6, tzinfo=UTC)}
