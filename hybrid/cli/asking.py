@@ -151,10 +151,10 @@ def paying(
 
 
 def keep_free(workspace: Workspace, model: str, run: str | None, kind: str, shown: Mapping[str, Any]) -> None:
-    """Keeps an answer that cost nothing, since the server knows it anyway, in a run's folder, by default a new one."""
+    """Keeps an answer that cost nothing, since the server knows it anyway; without a run in the folder of all such."""
     from hybrid.analytics.results import keep
 
-    with run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-{kind}") as folder:
+    with run_folder(workspace.runs, run or f"{model}-public", "") as folder:
         keep(folder, kind, shown, mark="public")
 
 

@@ -79,7 +79,7 @@ def test_a_question_is_in_its_runs_ledger_and_its_answer_beside_it(project, tmp_
     assert [entry.purpose for entry in account.entries] == ["analyze"]
     assert shown["spend"]["epsilon"] == epsilon(account.events(), 1e-4).epsilon <= 0.5
     assert shown["spend"]["left"] == pytest.approx(2 - shown["spend"]["epsilon"])
-    assert json.loads((tmp_path / "runs" / "monday" / "answers" / "analyze-0001.json").read_text()) == shown
+    assert json.loads((tmp_path / "runs" / "monday" / "results" / "analyze-0001.json").read_text())["shown"] == shown
 
 
 def test_quantiles_have_levels_values_and_both_intervals(project):
@@ -139,13 +139,14 @@ def test_a_private_label_is_asked_for_by_group(project):
 
 @pytest.mark.parametrize("project", ["server"], indirect=True)
 def test_a_label_that_the_server_sees_is_counted_exactly_and_free(project, tmp_path):
-    """250 of 2000; no run is made; it says why."""
+    """250 of 2000; no ledger is made; it says why; the answers are kept for a report, in one folder."""
     shown = json.loads(project("label", "--json"))
     assert (shown["exact"], shown["spend"]) == (True, None)
     assert shown["groups"][0]["counts"][1]["value"] == 250
     assert "spent: nothing; the label is visible to the server" in project("label")
     assert json.loads(project("hour", "--json"))["groups"][0]["counts"][0]["value"] == 500
-    assert not (tmp_path / "runs").exists()
+    kept = [file.relative_to(tmp_path).as_posix() for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert sorted(kept) == [f"runs/taxi-public/results/analyze-000{number}.json" for number in (1, 2, 3)]
 
 
 def test_a_question_that_would_pass_the_budget_changes_no_file(project, tmp_path):

@@ -53,7 +53,7 @@ def test_a_version_is_measured_on_the_people_it_held_out(trained, runs):
     assert {len(found["deciles"][name]) for name in ("x", "y", "low", "high")} == {10}
     purposes = [entry.purpose for entry in Ledger.read(runs / "monday").entries]
     assert purposes == ["evaluate", "evaluate"]
-    assert json.loads((runs / "monday" / "answers" / "evaluate-0001.json").read_text()) == shown
+    assert json.loads((runs / "monday" / "results" / "evaluate-0001.json").read_text())["shown"] == shown
 
 
 def test_two_versions_are_measured_on_the_same_rows(trained):
