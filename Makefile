@@ -49,6 +49,7 @@ benchmarks: servers
 	$(RUN)python -m benchmarks.serving --json build/serving.json
 	$(RUN)python -m benchmarks.device --json build/device.json
 	$(RUN)python -m benchmarks.fleet --json build/fleet.json
+	$(RUN)python -m benchmarks.analytics --json build/analytics.json
 
 # Kafka's JARs, and Triton in an environment of its own (its Python backend needs NumPy 1).
 servers: .venv/installed
