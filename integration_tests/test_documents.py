@@ -20,9 +20,10 @@ STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
 LEAKAGE = ROOT / "docs" / "leakage.md"
 ANALYTICS = ROOT / "docs" / "analytics.md"
+BALANCE = ROOT / "docs" / "balance.md"
 DRIFT = ROOT / "docs" / "drift.md"
 REPORT = ROOT / "docs" / "report.md"
-RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, DRIFT, REPORT)
+RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, BALANCE, DRIFT, REPORT)
 
 
 def commands(document: Path) -> list[str]:
@@ -103,8 +104,12 @@ def test_a_clear_embedding_gives_everything_away_and_noise_that_hides_it_costs_m
 
 
 def test_analytics_answer_and_their_ledger_says_so(type_commands):
-    """Every command succeeds; the questions cost epsilon 1.1 together, by purpose, and the first finds the median."""
-    printed = type_commands("\n".join(commands(ANALYTICS)))
+    """Every command succeeds; the questions cost epsilon 1.1 together, by purpose, and the first finds the median.
+
+    Then a training is balanced, and says by what.
+    """
+    printed = type_commands("\n".join(commands(ANALYTICS) + commands(BALANCE)))
+    assert re.search(r"label prior 0\.\d+ \(noised\)", printed), printed
     median = re.search(r"^0\.5 +(-\d+\.\d+) ", printed, re.MULTILINE)
     assert median, printed
     assert abs(float(median[1]) + 52.5) < 2, "half of the students registered 52 days ahead or earlier"
