@@ -21,7 +21,6 @@ from device_runtime.participation import Participation
 from device_runtime.program import PredictProgram, open_bundle
 from device_runtime.rows import Rows
 from device_runtime.store import Served, Store
-from examples.coupon.model import model as COUPON
 from hybrid.analytics.asking import EVALUATE, Exact, People
 from hybrid.analytics.estimates import shares_of
 from hybrid.analytics.fleet import FleetAsk
@@ -39,8 +38,10 @@ from hybrid.network import Network
 from hybrid.privacy.accountant import GaussianEvent, epsilon
 from hybrid.privacy.ledger import Ledger
 from hybrid.query import By, Categories, Histogram, Labels, Moments, Query
+from hybrid.spec import load_model
 from integration_tests.test_fleet_rounds import KEY, KILLS, LAX, Killed, World, released
 
+COUPON = load_model(Path(__file__).parents[1] / "examples" / "coupon" / "model.py")
 USERS, VERSION = 200, 3
 AUDIENCE = Audience(model="coupon", version=VERSION, definition_hash="cd" * 32, policy=LAX, round_s=3600, wanted=USERS)
 TIMES = ("7AM", "10AM", "2PM", "6PM", "10PM")
