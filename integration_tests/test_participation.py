@@ -38,7 +38,7 @@ from hybrid.federation.engine import Engine
 from hybrid.federation.population import Examples
 from hybrid.local_training import LocalTraining
 from hybrid.network import Network
-from hybrid.plan import CheckIn, Halt, Local, Policy, TrainPlan, sign
+from hybrid.plan import MAX_PAYLOAD, CheckIn, Halt, Local, Policy, TrainPlan, sign
 from hybrid.privacy.mechanisms import clip_rows
 from hybrid.protocol import HEADER_LENGTH
 from hybrid.update import decode
@@ -498,7 +498,7 @@ def tampered(world: World) -> bytes:
     [
         (lambda world: (200, {}, tampered(world)), "bad_plan", 3600),
         (lambda world: (200, {}, sign(world.plan(9, expires_ms=now_ms()), world.key, world.weights)), "expired", 3600),
-        (lambda world: (200, {}, bytes(70_000 + 4 * len(world.weights))), "unreachable", 3600),
+        (lambda world: (200, {}, bytes(70_000 + 4 * max(len(world.weights), MAX_PAYLOAD))), "unreachable", 3600),
         (lambda _: (503, {"Retry-After": "70"}, b""), "busy", 70),
         (lambda _: (503, {"Retry-After": "999999999999"}, b""), "busy", 86_400),
         (lambda _: (204, {"Retry-After": "5"}, b""), "nothing", 5),
