@@ -93,5 +93,6 @@ class Served:
 
     def _predictions(self, embedding: Float32) -> Float32:
         with torch.no_grad():
-            scores: Float32 = torch.sigmoid(self.network.head(self.server, torch.from_numpy(embedding))).numpy()
+            logits = self.network.head(self.server, torch.from_numpy(embedding))
+            scores: Float32 = self.network.correction(logits).numpy()
         return scores
