@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import NormalDist
@@ -23,6 +22,7 @@ from hybrid.analytics import vocabulary
 from hybrid.analytics.asking import NORMALISE, Answer, Ask, People, Simulated
 from hybrid.errors import ConfigError
 from hybrid.features import AnyTransform, Categorical, Log1p, Numeric, as_text
+from hybrid.files import write_whole
 from hybrid.privacy.accountant import epsilon as composed
 from hybrid.privacy.ledger import Ledger, costs
 from hybrid.query import Floats, Histogram, Moments, Query
@@ -149,19 +149,20 @@ def learned(
     if budget is None:
         return Learned(transforms=exact(pending, people), users=len(people), run=run_dir.name)
     of = _digest(pending, people, rows)
-    kept = _kept(run_dir, of)
-    if kept is not None:
-        return kept
+    before = _kept(run_dir, of)
+    if before is not None:
+        return before
     if resume:
         raise ConfigError(f"the constants that run {run_dir.name!r} learned ({FILE}) are gone: start another run")
     with Ledger.open(run_dir, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-        before = len(ledger.entries)
+        paid = len(ledger.entries)
         ask = Simulated(people, ledger, purpose=NORMALISE, epsilon=share * budget, seed=seed)
         transforms = learn(ask, pending, rows=rows)
-        spent = composed(costs(ledger.entries[before:]), ledger.delta).epsilon
+        spent = composed(costs(ledger.entries[paid:]), ledger.delta).epsilon
         about = {"epsilon": spent, "delta": ledger.delta, "rows": rows}
         found = Learned(transforms=transforms, users=len(people), run=run_dir.name, **about)
-        _keep(run_dir, of, found)
+        kept = {"of": of, "learned": found.model_dump(mode="json")}
+        write_whole(run_dir / FILE, json.dumps(kept, indent=2).encode())
     return found
 
 
@@ -250,18 +251,3 @@ def _kept(run_dir: Path, of: str) -> Learned | None:
         return None
     except (ValueError, KeyError, TypeError, ValidationError):
         raise ConfigError(f"{FILE} of run {run_dir.name!r} is damaged: start another run") from None
-
-
-def _keep(run_dir: Path, of: str, found: Learned) -> None:
-    """All or nothing, and on the disk when it returns."""
-    draft = run_dir / f".{FILE}"
-    with draft.open("w") as file:
-        json.dump({"of": of, "learned": found.model_dump(mode="json")}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, run_dir / FILE)
-    descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from hybrid.analytics.asking import PRIOR, RECALIBRATE, Answer, Ask, Exact, People, Simulated, phase
 from hybrid.federation.engine import predict
 from hybrid.federation.population import Examples
+from hybrid.files import write_whole
 from hybrid.network import Network
 from hybrid.privacy.accountant import Event, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
@@ -246,12 +246,7 @@ class Balancing:
     def _write(self) -> None:
         """All or nothing, and on the disk."""
         kept = {name: getattr(self, name) for name in ("config", "prior", "rest", "asked", "before")}
-        draft = self.folder / f".{FILE}"
-        with draft.open("w") as file:
-            json.dump(kept, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.folder / FILE)
+        write_whole(self.folder / FILE, json.dumps(kept).encode())
 
 
 def _paid(ledger: Ledger) -> int:

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hybrid.errors import ConfigError
 from hybrid.federation.fleet_aggregator import FleetAggregator
-from hybrid.federation.remote import write_whole
+from hybrid.files import write_whole
 from hybrid.plan import Halt
 
 _HALTS = TypeAdapter(tuple[Halt, ...])

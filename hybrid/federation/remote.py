@@ -39,6 +39,7 @@ from pydantic import ValidationError
 
 from hybrid.errors import AggregatorError, BudgetExceeded, CohortTooSmall, ConfigError, Halted, RoundStopped
 from hybrid.features import Float32
+from hybrid.files import write_whole
 from hybrid.plan import Halt
 from hybrid.privacy.mechanisms import Release
 from hybrid.protocol import is_loopback
@@ -144,21 +145,6 @@ class Rounds:
         about = {"key": key, "ended": sorted(self._ended)}
         write_whole(self._kept, json.dumps(about).encode() + b"\n" + released)
         return released
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Puts it in the file's place; on the disk, once this returns, and never in part."""
-    draft = file.with_name(f".{file.name}")
-    with draft.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    draft.replace(file)
-    descriptor = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def control_app(

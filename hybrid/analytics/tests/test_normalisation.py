@@ -164,7 +164,7 @@ def test_a_kill_before_the_disk_is_paid_for_and_asked_anew(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(normalisation, "_keep", killed)
+        patch.setattr(normalisation, "write_whole", killed)
         with pytest.raises(KeyboardInterrupt):
             given_to(tmp_path, people_of(2000))
     assert len(entries(tmp_path)) == 4
