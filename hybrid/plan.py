@@ -299,9 +299,8 @@ def sign(message: Plan | Halt, key: Ed25519PrivateKey, numbers: NDArray[np.float
     Raises:
         PlanError: the numbers are not the message's, or its JSON is too long: no device would take it.
     """
-    text = message.model_dump_json(
-        exclude_none=True
-    ).encode()  # a device that knows no turns or keep reads plans without
+    # Without what is None: a device that knows no turns, or no keep, reads plans that have none.
+    text = message.model_dump_json(exclude_none=True).encode()
     values = np.zeros(0, np.float32) if numbers is None else numbers
     _check(message, len(text), values)
     body = _LENGTH.pack(len(text)) + text + np.ascontiguousarray(values, "<f4").tobytes()

@@ -7,6 +7,7 @@ The sum over people, noised, is all that leaves the aggregator; estimates are ma
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -28,12 +29,13 @@ LABEL, SCORE, AGAINST = "label", "score", "score_against"
 PEOPLE_A_CHUNK = 4096
 CELLS_A_CHUNK = 1 << 22  # 32 MiB
 MOST_CELLS = 1 << 20
+MOST_VALUES, MOST_GROUPS = 4096, 1024  # of a vocabulary that is counted by, and of what is grouped by
 SPELLED_BYTES, CHECK_BITS, CHECK_SEED = 32, 32, 1
 SPELLED_BITS = 8 * SPELLED_BYTES + CHECK_BITS
 FEW_PEOPLE = 8  # whose cells are encoded without the matrix, which a device need not hold: 128 MiB for 4,096 cells
 
 
-class Part(BaseModel):
+class Part(BaseModel, ABC):
     """One kind of count over a person's rows.
 
     Attributes:
@@ -46,9 +48,9 @@ class Part(BaseModel):
     cumulative: bool = False
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Numbers that it takes of the vector."""
-        raise NotImplementedError
 
     @property
     def ordered(self) -> tuple[int, ...]:
@@ -56,18 +58,18 @@ class Part(BaseModel):
         return ()
 
     @property
+    @abstractmethod
     def reads(self) -> tuple[str, ...]:
         """Columns that it needs."""
-        raise NotImplementedError
 
     @property
     def row_norm(self) -> float:
         """L2 norm of what one row adds, at most."""
         return max((float(np.linalg.norm(_roots(n))) for n in self.ordered), default=1.0) if self.cumulative else 1.0
 
+    @abstractmethod
     def cells(self, columns: Mapping[str, NDArray[Any]]) -> Cells:
         """What n rows add, and where."""
-        raise NotImplementedError
 
     def encode(self, counts: Floats) -> Floats:
         """(k, size) counts -> (k, size) as they are summed and noised."""
@@ -202,7 +204,7 @@ class Categories(Part):
     kind: Literal["categories"] = "categories"
     text: ClassVar[bool] = True
     column: str
-    values: Annotated[tuple[str, ...], Field(min_length=1, max_length=4096)]
+    values: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_VALUES)]
 
     @model_validator(mode="after")
     def _plain(self) -> Self:
@@ -433,7 +435,7 @@ class By(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     column: str
-    values: Annotated[tuple[str, ...], Field(min_length=1, max_length=1024)]
+    values: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_GROUPS)]
 
     @model_validator(mode="after")
     def _plain(self) -> Self:
@@ -574,8 +576,7 @@ def contributions(
     for begin in range(0, len(offsets) - 1, people):
         here = offsets[begin : begin + people + 1]
         rows = {name: column[here[0] : here[-1]] for name, column in read.items()}
-        counts = _counts(query, rows, here - here[0])
-        yield counts if query.spread is None and not _encoded(query) else _as_sent(query, counts, payload)
+        yield _as_sent(query, _counts(query, rows, here - here[0]), payload)
 
 
 def squares(query: Query, counts: Floats, payload: NDArray[np.floating]) -> Floats:
@@ -609,10 +610,6 @@ def squares(query: Query, counts: Floats, payload: NDArray[np.floating]) -> Floa
 def plain(query: Query) -> Query:
     """The query whose counts a query with `spread` squares."""
     return query.model_copy(update={"spread": None})
-
-
-def _encoded(query: Query) -> bool:
-    return any(part.cumulative for part in query.parts)
 
 
 def _as_sent(query: Query, counts: Floats, payload: NDArray[np.floating] | None) -> Floats:

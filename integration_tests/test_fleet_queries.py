@@ -247,7 +247,7 @@ def test_kill_9_of_an_aggregator_that_asks_never_counts_less_than_left(tmp_path:
         for kill in range(KILLS):
             aggregator.ready()
             if kill % 2:
-                time.sleep(random.uniform(0, 4))
+                time.sleep(random.uniform(0, 4))  # any moment is as good as another
             else:
                 _until_paid(tmp_path / "run" / "ledger.jsonl", aggregator)
             aggregator.kill()

@@ -20,11 +20,10 @@ from hybrid.analytics.metrics import arcsine_nodes
 from hybrid.analytics.psi import Noised, Psi, psi
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
-from hybrid.query import SCORE, AnyPart, Categories, Floats, Histogram, Query
+from hybrid.query import MOST_VALUES, SCORE, AnyPart, Categories, Floats, Histogram, Query
 
 SCORE_BINS = 20
 NUMBER_EDGES = np.linspace(-2.0, 2.0, 9)  # standard deviations around the declared mean: ten bins
-MOST_VALUES = 4096  # of a vocabulary; the others count as unseen
 
 
 class Period(BaseModel):
@@ -125,7 +124,7 @@ def watched(transforms: Mapping[str, Transform], *, score: bool) -> Query:
     least, and rows that are counted are independent.
 
     Args:
-        transforms: of the device features; those without cells (`Hash`, what is not learned yet) are left out
+        transforms: of the device features; those without cells are left out, see `unwatched`.
         score: whether a version's scores are asked too.
 
     Raises:
@@ -153,7 +152,7 @@ def _part(name: str, transform: Transform) -> AnyPart | None:
         return None
     match transform:
         case Categorical():
-            return Categories(column=name, values=transform.vocabulary[:MOST_VALUES])
+            return Categories(column=name, values=transform.vocabulary[:MOST_VALUES])  # the others count as unseen
         case Bucketize():
             # A device compares in float32.
             return Histogram(column=name, edges=tuple(np.asarray(transform.edges, np.float32).tolist()))

@@ -184,7 +184,7 @@ def evaluate(
     Raises:
         BudgetExceeded: the ledger has not enough left.
     """
-    grid = arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
+    grid = _grid(nodes)
     query = Query(parts=(_scores(grid, SCORE),), rows=rows, clip=clip)
     named = statistics(grid, threshold) | {"rows": lambda counts: counts.sum(axis=1)}
     found = estimate(ask, query, named, share=share, full=full, totals=("rows",))
@@ -218,7 +218,7 @@ def compare(
     Raises:
         BudgetExceeded: the ledger has not enough left.
     """
-    grid = arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
+    grid = _grid(nodes)
     query = Query(parts=(_scores(grid, SCORE), _scores(grid, AGAINST)), rows=rows, clip=clip)
     of_one, size = statistics(grid, threshold), 2 * len(grid)
     first, second = ({name: _of_part(f, place, size) for name, f in of_one.items()} for place in range(2))
@@ -234,6 +234,10 @@ def compare(
         if name.startswith("difference.")
     }
     return Comparison(_evaluation(found, grid, 0), _evaluation(found, grid, 1, "against."), differences)
+
+
+def _grid(nodes: Sequence[float] | None) -> Floats:
+    return arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
 
 
 def _scores(nodes: Floats, column: str) -> Scores:

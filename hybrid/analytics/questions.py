@@ -23,13 +23,22 @@ from hybrid.analytics.estimates import Estimate, gradient, quantiles_of
 from hybrid.analytics.vocabulary import discover
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
-from hybrid.query import AnyPart, By, Categories, Floats, Histogram, Labels, Moments, Query
+from hybrid.query import (
+    MOST_GROUPS,
+    AnyPart,
+    By,
+    Categories,
+    Floats,
+    Histogram,
+    Labels,
+    Moments,
+    Query,
+)
 from hybrid.spec import HybridModel
 
 CELLS = 512  # at least, of the fine histogram that quantiles are read from
 BINS = 10  # of a histogram that nobody asked to be finer
 MOST_EDGES = 1000
-MOST_VALUES, MOST_GROUPS = 4096, 1024  # see `hybrid.query`
 WIDTHS = 4.0  # standard deviations from the mean to a bound, where bounds are a declaration's
 ADAPTIVE_SHARES = (0.3, 0.7)  # of an adaptive histogram's epsilon: for its edges, for its counts
 

@@ -14,7 +14,7 @@ import typer
 
 from hybrid.cli.answers import draw, show
 from hybrid.cli.asking import Spending, check_epsilon, columns_of, estimate_json, keep_free, paying
-from hybrid.cli.privacy import _check_plot
+from hybrid.cli.runs import check_plot
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -107,7 +107,7 @@ def analyze(
 
     Example: hybrid analyze study_coach label --by assessment_type --epsilon 0.5 --run monday
     """
-    _check_plot(plot)
+    check_plot(plot)
     from hybrid.analytics.asking import ANALYZE, Exact, People
     from hybrid.analytics.questions import Asked, by_of
     from hybrid.federation.population import Population, parse_fold
@@ -239,7 +239,8 @@ def _of_label(asked: Asked) -> Plan:
 
 
 def _of_text(feature: str, vocabulary: Sequence[str], asked: Asked) -> Plan:
-    from hybrid.analytics.questions import MOST_VALUES, categories, check_values
+    from hybrid.analytics.questions import categories, check_values
+    from hybrid.query import MOST_VALUES
 
     def ask(people: Ask) -> dict[str, Any]:
         return {"groups": [_counts_json(group) for group in categories(people, feature, vocabulary, asked)]}
