@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from hybrid.features import AnyTransform
+from hybrid.features import UNUSED, AnyTransform, Categorical, Log1p, Numeric
 from hybrid.spec import Training
 
 
@@ -74,6 +74,19 @@ class Learned(BaseModel):
         return f"constants of {names}: {spent}, from {rows} of each person"
 
 
+def constants_of(transform: AnyTransform) -> str:
+    """What was learned of a feature, in words; places that no text was found for are not told.
+
+    >>> constants_of(Numeric(mean=7319, std=20))
+    'mean 7319, std 20'
+    """
+    if isinstance(transform, Categorical):
+        texts = [text for text in transform.vocabulary if not text.startswith(UNUSED)]
+        return ", ".join(texts) or "no text is frequent"
+    assert isinstance(transform, Numeric)
+    return f"mean {transform.mean:.4g}, std {transform.std:.4g}" + (" of log1p" if isinstance(transform, Log1p) else "")
+
+
 class TrainingRecord(BaseModel):
     """How a version came to be, and what it cost in privacy. Stored with the version, shown wherever it is.
 
@@ -117,6 +130,11 @@ class TrainingRecord(BaseModel):
     balance: Balance | None = None
     oracle: dict[str, float] = {}
     learned: Learned | None = None
+
+    @property
+    def without(self) -> Literal["device"] | None:
+        """The side that such a version predicts without: the baseline has no device embedding."""
+        return "device" if self.kind == "server-only" else None
 
     def privacy_lines(self) -> tuple[str, ...]:
         """The whole claim in words, to be printed wherever epsilon is.

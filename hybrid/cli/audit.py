@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hybrid.cli.inversion import inversion
-from hybrid.cli.privacy import _check_plot
-from hybrid.cli.runs import exactly, examples_of, progress_bar
+from hybrid.cli.runs import check_plot, exactly, examples_of, progress_bar
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def membership(
 
     Example: hybrid audit membership coupon --epsilon 1
     """
-    _check_plot(plot)
+    check_plot(plot)
     from hybrid.network import Network
     from hybrid.registry import Registry
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.privacy import _check_plot
+from hybrid.cli.runs import check_plot, version_of
 from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from hybrid.features import Transform
     from hybrid.federation.population import Population
     from hybrid.network import Network
-    from hybrid.registry import Registry
     from hybrid.spec import Drift, HybridModel
     from hybrid.version import Version
 
 app = typer.Typer()
+
+OTHERWISE = "choose a version of this one, or none, to watch features alone"
 
 FAILED = 3  # exit status of --fail; 1 is an error
 DECLARE = "add drift=Drift(epsilon=...) to it, from hybrid import Drift: what a week of watching may cost people"
@@ -100,7 +101,7 @@ def drift(
 
     Example: hybrid drift coupon@production --population november --reference october
     """
-    _check_plot(plot)
+    check_plot(plot)
     from hybrid.analytics.drift import compare, watched
     from hybrid.analytics.results import keep as keep_result
     from hybrid.registry import Registry, parse_selector
@@ -109,7 +110,7 @@ def drift(
     workspace = Workspace.current()
     registry = Registry(workspace)
     model = registry.load_model(name)
-    version = None if which is None else _version(registry, model, which)
+    version = None if which is None else version_of(registry, name, which, otherwise=OTHERWISE)
     now = datetime.now(UTC)
     week = _Week(model, version, workspace, now, time, epsilon, seed)
     current = week.period(population or name, *_period(since, until, period, now))
@@ -119,7 +120,6 @@ def drift(
     columns = compare(*counted)
     shown = week.shown(counted, columns)
     week.folder.mkdir(parents=True, exist_ok=True)
-    (week.folder / f"compared-{now:%Y%m%dT%H%M%S%f}.json").write_text(json.dumps(shown))
     keep_result(week.folder, "drift", shown, mark="noised", spend=week.spend(counted[1]), now=now)
     if metrics is not None:
         write_metrics(metrics, shown)
@@ -297,12 +297,11 @@ class _Week:
         entities = population.column(model.server.entity.join_key)[rows]
         slots = np.full((len(population), len(model.server.features)), np.nan, np.float32)
         slots[rows] = join(model, entities, times, self.workspace.feast)
-        without = "device" if version.training.kind == "server-only" else None
         scores = [np.zeros(0, np.float32)]
         for begin in range(0, len(rows), ROWS_A_PART):
             server, device = encoded(model, population, slots, rows[begin : begin + ROWS_A_PART])
             part = Examples(server, device, np.zeros(len(server), np.float32), np.array([0, len(server)]))
-            scores.append(predict(self._network, part, without=without))  # type: ignore[arg-type]
+            scores.append(predict(self._network, part, without=version.training.without))
         return np.concatenate(scores)
 
     def shown(self, counted: Sequence[Counted], columns: Sequence[Column]) -> dict[str, Any]:
@@ -398,16 +397,6 @@ def last_of_each(rows: NDArray[np.int64], offsets: NDArray[np.integer]) -> NDArr
 
     ends = np.searchsorted(rows, offsets)
     return rows[ends[1:][np.diff(ends) > 0] - 1]
-
-
-def _version(registry: Registry, model: HybridModel, which: str | int) -> Version:
-    version = registry.version(model.name, which)
-    if version.definition_hash != registry.definition_hash(model.name):
-        raise ConfigError(
-            f"{model.name}:{version.number} was trained from another definition than is registered now; "
-            "choose a version of this one, or none, to watch features alone"
-        )
-    return version
 
 
 def _reference(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.asking import FULL, NOISE, Spending, check_epsilon, estimate_json, interval, paying, spend_lines
-from hybrid.cli.privacy import _check_plot
-from hybrid.cli.runs import examples_of
+from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, version_of
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -22,11 +21,12 @@ if TYPE_CHECKING:
     from hybrid.features import Float32
     from hybrid.federation.population import Examples
     from hybrid.network import Network
-    from hybrid.registry import Registry
     from hybrid.spec import HybridModel
     from hybrid.version import Version
 
 app = typer.Typer()
+
+OTHERWISE = "register the file it was trained from to evaluate it"
 
 NAMES = {
     "auc": "AUC",
@@ -92,7 +92,7 @@ def evaluate(
 
     Example: hybrid evaluate coupon@canary --against production --epsilon 1
     """
-    _check_plot(plot)
+    check_plot(plot)
     from hybrid.analytics.asking import EVALUATE
     from hybrid.network import Network
     from hybrid.registry import Registry, parse_selector
@@ -103,9 +103,9 @@ def evaluate(
     declared = registry.load_model(name)
     check_epsilon(declared, epsilon)
     _check_threshold(threshold)
-    versions = [_version(registry, name, "production" if selector is None else selector)]
+    versions = [version_of(registry, name, PRODUCTION if selector is None else selector, otherwise=OTHERWISE)]
     if against is not None:
-        versions.append(_version(registry, name, int(against) if against.isdecimal() else against))
+        versions.append(version_of(registry, name, against, otherwise=OTHERWISE))
     asked = _Asked.of(versions, population or name, fold, workspace)
     labelled = declared if label is None else _labelled(declared, label)
     Network.build(declared).check_registered(registry.definition(name)["network"])
@@ -136,17 +136,6 @@ def evaluate(
         print(json.dumps(shown))
     else:
         _print(shown)
-
-
-def _version(registry: Registry, name: str, selector: str | int) -> Version:
-    """Raises: NotFound: there is none. ConfigError: it was trained from another definition."""
-    found = registry.version(name, selector)
-    if found.definition_hash != registry.definition_hash(name):
-        raise ConfigError(
-            f"{name}:{found.number} was trained from another definition than is registered now: "
-            "register the file it was trained from to evaluate it"
-        )
-    return found
 
 
 @dataclass(frozen=True)
@@ -244,7 +233,7 @@ def _scores(network: Network, version: Version, rows: Examples) -> Float32:
     """(n,) probabilities that the version gives to rows."""
     from hybrid.federation.engine import predict
 
-    return predict(network, rows, without="device" if version.training.kind == "server-only" else None)
+    return predict(network, rows, without=version.training.without)
 
 
 def _check_threshold(threshold: float) -> None:

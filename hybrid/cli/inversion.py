@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.privacy import _check_plot
-from hybrid.cli.runs import examples_of, progress_bar
-from hybrid.errors import ConfigError
+from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, progress_bar, version_of
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from hybrid.spec import HybridModel
     from hybrid.version import Version
 
-PRODUCTION = "production"
+OTHERWISE = "choose a version of the registered one (--version), or register the file it was trained from"
 ORACLE = "Oracle: recovery and AUC are measured on people's true features and labels, which only a simulation has."
 ONE_RELEASE = (
     "Of one request. Noise of several requests from one person averages out: of m that hold the same features it hides "
@@ -66,7 +64,7 @@ def inversion(
 
     Example: hybrid audit inversion coupon --fold 1/5
     """
-    _check_plot(plot)
+    check_plot(plot)
     from hybrid.analytics.results import keep
     from hybrid.network import Network
     from hybrid.privacy.inversion import SIGMAS
@@ -99,19 +97,14 @@ def inversion(
 
 def _version(registry: Registry, model: str, selector: str | None) -> Version:
     """The chosen one, or what is served, or the latest; of what is registered now."""
-    if selector is None:
-        registered = registry.model(model)
-        served = PRODUCTION in registered.aliases
-        latest = registered.versions[-1] if registered.versions else 1  # the registry says that there is none
-        found = registry.version(model, PRODUCTION if served else latest)
+    chosen: str | int
+    if selector is not None:
+        chosen = selector
     else:
-        found = registry.version(model, int(selector) if selector.isdecimal() else selector)
-    if found.definition_hash != registry.definition_hash(model):
-        raise ConfigError(
-            f"{model}:{found.number} was trained from another definition than is registered now: "
-            "choose a version of the registered one (--version), or register the file it was trained from"
-        )
-    return found
+        registered = registry.model(model)
+        latest = registered.versions[-1] if registered.versions else 1  # the registry says that there is none
+        chosen = PRODUCTION if PRODUCTION in registered.aliases else latest
+    return version_of(registry, model, chosen, otherwise=OTHERWISE)
 
 
 def _verdict(model: HybridModel, report: Report) -> Iterator[str]:

@@ -15,7 +15,6 @@ from hybrid.workspace import Workspace
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hybrid.features import AnyTransform
     from hybrid.registry import Registered
     from hybrid.spec import HybridModel
     from hybrid.version import TrainingRecord, Version
@@ -204,20 +203,12 @@ def _add_training(table: Table, record: TrainingRecord) -> None:
     if record.noise_multiplier is not None:
         table.add_row("noise", f"{record.noise_multiplier:.4g} x clip {record.clip}")
     if record.learned is not None:
-        constants = (f"{name}: {_constants(each)}" for name, each in record.learned.transforms.items())
+        from hybrid.version import constants_of
+
+        constants = (f"{name}: {constants_of(each)}" for name, each in record.learned.transforms.items())
         table.add_row("learned constants", "\n".join(constants))
     for metric, value in record.oracle.items():
         table.add_row(f"{metric} (oracle: pooled data, simulation only)", f"{value:.4g}")
-
-
-def _constants(transform: AnyTransform) -> str:
-    from hybrid.features import UNUSED, Categorical, Log1p, Numeric
-
-    if isinstance(transform, Categorical):
-        texts = [text for text in transform.vocabulary if not text.startswith(UNUSED)]
-        return ", ".join(texts) or "no text is frequent"
-    assert isinstance(transform, Numeric)
-    return f"mean {transform.mean:.4g}, std {transform.std:.4g}" + (" of log1p" if isinstance(transform, Log1p) else "")
 
 
 def _table(title: str) -> Table:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid.cli.runs import check_plot
 from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SCOPE = "per run; repeats and tuning not composed"
-FORMATS = (".svg", ".png")
 ABOUT = ("unit", "protects", "assumption")  # of a run: its versions say it, or its config.json where it has none
 POINTS = 48  # of all lines of a plot: composing takes up to a second each
 TOLERANCE = 0.02  # an accountant that got tighter is no damage
@@ -47,7 +47,7 @@ def privacy(
 
     Example: hybrid privacy coupon --plot privacy.svg
     """
-    _check_plot(plot)
+    check_plot(plot)
     from hybrid.registry import Registry
 
     workspace = Workspace.current()
@@ -281,20 +281,6 @@ def _who(spend: Mapping[str, Any]) -> str:
 
 def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _check_plot(file: Path | None) -> None:
-    """Before anything is composed."""
-    if file is None:
-        return
-    if file.suffix not in FORMATS:
-        raise ConfigError(f"--plot must end with {' or '.join(FORMATS)}, got {file.name!r}")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--plot must be in a folder that exists, got {str(file)!r}")
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: install hybrid-towers[report]")
 
 
 def _draw(file: Path, model: str, runs: Sequence[_Run]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.errors import ConfigError, StackError
+from hybrid.cli.runs import PRODUCTION, version_of
+from hybrid.errors import StackError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from hybrid.export.promote import Exported
     from hybrid.spec import HybridModel
 
-PRODUCTION = "production"
+OTHERWISE = "train a version of the registered one, or register the file it was trained from"
 LOAD_TIMEOUT_S = 60.0
 app = typer.Typer()
 
@@ -43,12 +44,7 @@ def promote(
     workspace = Workspace.current()
     registry = Registry(workspace)
     declared = registry.load_model(model)
-    found = registry.version(model, int(version) if version.isdecimal() else version)
-    if found.definition_hash != registry.definition_hash(model):
-        raise ConfigError(
-            f"{model}:{found.number} was trained from another definition than is registered now: "
-            "train a version of the registered one, or register the file it was trained from"
-        )
+    found = version_of(registry, model, version, otherwise=OTHERWISE)
     exported = export_version(found, declared, workspace)
     if alias == PRODUCTION:
         _wait_loaded(exported.deployment, workspace)

@@ -1,4 +1,4 @@
-"""What the commands that train share: the rows, the folder of a run, a bar."""
+"""What the commands share: the rows, a version, the folder of a run, a bar, where a plot goes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hybrid.federation.population import Examples
     from hybrid.registry import Registry
     from hybrid.spec import HybridModel
+    from hybrid.version import Version
 
 
 class Where(StrEnum):
@@ -26,6 +27,8 @@ class Where(StrEnum):
     LOCAL = "local"
 
 
+PRODUCTION = "production"  # the alias of what is served
+PLOTS = (".svg", ".png")
 IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
 
 
@@ -43,6 +46,28 @@ def examples_of(
     large = 4 * len(population) * (model.server_features.width + model.device_features.width) > IN_MEMORY
     rows = examples(model, population, slots, folder=workspace.examples / name if large else None)
     return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
+
+
+def version_of(registry: Registry, name: str, selector: str | int, *, otherwise: str) -> Version:
+    """A version of what is registered now.
+
+    Args:
+        registry: of the workspace.
+        name: of the model.
+        selector: a number, also as text, or an alias.
+        otherwise: what to do where it is of another definition, for the message.
+
+    Raises:
+        NotFound: there is none.
+        ConfigError: it was trained from another definition.
+    """
+    number = isinstance(selector, str) and selector.isdecimal()
+    found = registry.version(name, int(selector) if number else selector)
+    if found.definition_hash != registry.definition_hash(name):
+        raise ConfigError(
+            f"{name}:{found.number} was trained from another definition than is registered now: {otherwise}"
+        )
+    return found
 
 
 def people_of(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> People:
@@ -169,3 +194,21 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def check_plot(file: Path | None) -> None:
+    """Before anything is computed.
+
+    Raises:
+        ConfigError: a plot is wanted, and cannot be drawn into that file, or at all.
+    """
+    if file is None:
+        return
+    if file.suffix not in PLOTS:
+        raise ConfigError(f"--plot must end with {' or '.join(PLOTS)}, got {file.name!r}")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--plot must be in a folder that exists, got {str(file)!r}")
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: install hybrid-towers[report]")

@@ -27,7 +27,7 @@ from hybrid.report.elements import (
     table,
 )
 from hybrid.report.facts import Facts
-from hybrid.version import Balance
+from hybrid.version import Balance, constants_of
 
 LABEL = "label"
 ASK = "0.2"  # the epsilon of a question that is proposed
@@ -235,24 +235,13 @@ def _learned(facts: Facts) -> Iterator[Element]:
             continue
         mark: Mark = "oracle" if learned.epsilon is None else "noised"
         rows = [
-            [name(feature), _constants(transform.model_dump(), mark)]
+            [name(feature), marked(mark, name(constants_of(transform)))]
             for feature, transform in learned.transforms.items()
         ]
         said = f"Constants of features that version {version} carries"
         yield table(said, ("feature", "constants"), rows, mark)
         yield e("p", e("bdi", learned.line(), data_mark=mark), ".")
         return
-
-
-def _constants(transform: Mapping[str, Any], mark: Mark) -> Element:
-    values = [f"{key} {_plain(value)}" for key, value in transform.items() if key != "kind" and value is not None]
-    return marked(mark, name(", ".join(values)))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " | ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _balance_row(version: int, balance: Balance) -> Children:

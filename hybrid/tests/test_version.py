@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybrid.features import Numeric
+from hybrid.features import Categorical, Numeric
 from hybrid.spec import Training
-from hybrid.version import Balance, Learned, TrainingRecord
+from hybrid.version import Balance, Learned, TrainingRecord, constants_of
 
 RECORD = TrainingRecord(
     kind="federated",
@@ -79,3 +79,9 @@ def test_a_record_comes_back_from_json_with_its_constants():
     learned = Learned(transforms={"trips": Numeric(mean=0.1, std=1 / 3)}, users=30, run="r1")
     record = RECORD.model_copy(update={"learned": learned})
     assert TrainingRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def test_places_that_no_text_was_found_for_are_not_told():
+    """Of three places two were filled: both texts, and nothing of the third."""
+    assert constants_of(Categorical(discover=3).learned(["north", "east"])) == "north, east"
+    assert constants_of(Categorical(discover=3).learned([])) == "no text is frequent"

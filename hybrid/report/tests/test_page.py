@@ -5,8 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from hybrid.features import UNUSED, Categorical
 from hybrid.report.page import SECTIONS, page
 from hybrid.report.tests.examples import EMPTY, EVIL, asked, attacked, evaluated, facts, group, numbers, record, words
+from hybrid.version import Learned
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 NO_NUMBERS = {"h1", "h2", "h3", "h4", "code", "time", "title", "desc", "style", "svg", "summary", "caption", "bdi"}
@@ -147,3 +149,11 @@ def test_what_a_version_learned_and_what_balance_did_is_shown():
     content = page(facts())
     for said in ("mean 7319", "-2.303", "0.0512"):
         assert said in content, said
+
+
+def test_places_of_a_vocabulary_that_no_text_was_found_for_are_not_shown():
+    """Of three places one was filled; what stands in the others is no text of anybody's."""
+    zones = Learned(transforms={"zone": Categorical(discover=3).learned(["north"])}, users=9, run="monday")
+    content = page(facts(trainings={1: record("monday", 1.2).model_copy(update={"learned": zones})}))
+    assert "north" in content
+    assert UNUSED not in content
