@@ -17,6 +17,7 @@ from hybrid.analytics.asking import NORMALISE, Exact, People, Simulated
 from hybrid.analytics.normalisation import FILE, exact, learn, learned, mean_and_sd
 from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.privacy.ledger import Ledger
+from hybrid.version import Learned
 
 PENDING = {
     "score": Numeric(normalise="federated", low=0, high=100, clip=3),
@@ -159,8 +160,8 @@ def test_a_kill_before_the_disk_is_paid_for_and_asked_anew(tmp_path, monkeypatch
     (tmp_path / "run").mkdir()
     seen = []
 
-    def killed(run_dir, of, found):
-        seen.append(found)
+    def killed(file, content):
+        seen.append(Learned.model_validate(json.loads(content)["learned"]))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
