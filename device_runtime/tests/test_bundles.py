@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from device_runtime import RUNTIME
 from device_runtime.bundles import Installed
 from hybrid.bundle import MAX_BYTES, Bundle, read_bundle, write_bundle
 from hybrid.errors import BundleError, ConfigError
@@ -70,7 +71,10 @@ REFUSALS: dict[str, tuple[Callable[[Sign, Bundle], bytes], str]] = {
     "downgraded": (lambda sign, _: sign(4, created_ms=NOW), "version 4 of 1000000 ms is older than version 5 of 5 ms"),
     "an older promotion": (lambda sign, _: sign(5, created_ms=4), "version 5 of 4 ms is older than version 5 of 5"),
     "another model": (lambda sign, _: sign(6, model="drinks"), "is of model 'drinks', this device wants 'meals'"),
-    "newer runtime": (lambda sign, _: sign(6, minimum_runtime=2), "needs device runtime 2, this app has 1: the app"),
+    "newer runtime": (
+        lambda sign, _: sign(6, minimum_runtime=RUNTIME + 1),
+        f"needs device runtime {RUNTIME + 1}, this app has {RUNTIME}: the app",
+    ),
     "halted": (lambda sign, _: sign(13), "version 13 was halted"),
     "unknown operator": (
         lambda sign, bundle: sign(

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from device_runtime import download
+from device_runtime import RUNTIME, download
 from device_runtime.bundles import Installed
 from device_runtime.download import FIRST, Update, update
 from hybrid.bundle import MAX_BYTES, Bundle, read_head, write_bundle
@@ -242,7 +242,7 @@ def test_a_bundle_that_may_not_be_installed_is_not_fetched(peer: Peer, installed
         (sign(2, large), "older than version 3"),
         (sign(4, large, expires_ms=NOW - 1), "expired"),
         (sign(4, large, model="drinks"), "of model 'drinks'"),
-        (sign(4, large, minimum_runtime=2), "the app must be updated"),
+        (sign(4, large, minimum_runtime=RUNTIME + 1), "the app must be updated"),
         (sign(13, large), "halted"),
         (b"<html>" + bytes(LARGE), "must hold manifest.json first"),
     ):
