@@ -13,8 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.answers import draw, show
-from hybrid.cli.asking import Spending, check_epsilon, columns_of, estimate_json, keep_free, paying
-from hybrid.cli.runs import check_plot
+from hybrid.cli.asking import (
+    ROUND_S,
+    DevicesOf,
+    InProcess,
+    OnDevices,
+    RoundS,
+    Seed,
+    Spending,
+    Whom,
+    check_devices,
+    check_epsilon,
+    columns_of,
+    estimate_json,
+    keep_free,
+    paying,
+)
+from hybrid.cli.runs import PRODUCTION, check_plot
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -81,7 +96,9 @@ def analyze(
         str | None,
         typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of this simulation's noise.")] = 0,
+    seed: Seed = None,
+    devices: DevicesOf = None,
+    round_s: RoundS = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the answer, into an .svg or .png.")
     ] = None,
@@ -103,11 +120,17 @@ def analyze(
     What the server knows anyway, request features and a label that it sees, is
     counted exactly, and costs nothing.
 
+    With --devices nothing is simulated but the people: each has an encrypted store and
+    the production version's bundle, checks in with an aggregator and answers its signed plan.
+
     Example: hybrid analyze coupon temperature --quantiles 5 --epsilon 0.2
 
     Example: hybrid analyze study_coach label --by assessment_type --epsilon 0.5 --run monday
+
+    Example: hybrid analyze coupon temperature --epsilon 4 --devices 200
     """
     check_plot(plot)
+    check_devices(devices, seed, round_s)
     from hybrid.analytics.asking import ANALYZE, Exact, People
     from hybrid.analytics.questions import Asked, by_of
     from hybrid.federation.population import Population, parse_fold
@@ -123,28 +146,34 @@ def analyze(
         check_epsilon(declared, _given(epsilon, feature))
     plan = planned(declared, feature, options, asked, frequent)
     people_in = Population.open(population or model, workspace)
-    names = [feature] if by is None else [feature, by]
-    people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)
-    if fold is not None:
-        people = people.of(~people_in.fold(*parse_fold(fold)))
+    kept = None if fold is None else ~people_in.fold(*parse_fold(fold))
+    whom: Whom
+    if devices is not None:
+        _check_answerable(declared, feature, free, by)
+        version, open_s = (model, PRODUCTION), round_s or ROUND_S
+        whom = OnDevices.of(version, people_in, workspace, devices=devices, round_s=open_s, among=kept)
+    else:
+        names = [feature] if by is None else [feature, by]
+        people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)
+        whom = InProcess(people_in.name, seed or 0, people if kept is None else people.of(kept))
     shown = {
         "model": model,
         "feature": feature,
         "population": people_in.name,
         "fold": fold,
-        "people": len(people),
+        "people": len(whom),
+        "devices": devices is not None,
         "rows_a_person": rows,
         "take": take.value,
         "by": by,
-        "seed": seed,
+        "seed": whom.seed,
         **plan.about,
     }
-    if free:
-        shown |= {"exact": True, **plan.ask(Exact(people)), "spend": None}
+    if isinstance(whom, InProcess) and free:
+        shown |= {"exact": True, **plan.ask(Exact(whom.people)), "spend": None}
         keep_free(workspace, model, run, ANALYZE, shown)
     else:
-        spend = Spending(ANALYZE, _given(epsilon, feature), seed, run)
-        with paying(declared, workspace, people, people_in.name, spend) as question:
+        with paying(declared, workspace, whom, Spending(ANALYZE, _given(epsilon, feature), run)) as question:
             question.begin(plan.shares)
             shown |= {"exact": False, **plan.ask(question.ask), "spend": question.spend()}
             question.keep(shown)
@@ -181,6 +210,16 @@ class Plan:
     shares: tuple[float, ...]
     ask: Callable[[Ask], dict[str, Any]]
     about: dict[str, Any]
+
+
+def _check_answerable(model: HybridModel, feature: str, free: bool, by: str | None) -> None:
+    """Raises: ConfigError: devices need not, or cannot, answer it."""
+    if free:
+        raise ConfigError(f"--devices must be left out for {feature!r}: the server knows it, and asks nobody")
+    if by in model.server.features.transforms:
+        raise ConfigError(
+            f"--by must be a request feature with --devices: no device knows {by!r} of the server's tables"
+        )
 
 
 def known_to_server(model: HybridModel, feature: str) -> bool:

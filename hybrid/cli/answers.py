@@ -46,6 +46,7 @@ def _head(shown: Mapping[str, Any]) -> Iterator[str]:
     rows = shown["rows_a_person"]
     which = f"the {shown['take']} row" if rows == 1 else f"the {shown['take']} {rows} rows at most"
     without = f", without fold {shown['fold']}" if shown["fold"] else ""
+    without += ", with real devices" if shown["devices"] else ""
     yield (
         f"{shown['feature']} of {shown['model']}: {shown['people']:,} people of {shown['population']}{without}, "
         f"{which} of each"

@@ -4,36 +4,165 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
-from hybrid.cli.runs import run_folder
+from hybrid.cli.runs import progress_bar, run_folder
 from hybrid.errors import BadRequest, BudgetExceeded, ConfigError
 
 if TYPE_CHECKING:
-    from hybrid.analytics.asking import People, Simulated
+    from hybrid.analytics.asking import Ask, People
     from hybrid.analytics.estimates import Estimate
     from hybrid.federation.population import Population
+    from hybrid.local.devices import People as Devices
+    from hybrid.local.fleet import Promoted
     from hybrid.privacy.accountant import Event
     from hybrid.privacy.ledger import Ledger
     from hybrid.spec import HybridModel
     from hybrid.workspace import Workspace
 
+PER_RUN = "per run: what other runs asked is not composed"
 SEEDED = (
-    "a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); "
-    "per run: what other runs asked is not composed"
+    f"a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
 )
+ONE_ANSWER = f"no device answers a question twice, which nothing enforces until there are tokens; {PER_RUN}"
 MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
 NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
 FULL = "full: 95 %, for the population that they are a sample of, person by person"
 ALIKE = "; rows of a person are taken to be alike, so it is rather too wide"
+
+
+Seed = Annotated[int | None, typer.Option(min=0, help="Of this simulation's noise; 0 by default.")]
+DevicesOf = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Ask real devices on this machine, in place of a simulation: the first N people's."
+    ),
+]
+RoundS = Annotated[
+    float | None, typer.Option(min=1, help="With --devices: seconds for which each query is open; 30 by default.")
+]
+ROUND_S = 30.0
+
+
+@dataclass(frozen=True)
+class Whom(ABC):
+    """Who is asked.
+
+    Attributes:
+        population: name of the people.
+        seed: of the noise; None: it is the operating system's.
+        assumes: what an epsilon relies on, as a sentence.
+    """
+
+    population: str
+    seed: int | None
+    assumes: ClassVar[str]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many people."""
+
+    @abstractmethod
+    def asking(self, ledger: Ledger, spending: Spending) -> AbstractContextManager[Ask]:
+        """They can be asked within the block; the ledger pays."""
+
+
+@dataclass(frozen=True)
+class InProcess(Whom):
+    """People of a population, whose devices are simulated: see `Whom`.
+
+    Attributes:
+        people: their rows.
+    """
+
+    people: People
+    assumes = SEEDED
+
+    def __len__(self) -> int:
+        return len(self.people)
+
+    def asking(self, ledger: Ledger, spending: Spending) -> AbstractContextManager[Ask]:
+        """See `Whom`."""
+        from hybrid.analytics.asking import Simulated
+
+        purpose, epsilon = spending.purpose, spending.epsilon
+        return nullcontext(Simulated(self.people, ledger, purpose=purpose, epsilon=epsilon, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class OnDevices(Whom):
+    """People of a population, each with a real device on this machine: see `Whom`.
+
+    Attributes:
+        promoted: the version that the devices have.
+        people: what they hold.
+        round_s: how long each query is open.
+        keys: folder of the control plane's signing key.
+    """
+
+    promoted: Promoted
+    people: Devices
+    round_s: float
+    keys: Path
+    assumes = ONE_ANSWER
+
+    @classmethod
+    def of(
+        cls,
+        version: tuple[str, str | int],
+        population: Population,
+        workspace: Workspace,
+        *,
+        devices: int,
+        round_s: float,
+        among: NDArray[np.bool_] | None,
+    ) -> OnDevices:
+        """The first people's devices, with a promoted version.
+
+        Args:
+            version: name of the model, and a number, also as text, or an alias.
+            population: whose rows they hold.
+            workspace: where the version was promoted.
+            devices: how many.
+            round_s: how long each query is open.
+            among: (users,) whom they are taken of; None: of all.
+
+        Raises:
+            NotFound: there is no such version.
+            ConfigError: it was not promoted for devices, or there are too few people; the message says it.
+        """
+        from hybrid.local.fleet import Promoted
+
+        name, selector = version
+        number = isinstance(selector, str) and selector.isdecimal()
+        promoted = Promoted.open(name, int(selector) if number else selector, workspace)
+        people = promoted.people(population.name, devices, workspace, among=among)
+        return cls(population.name, None, promoted, people, round_s, workspace.keys)
+
+    def __len__(self) -> int:
+        return self.people.users
+
+    @contextmanager
+    def asking(self, ledger: Ledger, spending: Spending) -> Iterator[Ask]:
+        """See `Whom`."""
+        from hybrid.analytics.fleet import FleetAsk
+        from hybrid.local.fleet import asking
+
+        with (
+            progress_bar(f"asking {len(self)} devices, {self.round_s:g} s a query"),
+            asking(self.promoted, self.people, ledger, self.keys, round_s=self.round_s) as aggregator,
+        ):
+            yield FleetAsk(aggregator, purpose=spending.purpose, epsilon=spending.epsilon)
 
 
 @dataclass(frozen=True)
@@ -41,7 +170,7 @@ class Paying:
     """One question, and the run whose ledger pays for it.
 
     Attributes:
-        model, purpose, seed, population: what is asked, of whom.
+        model, purpose, whom: what is asked, of whom.
         folder: of the run.
         ledger: its, open.
         ask: the people.
@@ -50,11 +179,10 @@ class Paying:
 
     model: HybridModel
     purpose: str
-    seed: int
-    population: str
+    whom: Whom
     folder: Path
     ledger: Ledger
-    ask: Simulated
+    ask: Ask
     before: int
 
     def begin(self, shares: Sequence[float]) -> None:
@@ -66,7 +194,8 @@ class Paying:
         self.ask.begin(shares)
         config = self.folder / "config.json"
         if not config.exists():  # `hybrid privacy` finds a model's runs by it
-            about = {"model": self.model.name, "kind": self.purpose, "population": self.population, "seed": self.seed}
+            whom = {"population": self.whom.population, "seed": self.whom.seed}
+            about = {"model": self.model.name, "kind": self.purpose, **whom}
             config.write_text(json.dumps(about, indent=2))
 
     def spend(self) -> dict[str, Any]:
@@ -82,7 +211,7 @@ class Paying:
             "unit": self.model.privacy.unit,
             "protects": self.model.protects,
             "mechanism": f"{MECHANISM}; accountant: {this.method}",
-            "assumption": SEEDED,
+            "assumption": self.whom.assumes,
             "purpose": self.purpose,
             "releases": len(entries),
             "run": self.folder.name,
@@ -105,47 +234,40 @@ class Spending:
     Attributes:
         purpose: of the ledger's entries.
         epsilon: of the question, all its phases together.
-        seed: of its noise.
         run: name of the run whose ledger pays; None: a new one, with the budget that the model declares.
     """
 
     purpose: str
     epsilon: float
-    seed: int
     run: str | None
 
 
 @contextmanager
-def paying(
-    model: HybridModel, workspace: Workspace, people: People, population: str, spending: Spending
-) -> Iterator[Paying]:
+def paying(model: HybridModel, workspace: Workspace, whom: Whom, spending: Spending) -> Iterator[Paying]:
     """A question to people, which a run's ledger pays for.
 
     Args:
         model: whose budget it is.
         workspace: with the runs.
-        people: who are asked.
-        population: its name.
+        whom: who are asked.
         spending: how much, and from which run.
 
     Raises:
         BudgetExceeded: the run has not enough left; the message says what it has.
         ConfigError: epsilon is out of range, or delta too large for so many people.
     """
-    from hybrid.analytics.asking import Simulated
     from hybrid.federation.noise import check_delta
     from hybrid.privacy.ledger import Ledger
 
-    purpose, epsilon, seed = spending.purpose, spending.epsilon, spending.seed
-    check_epsilon(model, epsilon)
-    check_delta(model, len(people))
-    new = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model.name}-{purpose}"
+    check_epsilon(model, spending.epsilon)
+    check_delta(model, len(whom))
+    new = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model.name}-{spending.purpose}"
     with run_folder(workspace.runs, spending.run, new) as folder:
         budget = _budget(folder, model.privacy.epsilon)
         with Ledger.open(folder, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
-            ask = Simulated(people, ledger, purpose=purpose, epsilon=epsilon, seed=seed)
             try:
-                yield Paying(model, purpose, seed, population, folder, ledger, ask, len(ledger.entries))
+                with whom.asking(ledger, spending) as ask:
+                    yield Paying(model, spending.purpose, whom, folder, ledger, ask, len(ledger.entries))
             except BudgetExceeded as error:
                 raise BudgetExceeded(f"{error}; {_left(folder)}") from None
 
@@ -156,6 +278,14 @@ def keep_free(workspace: Workspace, model: str, run: str | None, kind: str, show
 
     with run_folder(workspace.runs, run or f"{model}-public", "") as folder:
         keep(folder, kind, shown, mark="public")
+
+
+def check_devices(devices: int | None, seed: int | None, round_s: float | None) -> None:
+    """Raises: ConfigError: an option is given that does nothing."""
+    if devices is not None and seed is not None:
+        raise ConfigError(f"--seed must be left out with --devices: noise is the operating system's, got {seed}")
+    if devices is None and round_s is not None:
+        raise ConfigError(f"--round-s must be left out without --devices, got {round_s:g}")
 
 
 def check_epsilon(model: HybridModel, epsilon: float) -> None:

@@ -10,7 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.asking import FULL, NOISE, Spending, check_epsilon, estimate_json, interval, paying, spend_lines
+from hybrid.cli.asking import (
+    FULL,
+    NOISE,
+    ROUND_S,
+    DevicesOf,
+    InProcess,
+    OnDevices,
+    RoundS,
+    Seed,
+    Spending,
+    Whom,
+    check_devices,
+    check_epsilon,
+    estimate_json,
+    interval,
+    paying,
+    spend_lines,
+)
 from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, version_of
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
@@ -71,7 +88,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of this simulation's noise.")] = 0,
+    seed: Seed = None,
+    devices: DevicesOf = None,
+    round_s: RoundS = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw ROC and calibration, into an .svg or .png.")
     ] = None,
@@ -90,9 +109,17 @@ def evaluate(
 
     People that the version learned from flatter it: train with --fold, and they are left out here.
 
+    With --devices nothing is simulated but the people: each has an encrypted store and
+    the version's bundle, which predicts its rows, and answers an aggregator's signed plans.
+
     Example: hybrid evaluate coupon@canary --against production --epsilon 1
+
+    Example: hybrid evaluate coupon --epsilon 4 --devices 200
     """
     check_plot(plot)
+    check_devices(devices, seed, round_s)
+    if devices is not None:
+        _check_answerable(against, label)
     from hybrid.analytics.asking import EVALUATE
     from hybrid.network import Network
     from hybrid.registry import Registry, parse_selector
@@ -109,7 +136,11 @@ def evaluate(
     asked = _Asked.of(versions, population or name, fold, workspace)
     labelled = declared if label is None else _labelled(declared, label)
     Network.build(declared).check_registered(registry.definition(name)["network"])
-    people = _people(labelled, versions, asked, workspace)
+    whom: Whom
+    if devices is not None:
+        whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S)
+    else:
+        whom = InProcess(asked.population, seed or 0, _people(labelled, versions, asked, workspace))
     shown: dict[str, Any] = {
         "model": name,
         "versions": [{"version": one.number, "aliases": list(one.aliases)} for one in versions],
@@ -117,13 +148,13 @@ def evaluate(
         "fold": asked.fold,
         "notes": list(asked.notes),
         "label": label or declared.label.column,
-        "people": len(people),
+        "people": len(whom),
+        "devices": devices is not None,
         "rows_a_person": rows,
         "threshold": threshold,
-        "seed": seed,
+        "seed": whom.seed,
     }
-    spending = Spending(EVALUATE, epsilon, seed, run)
-    with paying(declared, workspace, people, asked.population, spending) as question:
+    with paying(declared, workspace, whom, Spending(EVALUATE, epsilon, run)) as question:
         from hybrid.analytics.estimates import shares_of
 
         question.begin(shares_of(1.0, full=full))
@@ -225,6 +256,29 @@ def _people(model: HybridModel, versions: list[Version], asked: _Asked, workspac
     return People(columns, rows.offsets)
 
 
+def _check_answerable(against: str | None, label: str | None) -> None:
+    """Raises: ConfigError: devices cannot answer it."""
+    if against is not None:
+        raise ConfigError(f"--against must be left out with --devices: a device has one version, got {against!r}")
+    if label is not None:
+        raise ConfigError(f"--label must be left out with --devices, which have the declared one, got {label!r}")
+
+
+def _devices(version: Version, asked: _Asked, workspace: Workspace, **how: Any) -> OnDevices:
+    """Those who are asked, with the version's bundle; `how` is as in `OnDevices.of`."""
+    from hybrid.federation.population import Population, parse_fold
+
+    population = Population.open(asked.population, workspace)
+    among = None if asked.fold is None else population.fold(*parse_fold(asked.fold))
+    found = OnDevices.of((version.model, version.number), population, workspace, among=among, **how)
+    if found.promoted.settings.server_tower == "federated":
+        raise ConfigError(
+            f"--devices must be left out for {version.model}:{version.number}, whose server tower devices train: they "
+            "predict no row that was not served to them"
+        )
+    return found
+
+
 def _labelled(model: HybridModel, column: str) -> HybridModel:
     return model.model_copy(update={"label": model.label.model_copy(update={"column": column})})
 
@@ -300,6 +354,7 @@ def _print(shown: Mapping[str, Any]) -> None:
 def _head(shown: Mapping[str, Any]) -> Iterator[str]:
     names = " against ".join(_title(shown, place) for place in range(len(shown["versions"])))
     fold = f" of fold {shown['fold']}" if shown["fold"] else ""
+    fold += ", with real devices" if shown["devices"] else ""
     rows = shown["evaluations"][0]["rows"]["value"]
     yield (
         f"{names}, on {shown['people']:,} people of {shown['population']}{fold}, their last "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.bundle import Manifest, read_bundle, signing_key, trusted_key
 from hybrid.errors import BadRequest, ConfigError
@@ -24,7 +25,7 @@ from hybrid.federation.checkin import Service as CheckInService
 from hybrid.federation.checkin import Turns, listening
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
-from hybrid.federation.fleet_aggregator import FleetAggregator, Task
+from hybrid.federation.fleet_aggregator import Audience, FleetAggregator, Task
 from hybrid.federation.flower_app import Job
 from hybrid.federation.noise import check_delta, least_noise, planned_cohort, round_settings
 from hybrid.federation.population import Population
@@ -68,6 +69,7 @@ REST_S = 1.0  # of a device between two sessions, where training is asynchronous
 AGGREGATORS = 2  # of a federation on this machine
 SLACK_S = 60.0  # of a round over Flower, for all but two times its length
 OWN_NOISE = "noise is of each aggregator for its own devices, so that the largest of their epsilons is everybody's"
+PROCESSES = 2  # that devices share which are asked
 EACH_ROUND = Policy(separation_s=0, participations=1_000_000)  # here a round stands for a day
 
 
@@ -143,8 +145,16 @@ class Promoted:
         assert allowed is not None
         return allowed
 
-    def people(self, name: str, devices: int, workspace: Workspace) -> People:
+    def people(
+        self, name: str, devices: int, workspace: Workspace, *, among: NDArray[np.bool_] | None = None
+    ) -> People:
         """The first people of a population, with what the server contributes to each of their rows.
+
+        Args:
+            name: of the population.
+            devices: how many.
+            workspace: with the population and the feature store.
+            among: (users,) whom they are taken of; None: of all.
 
         Raises:
             NotFound: no such population, or some rows have no server features.
@@ -155,9 +165,11 @@ class Promoted:
         from feature_store.offline import join
 
         model, population = self.network.model, Population.open(name, workspace)
-        if devices > population.users:
-            raise ConfigError(f"--devices must be at most the {population.users} people of {name!r}, got {devices}")
-        rows = slice(0, int(population.offsets[devices]))
+        users = np.ones(population.users, bool) if among is None else among
+        if devices > (found := np.count_nonzero(users)):
+            raise ConfigError(f"--devices must be at most the {found} people of {name!r}, got {devices}")
+        users, counts = users & (np.cumsum(users) <= devices), np.diff(population.offsets)
+        rows = np.repeat(users, counts)
         entity = population.column(model.server.entity.join_key)[rows]
         times = None if population.time is None else population.column(population.time)[rows]
         request = {feature: population.column(feature)[rows] for feature in model.request}
@@ -171,7 +183,7 @@ class Promoted:
             embedded = self.network.server_program()(torch.from_numpy(slots)).numpy()
         labels = population.column(model.label.column)[rows].astype(np.float32)
         return People(
-            offsets=population.offsets[: devices + 1],
+            offsets=np.concatenate([[0], np.cumsum(counts[users])]),
             entity=entity.tolist(),
             request={feature: values.tolist() for feature, values in request.items()},
             features={feature: population.column(feature)[rows].tolist() for feature in model.device},
@@ -210,11 +222,29 @@ class Promoted:
         """Expected number of participants of a round: what sums are divided by. Each aggregator fills a buffer."""
         return planned_cohort(self.settings, devices) * (1 if self.buffer is None else aggregators)
 
-    def task(self, round_s: float, *, devices: int, policy: Policy = EACH_ROUND) -> Task:
-        """What every round asks of devices.
+    def audience(self, round_s: float, *, wanted: int, policy: Policy = EACH_ROUND) -> Audience:
+        """Whose devices are asked, by a training or by queries.
 
         Args:
-            round_s: how long it is open, or a flush waits at most.
+            round_s: how long a round is open, or a flush waits at most.
+            wanted: how many devices are to check in to one.
+            policy: of who may take part.
+        """
+        return Audience(
+            model=self.version.model,
+            version=self.version.number,
+            definition_hash=self.version.definition_hash,
+            policy=policy,
+            seconds=min(60.0, self.manifest.keeping.max_seconds),
+            round_s=round_s,
+            wanted=wanted,
+        )
+
+    def task(self, round_s: float, *, devices: int, policy: Policy = EACH_ROUND) -> Task:
+        """What every round of the training asks of devices.
+
+        Args:
+            round_s: how long a round is open, or a flush waits at most.
             devices: that check in to its aggregator.
             policy: of who may take part.
         """
@@ -232,18 +262,12 @@ class Promoted:
             keep=None if balance is None else balance.keep,  # as the version's correction says; nobody is asked again
         )
         return Task(
-            model=self.version.model,
-            version=self.version.number,
-            definition_hash=self.version.definition_hash,
-            policy=policy,
+            **self.audience(round_s, wanted=wanted, policy=policy).model_dump(),
             examples=(1, keeping.max_examples),
-            seconds=min(60.0, keeping.max_seconds),
             memory_mb=min(512, keeping.max_memory_mb),
             local=local,
             upload=settings.upload,
             parameters=self.manifest.train.size,
-            round_s=round_s,
-            wanted=wanted,
         )
 
     def job(self, round_s: float, *, planned: float, nodes: int) -> Job:
@@ -455,6 +479,34 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
     outcome.failed = strategy.failed_rounds
     outcome.refused = {str(reason): count for reason, count in aggregator.refused.items()}
     return outcome
+
+
+@contextmanager
+def asking(
+    promoted: Promoted, people: People, ledger: Ledger, keys: Path, *, round_s: float
+) -> Iterator[FleetAggregator]:
+    """Runs the devices and an aggregator, in this process, that asks them: see `hybrid.analytics.fleet.FleetAsk`.
+
+    Args:
+        promoted: the version that devices have.
+        people: whose they are.
+        ledger: pays for each query.
+        keys: folder of the control plane's signing key.
+        round_s: how long a query is open.
+
+    Raises:
+        StackError: a process of devices failed.
+    """
+    aggregator = FleetAggregator(promoted.audience(round_s, wanted=people.users), None, ledger, signing_key(keys))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-")))
+        bound = stack.enter_context(listening(aggregator))
+        opened = Opened(promoted.bundle, promoted.trust, f"http://127.0.0.1:{bound}", round_s)
+        started = stack.enter_context(running(opened, people, folder, processes=PROCESSES))
+        started.wait_ready()
+        yield aggregator
+        aggregator.stop("everything is asked")
+        started.finish()
 
 
 def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: Callable[[str], None]) -> Outcome:

@@ -235,6 +235,9 @@ def test_a_plot_is_drawn(project, tmp_path, name):
         (("trips", "--low", "50", "--epsilon", "1"), "low must be finite and below high, got 50 and 30"),
         (("trips", "--epsilon", "1", "--population", "bus"), "population 'bus' does not exist"),
         (("trips", "--epsilon", "1", "--run", "../monday"), "--run must be"),
+        (("trips", "--epsilon", "1", "--devices", "9", "--seed", "1"), "--seed must be left out with --devices: noise"),
+        (("trips", "--epsilon", "1", "--round-s", "9"), "--round-s must be left out without --devices, got 9"),
+        (("hour", "--devices", "9"), "--devices must be left out for 'hour': the server knows it"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_and_leaves_no_run(project, tmp_path, words, message):

@@ -113,6 +113,13 @@ REFUSED = [
         "must have held out the same people, got folds 1/4 and 2/4",
     ),
     (("taxi", "--threshold", "1", "--epsilon", "1"), ConfigError, r"--threshold must be in \(0, 1\), got 1"),
+    (
+        ("taxi", "--devices", "9", "--against", "canary", "--epsilon", "1"),
+        ConfigError,
+        "--against must be left out with --devices: a device has one version, got 'canary'",
+    ),
+    (("taxi", "--devices", "9", "--label", "l", "--epsilon", "1"), ConfigError, "--label must be left out with --dev"),
+    (("taxi", "--devices", "9", "--epsilon", "1"), ConfigError, "has no bundle: `hybrid promote taxi 1 production`"),
 ]
 
 
