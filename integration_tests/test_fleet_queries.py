@@ -187,8 +187,10 @@ def test_200_devices_answer_what_a_simulation_does(devices: Devices, rows, clip,
     """Moments, histogram, categories and labels by the request's hour, without noise, to 1e-5; clipped and not."""
     query = Query(parts=JOINT, rows=rows, clip=clip, take=take, by=By(column="time", values=TIMES))
     with devices.attending(None, 1) as (aggregator, _, endings):
-        answer = FleetAsk(aggregator, purpose=EVALUATE, epsilon=None)(query)
-    assert endings == ["uploaded"] * USERS
+        ask = FleetAsk(aggregator, purpose=EVALUATE, epsilon=None)
+        assert ask.answered == 0
+        answer = ask(query)
+    assert (endings, ask.answered) == (["uploaded"] * USERS, USERS)
     exact = Exact(devices.drivers.people)(query)
     assert (answer.people, np.count_nonzero(exact.total) > 60) == (USERS, True)
     np.testing.assert_allclose(answer.total, exact.total, rtol=1e-5, atol=1e-5)

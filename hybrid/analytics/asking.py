@@ -69,6 +69,11 @@ class Answer:
 class Ask(Protocol):
     """Who answers: a simulated population, or a fleet."""
 
+    @property
+    def answered(self) -> int:
+        """How many people did, in the phase with the fewest."""
+        ...
+
     def begin(self, shares: Sequence[float]) -> None:
         """Sets aside what all phases cost, or refuses before the first.
 
@@ -141,6 +146,11 @@ class Simulated:
         self._people, self._ledger, self._purpose, self._seed = people, ledger, purpose, seed
         self._whole = noise_multiplier_for(epsilon, ledger.delta, 1.0, 1)
 
+    @property
+    def answered(self) -> int:
+        """See `Ask`: everybody."""
+        return len(self._people)
+
     def begin(self, shares: Sequence[float]) -> None:
         """See `Ask`."""
         self._ledger.reserve([phase(self._whole, share) for share in checked_shares(shares)])
@@ -173,6 +183,11 @@ class Exact:
     """
 
     people: People
+
+    @property
+    def answered(self) -> int:
+        """See `Ask`: everybody."""
+        return len(self.people)
 
     def begin(self, shares: Sequence[float]) -> None:
         """See `Ask`. Nothing is spent."""

@@ -45,7 +45,12 @@ class FleetAsk:
         if epsilon is not None and ledger is not None:
             self._whole = noise_multiplier_for(epsilon, ledger.delta, 1.0, 1)
         self._aside: Counter[GaussianEvent] = Counter()
-        self._asked = 0
+        self._answered: list[int] = []
+
+    @property
+    def answered(self) -> int:
+        """See `Ask`; 0 before the first phase."""
+        return min(self._answered, default=0)
 
     def begin(self, shares: Sequence[float]) -> None:
         """See `Ask`. What a phase that failed had set aside is there for it when it is asked again."""
@@ -66,7 +71,7 @@ class FleetAsk:
         event = phase(self._whole, share)
         if not self._aside[event]:
             self.begin([share])
-        number = self._asked + 1 if self._ledger is None else next_question(self._ledger, self._purpose)
+        number = len(self._answered) + 1 if self._ledger is None else next_question(self._ledger, self._purpose)
         release = self._aggregator.ask(
             query,
             None if payload is None else np.asarray(payload, np.float32),
@@ -76,5 +81,5 @@ class FleetAsk:
             minimum=self._minimum,
         )
         self._aside[event] -= 1
-        self._asked += 1
+        self._answered.append(release.received)
         return Answer(query, release.sum, event.noise_multiplier * query.norm, release.received)

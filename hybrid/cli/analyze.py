@@ -176,6 +176,7 @@ def analyze(
         with paying(declared, workspace, whom, Spending(ANALYZE, _given(epsilon, feature), run)) as question:
             question.begin(plan.shares)
             shown |= {"exact": False, **plan.ask(question.ask), "spend": question.spend()}
+            shown["people"] = question.ask.answered
             question.keep(shown)
     if plot is not None:
         draw(plot, shown)

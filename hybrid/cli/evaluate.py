@@ -159,7 +159,7 @@ def evaluate(
 
         question.begin(shares_of(1.0, full=full))
         shown |= _measured(question.ask, compared=against is not None, rows=rows, threshold=threshold, full=full)
-        shown["spend"] = question.spend()
+        shown |= {"spend": question.spend(), "people": question.ask.answered}
         question.keep(shown)
     if plot is not None:
         _draw(plot, shown)
