@@ -270,6 +270,15 @@ class Registry:
         found = self._resolve(name, number)
         self._client.set_registered_model_alias(name, alias, str(found))
 
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Points an alias nowhere; nothing, where it does not point anywhere.
+
+        Raises:
+            NotFound: no such model.
+        """
+        if alias in self.model(name).aliases:
+            self._client.delete_registered_model_alias(name, alias)
+
     def _record(self, name: str) -> dict[str, Any]:
         # Names first: a name from a command line must not become a path.
         if name not in self._names():

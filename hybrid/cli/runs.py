@@ -28,6 +28,7 @@ class Where(StrEnum):
 
 
 PRODUCTION = "production"  # the alias of what is served
+CANARY = "canary"  # of what some devices fetch in its place
 PLOTS = (".svg", ".png")
 IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
 
