@@ -44,7 +44,8 @@ class Peer:
         headers: added to each answer.
         asked: the requests' headers.
         key: bearer that it wants; None: none.
-        after: called when a request was answered.
+        chosen: called when what a request is answered was chosen, and is not sent yet.
+        after: called when a request was answered; the next one may have come by then.
         own_tag: in place of the file's SHA-256.
     """
 
@@ -57,6 +58,7 @@ class Peer:
     headers: dict[str, str] = field(default_factory=dict)
     asked: list[dict[str, str]] = field(default_factory=list)
     key: str | None = None
+    chosen: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
     url: str = ""
     own_tag: str = ""
@@ -78,6 +80,7 @@ class Peer:
         for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
+        self.chosen()
         with suppress(ConnectionError):  # the device may have had enough
             handler.wfile.write(body if self.cut < 0 else body[: self.cut])
         self.after()
@@ -217,7 +220,7 @@ def test_a_file_that_changes_again_and_again_is_given_up(peer: Peer, installed: 
     def promote() -> None:
         peer.file = versions.pop()
 
-    peer.after = promote
+    peer.chosen = promote
     moved = update(installed, peer.url, now_ms=NOW)
     assert moved.outcome == "interrupted"
     assert "again and again" in moved.reason
