@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder
-from hybrid.errors import ConfigError, FederationError
+from hybrid.errors import ConfigError, FederationError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
