@@ -368,10 +368,12 @@ def _resumable(model: str, run: Path) -> Iterator[None]:
     except FederationError as error:
         raise FederationError(f"{error}\n`{again}` goes on") from None
     except KeyboardInterrupt:
-        from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
+        from hybrid.federation.resume import BY_ROUNDS, rounds_done, started
         from hybrid.privacy.ledger import FILE as LEDGER
 
-        config = started(run) if (run / CONFIG).exists() else {}
+        config: dict[str, Any] = {}
+        with suppress(NotFound):
+            config = started(run)
         if config.get("kind") in BY_ROUNDS:
             of = config["training"]["rounds"]
             said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
@@ -421,7 +423,7 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         shown = {"model": model, "version": version, "run": str(run_dir), "training": record.model_dump(mode="json")}
         print(json.dumps(shown))
         return
-    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
+    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples (oracle)")
     print("privacy: " + "\n  ".join(record.privacy_lines()))
     if record.balance is not None:
         print(f"label balance: {record.balance.line()}")
