@@ -330,7 +330,7 @@ def check_values(feature: str, values: Sequence[str], most: int) -> None:
 
 def check_levels(levels: Sequence[float]) -> None:
     """Raises: ConfigError: there are none, or they do not ascend between 0 and 1."""
-    if not levels or any(a >= b for a, b in pairwise((0.0, *levels, 1.0))):
+    if not levels or not all(a < b for a, b in pairwise((0.0, *levels, 1.0))):
         raise ConfigError(
             f"levels of quantiles must ascend between 0 and 1, got {', '.join(map(str, levels)) or 'none'}"
         )

@@ -6,6 +6,7 @@ all or nothing, and never changed.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hybrid.errors import ConfigError
+from hybrid.files import write_whole
 
 FOLDER = "results"  # in a run's
 SPEND = {"epsilon", "delta", "purpose", "releases", "run"}
@@ -55,6 +57,13 @@ class Result(BaseModel):
         if missing:
             raise ValueError(f"spend must have {', '.join(missing)}")
         return self
+
+
+def describe(run: Path, model: str, kind: str, **about: Any) -> None:
+    """Says whose a run is, where nothing says it yet: by its config.json `hybrid privacy` finds what a model spent."""
+    config = run / "config.json"
+    if not config.exists():
+        write_whole(config, json.dumps({"model": model, "kind": kind, **about}, indent=2).encode())
 
 
 def keep(

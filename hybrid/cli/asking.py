@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,12 +190,10 @@ class Paying:
         Raises:
             BudgetExceeded: the ledger has not enough left. No file is changed.
         """
+        from hybrid.analytics.results import describe
+
         self.ask.begin(shares)
-        config = self.folder / "config.json"
-        if not config.exists():  # `hybrid privacy` finds a model's runs by it
-            whom = {"population": self.whom.population, "seed": self.whom.seed}
-            about = {"model": self.model.name, "kind": self.purpose, **whom}
-            config.write_text(json.dumps(about, indent=2))
+        describe(self.folder, self.model.name, self.purpose, population=self.whom.population, seed=self.whom.seed)
 
     def spend(self) -> dict[str, Any]:
         """What this question cost, and what its run has left."""

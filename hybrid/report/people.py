@@ -27,7 +27,7 @@ from hybrid.report.elements import (
     table,
 )
 from hybrid.report.facts import Facts
-from hybrid.version import Balance, constants_of
+from hybrid.version import Balance, TrainingRecord, constants_of
 
 LABEL = "label"
 ASK = "0.2"  # the epsilon of a question that is proposed
@@ -67,8 +67,8 @@ def label(facts: Facts) -> Iterator[Element]:
     else:
         spends = "" if facts.label_visible_to == "server" else f" --epsilon {ASK}"
         yield missing("Nobody asked how often the label is 1.", f"hybrid analyze {facts.model} label{spends}")
-    balanced = [(version, record.balance) for version, record in reversed(facts.trainings.items())]
-    rows = [_balance_row(version, balance) for version, balance in balanced if balance is not None]
+    trained = reversed(facts.trainings.items())
+    rows = [_balance_row(version, record, record.balance) for version, record in trained if record.balance is not None]
     if rows:
         head = ("version", "prior", "kept of label 0", "kept of label 1", "shift by sampling", "shift as estimated")
         yield table("Label balance: what devices kept, and the correction of logits that a version carries", head, rows)
@@ -244,11 +244,14 @@ def _learned(facts: Facts) -> Iterator[Element]:
         return
 
 
-def _balance_row(version: int, balance: Balance) -> Children:
-    mark: Mark = "public" if balance.prior_exact else "noised"
-    kept = (number(keep, "public", ".3g") for keep in balance.keep)
-    shifts = number(balance.analytic, mark, "+.3f"), number(balance.estimated, "noised", "+.3f")
-    return [marked("public", str(version)), number(balance.prior, mark), *kept, *shifts]
+def _balance_row(version: int, record: TrainingRecord, balance: Balance) -> Children:
+    marks: tuple[Mark, Mark, Mark] = ("public" if balance.prior_exact else "noised", "public", "noised")
+    if record.epsilon is None:
+        marks = ("oracle", "oracle", "oracle")  # a reference: nothing was noised
+    prior, keep, rest = marks
+    kept = (number(each, keep, ".3g") for each in balance.keep)
+    shifts = number(balance.analytic, prior, "+.3f"), number(balance.estimated, rest, "+.3f")
+    return [marked("public", str(version)), number(balance.prior, prior), *kept, *shifts]
 
 
 def _percent(value: float | None) -> str:

@@ -241,6 +241,7 @@ def test_one_person_moves_each_sum_by_at_most_its_bound():
         (lambda: histogram(Exact(FOUR), "x", [2, 2], Asked()), "edges must be finite and ascend, got 2, 2"),
         (lambda: histogram(Exact(FOUR), "x", [], Asked()), "edges must be from 1 to 1000, got 0"),
         (lambda: quantiles(Exact(FOUR), "x", (0.5, 0.2), TO_50, Asked()), "levels of quantiles must ascend"),
+        (lambda: quantiles(Exact(FOUR), "x", (np.nan,), TO_50, Asked()), "between 0 and 1, got nan"),
         (lambda: quantiles(Exact(FOUR), "x", (0.5,), TO_50, Asked(), bins=0), "bins must be from 1 to 512, got 0"),
         (lambda: adaptive_histogram(Exact(FOUR), "x", 1, TO_50, Asked()), "bins must be from 2 to 512, got 1"),
         (lambda: Scale(3, 3), "low must be finite and below high, got 3 and 3"),
