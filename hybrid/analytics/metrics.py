@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid.analytics.asking import Answer, Ask
-from hybrid.analytics.estimates import Estimate, Estimated, Statistic, estimate, simulated
+from hybrid.analytics.estimates import LEAST, Estimate, Estimated, Statistic, estimate, quotient, simulated
 from hybrid.errors import ConfigError
 from hybrid.query import AGAINST, SCORE, Floats, Query, Scores
 
 NODES = 64
 DECILES = 10
-LEAST = 1e-12
 THRESHOLD = 0.5
 POINTS = 101  # of a curve
 
@@ -36,7 +35,7 @@ def auc(counts: Floats) -> Floats:
     """(b, 2, nodes) -> (b,) chance that a positive scores above a negative; the same node counts half."""
     negative, positive = counts[:, 0], counts[:, 1]
     below = np.cumsum(negative, axis=1) - negative / 2
-    return _over((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
+    return quotient((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
 
 
 def log_loss(nodes: Floats) -> Callable[[Floats], Floats]:
@@ -46,7 +45,7 @@ def log_loss(nodes: Floats) -> Callable[[Floats], Floats]:
     """
     kept = _kept(nodes)
     of_label = np.stack([-np.log1p(-kept), -np.log(kept)])
-    return lambda counts: _over((counts * of_label).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
+    return lambda counts: quotient((counts * of_label).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
 
 
 def normalised_entropy(nodes: Floats) -> Callable[[Floats], Floats]:
@@ -59,25 +58,25 @@ def normalised_entropy(nodes: Floats) -> Callable[[Floats], Floats]:
 
     def function(counts: Floats) -> Floats:
         rate = np.clip(mean_label(counts), LEAST, 1 - LEAST)
-        return _over(loss(counts), -rate * np.log(rate) - (1 - rate) * np.log1p(-rate))
+        return quotient(loss(counts), -rate * np.log(rate) - (1 - rate) * np.log1p(-rate))
 
     return function
 
 
 def mean_label(counts: Floats) -> Floats:
     """Share of positives."""
-    return _over(counts[:, 1].sum(axis=1), counts.sum(axis=(1, 2)))
+    return quotient(counts[:, 1].sum(axis=1), counts.sum(axis=(1, 2)))
 
 
 def mean_prediction(nodes: Floats) -> Callable[[Floats], Floats]:
     """Mean score; exact, since scores are shared between nodes linearly."""
-    return lambda counts: _over((counts * nodes).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
+    return lambda counts: quotient((counts * nodes).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
 
 
 def calibration(nodes: Floats) -> Callable[[Floats], Floats]:
     """Mean prediction over mean label: 1 is calibrated in the large."""
     predicted = mean_prediction(nodes)
-    return lambda counts: _over(predicted(counts), mean_label(counts))
+    return lambda counts: quotient(predicted(counts), mean_label(counts))
 
 
 def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
@@ -86,7 +85,7 @@ def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats],
 
     def function(counts: Floats) -> Floats:
         chosen = (counts * above).sum(axis=2)
-        return _over(chosen[:, 1], chosen.sum(axis=1))
+        return quotient(chosen[:, 1], chosen.sum(axis=1))
 
     return function
 
@@ -94,7 +93,7 @@ def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats],
 def recall(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
     """Share of the positives that score above a threshold."""
     above = _above(nodes, threshold)
-    return lambda counts: _over((counts[:, 1] * above).sum(axis=1), counts[:, 1].sum(axis=1))
+    return lambda counts: quotient((counts[:, 1] * above).sum(axis=1), counts[:, 1].sum(axis=1))
 
 
 def statistics(nodes: Floats, threshold: float = THRESHOLD) -> dict[str, Statistic]:
@@ -335,8 +334,3 @@ def _step(nodes: Floats, threshold: float) -> tuple[list[float], list[float]]:
 
 def _kept(nodes: Floats) -> Floats:
     return np.asarray(np.clip(nodes, (nodes[1] - nodes[0]) / 2, 1 - (nodes[-1] - nodes[-2]) / 2))
-
-
-def _over(part: Floats, whole: Floats) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where(np.abs(whole) > LEAST, part / np.where(whole == 0, np.nan, whole), np.nan))
