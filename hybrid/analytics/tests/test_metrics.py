@@ -14,8 +14,25 @@ COUNTS = np.array([[[2.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0, 1.0]]])
 
 
 def test_auc_of_counts():
-    """Of 16 pairs all are in order but one tie: 15.5 / 16."""
-    assert metrics.auc(COUNTS)[0] == pytest.approx(15.5 / 16)
+    """Rows that are further apart than a node are in order or not; the same node counts half.
+
+    Negatives at 0 and 1, positives at 1/2 and 1: of four pairs two are in order, one is not, one ties.
+    """
+    counts = np.array([[[1.0, 0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0, 1.0]]])
+    assert metrics.auc(counts)[0] == pytest.approx(2.5 / 4)
+
+
+def test_auc_of_few_nodes_is_that_of_the_rows_between_them():
+    """A label of one row in forty: most of 200,000 scores are between six nodes, where sharing them out loses their order.
+
+    The exact AUC is to 0.001. Ties for half, alone, would be 0.004 less than it.
+    """
+    rng = np.random.default_rng(0)
+    score = 1 / (1 + np.exp(4 - 0.8 * rng.normal(size=200_000)))
+    label = (rng.random(200_000) < score).astype(float)
+    people = People({"score": score, "label": label}, np.arange(200_001))
+    found = metrics.evaluate(Exact(people), rows=1, full=False).metrics["auc"]
+    assert found.value == pytest.approx(pooled.auc(label, score), abs=1e-3)
 
 
 def test_calibration_of_counts():
@@ -44,6 +61,7 @@ def test_what_has_no_rows_has_no_value():
     counts = np.zeros((1, 2, 5))
     assert np.isnan(metrics.auc(counts)[0])
     assert np.isnan(metrics.recall(NODES)(counts)[0])
+    assert np.isnan(metrics.normalised_entropy(NODES)(COUNTS * [[[1.0], [-0.5]]])[0])  # fewer positives than none: noise
 
 
 @pytest.fixture(scope="module")
