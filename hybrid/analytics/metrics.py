@@ -31,6 +31,21 @@ def arcsine_nodes(nodes: int = NODES) -> Floats:
     return np.asarray(np.sin(np.linspace(0, math.pi / 2, nodes)) ** 2)
 
 
+def nodes_for(nodes: Sequence[float] | None, threshold: float = THRESHOLD) -> Floats:
+    """Those by which scores are counted, with two at the threshold: rows below it share none with rows above.
+
+    Args:
+        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        threshold: of precision and recall, which so are exact; in (0, 1).
+
+    Raises:
+        ConfigError: the threshold is out of range.
+    """
+    if not 0 < threshold < 1:
+        raise ConfigError(f"threshold must be in (0, 1), got {threshold!r}")
+    return np.union1d(arcsine_nodes() if nodes is None else nodes, [threshold, np.nextafter(threshold, 1)])
+
+
 def auc(counts: Floats) -> Floats:
     """(b, 2, nodes) -> (b,) chance that a positive scores above a negative.
 
@@ -88,8 +103,8 @@ def calibration(nodes: Floats) -> Callable[[Floats], Floats]:
 
 
 def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
-    """Share of positives among rows that score above a threshold."""
-    above = _above(nodes, threshold)
+    """Share of positives among rows that score above a threshold; exact with `nodes_for` it."""
+    above = nodes > threshold
 
     def function(counts: Floats) -> Floats:
         chosen = (counts * above).sum(axis=2)
@@ -99,8 +114,8 @@ def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats],
 
 
 def recall(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
-    """Share of the positives that score above a threshold."""
-    above = _above(nodes, threshold)
+    """Share of the positives that score above a threshold; exact with `nodes_for` it."""
+    above = nodes > threshold
     return lambda counts: quotient((counts[:, 1] * above).sum(axis=1), counts[:, 1].sum(axis=1))
 
 
@@ -181,7 +196,7 @@ def evaluate(
 
     Args:
         ask: whom: their columns "score" and "label".
-        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        nodes: see `nodes_for`.
         rows: of a person, at most, the last ones.
         clip: see `Query`.
         threshold: of precision and recall.
@@ -190,8 +205,9 @@ def evaluate(
 
     Raises:
         BudgetExceeded: the ledger has not enough left.
+        ConfigError: the threshold is out of range.
     """
-    grid = _grid(nodes)
+    grid = nodes_for(nodes, threshold)
     query = Query(parts=(_scores(grid, SCORE),), rows=rows, clip=clip)
     named = statistics(grid, threshold) | {"rows": lambda counts: counts.sum(axis=1)}
     found = estimate(ask, query, named, share=share, full=full, totals=("rows",))
@@ -215,7 +231,7 @@ def compare(
 
     Args:
         ask: whom: their columns "score", "score_against" and "label".
-        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        nodes: see `nodes_for`.
         rows: of a person, at most, the last ones.
         clip: see `Query`.
         threshold: of precision and recall.
@@ -224,8 +240,9 @@ def compare(
 
     Raises:
         BudgetExceeded: the ledger has not enough left.
+        ConfigError: the threshold is out of range.
     """
-    grid = _grid(nodes)
+    grid = nodes_for(nodes, threshold)
     query = Query(parts=(_scores(grid, SCORE), _scores(grid, AGAINST)), rows=rows, clip=clip)
     of_one, size = statistics(grid, threshold), 2 * len(grid)
     first, second = ({name: _of_part(f, place, size) for name, f in of_one.items()} for place in range(2))
@@ -241,10 +258,6 @@ def compare(
         if name.startswith("difference.")
     }
     return Comparison(_evaluation(found, grid, 0), _evaluation(found, grid, 1, "against."), differences)
-
-
-def _grid(nodes: Sequence[float] | None) -> Floats:
-    return arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
 
 
 def _scores(nodes: Floats, column: str) -> Scores:
@@ -327,17 +340,11 @@ def _deciles(nodes: Floats) -> Callable[[Floats], Floats]:
     return function
 
 
-def _above(nodes: Floats, threshold: float) -> Floats:
-    """Share of a node's rows that are above a threshold: those around it are as dense as between it and the next."""
-    return np.interp(nodes, *_step(nodes, threshold))
-
-
-def _step(nodes: Floats, threshold: float) -> tuple[list[float], list[float]]:
-    if not 0 < threshold < 1:
-        raise ConfigError(f"threshold must be in (0, 1), got {threshold!r}")
-    near = int(np.clip(np.searchsorted(nodes, threshold), 1, len(nodes) - 1))
-    half = (nodes[near] - nodes[near - 1]) / 2
-    return [threshold - half, threshold + half], [0.0, 1.0]
+def _ascending(sums: Floats) -> Floats:
+    """(..., k) noised running sums -> ones that do not fall: in the middle between the least above and the most below."""
+    above = np.maximum.accumulate(sums, axis=-1)
+    below = np.flip(np.minimum.accumulate(np.flip(sums, -1), axis=-1), -1)
+    return np.asarray((above + below) / 2)
 
 
 def _kept(nodes: Floats) -> Floats:
