@@ -20,6 +20,7 @@ from hybrid.analytics.metrics import arcsine_nodes
 from hybrid.analytics.psi import Noised, Psi, psi
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
+from hybrid.files import write_whole
 from hybrid.query import MOST_VALUES, SCORE, AnyPart, Categories, Floats, Histogram, Query
 
 SCORE_BINS = 20
@@ -239,9 +240,7 @@ def folder_of(runs: Path, model: str, week: str) -> Path:
 def keep(counted: Counted, folder: Path, number: int) -> Path:
     """Writes counts to a file of the folder; `number` is of the week's ledger."""
     file = folder / f"counted-{number}.json"
-    draft = file.with_suffix(".new")
-    draft.write_text(counted.model_dump_json())
-    draft.replace(file)
+    write_whole(file, counted.model_dump_json().encode())
     return file
 
 

@@ -49,9 +49,9 @@ def nodes_for(nodes: Sequence[float] | None, threshold: float = THRESHOLD) -> Fl
 def auc(counts: Floats) -> Floats:
     """(b, 2, nodes) -> (b,) chance that a positive scores above a negative.
 
-    A tie counts half. Rows of neighbouring nodes may come from between them, where which is above the other was lost as
-    they were shared out; that takes a quarter of f g' h^2 from the chance, for negatives of the density f, positives of g,
-    and nodes h apart, or an eighth of how negatives change from the node before to the one behind. It is given back.
+    A tie counts half. Rows of neighbouring nodes may come from between them, where their order was lost as they were
+    shared out: for nodes h apart, and negatives and positives of the densities f and g, a sum of f' g h^2 / 4 too much.
+    That is an eighth of how negatives change from the node before to the one behind, and is taken away.
     """
     negative, positive = counts[:, 0], counts[:, 1]
     around = np.pad(negative, ((0, 0), (1, 1)))
@@ -338,7 +338,7 @@ def _deciles(nodes: Floats) -> Callable[[Floats], Floats]:
 
 
 def _ascending(sums: Floats) -> Floats:
-    """(..., k) noised running sums -> ones that do not fall: in the middle between the least above and the most below."""
+    """(..., k) noised running sums -> ones that do not fall: amid the least that are above and the most below."""
     above = np.maximum.accumulate(sums, axis=-1)
     below = np.flip(np.minimum.accumulate(np.flip(sums, -1), axis=-1), -1)
     return np.asarray((above + below) / 2)

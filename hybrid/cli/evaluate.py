@@ -99,7 +99,7 @@ def evaluate(
     """Measures a version on people's devices, and sees noised counts of scores by label: nobody's score.
 
     Each device predicts its latest labelled rows, --rows at most, and counts the
-    scores near each of 64 nodes, by label. AUC, log-loss, normalised entropy (below 1 is
+    scores near each of some 64 nodes, by label. AUC, log-loss, normalised entropy (below 1 is
     better than the mean label), calibration (mean prediction over mean label), precision and recall are computed
     from the noised sums. With --against both versions predict the same rows, and the differences, the first less the
     second, have intervals of their own.

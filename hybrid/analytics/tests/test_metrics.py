@@ -24,7 +24,7 @@ def test_auc_of_counts():
 
 
 def test_auc_of_few_nodes_is_that_of_the_rows_between_them():
-    """A label of one row in forty: most of 200,000 scores are between six nodes, where sharing them out loses their order.
+    """One row in forty is positive: most of 200,000 scores are between six nodes, where sharing loses their order.
 
     The exact AUC is to 0.001. Ties for half, alone, would be 0.004 less than it.
     """
@@ -43,7 +43,7 @@ def test_calibration_of_counts():
 
 
 def test_precision_and_recall_of_counts():
-    """Above 0.5: three rows, all positive, of four positive ones. Above 0.3 also the two at 1/2, one of them positive."""
+    """Above 0.5: three rows, all positive, of four positive ones. Above 0.3 two more at 1/2, one of them positive."""
     assert metrics.precision(NODES, 0.5)(COUNTS)[0] == pytest.approx(1.0)
     assert metrics.recall(NODES, 0.5)(COUNTS)[0] == pytest.approx(0.75)
     assert metrics.precision(NODES, 0.3)(COUNTS)[0] == pytest.approx(4 / 5)
@@ -62,7 +62,9 @@ def test_what_has_no_rows_has_no_value():
     counts = np.zeros((1, 2, 5))
     assert np.isnan(metrics.auc(counts)[0])
     assert np.isnan(metrics.recall(NODES)(counts)[0])
-    assert np.isnan(metrics.normalised_entropy(NODES)(COUNTS * [[[1.0], [-0.5]]])[0])  # fewer positives than none: noise
+    assert np.isnan(
+        metrics.normalised_entropy(NODES)(COUNTS * [[[1.0], [-0.5]]])[0]
+    )  # fewer positives than none: noise
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def rows():
 
 
 def test_without_noise_metrics_are_those_of_the_rows(rows):
-    """4,000 rows of 1,000 people, nothing clipped: AUC and log-loss to 0.001, what is linear or a threshold's exactly."""
+    """4,000 rows of 1,000 people, nothing clipped: AUC and log-loss to 0.001, calibration and a threshold's exactly."""
     score, label = rows
     found = metrics.evaluate(Exact(People({"score": score, "label": label}, 4 * np.arange(1001))), rows=4).metrics
     assert found["auc"].value == pytest.approx(pooled.auc(label, score), abs=1e-3)
