@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from hybrid.analytics.asking import Ask
 from hybrid.analytics.metrics import arcsine_nodes
 from hybrid.analytics.psi import Noised, Psi, psi
+from hybrid.analytics.results import bins_of
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
 from hybrid.files import write_whole
@@ -213,9 +213,7 @@ def cells_of(part: AnyPart) -> tuple[str, ...]:
     if isinstance(part, Categories):
         return (*part.values, "(unseen)", "(missing)")
     assert isinstance(part, Histogram)
-    edges = [f"{edge:.4g}" for edge in part.edges]
-    inner = [f"{low} to {high}" for low, high in pairwise(edges)]
-    return (f"below {edges[0]}", *inner, f"from {edges[-1]}", "(missing)")
+    return (*bins_of(part.edges), "(missing)")
 
 
 # What is kept: runs/<model>-drift-<week>/, one folder and one ledger for each ISO week.

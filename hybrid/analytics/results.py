@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, Literal, Self
@@ -64,6 +65,24 @@ def describe(run: Path, model: str, kind: str, **about: Any) -> None:
     config = run / "config.json"
     if not config.exists():
         write_whole(config, json.dumps({"model": model, "kind": kind, **about}, indent=2).encode())
+
+
+def cells_of(shown: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the cells of an answer of `hybrid analyze` are called, in order, but for missing values."""
+    return bins_of(shown["edges"]) if shown["kind"] == "histogram" else tuple(shown["values"])
+
+
+def bins_of(edges: Sequence[float]) -> tuple[str, ...]:
+    """What bins are called.
+
+    Args:
+        edges: ascending, at least one.
+
+    >>> bins_of([1, 24.0])
+    ('below 1', '1 to 24', 'from 24')
+    """
+    ends = [f"{edge:.5g}" for edge in edges]
+    return (f"below {ends[0]}", *(f"{low} to {high}" for low, high in pairwise(ends)), f"from {ends[-1]}")
 
 
 def keep(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from hybrid.analytics.results import Mark, Result
+from hybrid.analytics.results import Mark, Result, cells_of
 from hybrid.report.charts import bars, ends
 from hybrid.report.elements import (
     NONE,
@@ -176,13 +175,6 @@ def _who(shown: Mapping[str, Any]) -> Children:
     return [*said, ", the ", shown["take"], " ", e("span", which, data_mark="public"), " of each."]
 
 
-def _cells(shown: Mapping[str, Any]) -> list[str]:
-    if shown["kind"] != "histogram":
-        return [str(value) for value in shown["values"]]
-    edges = [f"{edge:.4g}" for edge in shown["edges"]]
-    return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f"≥ {edges[-1]}"]
-
-
 def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[Element]:
     """One of each group, on the same scale; of a label, one with a bar for each group."""
     if shown["kind"] == LABEL:
@@ -192,7 +184,7 @@ def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         return
     tops = [end for group in groups for share in group["shares"] for end in ends(share) if end is not None]
     for group in groups:
-        rows = list(zip(_cells(shown), group["shares"], strict=True))
+        rows = list(zip(cells_of(shown), group["shares"], strict=True))
         known = [row for row in rows if row[1]["value"] is not None]
         most = max(known, key=lambda row: row[1]["value"], default=None)
         said = "no share is known" if most is None else f"most rows: {most[0]}, {_percent(most[1]['value'])}"
@@ -204,7 +196,7 @@ def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
 
 def _tables(shown: Mapping[str, Any], group: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
     of = "" if group["group"] is None else f", {shown['by']}: {group['group']}"
-    rows = zip(_cells(shown), group["shares"], group["counts"], strict=True)
+    rows = zip(cells_of(shown), group["shares"], group["counts"], strict=True)
     cells: list[Children] = [
         [name(cell), *estimate(share, mark, ".2%"), number(count["value"], mark, ",.0f")] for cell, share, count in rows
     ]
