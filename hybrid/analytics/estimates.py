@@ -142,8 +142,7 @@ def gradient(function: Statistic, counts: Floats) -> Floats:
 
 def quotient(part: Floats, whole: Floats) -> Floats:
     """(b,) twice -> (b,); NaN where noise, or nobody, left nothing to divide by."""
-    left = whole > LEAST
-    return np.divide(part, whole, out=np.full(np.shape(whole), math.nan), where=left)
+    return np.asarray(np.divide(part, whole, out=np.full(np.shape(whole), math.nan), where=whole > LEAST))
 
 
 def simulated(answer: Answer, function: Callable[[Floats], Floats], *, draws: int = 400, seed: int = 0) -> Floats:

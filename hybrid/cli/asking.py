@@ -40,6 +40,10 @@ FULL = "full: 95 %, for the population that they are a sample of, person by pers
 ALIKE = "; rows of a person are taken to be alike, so it is rather too wide"
 
 
+PaidBy = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of this simulation's noise; 0 by default.")]
 DevicesOf = Annotated[
     int | None,

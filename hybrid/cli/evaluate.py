@@ -17,6 +17,7 @@ from hybrid.cli.asking import (
     DevicesOf,
     InProcess,
     OnDevices,
+    PaidBy,
     RoundS,
     Seed,
     Spending,
@@ -84,10 +85,7 @@ def evaluate(
     full: Annotated[
         bool, typer.Option("--full/--no-full", help="Intervals for the population too, for 15 % of epsilon.")
     ] = True,
-    run: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
-    ] = None,
+    run: PaidBy = None,
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
