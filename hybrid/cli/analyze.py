@@ -153,7 +153,7 @@ def analyze(
     else:
         names = [feature] if by is None else [feature, by]
         people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)
-        whom = InProcess(people_in.name, seed or 0, people if kept is None else people.of(kept))
+        whom = InProcess(people_in.name, seed, people if kept is None else people.of(kept))
     shown = {
         "model": model,
         "feature": feature,

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
 PER_RUN = "per run: what other runs asked is not composed"
-SEEDED = (
-    f"a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
-)
+SEEDED = f"the noise is seeded, and can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
 ONE_ANSWER = f"no device answers a question twice, which nothing enforces until there are tokens; {PER_RUN}"
 MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
 NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
@@ -44,7 +42,9 @@ PaidBy = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of this simulation's noise; 0 by default.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Of the noise, to repeat a run; by default the operating system's.")
+]
 DevicesOf = Annotated[
     int | None,
     typer.Option(
@@ -64,12 +64,15 @@ class Whom(ABC):
     Attributes:
         population: name of the people.
         seed: of the noise; None: it is the operating system's.
-        assumes: what an epsilon relies on, as a sentence.
     """
 
     population: str
     seed: int | None
-    assumes: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def assumes(self) -> str:
+        """What an epsilon relies on, as a sentence."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -89,7 +92,11 @@ class InProcess(Whom):
     """
 
     people: People
-    assumes = SEEDED
+
+    @property
+    def assumes(self) -> str:
+        """See `Whom`."""
+        return PER_RUN if self.seed is None else SEEDED
 
     def __len__(self) -> int:
         return len(self.people)
@@ -117,7 +124,11 @@ class OnDevices(Whom):
     people: Devices
     round_s: float
     keys: Path
-    assumes = ONE_ANSWER
+
+    @property
+    def assumes(self) -> str:
+        """See `Whom`."""
+        return ONE_ANSWER
 
     @classmethod
     def of(

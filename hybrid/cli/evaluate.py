@@ -138,7 +138,7 @@ def evaluate(
     if devices is not None:
         whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S)
     else:
-        whom = InProcess(asked.population, seed or 0, _people(labelled, versions, asked, workspace))
+        whom = InProcess(asked.population, seed, _people(labelled, versions, asked, workspace))
     shown: dict[str, Any] = {
         "model": name,
         "versions": [{"version": one.number, "aliases": list(one.aliases)} for one in versions],
