@@ -18,6 +18,7 @@ from hybrid.cli.asking import (
     DevicesOf,
     InProcess,
     OnDevices,
+    PaidBy,
     RoundS,
     Seed,
     Spending,
@@ -92,10 +93,7 @@ def analyze(
     fold: Annotated[
         str | None, typer.Option(metavar="K/N", help="Leave out the users of one fold of N, as `hybrid train` does.")
     ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
-    ] = None,
+    run: PaidBy = None,
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
@@ -155,7 +153,7 @@ def analyze(
     else:
         names = [feature] if by is None else [feature, by]
         people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)
-        whom = InProcess(people_in.name, seed or 0, people if kept is None else people.of(kept))
+        whom = InProcess(people_in.name, seed, people if kept is None else people.of(kept))
     shown = {
         "model": model,
         "feature": feature,

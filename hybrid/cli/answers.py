@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hybrid.analytics.results import cells_of
 from hybrid.cli.asking import ALIKE, FULL, NOISE, bar, interval, spend_lines
-
-
-def cells_of(shown: Mapping[str, Any]) -> list[str]:
-    """What each cell of an answer is called."""
-    if shown["kind"] != "histogram":
-        return list(shown["values"])
-    edges = [f"{edge:.5g}" for edge in shown["edges"]]
-    return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f">= {edges[-1]}"]
 
 
 def show(shown: Mapping[str, Any]) -> None:

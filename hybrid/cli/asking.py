@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
 PER_RUN = "per run: what other runs asked is not composed"
-SEEDED = (
-    f"a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
-)
+SEEDED = f"the noise is seeded, and can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
 ONE_ANSWER = f"no device answers a question twice, which nothing enforces until there are tokens; {PER_RUN}"
 MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
 NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
@@ -41,7 +38,13 @@ FULL = "full: 95 %, for the population that they are a sample of, person by pers
 ALIKE = "; rows of a person are taken to be alike, so it is rather too wide"
 
 
-Seed = Annotated[int | None, typer.Option(min=0, help="Of this simulation's noise; 0 by default.")]
+PaidBy = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Of the noise, to repeat a run; by default the operating system's.")
+]
 DevicesOf = Annotated[
     int | None,
     typer.Option(
@@ -61,12 +64,15 @@ class Whom(ABC):
     Attributes:
         population: name of the people.
         seed: of the noise; None: it is the operating system's.
-        assumes: what an epsilon relies on, as a sentence.
     """
 
     population: str
     seed: int | None
-    assumes: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def assumes(self) -> str:
+        """What an epsilon relies on, as a sentence."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -86,7 +92,11 @@ class InProcess(Whom):
     """
 
     people: People
-    assumes = SEEDED
+
+    @property
+    def assumes(self) -> str:
+        """See `Whom`."""
+        return PER_RUN if self.seed is None else SEEDED
 
     def __len__(self) -> int:
         return len(self.people)
@@ -114,7 +124,11 @@ class OnDevices(Whom):
     people: Devices
     round_s: float
     keys: Path
-    assumes = ONE_ANSWER
+
+    @property
+    def assumes(self) -> str:
+        """See `Whom`."""
+        return ONE_ANSWER
 
     @classmethod
     def of(
@@ -191,12 +205,10 @@ class Paying:
         Raises:
             BudgetExceeded: the ledger has not enough left. No file is changed.
         """
+        from hybrid.analytics.results import describe
+
         self.ask.begin(shares)
-        config = self.folder / "config.json"
-        if not config.exists():  # `hybrid privacy` finds a model's runs by it
-            whom = {"population": self.whom.population, "seed": self.whom.seed}
-            about = {"model": self.model.name, "kind": self.purpose, **whom}
-            config.write_text(json.dumps(about, indent=2))
+        describe(self.folder, self.model.name, self.purpose, population=self.whom.population, seed=self.whom.seed)
 
     def spend(self) -> dict[str, Any]:
         """What this question cost, and what its run has left."""

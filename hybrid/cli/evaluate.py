@@ -17,6 +17,7 @@ from hybrid.cli.asking import (
     DevicesOf,
     InProcess,
     OnDevices,
+    PaidBy,
     RoundS,
     Seed,
     Spending,
@@ -84,10 +85,7 @@ def evaluate(
     full: Annotated[
         bool, typer.Option("--full/--no-full", help="Intervals for the population too, for 15 % of epsilon.")
     ] = True,
-    run: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
-    ] = None,
+    run: PaidBy = None,
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
@@ -99,7 +97,7 @@ def evaluate(
     """Measures a version on people's devices, and sees noised counts of scores by label: nobody's score.
 
     Each device predicts its latest labelled rows, --rows at most, and counts the
-    scores near each of 64 nodes, by label. AUC, log-loss, normalised entropy (below 1 is
+    scores near each of some 64 nodes, by label. AUC, log-loss, normalised entropy (below 1 is
     better than the mean label), calibration (mean prediction over mean label), precision and recall are computed
     from the noised sums. With --against both versions predict the same rows, and the differences, the first less the
     second, have intervals of their own.
@@ -140,7 +138,7 @@ def evaluate(
     if devices is not None:
         whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S)
     else:
-        whom = InProcess(asked.population, seed or 0, _people(labelled, versions, asked, workspace))
+        whom = InProcess(asked.population, seed, _people(labelled, versions, asked, workspace))
     shown: dict[str, Any] = {
         "model": name,
         "versions": [{"version": one.number, "aliases": list(one.aliases)} for one in versions],

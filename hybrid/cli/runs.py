@@ -85,19 +85,15 @@ def people_of(model: HybridModel, name: str, fold: str | None, workspace: Worksp
     from hybrid.federation.population import Population, labels_of, parse_fold
 
     population = Population.open(name, workspace)
-    learning = np.ones(population.users, np.bool_)
-    if fold is not None:
-        learning = ~population.fold(*parse_fold(fold))
     _, known = labels_of(model.label, population)
-    rows = known & np.repeat(learning, np.diff(population.offsets))
-    columns = {feature: population.column(feature)[rows] for feature in model.device_features.pending}
+    columns = {feature: population.column(feature)[known] for feature in model.device_features.pending}
     for feature, column in columns.items():
         try:
             (as_text if model.device[feature].text else Numeric().inputs)(column)
         except BadRequest as error:
             raise ConfigError(f"population {name!r}: feature {feature!r}: {error}") from None
-    counted = np.concatenate([[0], np.cumsum(rows)])[population.offsets]
-    return People(columns, np.concatenate([counted[:-1][learning], counted[-1:]]))
+    people = People(columns, np.concatenate([[0], np.cumsum(known)])[population.offsets])
+    return people if fold is None else people.of(~population.fold(*parse_fold(fold)))
 
 
 def exactly(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> HybridModel:
@@ -209,7 +205,12 @@ def check_plot(file: Path | None) -> None:
         raise ConfigError(f"--plot must end with {' or '.join(PLOTS)}, got {file.name!r}")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"--plot must be in a folder that exists, got {str(file)!r}")
+    check_drawing("--plot")
+
+
+def check_drawing(what: str) -> None:
+    """Raises: ConfigError: `what` cannot be drawn here."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: install hybrid-towers[report]")
+        raise ConfigError(f"{what} needs matplotlib: install hybrid-towers[report]")

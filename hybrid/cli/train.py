@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder
-from hybrid.errors import ConfigError, FederationError
+from hybrid.errors import ConfigError, FederationError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -368,10 +368,12 @@ def _resumable(model: str, run: Path) -> Iterator[None]:
     except FederationError as error:
         raise FederationError(f"{error}\n`{again}` goes on") from None
     except KeyboardInterrupt:
-        from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
+        from hybrid.federation.resume import BY_ROUNDS, rounds_done, started
         from hybrid.privacy.ledger import FILE as LEDGER
 
-        config = started(run) if (run / CONFIG).exists() else {}
+        config: dict[str, Any] = {}
+        with suppress(NotFound):
+            config = started(run)
         if config.get("kind") in BY_ROUNDS:
             of = config["training"]["rounds"]
             said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
@@ -421,7 +423,7 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         shown = {"model": model, "version": version, "run": str(run_dir), "training": record.model_dump(mode="json")}
         print(json.dumps(shown))
         return
-    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
+    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples (oracle)")
     print("privacy: " + "\n  ".join(record.privacy_lines()))
     if record.balance is not None:
         print(f"label balance: {record.balance.line()}")

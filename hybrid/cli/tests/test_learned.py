@@ -9,7 +9,7 @@ import pytest
 from hybrid.analytics.normalisation import FILE as LEARNED
 from hybrid.cli.runs import exactly, people_of
 from hybrid.cli.tests.conftest import FILE
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, NotFound
 from hybrid.features import Categorical, Numeric
 from hybrid.federation import training
 from hybrid.federation.population import Population
@@ -78,6 +78,23 @@ def test_a_training_that_is_resumed_has_the_constants_that_it_had(learning, tmp_
     assert len(normalised) <= spent
     weights = [Registry(Workspace.current()).version("taxi", one["version"]).weights for one in (resumed, whole)]
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_what_was_learned_counts_although_its_training_never_began(learning, monkeypatch):
+    """It fails after it paid for its constants: `hybrid privacy` finds them, and there is no training to resume."""
+
+    def broken(*_):
+        raise NotFound("some rows have no server features")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hybrid.cli.train.examples_of", broken)
+        with pytest.raises(NotFound, match="no server features"):
+            learning("train", "taxi", "--run", "broken")
+    (run,) = json.loads(learning("privacy", "taxi", "--json"))["runs"]
+    assert (run["run"], {each["purpose"] for each in run["spent_on"]}) == ("broken", {"normalise"})
+    with pytest.raises(NotFound, match="has no training to resume"):
+        learning("train", "taxi", "--resume", "--run", "broken")
+    assert trained(learning, "--run", "broken")["version"] == 1
 
 
 def test_a_reference_has_exact_constants(learning):
