@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.cli.runs import run_folder
+from hybrid.cli.runs import check_types, run_folder, server_slots
 from hybrid.errors import BadRequest, BudgetExceeded, ConfigError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def columns_of(
         elif name in raw:
             found[name] = population.column(name)
             try:
-                raw[name].inputs(found[name])
+                check_types(raw[name], found[name])
             except BadRequest as error:
                 raise ConfigError(f"population {population.name!r}: feature {name!r} {error}") from None
         else:
@@ -204,10 +204,7 @@ def columns_of(
 
 def _server_text(model: HybridModel, population: Population, name: str, workspace: Workspace) -> NDArray[np.object_]:
     """(n,) a categorical server feature as it was at each row's time; None where it is not of the vocabulary."""
-    from feature_store.offline import join
-
-    times = None if population.time is None else population.column(population.time)
-    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+    slots = server_slots(model, population, workspace)
     transform = model.server.features.transforms[name]
     words = np.array([*transform.model_dump()["vocabulary"], None, None], dtype=object)
     return np.asarray(words[slots[:, model.server.features.names.index(name)].astype(np.int64)])

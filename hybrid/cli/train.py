@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder
+from hybrid.cli.asking import columns_of
+from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder, server_slots
 from hybrid.errors import ConfigError, FederationError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from hybrid.federation.population import Population
     from hybrid.federation.training import Federation, Kind, OnFleet
     from hybrid.spec import HybridModel, Training
     from hybrid.version import Learned, TrainingRecord
@@ -271,9 +273,11 @@ def _learned(
         return None
     from hybrid.analytics.normalisation import learned
     from hybrid.federation.noise import check_delta
+    from hybrid.federation.population import Population
     from hybrid.federation.resume import check_free
 
     people = people_of(model, order.population, order.fold, workspace)
+    _check_rows(model, Population.open(order.population, workspace), workspace)
     if not resume:
         check_free(run_dir)
     if budget is not None:
@@ -288,6 +292,18 @@ def _learned(
         seed=order.seed,
         resume=resume,
     )
+
+
+def _check_rows(model: HybridModel, population: Population, workspace: Workspace) -> None:
+    """What a training would refuse of rows once constants are learned, and paid for.
+
+    Raises:
+        ConfigError: a column is absent or of the wrong type, or the model was not applied to the feature store.
+        NotFound: some rows have no server features at their time.
+    """
+    declared = [name for name in (*model.request, *model.device) if name not in model.device_features.pending]
+    columns_of(model, population, declared, workspace)
+    server_slots(model, population, workspace)
 
 
 @dataclass(frozen=True)

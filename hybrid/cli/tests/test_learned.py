@@ -9,7 +9,7 @@ import pytest
 from hybrid.analytics.normalisation import FILE as LEARNED
 from hybrid.cli.runs import exactly, people_of
 from hybrid.cli.tests.conftest import FILE
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, NotFound
 from hybrid.features import Categorical, Numeric
 from hybrid.federation import training
 from hybrid.federation.population import Population
@@ -144,3 +144,21 @@ def test_options_of_learning_are_refused_where_nothing_is_learned(project, tmp_p
     with pytest.raises(ConfigError, match="taxi declares all its constants, and learns none"):
         project("train", "taxi", "--normalise-share", "0.2")
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_rows_that_cannot_be_trained_on_are_refused_before_anybody_is_asked(learning, tmp_path):
+    """Of zones that the feature store does not know nothing is learned: it would be paid for, and of no use."""
+    rows = pd.read_parquet("rows.parquet")
+    rows.assign(zone_id="airport").to_parquet("elsewhere.parquet")
+    learning("population", "import", "elsewhere.parquet", "--user", "person", "--name", "elsewhere")
+    with pytest.raises(NotFound, match="200 of 200 rows have no features of their zone"):
+        learning("train", "taxi", "--population", "elsewhere")
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_frequent_texts_of_a_vocabulary_that_is_not_learned_yet_can_be_asked_for(learning):
+    """Two of three say never, the others often: nobody needs to know what texts there are to count them."""
+    shown = json.loads(learning("analyze", "taxi", "habit", "--frequent", "3", "--epsilon", "4", "--json"))
+    assert set(shown["values"]) <= {"never", "often"}
+    with pytest.raises(ConfigError, match="--frequent must be given for 'habit'"):
+        learning("analyze", "taxi", "habit", "--epsilon", "4")
