@@ -67,7 +67,8 @@ class Paying:
         config = self.folder / "config.json"
         if not config.exists():  # `hybrid privacy` finds a model's runs by it
             about = {"model": self.model.name, "kind": self.purpose, "population": self.population, "seed": self.seed}
-            config.write_text(json.dumps(about, indent=2))
+            claim = {"unit": self.model.privacy.unit, "protects": self.model.protects, "assumption": SEEDED}
+            config.write_text(json.dumps(about | claim, indent=2))
 
     def spend(self) -> dict[str, Any]:
         """What this question cost, and what its run has left."""
@@ -229,7 +230,7 @@ def _left(folder: Path) -> str:
     spent, budget = account.spent().epsilon, account.budget_epsilon
     left = f"run {folder.name!r} has epsilon {max(0.0, budget - spent):.3g} left of {budget:g}"
     fits = _fits(account.events(), budget, account.delta)
-    return f"{left}: " + (f"one question of {fits:.3f} fits" if fits else "no further question fits")
+    return f"{left}: " + (f"one question of {fits:.3f} fits (epsilons do not add up)" if fits else "no further question fits")
 
 
 def _fits(besides: Sequence[Event], budget: float, delta: float) -> float:

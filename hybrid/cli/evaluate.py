@@ -50,7 +50,7 @@ def evaluate(
     *,
     epsilon: Annotated[float, typer.Option(help="Privacy to spend.")],
     against: Annotated[
-        str | None, typer.Option(metavar="ALIAS|VERSION", help="Another version, on the same people.")
+        str | None, typer.Option(metavar="ALIAS|VERSION", help="Another version of it, on the same people.")
     ] = None,
     population: Annotated[
         str | None, typer.Option(help="Whom to ask; by default the population of the model's name.")
@@ -105,7 +105,7 @@ def evaluate(
     _check_threshold(threshold)
     versions = [version_of(registry, name, PRODUCTION if selector is None else selector, otherwise=OTHERWISE)]
     if against is not None:
-        versions.append(version_of(registry, name, against, otherwise=OTHERWISE))
+        versions.append(version_of(registry, name, _other(name, against), otherwise=OTHERWISE))
     asked = _Asked.of(versions, population or name, fold, workspace)
     labelled = declared if label is None else _labelled(declared, label)
     Network.build(declared).check_registered(registry.definition(name)["network"])
@@ -136,6 +136,22 @@ def evaluate(
         print(json.dumps(shown))
     else:
         _print(shown)
+
+
+def _other(name: str, against: str) -> str | int:
+    """The selector of --against, which may name the model too.
+
+    Raises:
+        ConfigError: it names another model.
+    """
+    from hybrid.registry import parse_selector
+
+    if not {":", "@"} & set(against):
+        return against
+    other, selector = parse_selector(against)
+    if other != name or selector is None:
+        raise ConfigError(f"--against must be an alias or a version of {name}, got {against!r}")
+    return selector
 
 
 @dataclass(frozen=True)
