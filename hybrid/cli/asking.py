@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.analytics.results import readable
 from hybrid.cli.runs import check_types, run_folder, server_slots
 from hybrid.errors import BadRequest, BudgetExceeded, ConfigError
 
@@ -230,7 +231,9 @@ def _left(folder: Path) -> str:
     spent, budget = account.spent().epsilon, account.budget_epsilon
     left = f"run {folder.name!r} has epsilon {max(0.0, budget - spent):.3g} left of {budget:g}"
     fits = _fits(account.events(), budget, account.delta)
-    return f"{left}: " + (f"one question of {fits:.3f} fits (epsilons do not add up)" if fits else "no further question fits")
+    return f"{left}: " + (
+        f"one question of {fits:.3f} fits (epsilons do not add up)" if fits else "no further question fits"
+    )
 
 
 def _fits(besides: Sequence[Event], budget: float, delta: float) -> float:
@@ -277,10 +280,10 @@ def spend_lines(spend: Mapping[str, Any] | None, exact: str) -> Iterator[str]:
     yield f"  assumes: {spend['assumption']}"
 
 
-def interval(ends: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
+def interval(ends: Sequence[float | None] | None, say: Callable[[float], str] = readable) -> str:
     """Of 95 %, as it is printed."""
     known = [end for end in ends or () if end is not None]
-    return " to ".join(map(form.format, known)) if len(known) == 2 else "-"
+    return " to ".join(map(say, known)) if len(known) == 2 else "-"
 
 
 def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:

@@ -38,6 +38,7 @@ NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
+FORM = "{:.4f}".format
 UNKNOWN = "it is not known whether these people were in training: the run of {version} is not here"
 TRAINED = "these people were in the training of {version}: on people that a model learned from, metrics flatter it"
 
@@ -326,8 +327,8 @@ def _head(shown: Mapping[str, Any]) -> Iterator[str]:
 
 def _fill(table: Any, found: Mapping[str, Any]) -> None:
     for name, one in found.items():
-        value = "-" if one["value"] is None else f"{one['value']:.4f}"
-        table.add_row(NAMES[name], value, interval(one["noise"], "{:.4f}"), interval(one["full"], "{:.4f}"))
+        value = "-" if one["value"] is None else FORM(one["value"])
+        table.add_row(NAMES[name], value, interval(one["noise"], FORM), interval(one["full"], FORM))
 
 
 def _draw(file: Path, shown: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from hybrid.analytics.results import Mark, Result
+from hybrid.analytics.results import Mark, Result, readable
 from hybrid.report.charts import bars, ends
 from hybrid.report.elements import (
     NONE,
@@ -179,7 +179,7 @@ def _who(shown: Mapping[str, Any]) -> Children:
 def _cells(shown: Mapping[str, Any]) -> list[str]:
     if shown["kind"] != "histogram":
         return [str(value) for value in shown["values"]]
-    edges = [f"{edge:.4g}" for edge in shown["edges"]]
+    edges = [readable(edge) for edge in shown["edges"]]
     return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f"≥ {edges[-1]}"]
 
 

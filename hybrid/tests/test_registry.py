@@ -128,7 +128,7 @@ def test_unknown_models_are_named_with_those_there_are(tmp_path: Path):
     """Also a name that would be a path."""
     registry, _ = registered(tmp_path)
     for name in ("bus", "bus:1", "../definitions/taxi", ""):
-        with pytest.raises(NotFound, match="is registered; registered: taxi$"):
+        with pytest.raises(NotFound, match=r"is registered; registered: taxi$"):
             registry.load_model(name)
 
 
@@ -136,7 +136,7 @@ def test_a_version_where_a_name_is_enough_is_refused_with_the_name(tmp_path: Pat
     """Commands about a whole model take taxi, not taxi:1 or taxi@canary."""
     registry, _ = registered(tmp_path)
     for name in ("taxi:1", "taxi@canary"):
-        with pytest.raises(NotFound, match="registered: taxi; here its name is enough, without a version: taxi$"):
+        with pytest.raises(NotFound, match=r"registered: taxi; here its name is enough, without a version: taxi$"):
             registry.load_model(name)
 
 
@@ -195,7 +195,9 @@ def test_unknown_versions_and_aliases_are_named_with_those_there_are(trained: Re
         trained.version("taxi", 7)
     with pytest.raises(NotFound, match="taxi has no version 7; it has: 1, 2"):
         trained.set_alias("taxi", 7, "production")
-    with pytest.raises(NotFound, match=r"taxi has no alias 'shadow'; it has: .*production.* `hybrid promote taxi .*are 1, 2$"):
+    with pytest.raises(
+        NotFound, match=r"taxi has no alias 'shadow'; it has: .*production.* `hybrid promote taxi .*are 1, 2$"
+    ):
         trained.version("taxi", "shadow")
 
 

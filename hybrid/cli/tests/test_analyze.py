@@ -154,7 +154,8 @@ def test_a_question_that_would_pass_the_budget_changes_no_file(project, tmp_path
     project("trips", "--bins", "3", "--epsilon", "1.5", "--run", "monday")
     before = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
     with pytest.raises(
-        BudgetExceeded, match=r"run 'monday' has epsilon 0\.50\d left of 2: one question of \S+ fits \(epsilons do not add up\)"
+        BudgetExceeded,
+        match=r"run 'monday' has epsilon 0\.50\d left of 2: one question of \S+ fits \(epsilons do not add up\)",
     ) as e:
         project("trips", "--adaptive", "3", "--epsilon", "1.5", "--run", "monday")
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == before
