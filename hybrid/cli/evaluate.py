@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.asking import FULL, NOISE, Spending, check_epsilon, estimate_json, interval, paying, spend_lines
-from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, version_of
+from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, preparing, version_of
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -104,13 +104,14 @@ def evaluate(
     declared = registry.load_model(name)
     check_epsilon(declared, epsilon)
     _check_threshold(threshold)
-    versions = [version_of(registry, name, PRODUCTION if selector is None else selector, otherwise=OTHERWISE)]
-    if against is not None:
-        versions.append(version_of(registry, name, _other(name, against), otherwise=OTHERWISE))
-    asked = _Asked.of(versions, population or name, fold, workspace)
-    labelled = declared if label is None else _labelled(declared, label)
-    Network.build(declared).check_registered(registry.definition(name)["network"])
-    people = _people(labelled, versions, asked, workspace)
+    with preparing(f"evaluation of {name}"):
+        versions = [version_of(registry, name, PRODUCTION if selector is None else selector, otherwise=OTHERWISE)]
+        if against is not None:
+            versions.append(version_of(registry, name, _other(name, against), otherwise=OTHERWISE))
+        asked = _Asked.of(versions, population or name, fold, workspace)
+        labelled = declared if label is None else _labelled(declared, label)
+        Network.build(declared).check_registered(registry.definition(name)["network"])
+        people = _people(labelled, versions, asked, workspace)
     shown: dict[str, Any] = {
         "model": name,
         "versions": [{"version": one.number, "aliases": list(one.aliases)} for one in versions],

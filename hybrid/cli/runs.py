@@ -209,6 +209,15 @@ def _new_run(runs: Path, stem: str) -> Path:
 
 
 @contextmanager
+def preparing(what: str) -> Iterator[None]:
+    """Says on a terminal what goes on before there is a bar: libraries load for seconds. Nothing of it stays."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what}: reading"):
+        yield
+
+
+@contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, so that what a script reads stays clean."""
     from rich.console import Console

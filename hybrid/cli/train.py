@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.asking import columns_of
-from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder, server_slots
+from hybrid.cli.runs import (
+    Where,
+    examples_of,
+    interrupted,
+    people_of,
+    preparing,
+    progress_bar,
+    run_folder,
+    server_slots,
+)
 from hybrid.errors import ConfigError, FederationError
 from hybrid.workspace import Workspace
 
@@ -25,6 +34,11 @@ if TYPE_CHECKING:
     from hybrid.version import Learned, TrainingRecord
 
 app = typer.Typer()
+
+SILENT = (
+    "{feature}: no text stood out from the noise, so that the feature will say nothing. More people, a larger "
+    "--epsilon or --normalise-share would help, or a vocabulary written by hand; Ctrl-C saves the rounds' epsilon"
+)
 
 
 @app.command()
@@ -233,13 +247,16 @@ def train(
             f"--normalise-share and --normalise-rows must be left out: "
             f"{model} declares all its constants, and learns none"
         )
-    Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
-    from hybrid.federation.training import check_allowed
-    from hybrid.federation.training import train as train_model
+    with preparing(f"{order.kind} training of {model}"):
+        Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
+        from hybrid.federation.training import check_allowed
+        from hybrid.federation.training import train as train_model
 
     budget = check_allowed(declared, order.kind, order.epsilon, order.settings)
     with folder as run_dir, _resumable(model, run_dir), progress_bar(f"{order.kind} training of {model}") as progress:
         learned = _learned(declared, order, run_dir, workspace, budget=budget, resume=resume)
+        for feature in () if learned is None else learned.silent:
+            typer.echo(SILENT.format(feature=feature), err=True)
         encoding = declared.with_learned({} if learned is None else learned.transforms)
         train_on, held_out = examples_of(encoding, order.population, order.fold, workspace)
         trained = train_model(

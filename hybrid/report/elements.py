@@ -79,7 +79,7 @@ def interval(ends: Sequence[float | None] | None, mark: Mark, form: str | None =
     """95 %, from its low end to its high one."""
     if ends is None or None in ends:
         return e("span", NONE)
-    return marked(mark, " to ".join(_said(end, form) for end in ends))
+    return marked(mark, " to ".join(_said(end, form) for end in ends if end is not None))
 
 
 def estimate(found: Estimate, mark: Mark, form: str | None = None) -> list[Element]:

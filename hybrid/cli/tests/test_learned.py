@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from hybrid.analytics.normalisation import FILE as LEARNED
+from hybrid.cli import app
 from hybrid.cli.runs import exactly, people_of
 from hybrid.cli.tests.conftest import FILE
 from hybrid.errors import ConfigError, NotFound
@@ -154,6 +156,14 @@ def test_rows_that_cannot_be_trained_on_are_refused_before_anybody_is_asked(lear
     with pytest.raises(NotFound, match="200 of 200 rows have no features of their zone"):
         learning("train", "taxi", "--population", "elsewhere")
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_vocabulary_of_no_text_is_said_before_the_rounds(learning):
+    """At an epsilon of 0.04 noise hides 100 people's habits: rounds would train a feature that says nothing."""
+    words = ["train", "taxi", "--normalise-share", "0.01"]
+    warned = "habit: no text stood out from the noise, so that the feature will say nothing"
+    assert warned in " ".join(CliRunner().invoke(app, words, catch_exceptions=False).stderr.split())
+    assert warned not in " ".join(CliRunner().invoke(app, [*words[:2], "--central"]).stderr.split())
 
 
 def test_frequent_texts_of_a_vocabulary_that_is_not_learned_yet_can_be_asked_for(learning):
