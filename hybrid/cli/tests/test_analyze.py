@@ -180,7 +180,7 @@ def test_a_run_of_questions_is_among_the_models_runs(project):
     assert "analyze: 1 release" in printed
     assert "at delta 0.0001 per user, of 2" in printed
     assert "protects  device features and label" in printed
-    assert "assumes   a seeded simulation" in printed
+    assert "assumes   the noise is seeded" in printed
 
 
 def test_what_is_printed_says_what_the_intervals_are_and_what_was_spent(project):
