@@ -64,6 +64,15 @@ class Learned(BaseModel):
     epsilon: float | None = None
     delta: float | None = None
 
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Features of whose texts none was frequent: all values are alike to them."""
+        return tuple(
+            name
+            for name, transform in self.transforms.items()
+            if isinstance(transform, Categorical) and all(text.startswith(UNUSED) for text in transform.vocabulary)
+        )
+
     def line(self) -> str:
         """What was learned, and what for, in words."""
         names = ", ".join(self.transforms)

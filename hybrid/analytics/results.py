@@ -81,7 +81,7 @@ def bins_of(edges: Sequence[float]) -> tuple[str, ...]:
     >>> bins_of([1, 24.0])
     ('below 1', '1 to 24', 'from 24')
     """
-    ends = [f"{edge:.5g}" for edge in edges]
+    ends = [readable(edge, 5) for edge in edges]
     return (f"below {ends[0]}", *(f"{low} to {high}" for low, high in pairwise(ends)), f"from {ends[-1]}")
 
 
@@ -155,3 +155,12 @@ def read(runs: Path, model: str) -> list[tuple[str, Result]]:
         if result.model == model:
             found.append((file.parents[1].name, result))
     return sorted(found, key=lambda one: one[1].time)
+
+
+def readable(value: float, digits: int = 4) -> str:
+    """A number as people read it in a table: to so many digits, and whole, not as a power of ten, from 10,000 on.
+
+    >>> [readable(value) for value in (0.00002, 56.1943, -30197.4, 1e16)]
+    ['2e-05', '56.19', '-30,197', '1e+16']
+    """
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.{digits}g}"

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+COUNTED = {"text": "each value", "label": "how often it is 1"}
 NUMBERS_SHARES = (0.75, 0.25)  # of moments and histogram: both have the noise that they had as one vector
 
 
@@ -412,14 +413,15 @@ def _suggestion(transform: Any) -> str:
 
     if isinstance(transform, Bucketize):
         return "its outer edges"
-    return f"{WIDTHS:g} std on either side of its mean" if transform.low is None else "low and high"
+    return f"{WIDTHS:g} std on either side of its mean" if transform.low is None else "bounds for normalisation"
 
 
 def _no_number_options(options: _Options, what: str) -> None:
     given = [name for name, value in vars(options).items() if value is not None]
     if given:
         said = ", ".join(f"--{'quantiles' if name == 'levels' else name}" for name in given)
-        raise ConfigError(f"{said} must be left out: they are for numbers, and this is {what}")
+        counted = f"without them, {COUNTED[what]} is counted"
+        raise ConfigError(f"{said} must be left out: they are for numbers, and this is {what}; {counted}")
 
 
 def _given(epsilon: float | None, feature: str) -> float:

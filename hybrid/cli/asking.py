@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +15,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from hybrid.cli.runs import progress_bar, run_folder
+from hybrid.analytics.results import readable
+from hybrid.cli.runs import check_types, progress_bar, run_folder, server_slots
 from hybrid.errors import BadRequest, BudgetExceeded, ConfigError
 
 if TYPE_CHECKING:
@@ -208,7 +209,9 @@ class Paying:
         from hybrid.analytics.results import describe
 
         self.ask.begin(shares)
-        describe(self.folder, self.model.name, self.purpose, population=self.whom.population, seed=self.whom.seed)
+        about = {"population": self.whom.population, "seed": self.whom.seed, "assumption": self.whom.assumes}
+        claim = {"unit": self.model.privacy.unit, "protects": self.model.protects}
+        describe(self.folder, self.model.name, self.purpose, **about, **claim)
 
     def spend(self) -> dict[str, Any]:
         """What this question cost, and what its run has left."""
@@ -336,7 +339,7 @@ def columns_of(
         elif name in raw:
             found[name] = population.column(name)
             try:
-                raw[name].inputs(found[name])
+                check_types(raw[name], found[name])
             except BadRequest as error:
                 raise ConfigError(f"population {population.name!r}: feature {name!r} {error}") from None
         else:
@@ -346,10 +349,7 @@ def columns_of(
 
 def _server_text(model: HybridModel, population: Population, name: str, workspace: Workspace) -> NDArray[np.object_]:
     """(n,) a categorical server feature as it was at each row's time; None where it is not of the vocabulary."""
-    from feature_store.offline import join
-
-    times = None if population.time is None else population.column(population.time)
-    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+    slots = server_slots(model, population, workspace)
     transform = model.server.features.transforms[name]
     words = np.array([*transform.model_dump()["vocabulary"], None, None], dtype=object)
     return np.asarray(words[slots[:, model.server.features.names.index(name)].astype(np.int64)])
@@ -374,7 +374,9 @@ def _left(folder: Path) -> str:
     spent, budget = account.spent().epsilon, account.budget_epsilon
     left = f"run {folder.name!r} has epsilon {max(0.0, budget - spent):.3g} left of {budget:g}"
     fits = _fits(account.events(), budget, account.delta)
-    return f"{left}: " + (f"one question of {fits:.3f} fits" if fits else "no further question fits")
+    return f"{left}: " + (
+        f"one question of {fits:.3f} fits (epsilons do not add up)" if fits else "no further question fits"
+    )
 
 
 def _fits(besides: Sequence[Event], budget: float, delta: float) -> float:
@@ -421,10 +423,10 @@ def spend_lines(spend: Mapping[str, Any] | None, exact: str) -> Iterator[str]:
     yield f"  assumes: {spend['assumption']}"
 
 
-def interval(ends: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
+def interval(ends: Sequence[float | None] | None, say: Callable[[float], str] = readable) -> str:
     """Of 95 %, as it is printed."""
     known = [end for end in ends or () if end is not None]
-    return " to ".join(map(form.format, known)) if len(known) == 2 else "-"
+    return " to ".join(map(say, known)) if len(known) == 2 else "-"
 
 
 def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:

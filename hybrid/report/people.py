@@ -182,6 +182,9 @@ def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         said = ", ".join(f"{who}: {_percent(share['value'])}" for who, share in rows)
         yield bars("Rate of label 1", f"Shares of rows with 95 % intervals; {said}.", rows, _percent, most=1.0)
         return
+    if not shown["values" if shown["kind"] != "histogram" else "edges"]:
+        yield e("p", "No value stands out from the noise.")
+        return
     tops = [end for group in groups for share in group["shares"] for end in ends(share) if end is not None]
     for group in groups:
         rows = list(zip(cells_of(shown), group["shares"], strict=True))

@@ -159,7 +159,8 @@ def test_a_question_that_would_pass_the_budget_changes_no_file(project, tmp_path
     project("trips", "--bins", "3", "--epsilon", "1.5", "--run", "monday")
     before = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
     with pytest.raises(
-        BudgetExceeded, match=r"run 'monday' has epsilon 0\.50\d left of 2: one question of (\S+) fits"
+        BudgetExceeded,
+        match=r"run 'monday' has epsilon 0\.50\d left of 2: one question of \S+ fits \(epsilons do not add up\)",
     ) as e:
         project("trips", "--adaptive", "3", "--epsilon", "1.5", "--run", "monday")
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == before
@@ -177,6 +178,9 @@ def test_a_run_of_questions_is_among_the_models_runs(project):
     printed = CliRunner().invoke(app, ["privacy", "taxi"], catch_exceptions=False).stdout
     assert "(versions: none: questions)" in printed
     assert "analyze: 1 release" in printed
+    assert "at delta 0.0001 per user, of 2" in printed
+    assert "protects  device features and label" in printed
+    assert "assumes   the noise is seeded" in printed
 
 
 def test_what_is_printed_says_what_the_intervals_are_and_what_was_spent(project):

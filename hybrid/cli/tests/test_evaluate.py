@@ -75,6 +75,7 @@ def test_two_versions_are_measured_on_the_same_rows(trained):
     assert "mean_label" not in shown["differences"]
     printed = trained(*words, "--no-full", "--plot", "roc.svg")
     assert "taxi:2 (canary) against taxi:1 (production), on" in printed
+    assert "taxi:2 (canary) against taxi:1 (production), on" in trained(*words[:3], "taxi:1", *words[4:], "--no-full")
     assert "difference" in printed
     assert "full: not asked for" in printed
 
@@ -109,6 +110,7 @@ REFUSED = [
     (("taxi@canary2", "--epsilon", "1"), NotFound, "taxi has no alias 'canary2'; it has: canary, production"),
     (("taxi:7", "--epsilon", "1"), NotFound, "taxi has no version 7"),
     (("taxi", "--against", "9", "--epsilon", "1"), NotFound, "taxi has no version 9"),
+    (("taxi", "--against", "bus:1", "--epsilon", "1"), ConfigError, "--against must be an alias or a version of taxi"),
     (
         ("taxi", "--fold", "2/4", "--epsilon", "1"),
         ConfigError,

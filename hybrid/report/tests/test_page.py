@@ -132,6 +132,12 @@ def test_the_latest_answer_is_shown():
     assert ">587<" not in content
 
 
+def test_an_answer_in_which_nothing_stands_out_says_so():
+    """Of texts that noise hides there is no picture, and no empty frame in its place."""
+    content = page(facts(asked("home", "categories", [group([])], values=[])))
+    assert "No value stands out from the noise." in content
+
+
 def test_what_could_take_noise_away_is_not_shown():
     """A seed, in any answer."""
     assert "77123" not in page(facts())
