@@ -309,7 +309,9 @@ def change(
             history.write(done.model_dump_json(exclude_none=True) + "\n")
             history.flush()
             os.fsync(history.fileno())
-        write_whole(target, window.model_dump_json(indent=2).encode())
+        # Without what is empty: serving of before there were rollouts reads a window that has none.
+        empty = {name for name in ("canary", "halted") if not getattr(window, name)}
+        write_whole(target, window.model_dump_json(indent=2, exclude=empty).encode())
     return target
 
 

@@ -63,11 +63,10 @@ def rollout(
     if as_json:
         print(json.dumps({"model": model, "version": found.number, "share": share, "default": told.default.version}))
     else:
-        print(
-            f"{model}:{found.number} is the canary: {share:.4g} of devices fetch it, the others {told.default.version}"
-        )
-        print(f"Next: `hybrid rollout {model} {found.number} --canary SHARE` with a larger one,")
-        print(f"  `hybrid promote {model} {found.number} production` for all, or `hybrid rollback {model}`.")
+        number, others = found.number, told.default.version
+        print(f"{model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {others}")
+        print(f"Next: `hybrid rollout {model} {number} --canary SHARE` with a larger one,")
+        print(f"  `hybrid promote {model} {number} production` for all, or `hybrid rollback {model}`.")
 
 
 @app.command()

@@ -181,3 +181,9 @@ def test_a_change_that_is_refused_leaves_window_and_history_as_they_were(tmp_pat
     with pytest.raises(ConfigError, match="one change a line"):
         history(tmp_path, "shop")
     assert Window.read(file).default == deployment(2)
+
+
+def test_a_window_without_a_rollout_says_nothing_of_one(tmp_path: Path):
+    """A gateway of before there were rollouts goes on reading what is promoted."""
+    file = deployment(2).write(tmp_path)
+    assert set(json.loads(file.read_text())) == {"versions"}
