@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 
 TOKENS = "/v1/tokens/{scope}/{number}"  # of the issuer: POST a request, with the account's key as bearer; GET the key
+WINDOWS = "/v1/windows/{scope}"  # of its control side: POST an `Opening`, answered by an `Opened`; DELETE: for good
 REQUEST_TYPE = "application/private-token-request"
 RESPONSE_TYPE = "application/private-token-response"
 TYPE = 0x0002
@@ -346,6 +347,35 @@ class Window(BaseModel):
         if read.challenge + read.key_id != self._about:
             return None
         return read.nonce if verify(self._public, read.signed, read.authenticator) else None
+
+
+class Opening(BaseModel):
+    """What the issuer is asked by who signs plans: to open a window of a scope.
+
+    Attributes:
+        separation: from a window of which an account took a token to the next of which it may; the same in all of a
+            scope.
+        number: the window's, as a horizon's steps have numbers of their own; open already, it is the same window.
+            None: one more than the last.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    separation: Number
+    number: Number | None = None
+
+
+class Opened(BaseModel):
+    """The answer.
+
+    Attributes:
+        number, key: see `Window`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: Number
+    key: str
 
 
 def _cut(data: bytes, width: int) -> tuple[bytes, bytes]:
