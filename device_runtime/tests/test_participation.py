@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_runtime.aggregator import Reply
+from device_runtime.caller import Reply
 from device_runtime.eligibility import Readings, Reason
 from device_runtime.host import ScriptedHost
 from device_runtime.participation import (
