@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hybrid.plan import Policy
-from hybrid.tokens import Asked
+from hybrid.tokens import Pending
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Held:
 
     scope: str
     number: int
-    asked: Asked
+    asked: Pending
     expires_ms: int
     token: bytes | None = field(default=None, repr=False)
 

@@ -29,7 +29,7 @@ from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, StoreError
 from hybrid.plan import Policy, Turn
 from hybrid.query import LABEL, Query
-from hybrid.tokens import Asked as AskedToken
+from hybrid.tokens import Pending
 
 FORGOTTEN = "forgotten"  # in place of the plans that a device took part in before its person had it forget
 _UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
@@ -544,7 +544,7 @@ class Store(AbstractContextManager["Store"]):
         """The token of a scope, or what it was asked for with; None: there is none."""
         sql = "SELECT number, asked, expires_ms, token FROM tokens WHERE device = ? AND scope = ?"
         for number, asked, expires_ms, token in self._db.all(sql, (device, scope)):
-            return Held(scope, number, AskedToken.read(asked), expires_ms, token)
+            return Held(scope, number, Pending.read(asked), expires_ms, token)
         return None
 
     def hold(self, held: Held, now_ms: int, *, device: int = 0) -> None:

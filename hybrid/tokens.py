@@ -232,7 +232,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Pending:
     """What a device keeps from its request to the answer: with it the same request can go out again.
 
     Attributes:
@@ -307,7 +307,7 @@ class Window(BaseModel):
         """What its tokens have in common."""
         return self.challenge.digest + self.key_id
 
-    def ask(self, *, nonce: bytes | None = None, salt: bytes | None = None, r: int | None = None) -> Asked:
+    def ask(self, *, nonce: bytes | None = None, salt: bytes | None = None, r: int | None = None) -> Pending:
         """A new request.
 
         Args:
@@ -320,13 +320,13 @@ class Window(BaseModel):
         """
         signed = _TYPE.pack(TYPE) + (secrets.token_bytes(32) if nonce is None else nonce) + self._about
         blinded = blind(self._public, signed, salt=salt, r=r)
-        return Asked(signed, blinded.message, blinded.inverse)
+        return Pending(signed, blinded.message, blinded.inverse)
 
-    def asks(self, asked: Asked) -> bool:
+    def asks(self, asked: Pending) -> bool:
         """Whether a request is for this window, under this key."""
         return asked.signed[34:] == self._about
 
-    def finish(self, asked: Asked, response: bytes) -> bytes:
+    def finish(self, asked: Pending, response: bytes) -> bytes:
         """The token that an answer makes of a request.
 
         Raises:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hybrid.blind_rsa import blind, blind_sign, check_blinded, finalize
 from hybrid.errors import TokenError
 from hybrid.tokens import (
-    Asked,
+    Pending,
     Token,
     TokenChallenge,
     TokenRequest,
@@ -67,7 +67,7 @@ def test_a_window_makes_the_same_of_them():
     assert bytes(window.challenge) == b"\0\x02" + b"\0\x0eissuer.example" + b"\x20" + context + b"\0\0"
     asked = window.ask(nonce=VALUE["nonce"], salt=VALUE["salt"], r=int.from_bytes(VALUE["blind"]))
     assert asked.signed == b"\0\x02" + VALUE["nonce"] + window.challenge.digest + token_key_id(VALUE["pkS"])
-    assert Asked.read(bytes(asked)) == asked
+    assert Pending.read(bytes(asked)) == asked
     assert bytes(asked.request)[:3] == VALUE["token_request"][:3]
 
 
