@@ -8,8 +8,9 @@ other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 from device_runtime.access import authorization
@@ -61,6 +62,13 @@ class Credentials:
         self._caller = Caller(url, "issuer", timeout_s=timeout_s)
         self._headers = {"Content-Type": REQUEST_TYPE, **authorization(api_key, url)}
         self.issuer = issuer or urlsplit(url).netloc.lower()
+        self._url = url
+
+    def of(self, api_key: str) -> Self:
+        """Another account's, at the same issuer: for processes that stand for many devices."""
+        found = copy(self)
+        found._headers = self._headers | authorization(api_key, self._url)
+        return found
 
     async def token(
         self, window: Window, store: Store, expires_ms: int, now_ms: Callable[[], int], *, device: int = 0

@@ -49,7 +49,7 @@ _ALGORITHM = bytes.fromhex(
     "a203020130"
 )
 
-Scope = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+ScopeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Host = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9.\[\]:-]{0,252}[a-z0-9\]])?$")]
 Number = Annotated[int, Field(ge=1, lt=1 << 31)]
 
@@ -277,7 +277,7 @@ class Window(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     issuer: Host
-    scope: Scope
+    scope: ScopeName
     number: Number
     key: Annotated[str, Field(pattern=r"^[0-9a-f]+$", max_length=2 * MAX_KEY_BYTES)]
 

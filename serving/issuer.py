@@ -56,7 +56,7 @@ from hybrid.tokens import (
     Number,
     Opened,
     Opening,
-    Scope,
+    ScopeName,
     TokenRequest,
     encode_key,
     new_key,
@@ -92,7 +92,7 @@ CREATE TABLE IF NOT EXISTS taken (
     PRIMARY KEY (scope, account)
 ) STRICT, WITHOUT ROWID
 """  # of an account its last window in each scope, and a digest of its request
-_SCOPE: TypeAdapter[str] = TypeAdapter(Scope)
+_SCOPE: TypeAdapter[str] = TypeAdapter(ScopeName)
 _NUMBER: TypeAdapter[int] = TypeAdapter(Number)
 
 
