@@ -33,12 +33,13 @@ from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator
 from hybrid.federation.issuer import RemoteIssuer
 from hybrid.local.devices import GOOD, Opened, running
-from hybrid.local.fleet import issuing
+from hybrid.local.fleet import Order, issuing, train
 from hybrid.local.process import free_ports
 from hybrid.plan import UPDATE, open_signed
 from hybrid.privacy.matrix import optimised
 from hybrid.tokens import TOKEN_BYTES, Token
 from integration_tests.test_fleet_rounds import KEY, LAX, World
+from integration_tests.test_fleet_wire import promoted
 from serving.access import ApiKey
 
 PEOPLE, SECOND = 6, 3  # people, and how many of them have a second device
@@ -82,6 +83,21 @@ def test_a_person_with_two_devices_counts_once_in_a_round(world, tmp_path):
         counted = PEOPLE if tokens else PEOPLE + SECOND
         assert (received, refused) == (counted, {})
         assert endings == Counter({"uploaded": counted} | ({"account_waits": SECOND} if tokens else {}))
+
+
+def test_a_training_with_tokens_protects_users(world, tmp_path):
+    """Two rounds, everybody in each: the sums have a person once, and the record says whom its epsilon is of."""
+    going_on, people = promoted(world, 2), people_of(world, PEOPLE)
+    with going_on.paid(6.0, PEOPLE, tmp_path / "run") as (settings, ledger):
+        order = Order(going_on, settings, people, 15.0, 1, world.folder / "keys", print, tokens=True, second=SECOND)
+        outcome = train(order, ledger, 0)
+        about = {"users": PEOPLE, "examples": None, "aggregators": 1, "population": "people", "run": "run"}
+        record = going_on.record(settings, ledger, tokens=True, **about)
+    assert (outcome.failed, outcome.refused) == (0, {})
+    assert outcome.endings["uploaded"] == 2 * PEOPLE
+    assert outcome.endings["account_waits"] >= 2 * SECOND
+    assert record.unit == "user"
+    assert "the issuer of tokens sees to that" in record.assumption
 
 
 class Person:

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
 BEGAN = "what the version that it began from had cost is not in it"
-NO_TOKENS = f"no device sends two updates to one round, which nothing enforces until there are tokens; {BEGAN}"
+NO_TOKENS = f"no device sends two updates to one round, which nothing enforces without tokens; {BEGAN}"
 OWN_COINS = (
     "each device tosses its own coin for each round, and nobody but the aggregator sees who, or how many, took part"
 )
@@ -74,7 +74,7 @@ ACCOUNT_TURNS = (
 )
 TURNS = (
     "each device is in at most one of any {separation} {what} one after another and in at most {most}, in a fixed "
-    "horizon of {rounds}, by what its store remembers, which nothing else enforces until there are tokens; who takes "
+    "horizon of {rounds}, by what its store remembers, which nothing else enforces without tokens; who takes "
     "part may be known: no sampling is assumed"
 )
 REST_S = 1.0  # of a device between two sessions, where training is asynchronous: here a flush stands for hours
