@@ -34,7 +34,7 @@ PER_RUN = "per run: what other runs asked is not composed"
 SEEDED = (
     f"a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
 )
-ONE_ANSWER = f"no device answers a question twice, which nothing enforces until there are tokens; {PER_RUN}"
+ONE_ANSWER = f"no device answers a question twice, which nothing enforces without tokens; {PER_RUN}"
 MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
 NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
 FULL = "full: 95 %, for the population that they are a sample of, person by person"
@@ -62,11 +62,13 @@ class Whom(ABC):
         population: name of the people.
         seed: of the noise; None: it is the operating system's.
         assumes: what an epsilon relies on, as a sentence.
+        unit: that an epsilon is of, where it is not the model's declared one.
     """
 
     population: str
     seed: int | None
     assumes: ClassVar[str]
+    unit: ClassVar[str | None] = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -115,6 +117,7 @@ class OnDevices(Whom):
     round_s: float
     keys: Path
     assumes = ONE_ANSWER
+    unit = "device"
 
     @classmethod
     def of(
@@ -208,7 +211,7 @@ class Paying:
         return {
             "epsilon": this.epsilon,
             "delta": ledger.delta,
-            "unit": self.model.privacy.unit,
+            "unit": self.whom.unit or self.model.privacy.unit,
             "protects": self.model.protects,
             "mechanism": f"{MECHANISM}; accountant: {this.method}",
             "assumption": self.whom.assumes,
