@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -28,12 +29,13 @@ from device_runtime.trainer import Trainer
 from hybrid.bundle import trusted_key
 from hybrid.errors import AggregatorError, IssuerError
 from hybrid.federation.aggregator import Round
-from hybrid.federation.checkin import listening
+from hybrid.federation.checkin import Tokens, listening
 from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator
 from hybrid.federation.issuer import RemoteIssuer
+from hybrid.federation.remote import RemoteAggregator, new_token
 from hybrid.local.devices import GOOD, Opened, running
-from hybrid.local.fleet import Order, issuing, train
+from hybrid.local.fleet import Order, issuing, service, train
 from hybrid.local.process import free_ports
 from hybrid.plan import UPDATE, open_signed
 from hybrid.privacy.matrix import optimised
@@ -98,6 +100,36 @@ def test_a_training_with_tokens_protects_users(world, tmp_path):
     assert outcome.endings["account_waits"] >= 2 * SECOND
     assert record.unit == "user"
     assert "the issuer of tokens sees to that" in record.assumption
+
+
+def test_an_aggregators_process_asks_for_tokens_of_its_issuer(world, tmp_path):
+    """Told of it by its settings and a token: an older device is given no plan, a newer one the issuer's window."""
+    with issuing(tmp_path / "issuer", 1) as issued:
+        own = tmp_path / "aggregator"
+        own.mkdir()
+        told = service(world.task(round_s=30), QUIET, 1, None)
+        tokens = Tokens(name="issuer.example", url=issued.windows.url, scope="kiosk")
+        (own / "settings.json").write_text(told.model_copy(update={"tokens": tokens}).model_dump_json())
+        (own / "issuer.token").write_text(issued.windows.token)
+        options = {"settings": own / "settings.json", "folder": own, "keys": world.folder / "keys", "port": 0}
+        options |= {"token": own / "token", "issuer-token": own / "issuer.token", "control-port": 0}
+        control, words = new_token(own / "token"), [f"--{name}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "hybrid.federation.checkin", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(1) as thread:
+            try:
+                devices, side = re.findall(r"port (\d+)", process.stdout.readline())
+                opener = RemoteAggregator(url=f"http://127.0.0.1:{side}", token=control, run="r", timeout_s=20)
+                thread.submit(opener.run_round, 1, world.weights)
+                said, found = {"model": "kiosk", "version": 4, "runtime": 3}, None
+                while found is None or found.status_code == 204:
+                    found = httpx.post(f"http://127.0.0.1:{devices}/v1/check-in", json=said)
+                older = httpx.post(f"http://127.0.0.1:{devices}/v1/check-in", json=said | {"runtime": 2})
+            finally:
+                process.terminate()
+                process.wait(30)
+    plan, _ = open_signed(found.content, world.key.public_key())
+    assert (plan.token.issuer, plan.token.scope, plan.token.number) == ("issuer.example", "kiosk", 1)
+    assert older.status_code == 204
 
 
 class Person:
