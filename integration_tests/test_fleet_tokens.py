@@ -1,6 +1,7 @@
 """Anonymous check-in of real devices: an issuer that knows accounts, an aggregator that knows none, over HTTP."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -130,6 +131,37 @@ def test_an_aggregators_process_asks_for_tokens_of_its_issuer(world, tmp_path):
     plan, _ = open_signed(found.content, world.key.public_key())
     assert (plan.token.issuer, plan.token.scope, plan.token.number) == ("issuer.example", "kiosk", 1)
     assert older.status_code == 204
+
+
+def test_a_device_by_hand_shows_its_account_to_the_issuer_alone(world, tmp_path, recording):
+    """As a command, with the key in the environment; what goes to the aggregator does not hold it."""
+    (tmp_path / "consent").touch()
+    (tmp_path / "readings.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "policy.json").write_text(LAX.model_dump_json())
+    store, clock = world.store(tmp_path / "device.store", range(1)), ManualClock()
+    with issuing(tmp_path / "issuer", 1) as issued, ExitStack() as stack:
+        aggregator = FleetAggregator(world.task(), QUIET, None, world.key, windows=issued.windows, clock=clock)
+        watched = stack.enter_context(recording(stack.enter_context(listening(aggregator))))
+        release = stack.enter_context(clock.during(lambda: aggregator.run_round(1, world.weights), 3600))
+        options = {"bundle": world.bundle, "trust": world.trust, "store": store, "key-file": world.key_file}
+        options |= {name: tmp_path / file for name, file in (("consent", "consent"), ("readings", "readings.json"))}
+        options |= {"policy": tmp_path / "policy.json", "aggregator": watched.url, "issuer": issued.url}
+        words = [f"--{name}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "device_runtime", "train", *words]
+        environment = {name: value for name, value in os.environ.items() if name != "HYBRID_API_KEY"}
+
+        def run(**more):
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=environment | more)
+
+        nobody = run()
+        assert "--issuer needs the account's key" in nobody.stderr
+        assert json.loads(run(HYBRID_API_KEY="hybrid_0_x").stdout)["sessions"][0]["ending"] == "not_issued"
+        done = run(HYBRID_API_KEY=issued.keys[0])
+    assert json.loads(done.stdout)["sessions"][0]["ending"] == "uploaded", done
+    assert release.result().received == 1
+    sent = b"".join(bytes(each) for each in watched.sent)
+    assert len(watched.sent) == 3  # two check-ins and an upload
+    assert not any(part.encode() in sent for part in issued.keys[0].split("_")[1:])
 
 
 class Person:
