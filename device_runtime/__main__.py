@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from device_runtime.answers import Answer
+    from device_runtime.credentials import Credentials
     from device_runtime.program import Engine
     from device_runtime.store import Store
     from hybrid.bundle import Bundle
@@ -114,6 +115,17 @@ def _add_train(commands: Any) -> None:
         help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
     )
     train.add_argument(
+        "--issuer",
+        default=None,
+        metavar="URL",
+        help="of the tokens that plans may ask for; it is shown the account's key, the aggregator is not. Without it "
+        "the device takes part in no plan that asks for one",
+    )
+    train.add_argument(
+        "--issuer-name", default=None, metavar="NAME", help="as plans have it (default: --issuer's host)"
+    )
+    _add_api_key_file(train, "issuer")
+    train.add_argument(
         "--policy",
         type=Path,
         default=None,
@@ -202,13 +214,13 @@ def _add_key_file(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_api_key_file(command: argparse.ArgumentParser) -> None:
+def _add_api_key_file(command: argparse.ArgumentParser, who: str = "gateway") -> None:
     command.add_argument(
         "--api-key-file",
         type=Path,
         default=None,
         metavar="FILE",
-        help="holds the API key that the gateway asks for, on one line, readable by its owner alone (chmod 600); else "
+        help=f"holds the API key that the {who} asks for, on one line, readable by its owner alone (chmod 600); else "
         f"it may be in the environment variable {API_KEY_VARIABLE}",
     )
 
@@ -280,6 +292,9 @@ async def _train(
     key_file: Path | None,
     aggregator: str,
     consent: Path,
+    issuer: str | None,
+    issuer_name: str | None,
+    api_key_file: Path | None,
     policy: Path | None,
     readings: Path | None,
     devices: range,
@@ -294,6 +309,7 @@ async def _train(
     from hybrid.bundle import trusted_key
 
     asked, own, trusted = Aggregator(aggregator), read_policy(policy), trusted_key(trust)
+    credentials = _credentials(issuer, issuer_name, api_key_file)
     key = read_store_key(key_file, os.environ)
     _check_written(store)
     opened = open_bundle(bundle, trust) if bundle else _installed(folder, model, trusted, store, key)
@@ -303,7 +319,9 @@ async def _train(
     sessions: list[dict[str, Any]] = []
     with Store.open(store, key, opened.manifest) as kept:
         for device in devices:
-            session = Participation(opened, trainer, kept, host, asked, trusted, device=device, own=own)
+            session = Participation(
+                opened, trainer, kept, host, asked, trusted, device=device, credentials=credentials, own=own
+            )
             sessions.append({"device": device, **(await session.session()).summary()})
     return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}
 
@@ -362,6 +380,18 @@ def _api_key(file: Path | None) -> str | None:
     from device_runtime.access import read_api_key
 
     return read_api_key(file) if file else os.environ.get(API_KEY_VARIABLE) or None
+
+
+def _credentials(issuer: str | None, name: str | None, api_key_file: Path | None) -> Credentials | None:
+    """Of the account, where an issuer is given."""
+    from device_runtime.credentials import Credentials
+
+    if issuer is None:
+        return None
+    api_key = _api_key(api_key_file)
+    if api_key is None:
+        raise ConfigError(f"--issuer needs the account's key: set {API_KEY_VARIABLE}, or name a file: --api-key-file")
+    return Credentials(issuer, api_key, issuer=name)
 
 
 def _check_written(store: Path) -> None:

@@ -1,48 +1,15 @@
-"""What a device says to the aggregator, and how: each request over a connection of its own, with nothing that lasts.
+"""What a device says to the aggregator.
 
-A check-in and an upload share no connection, no cookie and no header that is not the same for every device of a
-release, so that nothing but their content and the network's address can join them. Answers are read up to a limit
-of bytes and of time, and are believed only where they are signed.
+A check-in and an upload share nothing that tells devices apart, see `device_runtime.caller`; answers are believed only
+where they are signed.
 """
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
-
-import httpx
-
-from hybrid.errors import ConfigError
+from device_runtime.caller import TIMEOUT_S, Caller, Reply
 from hybrid.plan import CHECK_IN, UPDATE, CheckIn
-from hybrid.protocol import is_loopback
 
-TIMEOUT_S = 60.0  # of one request, from its connection to the last byte of its answer
 MAX_SAID = 4096  # bytes of an answer that says no more than its status
-MAX_WAIT_S = 86_400.0  # a Retry-After that asks for more is cut to it
-# Every header that a request has beside its length: the library's own would tell its version, and what is installed.
-_HEADERS = {
-    "User-Agent": "hybrid-device",
-    "Accept": "application/octet-stream",
-    "Accept-Encoding": "identity",  # nothing is unpacked either
-    "Connection": "close",
-}
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came of one request.
-
-    Attributes:
-        status: of HTTP; 0: there is no answer that can be used, and `error` says why.
-        body: of a 200.
-        retry_after_s: in how many seconds to ask again, in [0, MAX_WAIT_S]; None: not said.
-        error: one sentence.
-    """
-
-    status: int
-    body: bytes = b""
-    retry_after_s: float | None = None
-    error: str = ""
 
 
 class Aggregator:
@@ -57,75 +24,14 @@ class Aggregator:
     """
 
     def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        if not timeout_s > 0:
-            raise ConfigError(f"timeout_s must be > 0, got {timeout_s}")
-        self._url, self._timeout_s = _checked(url), timeout_s
-        # Reading the authorities takes as long as a training. No session of TLS is kept with them.
-        self._authorities = httpx.create_ssl_context(trust_env=False)
+        self._caller = Caller(url, "aggregator", timeout_s=timeout_s)
 
     async def check_in(self, message: CheckIn, most: int) -> Reply:
         """Asks for something to do; `most`: bytes of the answer."""
-        return await self._ask("POST", CHECK_IN, message.model_dump_json().encode(), "application/json", most)
+        content, headers = message.model_dump_json().encode(), {"Content-Type": "application/json"}
+        return await self._caller.ask("POST", CHECK_IN, content, headers, most=most)
 
     async def upload(self, plan: str, upload: str, body: bytes) -> Reply:
         """Sends an update, once or again."""
-        path = UPDATE.format(plan=plan, upload=upload)
-        return await self._ask("PUT", path, body, "application/octet-stream", MAX_SAID)
-
-    async def _ask(self, method: str, path: str, content: bytes, kind: str, most: int) -> Reply:
-        # No proxy from the environment, and no other host that an answer names: who sees an update is declared.
-        client = httpx.AsyncClient(
-            base_url=self._url,
-            headers=_HEADERS,
-            timeout=self._timeout_s,
-            verify=self._authorities,
-            trust_env=False,
-            follow_redirects=False,
-        )
-        try:
-            async with asyncio.timeout(self._timeout_s), client:
-                headers = {"Content-Type": kind}
-                async with client.stream(method, path, content=content, headers=headers) as response:
-                    return await _read(response, most)
-        except TimeoutError:
-            return Reply(0, error="the aggregator did not answer in time")
-        except httpx.ConnectError:
-            return Reply(0, error="the aggregator cannot be reached")
-        except httpx.HTTPError as error:
-            return Reply(0, error=f"the connection to the aggregator broke ({type(error).__name__})")
-
-
-async def _read(response: httpx.Response, most: int) -> Reply:
-    """An answer; of one that is too large, or that would have to be unpacked, no more than its head."""
-    wait = _retry_after(response.headers.get("Retry-After"))
-    if response.status_code != httpx.codes.OK:
-        return Reply(response.status_code, retry_after_s=wait)
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        return Reply(0, error="the aggregator's answer is compressed, which was not asked for")
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > most:
-            return Reply(0, error=f"the aggregator's answer has more than {most} bytes")
-    return Reply(response.status_code, bytes(body), wait)
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Seconds; a date, which needs a clock that can be believed, counts as not said."""
-    if text is None or not (text.isascii() and text.isdecimal()):
-        return None
-    return min(float(text[:9]), MAX_WAIT_S) if len(text) < 10 else MAX_WAIT_S
-
-
-def _checked(text: str) -> str:
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"aggregator must be an https:// URL: {error}") from None
-    if url.userinfo:
-        raise ConfigError("aggregator must be a URL without user name and password: they would tell devices apart")
-    if url.query or url.fragment:
-        raise ConfigError("aggregator must be a URL without '?' and '#'")
-    if not url.host or not (url.scheme == "https" or (url.scheme == "http" and is_loopback(url.host))):
-        raise ConfigError(f"aggregator must be an https:// URL, or of this machine, got {text!r}")
-    return text
+        path, headers = UPDATE.format(plan=plan, upload=upload), {"Content-Type": "application/octet-stream"}
+        return await self._caller.ask("PUT", path, body, headers, most=MAX_SAID)

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from device_runtime import RUNTIME
-from device_runtime.aggregator import Reply
 from device_runtime.answering import Answerer, Readable
+from device_runtime.caller import Reply
+from device_runtime.credentials import Credentials, NoToken
 from device_runtime.eligibility import Decision, Reason, both, decide
-from device_runtime.protocol import Event, State, Upload, advance
+from device_runtime.protocol import Event, Held, State, Upload, advance
 from hybrid.bundle import Bundle, Manifest
 from hybrid.errors import ConfigError, PlanError
 from hybrid.plan import (
@@ -76,6 +77,11 @@ class Ending(StrEnum):
     HALTED = "halted"
     NO_TRAINING = "no_training"
     CANNOT_ANSWER = "cannot_answer"  # the query reads what the bundle does not declare
+    NO_CREDENTIALS = "no_credentials"  # for the issuer of the tokens that the plan asks for
+    NOT_ISSUED = "not_issued"  # no token: the issuer cannot be asked, or its answer is none
+    ACCOUNT_WAITS = (
+        "account_waits"  # its token was taken by another device of the account, or by this one before it was wiped
+    )
     OTHER_MODEL = "other_model"
     OTHER_VERSION = "other_version"
     OTHER_DEFINITION = "other_definition"
@@ -121,6 +127,18 @@ class Store(Protocol):
 
     def halt(self, model: str, versions: Iterable[int], reason: str) -> None:
         """Remembers the kill switch."""
+        ...
+
+    def held(self, scope: str, *, device: int = 0) -> Held | None:
+        """See `device_runtime.credentials.Store`."""
+        ...
+
+    def hold(self, held: Held, now_ms: int, *, device: int = 0) -> None:
+        """See `device_runtime.credentials.Store`."""
+        ...
+
+    def spend(self, scope: str, *, device: int = 0) -> None:
+        """Deletes a token: it is in an update."""
         ...
 
     def history(self, since_ms: int, *, device: int = 0) -> Sequence[int]:
@@ -237,6 +255,7 @@ class Participation:
         trusted: the host app's public key, which plans are signed by.
         device: whose examples, where a store holds those of several.
         answerer: of the same bundle; None: one is made at the first query.
+        credentials: of the account, for plans that ask for a token; None: the device takes part in no such plan.
         own: the host app's own conditions, which hold beside those of a plan.
         now_ms: Unix time in UTC.
         clock: seconds that only go forward.
@@ -252,6 +271,7 @@ class Participation:
     trusted: Ed25519PublicKey
     device: int = 0
     answerer: Answerer | None = None
+    credentials: Credentials | None = None
     own: Policy = field(default_factory=Policy)
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
     clock: Callable[[], float] = time.monotonic
@@ -289,7 +309,7 @@ class Participation:
         message, numbers = await self._ask()
         if isinstance(message, Halt):
             self._halt(message)
-        if found := refusal(message, manifest, self.now_ms()):
+        if found := refusal(message, manifest, self.now_ms()) or self._cannot_show(message):
             raise _Ended(*found, ask_again_s=self._later(None))
         self._move(Event.OFFERED)
         await self._send(await self._take_part(message, numbers))
@@ -332,6 +352,7 @@ class Participation:
         self._require(self.own, plan.policy, history=history)
         if plan.turn is not None:
             self._require_turn(plan.turn, plan.expires_ms)
+        token = await self._token(plan)
         forgets = self.store.forgets
         work = self._training(plan, numbers) if isinstance(plan, TrainPlan) else self._answering(plan, numbers)
         self._begin(plan, history)
@@ -345,14 +366,40 @@ class Participation:
             watch.stop.set()
         if update is None:
             self._interrupted(watch, plan)
-        body = encode(update, plan.upload, rng)
+        body = token + encode(update, plan.upload, rng)
         upload = Upload(plan.id, secrets.token_hex(16), body, plan.expires_ms, plan.version, plan.policy)
         with self.store.together():
             if self.store.forgets != forgets:
                 raise _Ended(Ending.FORGOTTEN, "something was forgotten meanwhile; the update is too")
             self.store.keep_upload(upload, device=self.device)
+            if plan.token is not None:
+                self.store.spend(plan.token.scope, device=self.device)
         self._move(Event.TRAINED)
         return upload
+
+    def _cannot_show(self, plan: Plan) -> tuple[Ending, str] | None:
+        """Why the device has no token for a plan that asks for one, whatever the issuer says."""
+        if plan.token is None or (self.credentials is not None and self.credentials.issuer == plan.token.issuer):
+            return None
+        has = "none" if self.credentials is None else f"those of {self.credentials.issuer!r}"
+        return Ending.NO_CREDENTIALS, f"the plan asks for a token of {plan.token.issuer!r}, the app has {has}"
+
+    async def _token(self, plan: Plan) -> bytes:
+        """What an update for the plan begins with; nothing where it asks for no token.
+
+        It is asked for before the device looks at its examples, and before it tosses its coin: the issuer, which knows
+        the account, learns neither. An account with several devices tosses one coin so, not one for each.
+        """
+        if plan.token is None:
+            return b""
+        assert self.credentials is not None  # else it could not show one
+        try:
+            return await self.credentials.token(
+                plan.token, self.store, plan.expires_ms, self.now_ms, device=self.device
+            )
+        except NoToken as error:
+            ending = Ending.ACCOUNT_WAITS if error.taken else Ending.NOT_ISSUED
+            raise _Ended(ending, str(error), ask_again_s=self._later(error.retry_after_s)) from None
 
     def _begin(self, plan: Plan, history: Sequence[int]) -> None:
         """Notes that the device takes part, or that it does not: it decides once, for what was so when it looked."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hybrid.plan import Policy
+from hybrid.tokens import Pending
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,24 @@ class Upload:
     expires_ms: int
     version: int
     policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A token of a window, or what it is asked for with: kept before the issuer is asked, so that it can be again.
+
+    Attributes:
+        scope, number: of the window.
+        asked: the request, and what its answer is made a token with.
+        expires_ms: after which no update is taken with it.
+        token: None: the issuer has not answered.
+    """
+
+    scope: str
+    number: int
+    asked: Pending
+    expires_ms: int
+    token: bytes | None = field(default=None, repr=False)
 
 
 class State(StrEnum):

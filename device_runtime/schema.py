@@ -17,6 +17,10 @@ EVENT = (
 _TURNS = """CREATE TABLE turns (
     device INTEGER NOT NULL, training TEXT NOT NULL, next_step INTEGER NOT NULL, PRIMARY KEY (device, training)
 ) STRICT, WITHOUT ROWID"""
+_HELD = """CREATE TABLE tokens (
+    device INTEGER NOT NULL, scope TEXT NOT NULL, number INTEGER NOT NULL, asked BLOB NOT NULL,
+    expires_ms INTEGER NOT NULL, token BLOB, PRIMARY KEY (device, scope)
+) STRICT"""
 _TABLES = f"""
 CREATE TABLE events (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -33,6 +37,7 @@ CREATE TABLE participations (
     PRIMARY KEY (device, plan)
 ) STRICT, WITHOUT ROWID;
 {_TURNS};
+{_HELD};
 CREATE TABLE uploads (
     device INTEGER NOT NULL, plan TEXT NOT NULL, upload TEXT NOT NULL, body BLOB NOT NULL, expires_ms INTEGER NOT NULL,
     version INTEGER NOT NULL DEFAULT 0, policy TEXT NOT NULL DEFAULT '{{}}',
@@ -64,9 +69,10 @@ def prepare(database: Database, manifest: Manifest, name: str) -> None:
         with database.transaction():  # of before an update kept its plan's: the strictest policy then
             database.all("ALTER TABLE uploads ADD COLUMN version INTEGER NOT NULL DEFAULT 0")
             database.all("ALTER TABLE uploads ADD COLUMN policy TEXT NOT NULL DEFAULT '{}'")
-    if not has_turns(database):
-        with database.transaction():
-            database.all(_TURNS.replace("TABLE", "TABLE IF NOT EXISTS"))
+    for added, table in (("turns", _TURNS), ("tokens", _HELD)):
+        if not has(database, added):
+            with database.transaction():
+                database.all(table.replace("TABLE", "TABLE IF NOT EXISTS"))
     if columns(database) != feature_columns(manifest):
         with database.transaction():
             _migrate(database, feature_columns(manifest))
@@ -79,9 +85,9 @@ def columns(database: Database) -> dict[str, str]:
     return {feature_of(name): kind for name, kind in found if name.startswith((REQUEST, DEVICE))}
 
 
-def has_turns(database: Database) -> bool:
-    """Whether it is of a release that knows turns."""
-    return bool(database.all("SELECT 1 FROM sqlite_master WHERE name = 'turns'"))
+def has(database: Database, table: str) -> bool:
+    """Whether it is of a release that knows a table."""
+    return bool(database.all("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)))
 
 
 def rewrite(database: Database) -> None:

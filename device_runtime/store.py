@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from device_runtime import retention, schema
 from device_runtime.encrypted import Database, Full
-from device_runtime.protocol import Upload
+from device_runtime.protocol import Held, Upload
 from device_runtime.rows import DEVICE, REQUEST, Rows, feature_columns, quoted, values
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, StoreError
 from hybrid.plan import Policy, Turn
 from hybrid.query import LABEL, Query
+from hybrid.tokens import Pending
 
 _UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
 
@@ -384,10 +385,11 @@ class Store(AbstractContextManager["Store"]):
     def forget(self, *, device: int | None = None, entity: str | None = None, now_ms: int | None = None) -> int:
         """Deletes for good: everything of a device, or of all; or its events about one entity. Returns how many events.
 
-        Updates that wait to be sent are deleted with it: they were trained with what is forgotten. The ids of plans
-        that a forgotten device decided on are left, dated now: it waits as if it had just taken part in all of them,
-        and takes part in none again that is still open, else forgetting would let a person be counted more often; for
-        the same reason the steps stay at which its turn is in each training. Halted versions stay halted.
+        Updates that wait to be sent are deleted with it: they were trained with what is forgotten. Tokens go where
+        everything of a device does; the issuer gives no other of their windows. The ids of plans that a forgotten
+        device decided on are left, dated now: it waits as if it had just taken part in all of them, and takes part in
+        none again that is still open, else forgetting would let a person be counted more often; for the same reason
+        the steps stay at which its turn is in each training. Halted versions stay halted.
 
         Args:
             device: only this; None: all.
@@ -417,6 +419,8 @@ class Store(AbstractContextManager["Store"]):
             self._db.run(f"DELETE FROM uploads WHERE {whose}", those)  # noqa: S608
             self._db.run("INSERT INTO about VALUES ('forgets', '1') ON CONFLICT (name) DO UPDATE SET value = value + 1")
             if now_ms is not None:
+                if schema.has(self._db, "tokens"):
+                    self._db.run(f"DELETE FROM tokens WHERE {whose}", those)  # noqa: S608
                 self._db.run(f"UPDATE participations SET at_ms = ? WHERE {whose}", (now_ms, *those))  # noqa: S608
             schema.rewrite_later(self._db)
 
@@ -436,7 +440,12 @@ class Store(AbstractContextManager["Store"]):
         for number, plan, upload, expires_ms, body in self._db.all(sql, those):
             found = {"device": number, "plan": plan, "upload": upload, "expires": _iso(expires_ms)}
             yield {"kind": "upload", **found, "body_base64": base64.b64encode(body).decode()}
-        if schema.has_turns(self._db):
+        if schema.has(self._db, "tokens"):
+            sql = f"SELECT device, scope, number, expires_ms, token FROM tokens WHERE {whose}"  # noqa: S608
+            for number, scope, window, expires_ms, token in self._db.all(sql, those):
+                found = {"device": number, "scope": scope, "number": window, "expires": _iso(expires_ms)}
+                yield {"kind": "token", **found, "token_base64": token and base64.b64encode(token).decode()}
+        if schema.has(self._db, "turns"):
             sql = f"SELECT device, training, next_step FROM turns WHERE {whose}"  # noqa: S608
             for number, training, step in self._db.all(sql, those):
                 yield {"kind": "turn", "device": number, "training": training, "next_step": step}
@@ -525,6 +534,25 @@ class Store(AbstractContextManager["Store"]):
         with self._db.transaction():
             self._db.run("DELETE FROM uploads WHERE device = ? AND plan = ?", (device, plan_id))
             self._db.shrink()
+
+    def held(self, scope: str, *, device: int = 0) -> Held | None:
+        """The token of a scope, or what it was asked for with; None: there is none."""
+        sql = "SELECT number, asked, expires_ms, token FROM tokens WHERE device = ? AND scope = ?"
+        for number, asked, expires_ms, token in self._db.all(sql, (device, scope)):
+            return Held(scope, number, Pending.read(asked), expires_ms, token)
+        return None
+
+    def hold(self, held: Held, now_ms: int, *, device: int = 0) -> None:
+        """Keeps it in the place of the scope's last; those that have expired go."""
+        with self._db.transaction():
+            self._db.run("DELETE FROM tokens WHERE device = ? AND expires_ms < ?", (device, now_ms))
+            row = (device, held.scope, held.number, bytes(held.asked), held.expires_ms, held.token)
+            self._db.run("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def spend(self, scope: str, *, device: int = 0) -> None:
+        """Deletes it: it is in an update."""
+        with self._db.transaction():
+            self._db.run("DELETE FROM tokens WHERE device = ? AND scope = ?", (device, scope))
 
     def halt(self, model: str, versions: Iterable[int], reason: str) -> None:
         """Notes that these versions must not be used any more; for good."""

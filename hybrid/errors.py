@@ -51,6 +51,14 @@ class UpdateError(HybridError):
     """A device's update is not of the form and length that its plan asks for."""
 
 
+class TokenError(HybridError):
+    """A token, or what is asked and answered for one, does not hold."""
+
+
+class IssuerError(HybridError):
+    """The issuer of tokens cannot be reached, or does not open a window."""
+
+
 class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 

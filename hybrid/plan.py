@@ -10,8 +10,11 @@ and sends its update, or its answer, once, `PUT UPDATE` with the upload's own ra
 
     200  it is counted, now or by an earlier attempt: a repeat of the same bytes is answered alike, and counted once
     429, 503  not taken; again after `Retry-After`, with the same id and bytes
-    other 4xx  it will never be taken: 404 no such plan, 409 that id came with other bytes, 410 the plan has ended,
-               413 or 400 its body is none of the plan's; the device deletes it
+    other 4xx  it will never be taken: 404 no such plan, 409 that id came with other bytes, or its token under another
+               id, 403 its token is none of the plan's window, 410 the plan has ended, 413 or 400 its body is none of
+               the plan's; the device deletes it
+
+Where a plan has a `token`, the body is a token of that window (`hybrid.tokens`), and the update behind it.
 
 Neither a check-in nor an update names the device or the person, and no header tells devices apart: what is the same for
 a whole cohort is in the plan, and what is not is the update.
@@ -33,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 
 from hybrid.errors import PlanError
 from hybrid.query import Query
+from hybrid.tokens import Window
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -45,6 +49,7 @@ MAX_JSON = 64 << 10  # of its JSON
 MAX_PARAMETERS = (MAX_BYTES - MAX_JSON - 128) // 4
 MAX_PAYLOAD = 1 << 18  # numbers that a query brings along
 QUERY_RUNTIME = 2  # of the first devices that know a `QueryPlan`: others are given none
+TOKEN_RUNTIME = 3  # of the first devices that know a plan's `token`: others are given no plan that has one
 SIGNATURE = 64
 _LENGTH = struct.Struct("<I")
 
@@ -154,6 +159,8 @@ class TrainPlan(_Message):
         clip: largest L2 norm of the flat update.
         upload: how the update travels: as float32, or in 8 bits by `hybrid.update`.
         parameters: length of the flat vector of weights.
+        token: the window of which each update needs a token; None: none is asked for. All of a cohort have the same,
+            signed: an issuer cannot tell devices by keys of their own.
     """
 
     kind: Literal["train"] = "train"
@@ -173,6 +180,7 @@ class TrainPlan(_Message):
     clip: Positive
     upload: Literal["float32", "int8"] = "float32"
     parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
+    token: Window | None = None
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -196,6 +204,7 @@ class QueryPlan(_Message):
             this version's.
         seconds: of the counting, at most.
         query: what is asked; of a device at most `query.rows` rows are read.
+        token: see `TrainPlan`.
 
     Raises:
         ValueError: (pydantic's) the query is none, or its payload would have more than `MAX_PAYLOAD` numbers.
@@ -211,6 +220,7 @@ class QueryPlan(_Message):
     policy: Policy = Policy()
     seconds: Positive = 60.0
     query: Query
+    token: Window | None = None
 
     @model_validator(mode="after")
     def _carried(self) -> Self:
@@ -299,7 +309,7 @@ def sign(message: Plan | Halt, key: Ed25519PrivateKey, numbers: NDArray[np.float
     Raises:
         PlanError: the numbers are not the message's, or its JSON is too long: no device would take it.
     """
-    # Without what is None: a device that knows no turns, or no keep, reads plans that have none.
+    # Without what is None: a device that knows no turns, keep or tokens reads plans that have none.
     text = message.model_dump_json(exclude_none=True).encode()
     values = np.zeros(0, np.float32) if numbers is None else numbers
     _check(message, len(text), values)

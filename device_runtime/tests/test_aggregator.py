@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from device_runtime.aggregator import MAX_SAID, MAX_WAIT_S, Aggregator, Reply
+from device_runtime.aggregator import MAX_SAID, Aggregator
+from device_runtime.caller import MAX_WAIT_S, Reply
 from hybrid.errors import ConfigError
 from hybrid.plan import CheckIn
 

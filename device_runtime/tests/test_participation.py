@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_runtime.aggregator import Reply
+from device_runtime.caller import Reply
+from device_runtime.credentials import NoToken
 from device_runtime.eligibility import Readings, Reason
 from device_runtime.host import ScriptedHost
 from device_runtime.participation import (
@@ -25,13 +26,14 @@ from device_runtime.participation import (
     read_policy,
     refusal,
 )
-from device_runtime.protocol import NEXT, State, Upload
+from device_runtime.protocol import NEXT, Held, State, Upload
 from hybrid import Clear, Numeric
 from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
 from hybrid.plan import Halt, Local, Policy, QueryPlan, TrainPlan, Turn, sign
 from hybrid.query import LABEL, Categories, Labels, Moments, Query
+from hybrid.tokens import TOKEN_BYTES, Pending, Window
 from hybrid.update import decode
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -122,6 +124,16 @@ class MemoryStore:
     forgets: int = 0
     kept: list = field(default_factory=list)
     turns: dict = field(default_factory=dict)
+    tokens: dict = field(default_factory=dict)
+
+    def held(self, scope, *, device=0):
+        return self.tokens.get(scope)
+
+    def hold(self, held, now_ms, *, device=0):
+        self.tokens[held.scope] = held
+
+    def spend(self, scope, *, device=0):
+        del self.tokens[scope]
 
     def halted(self, version):
         return self.stopped.get(version)
@@ -225,6 +237,7 @@ class World:
     store: MemoryStore = field(default_factory=MemoryStore)
     aggregator: Aggregator = field(default_factory=Aggregator)
     waited: list = field(default_factory=list)
+    credentials: object = None
 
     def __post_init__(self):
         self.trainer = Trainer(self)
@@ -250,6 +263,7 @@ class World:
                 host=ScriptedHost(self.readings),
                 aggregator=self.aggregator,
                 trusted=KEY.public_key(),
+                credentials=self.credentials,
                 own=self.own,
                 now_ms=lambda: self.now_ms,
                 clock=lambda: self.seconds,
@@ -280,7 +294,7 @@ def test_a_check_in_says_model_version_and_runtime():
     """And takes no more than the largest plan: a signature, a length, 64 KiB of JSON, 1 MiB of a query's payload."""
     world = World()
     world.session()
-    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 2}, 64 + 4 + 65536 + (1 << 20))]
+    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 3}, 64 + 4 + 65536 + (1 << 20))]
 
 
 def test_an_update_is_kept_before_it_is_sent():
@@ -926,3 +940,109 @@ def test_without_consent_no_query_is_answered():
     world = World(readings=(GOOD, GOOD, replace(GOOD, consent=False))).answers(QUERY)
     assert world.session().ending is Ending.NO_CONSENT
     assert (world.aggregator.sent, world.store.waiting) == ([], {})
+
+
+# Tokens
+
+WINDOW = Window(issuer="issuer.example", scope="spring", number=3, key="30" * 342)
+ASKS = PLAN.model_copy(update={"token": WINDOW})
+TOKEN = bytes(range(256)) + bytes(TOKEN_BYTES - 256)
+
+
+@dataclass
+class Credentials:
+    """Gives the token, or says why not; and says what was decided when it was asked.
+
+    Attributes:
+        refuses: in place of a token.
+        asked: (window, whether the device had begun, and whether it had looked at its examples).
+    """
+
+    world: "World"
+    issuer: str = "issuer.example"
+    refuses: NoToken | None = None
+    asked: list = field(default_factory=list)
+
+    async def token(self, window, store, expires_ms, now_ms, *, device=0):
+        self.asked.append((window, dict(store.decided), list(self.world.looked)))
+        store.hold(Held(window.scope, window.number, Pending(bytes(98), bytes(256), 1), expires_ms, TOKEN), now_ms())
+        if self.refuses:
+            raise self.refuses
+        return TOKEN
+
+
+def with_credentials(**fields):
+    world = World(own=OFTEN, **fields).answers(ASKS)
+    world.looked, examples = [], world.store.examples
+    world.store.examples = lambda *arguments: world.looked.append(arguments) or examples(*arguments)
+    world.credentials = Credentials(world)
+    return world
+
+
+def test_an_update_begins_with_a_token_where_the_plan_asks_for_one():
+    """It is spent with it: kept in the upload alone, which goes out as it is until it is taken."""
+    world = with_credentials()
+    world.aggregator.uploads = [Reply(503, retry_after_s=99.0), Reply(200)]
+    assert world.session().ending is Ending.WAITING
+    assert world.store.tokens == {}
+    assert world.session().ending is Ending.UPLOADED
+    (_, first, body), (_, second, again) = world.aggregator.sent
+    assert (first, body) == (second, again)
+    assert body[:TOKEN_BYTES] == TOKEN
+    np.testing.assert_array_equal(decode(body[TOKEN_BYTES:], 3), UPDATE)
+    assert len(world.credentials.asked) == 1
+
+
+def test_the_issuer_is_asked_before_the_coin_and_before_the_examples():
+    """It knows the account: it learns neither who takes part, nor who has something to train with."""
+    for changes, ending in (({"toss": 0.7}, Ending.NOT_SAMPLED), ({}, Ending.FEW_EXAMPLES)):
+        world = with_credentials(**changes)
+        world.answers(ASKS.model_copy(update={"sampling": 0.5}))
+        world.store.rows = 1 if ending is Ending.FEW_EXAMPLES else 5
+        assert world.session().ending is ending
+        assert world.credentials.asked == [(WINDOW, {}, [])]
+        assert world.aggregator.sent == []
+
+
+@pytest.mark.parametrize("issuer", [None, "else.example"])
+def test_a_device_without_credentials_of_the_plans_issuer_takes_no_part(issuer):
+    """It asks nobody, trains nothing, and comes again: another plan may ask for none."""
+    world = with_credentials()
+    world.credentials = Credentials(world, issuer=issuer) if issuer else None
+    outcome = world.session()
+    assert (outcome.ending, world.trainer.trained, world.store.decided) == (Ending.NO_CREDENTIALS, [], {})
+    assert "'issuer.example'" in outcome.why
+    assert outcome.ask_again_s >= ASK_AGAIN_S
+    assert world.answers(PLAN).session().ending is Ending.UPLOADED
+
+
+@pytest.mark.parametrize(
+    ("refused", "ending", "again_s"),
+    [
+        (NoToken("taken", taken=True), Ending.ACCOUNT_WAITS, ASK_AGAIN_S),
+        (NoToken("unreachable"), Ending.NOT_ISSUED, ASK_AGAIN_S),
+        (NoToken("busy", retry_after_s=5.0), Ending.NOT_ISSUED, 5.0),
+    ],
+)
+def test_without_a_token_nothing_is_begun(refused, ending, again_s):
+    world = with_credentials()
+    world.credentials.refuses = refused
+    outcome = world.session()
+    assert (outcome.ending, world.store.decided, world.aggregator.sent) == (ending, {}, [])
+    assert again_s <= outcome.ask_again_s <= again_s * (1 + SPREAD)
+
+
+def test_who_is_not_eligible_or_not_at_its_turn_asks_for_no_token():
+    busy = with_credentials(readings=(replace(GOOD, idle=False),))
+    later = with_credentials(toss=0.99)
+    turn = Turn(training="5" * 32, first_step=1, last_step=1, separation=9)
+    later.answers(ASKS.model_copy(update={"turn": turn}))
+    for world, ending in ((busy, Ending.NOT_ELIGIBLE), (later, Ending.NOT_ITS_TURN)):
+        assert world.session().ending is ending
+        assert world.credentials.asked == []
+
+
+def test_a_query_is_answered_with_a_token_too():
+    world = with_credentials().answers(QUERY.model_copy(update={"token": WINDOW}))
+    assert world.session().ending is Ending.UPLOADED
+    assert world.aggregator.sent[0][2][:TOKEN_BYTES] == TOKEN

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device_runtime.encrypted import Full
-from device_runtime.protocol import Upload
+from device_runtime.protocol import Held, Upload
 from device_runtime.rows import Rows
 from device_runtime.store import Served, Store
 from hybrid import Categorical, Log1p, Numeric
@@ -34,6 +34,7 @@ from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
 from hybrid.plan import Policy, Turn
 from hybrid.query import Labels, Moments, Query, Scores
+from hybrid.tokens import Pending
 
 KEY = bytes(range(32))
 NOW = 1_900_000_000_000
@@ -713,6 +714,59 @@ def test_forgetting_gives_no_turn_back(store: Store):
     assert [found for found in store.export() if found["kind"] == "turn"] == [
         {"kind": "turn", "device": 0, "training": "5" * 32, "next_step": 7}
     ]
+
+
+def held(number: int = 3, *, scope: str = "spring", token: bytes | None = None, expires_ms: int = NOW) -> Held:
+    return Held(scope, number, Pending(bytes([number]) * 98, b"b" * 256, 1 << 2000 | number), expires_ms, token)
+
+
+def test_a_token_is_kept_for_each_scope_and_device_until_it_is_spent(store: Store):
+    """What it was asked for with first, then the token in its place."""
+    assert store.held("spring") is None
+    store.hold(held(), NOW)
+    store.hold(held(4, scope="summer"), NOW)
+    store.hold(held(5), NOW, device=1)
+    store.hold(held(token=b"token"), NOW)
+    assert store.held("spring") == held(token=b"token")
+    assert (store.held("summer"), store.held("spring", device=1)) == (held(4, scope="summer"), held(5))
+    store.spend("spring")
+    assert store.held("spring") is None
+    assert store.held("spring", device=1) == held(5)
+
+
+def test_tokens_that_have_expired_go_with_the_next(store: Store):
+    store.hold(held(), NOW)
+    store.hold(held(scope="summer", expires_ms=NOW + 2), NOW + 1)
+    assert store.held("spring") is None
+    assert store.held("summer") is not None
+
+
+def test_tokens_are_exported_and_forgotten_with_everything_of_a_device(store: Store):
+    """Not with one entity: they are of no event. The issuer gives no other one of their windows."""
+    store.hold(held(token=b"token"), NOW)
+    store.hold(held(4, scope="summer"), NOW)
+    found = [found for found in store.export() if found["kind"] == "token"]
+    at = "2030-03-17T17:46:40.000+00:00"
+    same = {"kind": "token", "device": 0, "expires": at}
+    assert found == [
+        same | {"scope": "spring", "number": 3, "token_base64": "dG9rZW4="},
+        same | {"scope": "summer", "number": 4, "token_base64": None},
+    ]
+    store.forget(entity="shop-1")
+    assert store.held("spring") is not None
+    store.forget()
+    assert store.held("spring") is store.held("summer") is None
+
+
+def test_a_store_of_before_there_were_tokens_learns_them(file: Path, manifest: Manifest):
+    """Also exported and forgotten by who has no bundle."""
+    with Store.open(file, KEY, manifest) as store:
+        store._db.all("DROP TABLE tokens")
+    with Store.open(file, KEY) as store:
+        assert list(store.export()) == []
+        store.forget()
+    with Store.open(file, KEY, manifest) as store:
+        store.hold(held(), NOW)
 
 
 def test_a_store_of_before_there_were_turns_learns_them(file: Path, manifest: Manifest):

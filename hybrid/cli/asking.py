@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PER_RUN = "per run: what other runs asked is not composed"
 SEEDED = f"the noise is seeded, and can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
-ONE_ANSWER = f"no device answers a question twice, which nothing enforces until there are tokens; {PER_RUN}"
+ONE_ANSWER = f"no device answers a question twice, which nothing enforces without tokens; {PER_RUN}"
 MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
 NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
 FULL = "full: 95 %, for the population that they are a sample of, person by person"
@@ -74,6 +74,11 @@ class Whom(ABC):
     @abstractmethod
     def assumes(self) -> str:
         """What an epsilon relies on, as a sentence."""
+
+    @property
+    def unit(self) -> str | None:
+        """That an epsilon is of, where it is not the model's declared one."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -130,6 +135,11 @@ class OnDevices(Whom):
     def assumes(self) -> str:
         """See `Whom`."""
         return ONE_ANSWER
+
+    @property
+    def unit(self) -> str:
+        """See `Whom`: nothing keeps a person with two devices from being counted twice."""
+        return "device"
 
     @classmethod
     def of(
@@ -200,6 +210,11 @@ class Paying:
     ask: Ask
     before: int
 
+    @property
+    def unit(self) -> str:
+        """That an epsilon is of."""
+        return self.whom.unit or self.model.privacy.unit
+
     def begin(self, shares: Sequence[float]) -> None:
         """Sets aside what all phases cost; a run that nobody described yet is described.
 
@@ -210,7 +225,7 @@ class Paying:
 
         self.ask.begin(shares)
         about = {"population": self.whom.population, "seed": self.whom.seed, "assumption": self.whom.assumes}
-        claim = {"unit": self.model.privacy.unit, "protects": self.model.protects}
+        claim = {"unit": self.unit, "protects": self.model.protects}
         describe(self.folder, self.model.name, self.purpose, **about, **claim)
 
     def spend(self) -> dict[str, Any]:
@@ -223,7 +238,7 @@ class Paying:
         return {
             "epsilon": this.epsilon,
             "delta": ledger.delta,
-            "unit": self.model.privacy.unit,
+            "unit": self.unit,
             "protects": self.model.protects,
             "mechanism": f"{MECHANISM}; accountant: {this.method}",
             "assumption": self.whom.assumes,

@@ -78,6 +78,12 @@ def run(
     noise: Noise = None,
     processes: Annotated[int, typer.Option(min=1, help="That the devices share.")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the aggregator; 0: a free one.")] = 0,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="An issuer, started for it, gives each person one token a round.")
+    ] = False,
+    second_devices: Annotated[
+        int, typer.Option(min=0, metavar="N", help="So many of the people have a second device, with the same rows.")
+    ] = 0,
     federation: Annotated[
         Where | None,
         typer.Option(help="local: over a real Flower SuperLink, two SuperNodes and two aggregators, started for it."),
@@ -105,11 +111,20 @@ def run(
     Example: hybrid fleet run coupon --federation local
 
     Example: hybrid fleet run coupon --rounds 20 --separation 5 --buffer 20 --noise banded
+
+    Example: hybrid fleet run coupon --tokens --second-devices 20
     """
     if noiseless and epsilon is not None:
         raise ConfigError("--epsilon must be left out with --noiseless: it trains without privacy")
     if federation is not None and port:
         raise ConfigError(f"--port must be left out with --federation: its aggregators take free ones, got {port}")
+    if federation is not None and (tokens or second_devices):
+        raise ConfigError(
+            "--tokens and --second-devices must be left out with --federation: of its aggregators each would take an "
+            "update of a person with two devices"
+        )
+    if second_devices > devices:
+        raise ConfigError(f"--second-devices must be at most the {devices} of --devices, got {second_devices}")
     changed = _asked(sampling, separation, buffer, max_staleness, noise)
     from hybrid.local.fleet import AGGREGATORS, Order, Promoted, train, train_over_flower
 
@@ -123,7 +138,17 @@ def run(
     folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
     with folder as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):
         with progress_bar(f"training of {model} on {devices} devices") as progress:
-            order = Order(promoted, settings, people, round_s, processes, workspace.keys, progress)
+            order = Order(
+                promoted,
+                settings,
+                people,
+                round_s,
+                processes,
+                workspace.keys,
+                progress,
+                tokens=tokens,
+                second=second_devices,
+            )
             if federation is None:
                 outcome = train(order, ledger, port)
             else:
@@ -131,6 +156,7 @@ def run(
         if outcome.failed == rounds:
             raise FederationError(f"none of the {rounds} rounds was released; run: {run_dir}")
         report = _report(promoted, settings, outcome, people) | {"run": str(run_dir)}
+        report |= {"tokens": tokens, "second_devices": second_devices}
         if ledger is not None:
             record = promoted.record(
                 settings,
@@ -138,6 +164,7 @@ def run(
                 users=devices,
                 examples=int(people.offsets[-1]),
                 aggregators=outcome.aggregators,
+                tokens=tokens,
                 population=population or model,
                 run=run_dir.name,
             ).model_copy(update={"rounds": rounds - outcome.failed})

@@ -21,11 +21,12 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from hybrid import http
 from hybrid.bundle import signing_key
-from hybrid.errors import HybridError
+from hybrid.errors import ConfigError, HybridError
 from hybrid.federation.aggregator import PURPOSE, Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
 from hybrid.federation.halts import KillSwitch
+from hybrid.federation.issuer import RemoteIssuer
 from hybrid.federation.pace import LONGEST_S
 from hybrid.federation.remote import control_app, controlled, read_token
 from hybrid.http import Certificate, TimedHttp
@@ -33,6 +34,7 @@ from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.matrix import Banded, Buffered, Matrix, Participation, sensitivity
 from hybrid.spec import Declared
+from hybrid.tokens import Host, ScopeName
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +209,23 @@ class Turns(Declared):
     buffer: Buffer | None = None
 
 
+class Tokens(Declared):
+    """The issuer whose tokens updates need: see `hybrid.federation.issuer.RemoteIssuer`.
+
+    Attributes:
+        name, url, scope, authority: of it.
+    """
+
+    name: Host
+    url: str
+    scope: ScopeName
+    authority: Path | None = None
+
+    def issuer(self, token: str) -> RemoteIssuer:
+        """It, shown that token."""
+        return RemoteIssuer(name=self.name, url=self.url, token=token, scope=self.scope, authority=self.authority)
+
+
 class Service(Declared):
     """What the process of an aggregator is told, as JSON.
 
@@ -217,6 +236,7 @@ class Service(Declared):
         rounds: that are reserved in the ledger, those it has already among them.
         epsilon, delta: that the ledger allows for all of them, and for others as far as it goes; both None without
             noise, and so without privacy.
+        tokens: None: nothing keeps an account with two devices from being counted twice.
     """
 
     task: Task
@@ -228,6 +248,7 @@ class Service(Declared):
     rounds: Count
     epsilon: Positive | None
     delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None
+    tokens: Tokens | None = None
 
     @model_validator(mode="after")
     def _paid(self) -> Self:
@@ -245,22 +266,27 @@ class Service(Declared):
         return Round(self.sampling, self.clip, self.noise_multiplier, self.minimum, matrix=matrix)
 
     @contextmanager
-    def aggregator(self, folder: Path, keys: Path) -> Iterator[FleetAggregator]:
+    def aggregator(self, folder: Path, keys: Path, *, issuer_token: str | None = None) -> Iterator[FleetAggregator]:
         """It, with its ledger open.
 
         Args:
             folder: its own, with the ledger and the state of noise that spans rounds; one process at a time.
             keys: the folder of the control plane's signing key.
+            issuer_token: that the issuer's control side asks for, where there are tokens.
 
         Raises:
             BudgetExceeded: what is left of the rounds would cost more than is allowed.
-            ConfigError: the ledger is another's, or the settings are none that a fleet can keep.
+            ConfigError: the ledger is another's, or the settings are none that a fleet can keep; or there are tokens,
+                and no `issuer_token`, or the other way round.
         """
+        if (self.tokens is None) != (issuer_token is None):
+            raise ConfigError("the issuer's token must be given where the settings have tokens, and else left out")
+        windows = None if self.tokens is None or issuer_token is None else self.tokens.issuer(issuer_token)
         settings, buffer = self.round, None if self.turns is None else self.turns.buffer
         with self._account(settings, folder) as account:
             state = folder / NOISE_STATE
             key = signing_key(keys)
-            yield FleetAggregator(self.task, settings, account, key, noise_state=state, buffer=buffer)
+            yield FleetAggregator(self.task, settings, account, key, noise_state=state, buffer=buffer, windows=windows)
 
     @contextmanager
     def _account(self, settings: Round, folder: Path) -> Iterator[Ledger | None]:
@@ -286,6 +312,9 @@ def main() -> None:
     )
     parser.add_argument("--keys", type=Path, required=True, help="folder of the signing key")
     parser.add_argument("--token", type=Path, required=True, help="file with what the control side asks for")
+    parser.add_argument(
+        "--issuer-token", type=Path, default=None, help="file with what the issuer's control side asks for, see Tokens"
+    )
     for side, whose, port in (("", "devices", 8090), ("control-", "the ClientApp", 8091)):
         parser.add_argument(f"--{side}host", default="127.0.0.1", help=f"where {whose} reach it (default %(default)s)")
         parser.add_argument(f"--{side}port", type=int, default=port, help="default %(default)s; 0: a free one")
@@ -310,7 +339,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     control = None if arguments.control_tls_cert is None else (arguments.control_tls_cert, arguments.control_tls_key)
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with service.aggregator(folder, arguments.keys) as aggregator:
+    issuer_token = None if arguments.issuer_token is None else read_token(arguments.issuer_token)
+    with service.aggregator(folder, arguments.keys, issuer_token=issuer_token) as aggregator:
         switch = KillSwitch(aggregator, service.task.model, folder / "halts.json")
         parameters = service.task.parameters
         app = control_app(aggregator, token, size=parameters, folder=folder / "release", halt=switch.halt)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,7 @@ from hybrid.federation.rounds import MOST_UPLOADS, Answer, OpenSum, Uploads
 from hybrid.plan import (
     MAX_PARAMETERS,
     QUERY_RUNTIME,
+    TOKEN_RUNTIME,
     CheckIn,
     Count,
     Digest,
@@ -51,6 +52,7 @@ from hybrid.plan import (
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import ClippedSum, Release
 from hybrid.query import Query
+from hybrid.tokens import Window
 from hybrid.update import Upload
 
 if TYPE_CHECKING:
@@ -65,6 +67,22 @@ IDLE_ROUNDS = 10.0  # round lengths after which no next round is counted on
 IDLE_S = 3600.0  # how long devices stay away then
 REMEMBERED = 1000  # ended plans whose ids are told from unknown ones
 _RANDOM = secrets.SystemRandom()
+
+
+class Windows(Protocol):
+    """Where the windows are opened that tokens are of: see `hybrid.federation.issuer.RemoteIssuer`."""
+
+    def open(self, turn: Turn | None) -> Window:
+        """A window that no plan had before.
+
+        Args:
+            turn: of the plan: an account gets no token of two windows that are nearer than its separation. None: one
+                of each.
+
+        Raises:
+            IssuerError: the issuer cannot be reached, or refuses.
+        """
+        ...
 
 
 class Audience(BaseModel):
@@ -111,9 +129,11 @@ class Task(Audience):
     upload: Upload = "float32"
     parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)]
 
-    def plan(self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None) -> TrainPlan:
+    def plan(
+        self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None, token: Window | None = None
+    ) -> TrainPlan:
         """Of one attempt at a round."""
-        fields = self._planned | {"turn": turn}
+        fields = self._planned | {"turn": turn, "token": token}
         return TrainPlan(id=secrets.token_hex(16), sampling=sampling, clip=clip, expires_ms=expires_ms, **fields)
 
 
@@ -131,10 +151,12 @@ class Question(Audience):
         """Length of an answer."""
         return self.query.size
 
-    def plan(self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None) -> QueryPlan:
+    def plan(
+        self, *, sampling: float, clip: float, expires_ms: int, turn: Turn | None = None, token: Window | None = None
+    ) -> QueryPlan:
         """Of one attempt: everybody is asked, and clips to the query's norm."""
         assert (sampling, clip, turn) == (1.0, self.query.norm, None)
-        return QueryPlan(id=secrets.token_hex(16), expires_ms=expires_ms, **self._planned)
+        return QueryPlan(id=secrets.token_hex(16), expires_ms=expires_ms, token=token, **self._planned)
 
 
 class Refused(StrEnum):
@@ -145,6 +167,8 @@ class Refused(StrEnum):
     UNKNOWN_PLAN = "unknown_plan"
     STALE = "stale"
     REPLAYED = "replayed"  # other bytes under an id that came before
+    FORGED = "forged"  # it shows no token of its plan's window
+    SPENT = "spent"  # a token that came before, under another id
     FULL = "full"
 
 
@@ -168,6 +192,8 @@ _ANSWERS: dict[Answer, tuple[int, Refused | None]] = {
     Answer.REPEATED: (200, None),
     Answer.OTHER_BYTES: (409, Refused.REPLAYED),
     Answer.MALFORMED: (400, Refused.MALFORMED),
+    Answer.FORGED: (403, Refused.FORGED),
+    Answer.SPENT: (409, Refused.SPENT),
     Answer.ENDED: (410, Refused.STALE),
     Answer.FULL: (503, Refused.FULL),
 }
@@ -214,6 +240,8 @@ class _Version:
     @property
     def runtime(self) -> int:
         """Of devices that know such a plan, at least."""
+        if self.plan.token is not None:
+            return TOKEN_RUNTIME
         return QUERY_RUNTIME if isinstance(self.plan, QueryPlan) else 1
 
 
@@ -245,6 +273,8 @@ class FleetAggregator:
             is secret, and goes on where a process before left it, see `hybrid.federation.horizon`; what goes on is paid
             for, and not to be reserved again.
         buffer: asynchronous training, with a matrix in `settings`; None: rounds that all begin and end together.
+        windows: of tokens, one for each attempt at a round, of which every upload needs one; None: none is asked for,
+            and nothing keeps a person with two devices from being counted twice.
         clock: by which rounds close.
 
     Attributes:
@@ -267,9 +297,10 @@ class FleetAggregator:
         *,
         noise_state: Path | None = None,
         buffer: Buffer | None = None,
+        windows: Windows | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._task, self._ledger, self._key, self._buffer = task, ledger, key, buffer
+        self._task, self._ledger, self._key, self._buffer, self._windows = task, ledger, key, buffer, windows
         self._oldest = 0 if buffer is None else buffer.oldest
         self._training = self._training_of(task, settings, noise_state)
         self._clock: Clock = clock or SystemClock()
@@ -336,6 +367,7 @@ class FleetAggregator:
             ConfigError: a round is open already.
             PlanError: `flat` is not (parameters,) finite.
             Halted, RoundStopped: it was halted or stopped, before or in the round; nothing is spent.
+            IssuerError: there are windows, and none could be opened; no device was asked.
         """
         return self._run(self._trained, number, flat)
 
@@ -366,7 +398,7 @@ class FleetAggregator:
             ConfigError: a round is open already; there is noise and no ledger; or there is a buffer, whose flushes go
                 on between rounds: queries then need an aggregator of their own.
             PlanError: the payload is not the query's, or the query is larger than a plan may be. Nobody was asked.
-            Halted, RoundStopped: as in `run_round`.
+            Halted, RoundStopped, IssuerError: as in `run_round`.
         """
         if self._buffer is not None:
             raise ConfigError("buffer must be None to ask queries: a flush goes on between rounds")
@@ -427,13 +459,16 @@ class FleetAggregator:
 
     def _open(self, work: _Work, numbers: Float32 | None, clip: float) -> int:
         """Offers a plan; returns when the round ends at the latest, in Unix milliseconds."""
+        turn = None if work.horizon is None else work.horizon.turn(self._oldest)
+        token = None if self._windows is None else self._windows.open(turn)
         begins_ms, lasts_ms = self._clock.now_ms(), math.ceil(self._task.round_s * 1e3)
         plan_ms = lasts_ms * (1 + self._oldest)
         plan = work.task.plan(
             sampling=work.settings.sampling,
             clip=clip,
             expires_ms=begins_ms + plan_ms,
-            turn=None if work.horizon is None else work.horizon.turn(self._oldest),
+            turn=turn,
+            token=token,
         )
         version = _Version(Uploads(plan), self._step)
         offer = _Offer(version, sign(plan, self._key, numbers), begins_ms + int(LAST_OFFER * plan_ms))

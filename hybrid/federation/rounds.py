@@ -1,7 +1,9 @@
 """What a fleet's aggregator has open: plans that uploads come for, and the clipped sum that they go into.
 
-No I/O, no clock. What is kept of an upload is its id, a digest of its bytes, and its part of the sum: memory grows
-with the cohort by some 200 bytes an upload, whatever the model's size.
+No I/O, no clock. What is kept of an upload is its id, a digest of its bytes, its token's nonce where it needs one, and
+its part of the sum: memory grows with the cohort by some 200 bytes an upload, 300 with tokens, whatever the model's
+size. A spent nonce is remembered as long as its plan's uploads are taken, and so as long as any sum that it could go
+into: where a process dies, both are gone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from hybrid.errors import UpdateError
 from hybrid.plan import Plan
 from hybrid.privacy.mechanisms import ClippedSum, clip_and_sum
+from hybrid.tokens import TOKEN_BYTES
 from hybrid.update import decode, head, length
 
 MOST_UPLOADS = 1_000_000  # of one sum: 200 MB of ids and digests
@@ -23,12 +26,17 @@ DIGEST_BYTES = 16
 
 
 class Answer(StrEnum):
-    """What became of one upload. None of these words depends on what is in an update that has its plan's form."""
+    """What became of one upload. None of these words depends on what is in an update that has its plan's form.
+
+    Nor does a word say whose it is: a token is of nobody.
+    """
 
     COUNTED = "counted"  # it took part, even where it is not finite and adds nothing
     REPEATED = "repeated"  # the same bytes under the same id: counted once
     OTHER_BYTES = "other_bytes"  # under an id that came before
     MALFORMED = "malformed"  # not of the length and encoding that the plan asks for
+    FORGED = "forged"  # what it shows is no token of the plan's window
+    SPENT = "spent"  # its token came before, under another id
     ENDED = "ended"
     FULL = "full"
 
@@ -96,11 +104,12 @@ class Uploads:
     """What came for one plan.
 
     Attributes:
-        plan: that devices were given.
+        plan: that devices were given. Where another one has the same window of tokens, its sum died with its process.
     """
 
     plan: Plan
     _seen: dict[bytes, bytes] = field(default_factory=dict, repr=False)
+    _spent: set[bytes] = field(default_factory=set, repr=False)
 
     def __contains__(self, upload: str) -> bool:
         """Whether one of that id was counted."""
@@ -109,7 +118,11 @@ class Uploads:
     @property
     def body_bytes(self) -> int:
         """Of each upload, exactly."""
-        return length(self.plan.parameters, self.plan.upload)
+        return self._token_bytes + length(self.plan.parameters, self.plan.upload)
+
+    @property
+    def _token_bytes(self) -> int:
+        return 0 if self.plan.token is None else TOKEN_BYTES
 
     def take(self, upload: str, body: bytes, now_ms: int, total: OpenSum | None, weight: float = 1.0) -> Answer:
         """Adds an upload to the sum that is open now, once.
@@ -126,10 +139,23 @@ class Uploads:
             return Answer.REPEATED if before == digest else Answer.OTHER_BYTES
         if total is None or now_ms >= self.plan.expires_ms:
             return Answer.ENDED
-        if len(body) != self.body_bytes or not body.startswith(head(self.plan.parameters, self.plan.upload)):
+        token, update = body[: self._token_bytes], body[self._token_bytes :]
+        if len(body) != self.body_bytes or not update.startswith(head(self.plan.parameters, self.plan.upload)):
             return Answer.MALFORMED
-        if total.full:
-            return Answer.FULL
-        total.add(body, self.plan.clip, weight)
-        self._seen[name] = digest
+        answer = Answer.FULL if total.full else self._spend(token)
+        if answer is Answer.COUNTED:
+            total.add(update, self.plan.clip, weight)
+            self._seen[name] = digest
+        return answer
+
+    def _spend(self, token: bytes) -> Answer:
+        """Whether an upload counts by its token, which then is spent."""
+        if self.plan.token is None:
+            return Answer.COUNTED
+        nonce = self.plan.token.verify(token)
+        if nonce is None:
+            return Answer.FORGED
+        if nonce in self._spent:
+            return Answer.SPENT
+        self._spent.add(nonce)
         return Answer.COUNTED

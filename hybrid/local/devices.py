@@ -85,6 +85,22 @@ class People:
         entity, request, features = self.entity[rows], cut(self.request), cut(self.features)
         return People(offsets, entity, request, features, self.server[rows], self.labels[rows])
 
+    def twice(self, second: int) -> People:
+        """They, and behind them the second devices of the first so many, with the same rows."""
+        more = self.of(range(second))
+
+        def joined(one: Mapping[str, Sequence[Any]], other: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+            return {name: [*values, *other[name]] for name, values in one.items()}
+
+        return People(
+            offsets=np.concatenate([self.offsets, self.offsets[-1] + more.offsets[1:]]),
+            entity=[*self.entity, *more.entity],
+            request=joined(self.request, more.request),
+            features=joined(self.features, more.features),
+            server=np.concatenate([self.server, more.server]),
+            labels=np.concatenate([self.labels, more.labels]),
+        )
+
     def store(self, store: Store, users: range, version: int) -> int:
         """Writes some people's rows, device i = users[i]; returns how many.
 
@@ -131,12 +147,16 @@ class Opened:
         trust: the public key that bundles and plans are signed by.
         aggregator: base URL.
         rest_s: no device stays away for longer than this.
+        issuer: base URL of the issuer of tokens; None: there is none.
+        accounts: of each device, in order, its account's key there.
     """
 
     bundle: Path
     trust: Path
     aggregator: str
     rest_s: float
+    issuer: str | None = None
+    accounts: Sequence[str] = field(default=(), repr=False)
 
 
 class Processes:
@@ -194,8 +214,7 @@ def running(opened: Opened, people: People, folder: Path, *, processes: int) -> 
 
     manifest = open_bundle(opened.bundle, opened.trust).manifest
     key, key_file = secrets.token_bytes(32), folder / "store.key"
-    with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
-        handle.write(key.hex())
+    _write_secret(key_file, key.hex())
     cuts = np.linspace(0, people.users, min(processes, people.users) + 1).astype(int).tolist()
     started: list[subprocess.Popen[str]] = []
     try:
@@ -205,12 +224,22 @@ def running(opened: Opened, people: People, folder: Path, *, processes: int) -> 
                 people.store(store, part, manifest.version)
             pipe = subprocess.PIPE
             words = command(opened, file, key_file, len(part))
+            if opened.issuer is not None:
+                accounts = folder / f"devices-{number}.accounts"
+                _write_secret(accounts, "\n".join(opened.accounts[part.start : part.stop]))
+                words += ["--issuer", opened.issuer, "--accounts", str(accounts)]
             started.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
         yield Processes(started)
     finally:
         for process in started:
             process.kill()
             process.communicate()
+
+
+def _write_secret(file: Path, text: str) -> None:
+    """A new file that its owner alone may read."""
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+        handle.write(text)
 
 
 def command(opened: Opened, store: Path, key_file: Path, devices: int) -> list[str]:
@@ -230,15 +259,27 @@ def main() -> None:
     parser.add_argument("--aggregator", required=True, help="for example http://127.0.0.1:8090")
     parser.add_argument("--devices", type=int, required=True, help="how many are in the store")
     parser.add_argument("--rest-s", type=float, required=True, help="no device stays away for longer than this")
+    parser.add_argument("--issuer", default=None, help="of tokens, for example http://127.0.0.1:8092")
+    parser.add_argument("--accounts", type=Path, default=None, help="with each device's key there, one a line")
     arguments = parser.parse_args()
     print(json.dumps(asyncio.run(_run(**vars(arguments)))))
 
 
 async def _run(
-    *, bundle: Path, trust: Path, store: Path, key_file: Path, aggregator: str, devices: int, rest_s: float
+    *,
+    bundle: Path,
+    trust: Path,
+    store: Path,
+    key_file: Path,
+    aggregator: str,
+    devices: int,
+    rest_s: float,
+    issuer: str | None,
+    accounts: Path | None,
 ) -> dict[str, Any]:
     from device_runtime.aggregator import Aggregator
     from device_runtime.answering import Answerer
+    from device_runtime.credentials import Credentials
     from device_runtime.eligibility import Readings
     from device_runtime.host import ScriptedHost
     from device_runtime.participation import Participation
@@ -255,12 +296,24 @@ async def _run(
     own = Policy(separation_s=0, participations=1_000_000)
     shared, room = _InTurn(Trainer(opened), Answerer(opened)), asyncio.Semaphore(CONCURRENCY)
     trainer, answerer = cast(Trainer, shared), cast(Answerer, shared)
+    keys = [] if accounts is None else accounts.read_text().split()
+    credentials = None if issuer is None else Credentials(issuer, keys[0])
     with Store.open(store, read_store_key(key_file, {}), opened.manifest) as kept:
 
         async def session(device: int) -> Outcome:
+            account = None if credentials is None else credentials.of(keys[device])
             async with room:
                 return await Participation(
-                    opened, trainer, kept, host, asked, trusted, device=device, answerer=answerer, own=own
+                    opened,
+                    trainer,
+                    kept,
+                    host,
+                    asked,
+                    trusted,
+                    device=device,
+                    answerer=answerer,
+                    credentials=account,
+                    own=own,
                 ).session()
 
         print(json.dumps({"ready": devices}), flush=True)

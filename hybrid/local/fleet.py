@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import Audience, FleetAggregator, Task
 from hybrid.federation.flower_app import Job
+from hybrid.federation.issuer import RemoteIssuer
 from hybrid.federation.noise import check_delta, least_noise, planned_cohort, round_settings
 from hybrid.federation.population import Population
 from hybrid.federation.resume import Place
@@ -57,13 +59,23 @@ if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
 BEGAN = "what the version that it began from had cost is not in it"
-NO_TOKENS = f"no device sends two updates to one round, which nothing enforces until there are tokens; {BEGAN}"
+NO_TOKENS = f"no device sends two updates to one round, which nothing enforces without tokens; {BEGAN}"
 OWN_COINS = (
     "each device tosses its own coin for each round, and nobody but the aggregator sees who, or how many, took part"
 )
+TOKENS = f"no account has two updates in one round, whatever devices it has: the issuer of tokens sees to that; {BEGAN}"
+ACCOUNT_COINS = (
+    "one device of each account, which has the account's token, tosses a coin for each round, and nobody but the "
+    "aggregator sees who, or how many, took part"
+)
+ACCOUNT_TURNS = (
+    "each account is in at most one of any {separation} {what} one after another and in at most {most}, in a fixed "
+    "horizon of {rounds}, whatever devices it has: the issuer of tokens sees to that; who takes part may be known: no "
+    "sampling is assumed"
+)
 TURNS = (
     "each device is in at most one of any {separation} {what} one after another and in at most {most}, in a fixed "
-    "horizon of {rounds}, by what its store remembers, which nothing else enforces until there are tokens; who takes "
+    "horizon of {rounds}, by what its store remembers, which nothing else enforces without tokens; who takes "
     "part may be known: no sampling is assumed"
 )
 REST_S = 1.0  # of a device between two sessions, where training is asynchronous: here a flush stands for hours
@@ -286,7 +298,15 @@ class Promoted:
         )
 
     def record(
-        self, settings: Round, ledger: Ledger, *, users: int, examples: int | None, aggregators: int, **about: str
+        self,
+        settings: Round,
+        ledger: Ledger,
+        *,
+        users: int,
+        examples: int | None,
+        aggregators: int,
+        tokens: bool = False,
+        **about: str,
     ) -> TrainingRecord:
         """How a new version came to be, if all of its rounds are released.
 
@@ -296,16 +316,20 @@ class Promoted:
             users: whose devices check in.
             examples: that they hold; None: nobody knows.
             aggregators: each with devices of its own.
+            tokens: whether each update needed a token of its account's; of one aggregator.
             about: the record's `population` and `run`.
         """
         spent, matrix = ledger.spent(), settings.matrix
-        assumes = [OWN_COINS] if settings.sampling < 1 else []
+        assert not tokens or aggregators == 1  # of several each would take a person's update
+        coins, taken = (ACCOUNT_COINS, ACCOUNT_TURNS) if tokens else (OWN_COINS, TURNS)
+        assumes = [coins] if settings.sampling < 1 else []
         if matrix is not None:
             people, what = matrix.participation, "rounds" if self.buffer is None else "flushes"
             turns = {"separation": people.separation, "most": people.most, "rounds": people.rounds, "what": what}
-            assumes = [TURNS.format(**turns)]
+            assumes = [taken.format(**turns)]
         assumes += [OWN_NOISE] if aggregators > 1 else []
-        assumes += [NO_TOKENS if matrix is None else BEGAN]
+        once = TOKENS if tokens else NO_TOKENS
+        assumes += [once if matrix is None else BEGAN]
         return TrainingRecord(
             kind="federated",
             users=users,
@@ -319,7 +343,7 @@ class Promoted:
             rounds=self.settings.rounds,
             mechanism=f"{mechanism_of(self.settings)}, zero-out adjacency; accountant: {spent.method}",
             assumption="; ".join(assumes),
-            unit="device",
+            unit="user" if tokens else "device",
             protects=self.network.model.protects,
             balance=self.version.training.balance,
             learned=self.version.training.learned,
@@ -411,6 +435,8 @@ class Order:
         processes: that the devices share.
         keys: folder of the control plane's signing key.
         progress: called with how many rounds are done, of how many.
+        tokens: whether an issuer gives each person one token a round, which their update needs.
+        second: how many of the people have a second device, with the same rows.
     """
 
     promoted: Promoted
@@ -420,6 +446,8 @@ class Order:
     processes: int
     keys: Path
     progress: Callable[[int, int], None] = field(repr=False)
+    tokens: bool = False
+    second: int = 0
 
     def opened(self, port: int) -> Opened:
         """What devices have whose aggregator is at that port."""
@@ -456,9 +484,11 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
         StackError: a process of devices failed.
     """
     outcome, promoted, buffer = Outcome(), order.promoted, order.promoted.buffer
-    task = promoted.task(order.round_s, devices=order.people.users)
+    owners = [*range(order.people.users), *range(order.second)]
+    task = promoted.task(order.round_s, devices=len(owners))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-")))
+        issued = stack.enter_context(issuing(folder / "issuer", order.people.users)) if order.tokens else None
         aggregator = FleetAggregator(
             task,
             order.settings,
@@ -466,9 +496,12 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
             signing_key(order.keys),
             noise_state=folder / "noise.state",  # which no other process goes on with
             buffer=buffer,
+            windows=None if issued is None else issued.windows,
         )
-        bound = stack.enter_context(listening(aggregator, port=port))
-        devices = running(order.opened(bound), order.people, folder, processes=order.processes)
+        opened = order.opened(stack.enter_context(listening(aggregator, port=port)))
+        if issued is not None:
+            opened = replace(opened, issuer=issued.url, accounts=[issued.keys[owner] for owner in owners])
+        devices = running(opened, order.people.twice(order.second), folder, processes=order.processes)
         started = stack.enter_context(devices)
         started.wait_ready()
         initial = promoted.side.flat()
@@ -481,6 +514,44 @@ def train(order: Order, ledger: Ledger | None, port: int) -> Outcome:
     outcome.failed = strategy.failed_rounds
     outcome.refused = {str(reason): count for reason, count in aggregator.refused.items()}
     return outcome
+
+
+@dataclass(frozen=True)
+class Issued:
+    """An issuer of tokens on this machine.
+
+    Attributes:
+        url: that devices ask.
+        windows: at its control side.
+        keys: of each account.
+    """
+
+    url: str
+    windows: RemoteIssuer
+    keys: Sequence[str] = field(repr=False)
+
+
+@contextmanager
+def issuing(folder: Path, accounts: int) -> Iterator[Issued]:
+    """Serves an issuer of tokens from threads of this process until the block ends.
+
+    Args:
+        folder: new, its own.
+        accounts: how many it knows.
+    """
+    from serving.access import Access, ApiKey, ApiKeys
+    from serving.issuer import Issuer, application, control_application
+    from serving.issuer import listening as issuer_listening
+
+    lines, keys = zip(*(ApiKey.issue(f"person-{number}") for number in range(accounts)), strict=True)
+    token = secrets.token_urlsafe(32)
+    with ExitStack() as stack:
+        issuer = stack.enter_context(Issuer(folder))
+        (folder / "api-keys").write_text("\n".join(map(str, lines)))
+        apps = (application(issuer, Access(ApiKeys(folder / "api-keys"))), control_application(issuer, token))
+        devices, control = (f"http://127.0.0.1:{stack.enter_context(issuer_listening(app))}" for app in apps)
+        name = devices.removeprefix("http://")
+        yield Issued(devices, RemoteIssuer(name=name, url=control, token=token, scope="fleet"), keys)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from hybrid.plan import (
     sign,
 )
 from hybrid.query import By, Categories, Histogram, Labels, Moments, Query, Scores
+from hybrid.tokens import Window
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key()
@@ -383,3 +384,15 @@ def test_a_check_in_names_its_version_and_nothing_else():
     assert set(CheckIn.model_fields) == {"model", "version", "runtime"}
     with pytest.raises(ValidationError):
         CheckIn.model_validate({"model": "coupon", "version": 1, "runtime": 1, "device": 7})
+
+
+WINDOW = Window(issuer="issuer.example:8092", scope="ab" * 16, number=7, key="30" * 342)
+
+
+def test_a_plan_may_ask_for_a_token():
+    """For a training and for a query. Without one its bytes do not name it: older devices read them."""
+    with_token = PLAN.model_copy(update={"token": WINDOW})
+    assert open_signed(sign(with_token, KEY, WEIGHTS), PUBLIC)[0] == with_token
+    query = ASKED.model_copy(update={"token": WINDOW})
+    assert open_signed(sign(query, KEY), PUBLIC)[0] == query
+    assert b"token" not in MESSAGE

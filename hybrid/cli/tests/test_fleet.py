@@ -47,6 +47,8 @@ def test_a_halt_that_was_not_taken_is_an_error(tmp_path):
         (("--federation", "local", "--port", "8090"), "--port must be left out with --federation"),
         (("--federation", "local", "--devices", "1"), "--devices must be at least 2, the aggregators of --federation"),
         (("--separation", "2", "--sampling", "0.5"), "--sampling must be left out with --separation, .*, got 0.5"),
+        (("--federation", "local", "--tokens"), "--tokens and --second-devices must be left out with --federation"),
+        (("--devices", "3", "--second-devices", "4"), "--second-devices must be at most the 3 of --devices, got 4"),
         (("--max-staleness", "2"), "--max-staleness must be left out without --buffer, got 2"),
     ],
 )

@@ -15,11 +15,12 @@ import pytest
 
 from hybrid import http as hybrid_http
 from hybrid.bundle import trusted_key
-from hybrid.errors import Halted
+from hybrid.errors import ConfigError, Halted
 from hybrid.federation import checkin
 from hybrid.federation.aggregator import Round
 from hybrid.federation.checkin import HEALTH, MAX_CHECK_IN, Service, listening
 from hybrid.federation.fleet_aggregator import Refused
+from hybrid.federation.issuer import RemoteIssuer
 from hybrid.federation.remote import RemoteAggregator
 from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of, task
 from hybrid.plan import CHECK_IN, UPDATE, Halt, open_signed
@@ -238,6 +239,25 @@ def process(tmp_path, port=0, **changes):
             yield started, int(ports[0]), RemoteAggregator(url=url, token=TOKEN, run="7", timeout_s=30)
         finally:
             started.kill()
+
+
+TOKENS = {"name": "issuer.example", "url": "https://issuer.internal:8093", "scope": "kiosk"}
+
+
+def test_an_issuer_and_its_token_go_together(tmp_path):
+    """With both, plans will ask for tokens; neither is left unused."""
+    with_tokens, without = (Service.model_validate(SERVICE | NOISELESS | {"tokens": found}) for found in (TOKENS, None))
+    for service, token in ((with_tokens, None), (without, "c" * 40)):
+        with (
+            pytest.raises(ConfigError, match="must be given where the settings have tokens"),
+            service.aggregator(tmp_path, tmp_path / "keys", issuer_token=token),
+        ):
+            pass
+    with with_tokens.aggregator(tmp_path, tmp_path / "keys", issuer_token="c" * 40) as aggregator:
+        assert aggregator._windows == RemoteIssuer(
+            name="issuer.example", url="https://issuer.internal:8093", token="c" * 40, scope="kiosk"
+        )
+    assert Service.model_validate_json(with_tokens.model_dump_json()) == with_tokens
 
 
 def checked_in(port, said=SAID):

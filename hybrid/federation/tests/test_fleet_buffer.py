@@ -257,7 +257,7 @@ def test_one_machine_that_fills_the_buffer_moves_it_by_the_clip_each_and_changes
 
 
 def test_an_upload_that_was_seen_for_one_plan_is_not_taken_for_another(tmp_path):
-    """Its id, with the same bytes or others. Under another id nobody can tell, until there are tokens."""
+    """Its id, with the same bytes or others. Under another id nobody can tell, without tokens."""
     fleet = Fleet(tmp_path, updates=3)
 
     def happens():
