@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from device_runtime.download import update
 from device_runtime.rows import Rows
 from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
+from hybrid.analytics.results import keep
 from hybrid.bundle import read_bundle, signing_key, trusted_key
 from hybrid.cli import app
 from hybrid.deployment import Window
@@ -317,6 +319,81 @@ def test_a_canary_is_launched_and_taken_back_under_load_and_no_request_is_lost(
     assert actions[-2:] == [("canary", 2), ("halt", 2)]
     refused = CliRunner().invoke(app, ["promote", "coupon", "2", "production"], env=project.environment)
     assert "coupon:2 was taken back (worse)" in str(refused.exception)
+
+
+def test_the_gates_take_back_a_bad_canary_by_themselves_and_promote_a_good_one(project: Project, gateway: str):
+    """Under load of both: predictions that drifted, and a head that Triton lost; then one like the default."""
+    registry, digest = Registry(project.workspace), Registry(project.workspace).definition_hash("coupon")
+
+    def version(network: Network) -> int:
+        weights = network.weights()
+        return registry.create_version("coupon", weights=weights, training=TRAINING, curves={}, expected_hash=digest)
+
+    def hybrid(*words: str) -> Result:
+        return CliRunner().invoke(app, words, env=project.environment)
+
+    def watched(number: int, *words: str, broken: bool = False) -> dict:
+        """What becomes of a canary."""
+        assert hybrid("rollout", "coupon", str(number), "--canary", "50%").exit_code == 0
+        body = openapi.example(Window.read(project.workspace.deployments / "coupon.json").default)
+        body["inputs"][0]["data"] = ["Bar/1d"]
+        old, new = Load(gateway, body, 1), Load(gateway, body, number)
+        with ThreadPoolExecutor(2) as threads:
+            running = [threads.submit(old.run)]
+            try:
+                deadline = time.monotonic() + 30
+                while httpx.get(f"{gateway}/v2/models/coupon/versions/{number}").status_code != 200:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                running.append(threads.submit(new.run))
+                new.until((200, None, number), 5)
+                if broken:
+                    shutil.rmtree(project.workspace.triton / "coupon_head" / str(number))
+                done = hybrid("watch", "coupon", "--every", "0.5", "--least", "300", "--json", *words)
+                old.until((200, None, 1))
+            finally:
+                old.ended.set()
+                new.ended.set()
+            for each in running:
+                each.result(60)
+        assert set(old.outcomes) == {(200, None, 1)}, "the default answers all along"
+        return json.loads(done.stdout) | {"exit": done.exit_code}
+
+    drifted = Network.build(project.network.model, seed=11)
+    drifted.correction.set_shift(4.0)
+    number = version(drifted)
+    shown = watched(number, "--for", "60s")
+    assert (shown["outcome"], shown["exit"], shown["default"]) == ("taken back", 3, 1)
+    assert [one["gate"] for one in shown["gates"] if one["outcome"] == "fails"] == ["drift"]
+    shown = watched(version(project.network), "--for", "60s", broken=True)
+    assert (shown["outcome"], shown["exit"]) == ("taken back", 3)
+    assert [one["gate"] for one in shown["gates"] if one["outcome"] == "fails"] == ["errors"]
+    good = version(project.network)
+    shown = watched(good, "--for", "20s", "--promote")
+    assert [(one["gate"], one["outcome"]) for one in shown["gates"]] == [
+        ("errors", "passes"),
+        ("fallbacks", "passes"),
+        ("slower", "passes"),
+        ("drift", "passes"),
+        ("auc", "waits"),
+    ]
+    assert shown["outcome"] == "went on", "AUC is not known"
+    reasons = [one.get("reason", "") for one in json.loads(hybrid("history", "coupon", "--json").stdout)]
+    assert [reason.split(":")[0] for reason in reasons if reason.startswith("gate ")] == ["gate drift", "gate errors"]
+    _keep_comparison(project.workspace.runs, good)
+    shown = watched(good, "--for", "20s", "--promote")
+    assert (shown["outcome"], shown["exit"]) == ("promoted", 0)
+    assert Window.read(project.workspace.deployments / "coupon.json").default.version == good
+    assert registry.version("coupon", "production").number == good
+
+
+def _keep_comparison(runs: Path, number: int) -> None:
+    """As `hybrid evaluate coupon@canary --against production` would have, of two versions that are alike."""
+    spend = {"epsilon": 1.0, "delta": 1e-5, "purpose": "evaluate", "releases": 2, "run": "r"}
+    found = {"value": 0.0, "noise": [-0.004, 0.004], "full": [-0.005, 0.005]}
+    versions = [{"version": number, "aliases": []}, {"version": 1, "aliases": []}]
+    shown = {"model": "coupon", "versions": versions, "differences": {"auc": found}, "spend": spend}
+    keep(runs / "compared", "evaluate", shown, mark="noised")
 
 
 def test_a_version_of_another_definition_is_not_promoted(project: Project, promoted: dict):

@@ -36,6 +36,7 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RECORDS = (1, 2, 4, 8, 16, 32, 64)
 AGE_S = (1, 10, 60, 600, 3_600, 6 * 3_600, 86_400, 7 * 86_400, 30 * 86_400)
+PREDICTIONS = tuple(round(0.05 * n, 2) for n in range(1, 20))
 # Read when somebody looks, from what counts them anyway.
 LIVE = {
     "hybrid_gateway_rows_in_flight": "Rows that wait for their answer.",
@@ -186,7 +187,9 @@ class Telemetry:
         self._batch_rows = histogram("hybrid_merge_batch_rows", "Rows of a forward pass.", ROWS)
         self._rows = counter("hybrid_merge_rows", 'Rows answered, by "ok" or why not.', *PAIR, "code")
         self._age_s = ArrayHistogram("hybrid_merge_feature_age_seconds", "Of the server's features.", AGE_S, PAIR)
+        self._predictions = ArrayHistogram("hybrid_merge_prediction", "Of rows that are ok.", PREDICTIONS, PAIR)
         registry.register(self._age_s)
+        registry.register(self._predictions)
         self._fallbacks = counter("hybrid_fallbacks", "Rows answered by a fallback.", *PAIR, "kind")
         self._dead = counter("hybrid_dead_letters", "Records that could not be processed.", "code")
 
@@ -227,7 +230,7 @@ class Telemetry:
         self._record_rows.observe(rows)
 
     def answered(self, message: Predictions) -> None:
-        """Counts the rows of an answer by their status and by what fell back, and how old their features were."""
+        """Counts an answer's rows by status and by what fell back, how old their features were, and predictions."""
         pair = message.model, str(message.version)
         for code, rows in Tally(message.status.tolist()).items():
             known = pair if code != UnknownModel.code else ("", "")  # else whoever writes to the topic makes labels
@@ -238,6 +241,9 @@ class Telemetry:
         aged = message.feature_age_ms[message.feature_age_ms >= 0]
         if len(aged):
             self._age_s.observe(aged / 1000, pair)
+        predicted = message.prediction[(message.status == OK) & np.isfinite(message.prediction)]
+        if len(predicted):
+            self._predictions.observe(predicted, pair)
 
     def dead_letter(self, code: str) -> None:
         """Counts a record that could not be processed."""

@@ -33,6 +33,7 @@ from hybrid.cli import (
     stack,
     sweep,
     train,
+    watch,
 )
 from hybrid.errors import HybridError
 
@@ -57,6 +58,7 @@ GROUPS = (
     report,
     promote,
     rollout,
+    watch,
     stack,
     page,
     fleet,

@@ -47,7 +47,7 @@ def rollout(
     share, workspace = _share(canary), Workspace.current()
     registry = Registry(workspace)
     found = version_of(registry, model, version, otherwise=OTHERWISE)
-    window = _window(workspace, model)
+    window = window_of(workspace, model)
     window.check(found.number)
     deployment = _served(window, found.number) or _exported(registry, found, workspace)
     change(
@@ -59,7 +59,7 @@ def rollout(
         share=share,
     )
     registry.set_alias(model, found.number, CANARY)
-    told = _window(workspace, model)
+    told = window_of(workspace, model)
     if as_json:
         print(json.dumps({"model": model, "version": found.number, "share": share, "default": told.default.version}))
     else:
@@ -88,16 +88,31 @@ def rollback(
 
     Example: hybrid rollback coupon --reason "recall fell"
     """
+    if not 0 < len(reason) <= MOST_REASON:
+        raise ConfigError(f"--reason must have 1 to {MOST_REASON} characters, got {len(reason)}")
+    workspace = Workspace.current()
+    window = window_of(workspace, model)
+    number = version or (window.canary.version if window.canary else window.default.version)
+    default = take_back(workspace, model, number, reason)
+    if as_json:
+        print(json.dumps({"model": model, "halted": number, "reason": reason, "default": default}))
+    else:
+        print(f"{model}:{number} was taken back ({reason}); devices fetch {default}")
+
+
+def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int:
+    """Halts a served version, moves the registry's aliases with it, and returns the default after it.
+
+    Raises:
+        NotFound: it is not served.
+        ConfigError: there is none to go back to.
+    """
     from hybrid.bundle import signing_key
     from hybrid.deployment import Halted, change
     from hybrid.plan import Halt, sign
     from hybrid.registry import Registry
 
-    if not 0 < len(reason) <= MOST_REASON:
-        raise ConfigError(f"--reason must have 1 to {MOST_REASON} characters, got {len(reason)}")
-    workspace = Workspace.current()
-    window = _window(workspace, model)
-    number = version or (window.canary.version if window.canary else window.default.version)
+    window, reason = window_of(workspace, model), reason[:MOST_REASON]
     if _served(window, number) is None:
         served = ", ".join(str(one.version) for one in window.versions)
         raise NotFound(f"{model}:{number} is not served; served are: {served}")
@@ -111,15 +126,29 @@ def rollback(
         version=number,
         reason=reason,
     )
-    told, registry = _window(workspace, model), Registry(workspace)
+    told, registry = window_of(workspace, model), Registry(workspace)
     if number == window.default.version:
         registry.set_alias(model, told.default.version, PRODUCTION)
     if window.canary is not None and number == window.canary.version:
         registry.drop_alias(model, CANARY)
-    if as_json:
-        print(json.dumps({"model": model, "halted": number, "reason": reason, "default": told.default.version}))
-    else:
-        print(f"{model}:{number} was taken back ({reason}); devices fetch {told.default.version}")
+    return told.default.version
+
+
+def promote_served(workspace: Workspace, model: str, number: int) -> None:
+    """Makes a version that is served already the default: nothing is exported anew, and who has it has it.
+
+    Raises:
+        NotFound: it is not served.
+    """
+    from hybrid.registry import Registry
+
+    deployment = _served(window_of(workspace, model), number)
+    if deployment is None:
+        raise NotFound(f"{model}:{number} is not served")
+    deployment.write(workspace.deployments)
+    registry = Registry(workspace)
+    registry.set_alias(model, number, PRODUCTION)
+    registry.drop_alias(model, CANARY)
 
 
 @app.command()
@@ -162,7 +191,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _window(workspace: Workspace, model: str) -> Window:
+def window_of(workspace: Workspace, model: str) -> Window:
+    """Raises: NotFound: nothing is served of the model yet."""
     from hybrid.deployment import Window
 
     file = workspace.deployments / f"{model}.json"

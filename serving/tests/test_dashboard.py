@@ -39,11 +39,11 @@ def exposed():
             "shop",
             1,
             0,
-            request_id=np.zeros(1, "V16"),
-            status=np.array(["unknown_entity"], dtype=object),
-            fallback=np.array(["constant"], dtype=object),
-            prediction=np.zeros(1, np.float32),
-            feature_age_ms=np.ones(1, np.int64),
+            request_id=np.zeros(2, "V16"),
+            status=np.array(["unknown_entity", "ok"], dtype=object),
+            fallback=np.array(["constant", "none"], dtype=object),
+            prediction=np.zeros(2, np.float32),
+            feature_age_ms=np.ones(2, np.int64),
         )
     )
     telemetry.dead_letter("unreadable")

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_rows_are_counted_by_their_status_and_the_age_of_their_features():
     }
     assert buckets == {"1.0": 1, "60.0": 1, "+Inf": 2}
     assert value("hybrid_merge_feature_age_seconds_sum", PAIR) == 91
+
+
+def test_predictions_are_counted_by_where_they_lie_where_they_are_the_pairs_own():
+    """Of 0.04, 0.25 and 0.97, and a fallback's 0.5, which is none of the pair's."""
+    telemetry = Telemetry()
+    message = predictions(["ok", "ok", "ok", "unavailable"], [1] * 4, fallbacks=["none"] * 3 + ["constant"])
+    telemetry.answered(replace(message, prediction=np.array([0.04, 0.25, 0.97, 0.5], np.float32)))
+    telemetry.answered(replace(message, prediction=np.full(4, np.nan, np.float32)))  # the device predicts
+    value = telemetry.registry.get_sample_value
+    buckets = {
+        le: value("hybrid_merge_prediction_bucket", PAIR | {"le": le}) for le in ("0.05", "0.25", "0.95", "+Inf")
+    }
+    assert buckets == {"0.05": 1, "0.25": 2, "0.95": 2, "+Inf": 3}
 
 
 def test_a_model_that_a_record_makes_up_is_no_label():

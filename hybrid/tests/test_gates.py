@@ -1,0 +1,115 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.exposition import generate_latest
+
+from hybrid.errors import ConfigError
+from hybrid.gates import Counted, Gates, grown, is_more, judge, judge_auc, read, seconds_of
+
+GATES = Gates(least=100)
+EDGES = (0.01, 0.1, 0.2, 1.0, math.inf)
+
+
+def counted(requests=1000, failed=0, fallen=0, slow=0, high=0) -> Counted:
+    """Of as many rows; `slow` of the requests took 0.5 s and the others 5 ms, `high` of the predictions are 0.9."""
+    seconds = {edge: float(requests - slow if edge < 1 else requests) for edge in EDGES}
+    predictions = {edge: float(requests - high if edge < 1 else requests) for edge in (0.5, math.inf)}
+    return Counted(requests, failed, requests, fallen, seconds, predictions)
+
+
+def outcomes(canary: Counted, default: Counted = counted()) -> dict[str, str]:  # noqa: B008
+    return {verdict.gate: verdict.outcome for verdict in judge(GATES, canary, default)}
+
+
+def test_a_canary_like_the_default_passes():
+    """Also where both are as bad."""
+    assert set(outcomes(counted()).values()) == {"passes"}
+    assert set(outcomes(counted(failed=300, fallen=300), counted(failed=300, fallen=300)).values()) == {"passes"}
+
+
+@pytest.mark.parametrize(
+    ("worse", "gate"),
+    [({"failed": 60}, "errors"), ({"fallen": 80}, "fallbacks"), ({"slow": 120}, "slower"), ({"high": 500}, "drift")],
+)
+def test_each_fault_fails_its_gate_and_no_other(worse, gate):
+    """Of a thousand: 6 % errors, 8 % fallbacks, 12 % slow ones, half of the predictions elsewhere."""
+    assert outcomes(counted(**worse)) == dict.fromkeys(("errors", "fallbacks", "slower", "drift"), "passes") | {
+        gate: "fails"
+    }
+
+
+def test_what_answers_nothing_at_all_fails_after_a_few_requests():
+    """Four of four, were one in a hundred allowed, are a chance of one in a hundred million."""
+    assert outcomes(counted(requests=3, failed=3))["errors"] == "waits"
+    assert outcomes(counted(requests=4, failed=4))["errors"] == "fails"
+
+
+def test_with_few_requests_nothing_passes():
+    """Of either: beside what shall it be judged?"""
+    assert set(outcomes(counted(requests=99)).values()) == {"waits"}
+    few = outcomes(counted(), counted(requests=99))
+    assert (few["slower"], few["drift"]) == ("waits", "waits")
+
+
+def test_what_nobody_notices_is_not_slow():
+    """20 ms are more than twice 5 ms, and less than 50."""
+    seconds = {0.01: 0.0, 0.02: 1000.0, 0.05: 1000.0, math.inf: 1000.0}
+    canary = Counted(1000, 0, 1000, 0, seconds, counted().predictions)
+    assert outcomes(canary)["slower"] == "passes"
+
+
+@given(of=st.integers(1, 2000), share=st.floats(0.001, 0.5))
+def test_as_many_as_allowed_are_never_too_many(of, share):
+    """Nor is one more: who is just allowed is taken back by nobody's bad luck."""
+    assert not is_more(math.floor(of * share), of, share)
+    assert is_more(of, of, share) == (share**of < 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("difference", "outcome"),
+    [
+        (None, "waits"),
+        ({"noise": [None, None], "full": None}, "waits"),
+        ({"noise": [-0.02, -0.015], "full": [-0.03, -0.011]}, "fails"),
+        ({"noise": [-0.02, -0.015], "full": [-0.03, 0.01]}, "waits"),
+        ({"noise": [-0.002, 0.015], "full": None}, "passes"),
+    ],
+)
+def test_a_lower_auc_fails_where_the_whole_interval_is_too_low(difference, outcome):
+    """For the population where that is known; an interval that holds both says nothing yet."""
+    assert judge_auc(GATES, difference).outcome == outcome
+
+
+def test_metrics_of_gateway_and_worker_are_read_as_they_show_them():
+    """Of this model's versions, over all processes, since the first look; a process that began anew counts from 0."""
+    from hybrid.deployment import Deployment
+    from hybrid.tests.test_deployment import deployment
+    from serving.telemetry import Telemetry
+
+    def asked(telemetry: Telemetry, which: Deployment, times: int) -> dict:
+        for _ in range(times):
+            with telemetry.request(None) as asking:
+                asking.about(which)
+        return read(generate_latest(telemetry.registry).decode(), "shop")
+
+    first, second, anew = Telemetry(), Telemetry(), Telemetry()
+    other = deployment(2).model_copy(update={"model": "stall"})
+    before = [asked(first, deployment(2), 3), asked(second, deployment(2), 7)]
+    asked(first, other, 5)
+    after = [asked(first, deployment(2), 2), asked(anew, deployment(2), 4)]
+    found = Counted.of(grown(before, after), 2)
+    assert (found.requests, found.failed, found.seconds[math.inf]) == (6, 0, 6.0)
+    assert Counted.of(grown(before, after), 3) == Counted()
+
+
+def test_what_is_no_metrics_is_refused():
+    with pytest.raises(ConfigError, match="metrics must be in Prometheus' text format"):
+        read("<html>", "shop")
+
+
+@pytest.mark.parametrize("text", ["0s", "-1m", "ten", "5d", ""])
+def test_a_time_is_a_number_with_a_unit(text):
+    with pytest.raises(ConfigError, match="a time must be a number above 0 with s, m or h"):
+        seconds_of(text)
