@@ -28,7 +28,7 @@ from examples.coupon import folds
 from examples.coupon import prepare as prepare_coupon
 from hybrid.analytics.asking import EVALUATE, Answer, People, Simulated, phase
 from hybrid.analytics.estimates import estimate, quantiles_of
-from hybrid.analytics.metrics import arcsine_nodes, evaluate, statistics
+from hybrid.analytics.metrics import evaluate, nodes_for, statistics
 from hybrid.federation import metrics as pooled
 from hybrid.federation.population import import_table
 from hybrid.federation.training import train
@@ -171,7 +171,7 @@ class Redrawn:
     """
 
     def __init__(self, world: World, *, redraw: bool) -> None:
-        self.query = Query(parts=(Scores(nodes=tuple(arcsine_nodes().tolist()), cumulative=True),), rows=ROWS)
+        self.query = Query(parts=(Scores(nodes=tuple(nodes_for(None).tolist()), cumulative=True),), rows=ROWS)
         self._sent = np.concatenate(list(contributions(self.query, world.people.columns, world.people.offsets)))
         self._counts, self._whole = self.query.decode(self._sent), world.noise_multiplier
         self.redraw, self._people = redraw, len(world.people)
@@ -197,7 +197,7 @@ class Redrawn:
 
 def _coverage(world: World, exact: Mapping[str, float], ask: Redrawn, bar: Progress, task: Any) -> dict[str, float]:
     """How often each metric's interval holds the value of the students: of the full one, they are the population."""
-    named = statistics(arcsine_nodes())
+    named = statistics(nodes_for(None))
     held = dict.fromkeys(exact, 0)
     full = ask.redraw
     bar.update(task, description=f"queries: {'full' if full else 'noise'} intervals")

@@ -1,6 +1,6 @@
-"""What label balance brings: `python -m benchmarks.balance [--data FILE] [--json FILE] [--seeds N]`.
+"""What label balance brings: `python -m benchmarks.analytics --only balance`.
 
-OULAD (examples/study_coach; FILE is another table with its columns), the label known to devices only, epsilon 2 for
+OULAD (examples/study_coach), the label known to devices only, epsilon 2 for
 everything, ten seeds. Each seed drops positives at random, of rows to learn from and of test rows alike, until one row
 in twenty is positive; then it trains twice, with examples as they come and with balance=0.5. The label rates among the
 server's features are the exact ones of all rows, for both: counted before anything was dropped, as if they were
@@ -9,20 +9,14 @@ published. Test rows are the last fifth of each student's submissions.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
-from benchmarks import measure
-from benchmarks.accuracy import Split, prepare_oulad
-from examples.coupon import folds
+from benchmarks.accuracy import Split
 from hybrid import Label, Privacy
 from hybrid.federation.metrics import Compared, auc, calibration, compare
 from hybrid.federation.population import Examples
@@ -34,25 +28,6 @@ POSITIVE = 0.05  # share of rows, after positives were dropped
 EPSILON = 2.0
 BALANCE = 0.5
 THINNING = 6  # stream of a seed that drops positives
-
-
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FILE", help="in place of the OULAD table that the example ships")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and figures there")
-    parser.add_argument("--seeds", type=int, default=10, help="how many (default %(default)s)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with (
-        tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
-        folds.progress(Console(stderr=True)) as bar,
-    ):
-        task = bar.add_task("label balance", total=2 * arguments.seeds)
-        split, _, _ = prepare_oulad(arguments.data, Path(folder))
-        rows, figures = balance(split, Path(folder), arguments.seeds, lambda: bar.advance(task))
-    measure.show("Test rows, positives thinned to 5 %, epsilon 2 (oracle: measured on pooled data)", rows, figures)
-    measure.write(arguments.json, rows, figures)
 
 
 def balance(
@@ -162,7 +137,3 @@ def figures_of(rows: list[dict[str, Any]], pairs: list[Compared]) -> dict[str, f
         "calibration_uncorrected": mean(even, "uncorrected"),
         "calibration_plain": mean(plain, "calibration"),
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""What learned constants cost in accuracy: `python -m benchmarks.normalisation [--data FILE] [--json FILE]`.
+"""What learned constants cost in accuracy: `python -m benchmarks.analytics --only normalisation`.
 
-OULAD (examples/study_coach; FILE is another table with its columns): all numeric device features are normalised with
+OULAD (examples/study_coach): all numeric device features are normalised with
 constants that one question at epsilon 1 learned, of bounds that anybody could write down, against the exact constants
 of pooled rows; then the same training at epsilon 2 of both. Tested on the last fifth of each student's submissions.
 Which regions are found, without a list of them, at epsilon 0.2.
@@ -8,21 +8,15 @@ Which regions are found, without a list of them, at epsilon 0.2.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import measure
 from benchmarks.accuracy import Split, prepare_oulad
-from examples.coupon import folds
 from hybrid import Log1p, Numeric
 from hybrid.analytics.asking import NORMALISE, People, Simulated
 from hybrid.analytics.normalisation import learned
@@ -47,20 +41,6 @@ KNOWN: Mapping[str, tuple[float, float]] = {
     "good_odds": (-4, 4),  # the logarithm of at most 50 to 1
     "earlier": (0, 50),
 }
-
-
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FILE", help="in place of the OULAD table that the example ships")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and figures there")
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default %(default)s)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, folds.progress(Console(stderr=True)) as bar:
-        rows, figures = oulad(arguments.data, arguments.seeds, Path(folder), bar)
-    measure.show("Test rows, means over seeds (oracle: measured on pooled data)", rows, figures)
-    measure.write(arguments.json, rows, figures)
 
 
 def oulad(data: Path | None, seeds: int, folder: Path, bar: Progress) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -147,7 +127,3 @@ def _encoded(split: Split, model: HybridModel, population: Population) -> Split:
 def _away(exact: Mapping[str, Any], found: Mapping[str, Any]) -> float:
     """By how many standard deviations a mean is off, at most."""
     return max(abs(found[name].mean - exact[name].mean) / exact[name].std for name in exact)
-
-
-if __name__ == "__main__":
-    main()

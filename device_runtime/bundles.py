@@ -14,8 +14,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 RECORD = "installed.json"
+MOST_REMEMBERED = 64  # halted versions
 _DRAFT = ".draft-"
 
 
@@ -64,6 +66,9 @@ class Record(BaseModel):
         current, previous: the one that runs, and the one before it.
         newest: (version, created_ms) of the newest that was ever installed; nothing older is again.
         left: (version, created_ms) of the bundle that `Installed.rollback` left; it is not installed again.
+        halted: versions that the control plane took back, the latest last; none of them is installed or run again.
+        draw: (version, number in [0, 1)) of the latest canary that was offered: below its share it is fetched. In
+            thousandths: who offers many shares to learn it learns little that tells devices apart.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,6 +78,8 @@ class Record(BaseModel):
     previous: Entry | None = None
     newest: tuple[int, int] | None = None
     left: tuple[int, int] | None = None
+    halted: tuple[int, ...] = ()
+    draw: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class Installed:
             )
         if made == record.left:
             raise BundleError(f"version {version} was rolled back from on this device")
-        if halted(version):
+        if halted(version) or version in record.halted:
             raise BundleError(f"version {version} was halted by the kill switch")
 
     def rollback(self, *, halted: Callable[[int], bool] = none_halted) -> Bundle:
@@ -208,12 +215,49 @@ class Installed:
             if current is None or before is None or halted(before.version):
                 raise BundleError(f"no bundle of {self.model!r} before the current one can be used")
             bundle = self._read(before)
-            after = Record(
-                model=self.model, current=before, newest=record.newest, left=(current.version, current.created_ms)
-            )
+            left = current.version, current.created_ms
+            after = record.model_copy(update={"current": before, "previous": None, "left": left})
             self._publish(RECORD, after.model_dump_json().encode())
             self._clean(after)
             return bundle
+
+    def halt_alone(self, versions: Iterable[int]) -> None:
+        """Leaves versions that the control plane took back; for a caller that is `alone`.
+
+        The one before is current again, where it can be. A device that has none may install an older one than those.
+
+        Args:
+            versions: which, as a signed message says.
+
+        Raises:
+            ConfigError: the folder cannot be used.
+        """
+        record = self.record()
+        halted = (*record.halted, *(version for version in dict.fromkeys(versions) if version not in record.halted))
+        if halted == record.halted:
+            return
+        kept = [entry for entry in (record.current, record.previous) if entry and entry.version not in halted]
+        current, previous = [*kept, None, None][:2]
+        newest = record.newest
+        if newest is not None and newest[0] in halted:
+            newest = max(((entry.version, entry.created_ms) for entry in kept), default=None)
+        changed = {"current": current, "previous": previous, "newest": newest, "halted": halted[-MOST_REMEMBERED:]}
+        after = record.model_copy(update=changed)
+        self._publish(RECORD, after.model_dump_json().encode())
+        self._clean(after)
+
+    def drawn_alone(self, version: int) -> float:
+        """This device's number in [0, 1) for a canary, drawn when it is first asked for; for a caller that is `alone`.
+
+        Raises:
+            ConfigError: the folder cannot be used.
+        """
+        record = self.record()
+        if record.draw is None or record.draw[0] != version:
+            record = record.model_copy(update={"draw": (version, secrets.randbelow(1000) / 1000)})
+            self._publish(RECORD, record.model_dump_json().encode())
+        assert record.draw is not None
+        return record.draw[1]
 
     def tag(self) -> str | None:
         """What the server calls the current bundle's bytes; None where that is not known, or the file is damaged."""
@@ -283,7 +327,7 @@ class Installed:
         if current is not None and made != (current.version, current.created_ms) and not halted(current.version):
             before = current
         newest = max(made, record.newest or made)
-        after = Record(model=self.model, current=entry, previous=before, newest=newest, left=record.left)
+        after = record.model_copy(update={"current": entry, "previous": before, "newest": newest})
         try:
             self._publish(f"{entry.sha256}.bundle", data)
             self._publish(RECORD, after.model_dump_json().encode())

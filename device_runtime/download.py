@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,9 @@ from device_runtime import RUNTIME
 from device_runtime.access import authorization, refused
 from device_runtime.bundles import Installed, none_halted
 from hybrid.bundle import MAX_BYTES, Head, head_size, read_head
-from hybrid.errors import BundleError, ConfigError, Unauthenticated
+from hybrid.errors import BundleError, ConfigError, PlanError, Unauthenticated
+from hybrid.rollout import MAX_BYTES as ROLLOUT_BYTES
+from hybrid.rollout import ROLLOUT, Rollout
 
 FIRST = 16 << 10  # bytes of the file that are asked for first; the heads of most bundles are within
 TOGETHER = 1 << 10  # ranges that lie closer than this are fetched as one
@@ -97,13 +99,28 @@ def update(
         after = installed.record().current
         if outcome == "installed" and before and after and before.sha256 == after.sha256:
             outcome = "unchanged"  # the server calls the same bytes something else
+        elif outcome == "unchanged" and before != after:
+            outcome = "installed"  # the one before, of a version that was taken back
         return Update(outcome, after.version if after else None, source.received, why)
+
+
+def _wanted(installed: Installed, told: Rollout | None) -> int | None:
+    """The version to fetch; None: the default. What the control plane took back is left first."""
+    if told is None:
+        return None
+    if halts := told.halts(installed.trusted):
+        installed.halt_alone(halts)
+    canary = told.canary
+    if canary is None or canary.version in installed.record().halted:
+        return None
+    return canary.version if installed.drawn_alone(canary.version) < canary.share else None
 
 
 def _attempt(download: _Download) -> tuple[Outcome, str | None]:
     """What became of it, and why."""
-    installed = download.installed
+    installed, source = download.installed, download.source
     try:
+        source.version = _wanted(installed, source.rollout())
         fetched = download.fetch()
         if fetched is None:
             return "unchanged", None
@@ -134,9 +151,11 @@ class _Source:
     """The bundle at a gateway: bytes, counted and bounded."""
 
     http: httpx.Client
-    url: str
+    gateway: str
+    model: str
     shown: bool
     deadline_s: float  # by the monotonic clock
+    version: int | None = None  # None: the default
     received: int = 0
 
     @classmethod
@@ -160,19 +179,40 @@ class _Source:
             end.daemon = True
             end.start()
             try:
-                url = f"{gateway.rstrip('/')}/v2/models/{model}/bundle"
-                yield cls(http, url, bool(shown), deadline)
+                yield cls(http, gateway.rstrip("/"), model, bool(shown), deadline)
             finally:
                 end.cancel()
 
+    def rollout(self) -> Rollout | None:
+        """What devices of the model are to fetch; None: the gateway is older than rollouts.
+
+        Raises:
+            BundleError: it says something else.
+            _Interrupted: it does not answer.
+        """
+        with self.get(ROLLOUT.format(model=self.model), {}, statuses=(200, 404)) as response:
+            if response.status_code == 404:
+                return None
+            data = b"".join(self.read(response, ROLLOUT_BYTES))
+        try:
+            return Rollout.read(data, self.model)
+        except PlanError as error:
+            raise BundleError(str(error)) from None
+
+    def bundle(self, headers: dict[str, str]) -> AbstractContextManager[httpx.Response]:
+        """The answer to a request for the bundle, of which nothing was read but its head."""
+        version = "" if self.version is None else f"/versions/{self.version}"
+        path = f"/v2/models/{self.model}{version}/bundle"
+        return self.get(path, headers, statuses=(200, 206, 304, 412, 416))
+
     @contextmanager
-    def get(self, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    def get(self, path: str, headers: dict[str, str], *, statuses: tuple[int, ...]) -> Iterator[httpx.Response]:
         """One answer, of which nothing was read but its head; with a status that means something here."""
         try:
-            with self.http.stream("GET", self.url, headers=headers) as response:
+            with self.http.stream("GET", self.gateway + path, headers=headers) as response:
                 if response.status_code == Unauthenticated.status:
                     raise refused(self.shown)
-                if response.status_code not in (200, 206, 304, 412, 416):
+                if response.status_code not in statuses:
                     raise _Interrupted(f"the gateway answered {response.status_code}")
                 if response.headers.get("Content-Encoding", "identity") != "identity":
                     raise BundleError("the gateway sends the bundle encoded, though it was asked not to")
@@ -206,7 +246,7 @@ class _Source:
             _Changed: the server has another file.
         """
         headers = {"Range": f"bytes={span.start}-{span.stop - 1}", "If-Range": tag}
-        with self.get(headers) as response:
+        with self.bundle(headers) as response:
             if response.status_code != 206 or response.headers.get("ETag") != tag:
                 raise _Changed
             yield from self.read(response, len(_content_range(response, span)))
@@ -324,7 +364,7 @@ class _Download:
         headers = {"Range": f"bytes=0-{FIRST - 1}"}
         if known := self.installed.tag():
             headers["If-None-Match"] = known
-        with self.source.get(headers) as response:
+        with self.source.bundle(headers) as response:
             tag = response.headers.get("ETag", "")
             tag = tag if _TAG.fullmatch(tag) else ""
             if response.status_code == 304:

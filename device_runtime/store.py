@@ -31,7 +31,6 @@ from hybrid.plan import Policy, Turn
 from hybrid.query import LABEL, Query
 from hybrid.tokens import Pending
 
-FORGOTTEN = "forgotten"  # in place of the plans that a device took part in before its person had it forget
 _UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
 
 
@@ -387,10 +386,10 @@ class Store(AbstractContextManager["Store"]):
         """Deletes for good: everything of a device, or of all; or its events about one entity. Returns how many events.
 
         Updates that wait to be sent are deleted with it: they were trained with what is forgotten. Tokens go where
-        everything of a device does; the issuer gives no other of their windows. What is left of
-        the plans that a forgotten device took part in is how many they were, dated now: it waits as if it had just
-        taken part in all of them, else forgetting would let a person be counted more often; for the same reason the
-        steps stay at which its turn is in each training. Halted versions stay halted.
+        everything of a device does; the issuer gives no other of their windows. The ids of plans that a forgotten
+        device decided on are left, dated now: it waits as if it had just taken part in all of them, and takes part in
+        none again that is still open, else forgetting would let a person be counted more often; for the same reason
+        the steps stay at which its turn is in each training. Halted versions stay halted.
 
         Args:
             device: only this; None: all.
@@ -415,18 +414,14 @@ class Store(AbstractContextManager["Store"]):
         return gone
 
     def _forget_training(self, whose: str, those: tuple[int, ...], now_ms: int | None) -> None:
-        """`now_ms`: of the participations that stand for those that are forgotten; None: they are not."""
+        """`now_ms`: in place of the times of participations; None: they stay."""
         with self._db.transaction():
             self._db.run(f"DELETE FROM uploads WHERE {whose}", those)  # noqa: S608
             self._db.run("INSERT INTO about VALUES ('forgets', '1') ON CONFLICT (name) DO UPDATE SET value = value + 1")
             if now_ms is not None:
                 if schema.has(self._db, "tokens"):
                     self._db.run(f"DELETE FROM tokens WHERE {whose}", those)  # noqa: S608
-                sql = f"SELECT device, max(1, sum(took_part)) FROM participations WHERE {whose} GROUP BY device"  # noqa: S608
-                counts = self._db.all(sql, those)
-                self._db.run(f"DELETE FROM participations WHERE {whose}", those)  # noqa: S608
-                left = [(device, f"{FORGOTTEN} {i}", now_ms) for device, count in counts for i in range(1, count + 1)]
-                self._db.run_many("INSERT INTO participations VALUES (?, ?, ?, 1)", left)
+                self._db.run(f"UPDATE participations SET at_ms = ? WHERE {whose}", (now_ms, *those))  # noqa: S608
             schema.rewrite_later(self._db)
 
     def export(self, device: int | None = None) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -9,7 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from hybrid.errors import ConfigError
 from hybrid.features import Features
+from hybrid.files import write_whole
 from hybrid.spec import Serving
+
+Action = Literal["promote", "canary", "halt"]
+MOST_HALTED = 16  # that are told of: devices have long had another of those before
 
 
 class Deployment(BaseModel):
@@ -74,31 +82,72 @@ class Deployment(BaseModel):
         return len(self.server) + len(self.request) if gives else 0
 
     def write(self, folder: Path) -> Path:
-        """Makes it the default of its model: the first in the window of `<folder>/<model>.json`, in one step.
+        """Makes it the default of its model, in one step; see `Window.promote`.
 
         Raises:
-            ConfigError: the file is there and cannot be read.
+            ConfigError: the model's file is there and cannot be read, or the version was halted.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"{self.model}.json"
-        before = Window.read(target).versions if target.exists() else ()
-        others = [version for version in before if version.version != self.version]
-        window = Window(versions=(self, *others[: self.serving.versions - 1]))
-        draft = target.with_suffix(".json.new")
-        draft.write_text(window.model_dump_json(indent=2))
-        return draft.replace(target)
+
+        def to(window: Window | None) -> Window:
+            return Window(versions=(self,)) if window is None else window.promote(self)
+
+        return change(folder, self.model, to, action="promote", version=self.version)
+
+
+class Canary(BaseModel):
+    """A version that some devices fetch in place of the default.
+
+    Attributes:
+        version: which.
+        share: of devices, in (0, 1]: each draws a number for itself, once for each version, that it tells nobody.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Annotated[int, Field(ge=1)]
+    share: Annotated[FiniteFloat, Field(gt=0, le=1)]
+
+
+class Halted(BaseModel):
+    """A version that was taken back.
+
+    Attributes:
+        version: which.
+        reason: for people and logs.
+        signed: a `hybrid.plan.Halt` of it as it travels, in base64: devices take nobody else's word for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Annotated[int, Field(ge=1)]
+    reason: str
+    signed: str
 
 
 class Window(BaseModel):
-    """The versions of one model that are served, each by its own pair.
+    """The versions of one model that are served, each by its own pair, and what devices are to fetch of them.
 
     Attributes:
-        versions: the latest promotion first: it is the default, and what devices fetch.
+        versions: the default first, which answers a request that names none and is what devices fetch; then a
+            canary, and those that devices may still hold, the latest first.
+        canary: what some devices fetch in its place; None: all fetch the default.
+        halted: versions that were taken back, the latest last. None of them is served.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     versions: Annotated[tuple[Deployment, ...], Field(min_length=1)]
+    canary: Canary | None = None
+    halted: Annotated[tuple[Halted, ...], Field(max_length=MOST_HALTED)] = ()
+
+    @model_validator(mode="after")
+    def _rolled_out(self) -> Self:
+        others = {version.version for version in self.versions[1:]}
+        if self.canary is not None and self.canary.version not in others:
+            raise ValueError("canary must be one of the versions, and not the default")
+        if {halted.version for halted in self.halted} & (others | {self.default.version}):
+            raise ValueError("versions must be none that was halted")
+        return self
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -112,6 +161,69 @@ class Window(BaseModel):
     def default(self) -> Deployment:
         """What answers a request that names no version."""
         return self.versions[0]
+
+    def promote(self, deployment: Deployment) -> Window:
+        """With this version as the default, and as many before it as it says; a canary goes on, if it is another.
+
+        Raises:
+            ConfigError: the version was halted.
+        """
+        self.check(deployment.version)
+        canary = None if self.canary is None or self.canary.version == deployment.version else self.canary
+        return self._with(deployment, self.versions, canary)
+
+    def try_out(self, deployment: Deployment, share: float) -> Window:
+        """With this version as the canary, in place of any before it.
+
+        Args:
+            deployment: which.
+            share: see `Canary`.
+
+        Raises:
+            ConfigError: the version was halted, or is the default.
+        """
+        self.check(deployment.version)
+        if deployment.version == self.default.version:
+            raise ConfigError(f"{deployment.model}:{deployment.version} is the default already: all devices fetch it")
+        canary = Canary(version=deployment.version, share=share)
+        return self._with(self.default, [deployment, *self.versions[1:]], canary)
+
+    def halt(self, halted: Halted) -> Window:
+        """Without a version: of the default, what came before it is the default again.
+
+        Raises:
+            ConfigError: it is the only one.
+        """
+        left = [version for version in self.versions if version.version != halted.version]
+        canary = None if self.canary is None or self.canary.version == halted.version else self.canary
+        stable = [version for version in left if canary is None or version.version != canary.version]
+        if not stable:
+            raise ConfigError(
+                f"{self.default.model}:{halted.version} is the only version that is served: there is none to go back "
+                "to; promote another first"
+            )
+        others = [found for found in self.halted if found.version != halted.version]
+        window = self.model_copy(update={"halted": (*others, halted)[-MOST_HALTED:]})
+        return window._with(stable[0], left, canary)
+
+    def check(self, version: int) -> None:
+        """Raises: ConfigError: the version was halted, and can be offered to nobody again."""
+        for halted in self.halted:
+            if halted.version == version:
+                raise ConfigError(
+                    f"{self.default.model}:{version} was taken back ({halted.reason}), and devices take it from nobody "
+                    "any more: train another"
+                )
+
+    def _with(self, default: Deployment, others: Iterable[Deployment], canary: Canary | None) -> Window:
+        """As many others as the default says; the canary is one more."""
+        found: dict[int, Deployment] = {}
+        for version in (default, *others):
+            found.setdefault(version.version, version)
+        tried = () if canary is None else (found.pop(canary.version),)
+        first, *rest = found.values()
+        versions = (first, *tried, *rest[: default.serving.versions - 1])
+        return Window(versions=versions, canary=canary, halted=self.halted)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -133,3 +245,90 @@ class Window(BaseModel):
             ConfigError: a file there is not one.
         """
         return {file.stem: cls.read(file) for file in sorted(folder.glob("*.json"))}
+
+
+class Change(BaseModel):
+    """What was done to a model's window: one line of its history.
+
+    Attributes:
+        at: when, in UTC.
+        action: "promote": the version became the default; "canary": some devices fetch it; "halt": it was taken back.
+        version: which.
+        share: of devices, of a canary.
+        reason: why it was taken back.
+        default, canary: version of each, after it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at: datetime
+    action: Action
+    version: int
+    share: float | None = None
+    reason: str | None = None
+    default: int
+    canary: int | None = None
+
+
+def change(
+    folder: Path,
+    model: str,
+    to: Callable[[Window | None], Window],
+    *,
+    action: Action,
+    version: int,
+    share: float | None = None,
+    reason: str | None = None,
+) -> Path:
+    """Changes a model's window in one step, while nobody else does, and notes it in its history first.
+
+    Args:
+        folder: of the deployments.
+        model: whose.
+        to: the window that is there, None where none is -> the one to be. What it raises leaves all as it was.
+        action: for the history, as the rest; see `Change`.
+        version: which is changed.
+        share: of a canary.
+        reason: of a halt.
+
+    Returns:
+        The window's file.
+
+    Raises:
+        ConfigError: the file is there and cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{model}.json"
+    with (folder / f"{model}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        window = to(Window.read(target) if target.exists() else None)
+        canary = window.canary.version if window.canary else None
+        about = {"action": action, "version": version, "share": share, "reason": reason}
+        done = Change(at=datetime.now(UTC), default=window.default.version, canary=canary, **about)
+        with (folder / f"{model}.history").open("a") as history:
+            history.write(done.model_dump_json(exclude_none=True) + "\n")
+            history.flush()
+            os.fsync(history.fileno())
+        # Without what is empty: serving of before there were rollouts reads a window that has none.
+        empty = {name for name in ("canary", "halted") if not getattr(window, name)}
+        write_whole(target, window.model_dump_json(indent=2, exclude=empty).encode())
+    return target
+
+
+def history(folder: Path, model: str) -> tuple[Change, ...]:
+    """What was done to a model's window, the oldest first; of versions before there was a history nothing.
+
+    Args:
+        folder: of the deployments.
+        model: whose.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    file = folder / f"{model}.history"
+    if not file.exists():
+        return ()
+    try:
+        return tuple(map(Change.model_validate_json, file.read_text().splitlines()))
+    except ValueError:
+        raise ConfigError(f"{file.name} must hold one change a line, as JSON: a line of it is none") from None

@@ -7,6 +7,7 @@ The sum over people, noised, is all that leaves the aggregator; estimates are ma
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -32,6 +33,7 @@ MOST_CELLS = 1 << 20
 MOST_VALUES, MOST_GROUPS = 4096, 1024  # of a vocabulary that is counted by, and of what is grouped by
 SPELLED_BYTES, CHECK_BITS, CHECK_SEED = 32, 32, 1
 SPELLED_BITS = 8 * SPELLED_BYTES + CHECK_BITS
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal that such a text is shown in would obey it
 FEW_PEOPLE = 8  # whose cells are encoded without the matrix, which a device need not hold: 128 MiB for 4,096 cells
 
 
@@ -273,7 +275,7 @@ class Spelled(Part):
 
     A text is its NFC UTF-8 bytes, `SPELLED_BYTES` of them, zeros behind its end, and 32 bits of a second hash. Each
     bit counts as 1 or -1 over the root of how many there are, so that a row's vector has the norm 1, whatever its
-    text. A longer text adds nothing, nor does one of another bucket, one that holds a zero character, or
+    text. A longer text adds nothing, nor does one of another bucket, one that holds a control character, or
     `hybrid.features.UNUSED`.
 
     Attributes:
@@ -702,7 +704,7 @@ def _toeplitz(first: Floats) -> Floats:
 
 def bucket_of(text: str | None, buckets: int) -> int:
     """Of an NFC text, by `hybrid.features.murmur3_32`; -1 for a missing one, and one that cannot be spelled."""
-    if text is None or UNUSED in text or "\0" in text or len(text.encode()) > SPELLED_BYTES:
+    if text is None or UNUSED in text or _CONTROL.search(text) or len(text.encode()) > SPELLED_BYTES:
         return -1
     return murmur3_32(text.encode()) % buckets
 

@@ -270,12 +270,30 @@ class Registry:
         found = self._resolve(name, number)
         self._client.set_registered_model_alias(name, alias, str(found))
 
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Points an alias nowhere; nothing, where it does not point anywhere.
+
+        Raises:
+            NotFound: no such model.
+        """
+        if alias in self.model(name).aliases:
+            self._client.delete_registered_model_alias(name, alias)
+
     def _record(self, name: str) -> dict[str, Any]:
         # Names first: a name from a command line must not become a path.
         if name not in self._names():
-            raise NotFound(f"no model {name!r} is registered; registered: {', '.join(self._names()) or 'none'}")
+            raise NotFound(f"no model {name!r} is registered; {self._what_there_is(name)}")
         record: dict[str, Any] = json.loads((self._definitions / name / DEFINITION).read_text())
         return record
+
+    def _what_there_is(self, name: str) -> str:
+        """In place of a name that nothing is registered under."""
+        names = self._names()
+        if not names:
+            return f"nothing is, in {self._definitions.parent}: `hybrid register FILE` registers one"
+        bare = re.split("[:@]", name)[0]
+        hint = f"; here its name is enough, without a version: {bare}" if bare != name and bare in names else ""
+        return f"registered: {', '.join(names)}{hint}"
 
     def _names(self) -> list[str]:
         return sorted(file.parent.name for file in self._definitions.glob(f"*/{DEFINITION}"))
@@ -288,7 +306,10 @@ class Registry:
             raise ConfigError(f"{name} has no trained version; run `hybrid train {name}` first")
         if isinstance(selector, str):
             if selector not in aliases:
-                raise NotFound(f"{name} has no alias {selector!r}; it has: {', '.join(sorted(aliases)) or 'none'}")
+                raise NotFound(
+                    f"{name} has no alias {selector!r}; it has: {', '.join(sorted(aliases)) or 'none'}. "
+                    f"`hybrid promote {name} VERSION ALIAS` gives one; its versions are {', '.join(map(str, numbers))}"
+                )
             return aliases[selector]
         if selector not in numbers:
             raise NotFound(f"{name} has no version {selector}; it has: {', '.join(map(str, numbers))}")

@@ -64,6 +64,15 @@ class Learned(BaseModel):
     epsilon: float | None = None
     delta: float | None = None
 
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Features of whose texts none was frequent: all values are alike to them."""
+        return tuple(
+            name
+            for name, transform in self.transforms.items()
+            if isinstance(transform, Categorical) and all(text.startswith(UNUSED) for text in transform.vocabulary)
+        )
+
     def line(self) -> str:
         """What was learned, and what for, in words."""
         names = ", ".join(self.transforms)
@@ -95,7 +104,8 @@ class TrainingRecord(BaseModel):
             rounds, "central" or "server-only".
         run: folder name under `runs/`.
         population: name of what it learned from.
-        users, examples: how many it learned from (public); examples are None where only devices know.
+        users: how many it learned from (public).
+        examples: how many rows of them (oracle: a person's rows are counted as they are); None where only devices know.
         settings: of the training; None in records that are older than this field.
         epsilon, delta: spent by this training; None where there was no privacy mechanism.
         noise_multiplier, clip, sampling, rounds: of the mechanism; None where there was none, and where nobody is

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,6 +22,8 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from device_runtime.bundles import Installed
+from device_runtime.download import update
 from device_runtime.rows import Rows
 from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
@@ -31,6 +36,7 @@ from hybrid.registry import Registry
 from hybrid.spec import load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
+from serving import openapi
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 OFFERS = {"Bar/1d": ("Bar", "1d", 0.4), "Coffee House/2h": ("Coffee House", "2h", 0.5)}
@@ -224,6 +230,93 @@ def test_a_device_refuses_a_bundle_that_its_host_app_did_not_sign(
     assert (process.returncode, output) == (1, "")
     assert error == "error: the bundle is not signed by the key this device trusts\n"
     assert not (tmp_path / "out.parquet").exists()
+
+
+@dataclass
+class Load:
+    """Requests that never cease, each for a version; what became of every one is counted."""
+
+    url: str
+    body: dict
+    version: int
+    outcomes: Counter = field(default_factory=Counter)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not self.ended.is_set():
+                answer = client.post(f"{self.url}/v2/models/coupon/versions/{self.version}/infer", json=self.body)
+                told = answer.json()
+                predicted = {one["name"]: one["data"] for one in told.get("outputs", ())}.get("version")
+                self.outcomes[answer.status_code, told.get("code"), predicted and predicted[0]] += 1
+
+    def until(self, outcome: tuple, more: int = 20) -> None:
+        """Returns once it came so many more times."""
+        before, deadline = self.outcomes[outcome], time.monotonic() + 60
+        while self.outcomes[outcome] < before + more:
+            assert time.monotonic() < deadline, self.outcomes
+            time.sleep(0.01)
+
+
+def test_a_canary_is_launched_and_taken_back_under_load_and_no_request_is_lost(
+    project: Project, gateway: str, tmp_path: Path
+):
+    """Devices with either version are answered by its own pair; once it is taken back they are told, and go back."""
+    registry, network = Registry(project.workspace), Network.build(project.network.model, seed=12)
+    digest = registry.definition_hash("coupon")
+    registry.create_version("coupon", weights=network.weights(), training=TRAINING, curves={}, expected_hash=digest)
+    trusted = trusted_key(project.workspace.keys / "bundle-signing.pub")
+    devices = [Installed(tmp_path / f"phone-{i}", "coupon", trusted, engine="onnx") for i in range(24)]
+
+    def hybrid(*words: str) -> str:
+        done = CliRunner().invoke(app, words, env=project.environment)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def updated() -> Counter:
+        return Counter(update(device, gateway, now_ms=time.time_ns() // 1_000_000).version for device in devices)
+
+    def until_told(canary: int | None) -> None:
+        deadline = time.monotonic() + 30
+        while (httpx.get(f"{gateway}/v2/models/coupon/rollout").json()["canary"] or {}).get("version") != canary:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    assert updated() == {1: 24}
+    body = openapi.example(Window.read(project.workspace.deployments / "coupon.json").default)
+    body["inputs"][0]["data"] = ["Bar/1d"]
+    old, new = Load(gateway, body, 1), Load(gateway, body, 2)
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            running = [threads.submit(old.run)]
+            assert "coupon:2 is the canary: 50% of devices fetch it, the others 1" in hybrid(
+                "rollout", "coupon", "2", "--canary", "50%"
+            )
+            until_told(2)
+            running.append(threads.submit(new.run))
+            have = updated()
+            assert have == updated()
+            assert (have[1] + have[2], have[1] > 0, have[2] > 0) == (24, True, True)  # but once in 8 million
+            new.until((200, None, 2))
+            assert "coupon:2 was taken back (worse); devices fetch 1" in hybrid(
+                "rollback", "coupon", "--reason", "worse"
+            )
+            new.until((410, "update_required", None))
+            until_told(None)
+            assert updated() == {1: 24}
+            old.until((200, None, 1))
+        finally:
+            old.ended.set()
+            new.ended.set()
+        for each in running:
+            each.result(60)
+    assert set(old.outcomes) == {(200, None, 1)}
+    assert set(new.outcomes) == {(200, None, 2), (410, "update_required", None)}
+    assert registry.model("coupon").aliases.get("canary") is None
+    actions = [(one["action"], one["version"]) for one in json.loads(hybrid("history", "coupon", "--json"))]
+    assert actions[-2:] == [("canary", 2), ("halt", 2)]
+    refused = CliRunner().invoke(app, ["promote", "coupon", "2", "production"], env=project.environment)
+    assert "coupon:2 was taken back (worse)" in str(refused.exception)
 
 
 def test_a_version_of_another_definition_is_not_promoted(project: Project, promoted: dict):

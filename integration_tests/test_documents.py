@@ -16,6 +16,7 @@ WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 OPERATING = ROOT / "docs" / "operating.md"
 FLEET = ROOT / "docs" / "fleet.md"
 FLOWER = ROOT / "docs" / "flower.md"
+ROLLOUT = ROOT / "docs" / "rollout.md"
 STUDY_COACH = ROOT / "docs" / "study-coach.md"
 AUDIT = ROOT / "docs" / "audit.md"
 LEAKAGE = ROOT / "docs" / "leakage.md"
@@ -23,7 +24,7 @@ ANALYTICS = ROOT / "docs" / "analytics.md"
 BALANCE = ROOT / "docs" / "balance.md"
 DRIFT = ROOT / "docs" / "drift.md"
 REPORT = ROOT / "docs" / "report.md"
-RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, BALANCE, DRIFT, REPORT)
+RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, ROLLOUT, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, BALANCE, DRIFT, REPORT)
 
 
 def commands(document: Path) -> list[str]:
@@ -150,7 +151,7 @@ def test_the_walkthrough_operating_the_fleet_and_flower_do_what_they_say(type_co
     )
     for written, port in ports.items():
         script = script.replace(f"127.0.0.1:{written}", f"127.0.0.1:{port}")
-    printed = type_commands(f"{script}\n{on_free_ports(commands(FLOWER))}")
+    printed = type_commands(f"{script}\n{on_free_ports(commands(FLOWER))}\n" + "\n".join(commands(ROLLOUT)))
     assert "unknown_entity" in printed, "the walkthrough says that an unknown offer says so"
     counts = re.findall(r"(\d+) requests from \d+ devices, (\d+) answered, (\d+) predicted", printed)
     assert len(counts) == 2
@@ -169,3 +170,5 @@ def test_the_walkthrough_operating_the_fleet_and_flower_do_what_they_say(type_co
     assert printed.count("uploads not taken: ") == 5
     assert printed.count('"ending": "uploaded"') == 2, "another device joined, each time"
     assert '"ending": "halted"' in printed
+    assert "coupon:4 is the canary: 50% of devices fetch it, the others 1" in printed
+    assert "coupon:4 was taken back (recall fell); devices fetch 1" in printed

@@ -42,20 +42,32 @@ class Deployments:
 
         Raises:
             UnknownModel: there is none of that name, or never was in that version.
-            UpdateRequired: the version is older than those that are served.
+            UpdateRequired: the version is older than those that are served, or was halted.
         """
-        window = self._windows.get(model)
-        if window is None:
-            raise UnknownModel(f"no model of that name is served; there are {sorted(self._windows)}")
+        window = self.window(model)
         if version is None:
             return window.default
         for deployment in window.versions:
             if version == str(deployment.version):
                 return deployment
         served = self.versions(model)
+        for halted in window.halted:
+            if version == str(halted.version):
+                raise UpdateRequired(f"version {version} of model {model!r} was taken back; update: fetch the bundle")
         if version.isascii() and version.isdecimal() and len(version) < 10 and 0 < int(version) < max(served):
             raise UpdateRequired(f"model {model!r} is served in versions {served}; fetch the bundle of {served[0]}")
         raise UnknownModel(f"model {model!r} is served in versions {served}, and has no version of that name")
+
+    def window(self, model: str) -> Window:
+        """What is served of a model, and what devices are to fetch of it.
+
+        Raises:
+            UnknownModel: there is none of that name.
+        """
+        window = self._windows.get(model)
+        if window is None:
+            raise UnknownModel(f"no model of that name is served; there are {sorted(self._windows)}")
+        return window
 
     def versions(self, model: str) -> list[int]:
         """Of a model that is served, the default first."""

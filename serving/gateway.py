@@ -28,6 +28,7 @@ from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, BodyTooLarge, NoBundle, Overloaded, ServingError, Unavailable, UnknownTicket
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
+from hybrid.rollout import ROLLOUT, Rollout
 from hybrid.tracing import TRACEPARENT
 from serving import oip, openapi
 from serving.access import Access, error_headers
@@ -98,6 +99,7 @@ class Gateway:
             *(_route(path, self.model_metadata) for path in (model, versioned)),
             *(_route(f"{path}/ready", self.model_ready) for path in (model, versioned)),
             *(_route(f"{path}/bundle", self.bundle) for path in (model, versioned)),
+            _route(ROLLOUT, self.rollout),
             _route(f"{RESULTS}/{{ticket}}", self.result, "GET", "DELETE"),
         ]
 
@@ -136,6 +138,11 @@ class Gateway:
         if self.bundles is None:
             raise NoBundle("this gateway has no bundles: it was started without --bundles")
         return await self.bundles.answer(request, served, versioned="version" in request.path_params)
+
+    async def rollout(self, request: Request) -> Response:
+        """What devices are to fetch: the same for all, which decide for themselves whether a canary is for them."""
+        told = Rollout.of(self.deployments.window(**request.path_params))
+        return Response(told.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-cache"})
 
     async def infer(self, request: Request) -> Response:
         """Predictions for the rows of one request, or the error of the first row that has none; or a ticket for it."""

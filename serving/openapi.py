@@ -14,6 +14,7 @@ from typing import Any
 
 from hybrid.deployment import Deployment
 from hybrid.protocol import DEVICE_EMBEDDING, ENTITY, HEADER_LENGTH
+from hybrid.rollout import ROLLOUT
 from serving import oip
 from serving.results import PATH as RESULTS
 
@@ -43,6 +44,25 @@ SCHEMAS: dict[str, Any] = {
         "type": "object",
         "required": ["name", "ready"],
         "properties": {"name": {"type": "string"}, "ready": {"const": True}},
+    },
+    "Rollout": {
+        "type": "object",
+        "required": ["model", "default", "canary", "halted"],
+        "properties": {
+            "model": {"type": "string"},
+            "default": {"type": "integer", "description": "The version that devices fetch."},
+            "canary": {
+                "type": ["object", "null"],
+                "description": "What a device fetches in its place whose own number in [0, 1) is below `share`.",
+                "required": ["version", "share"],
+                "properties": {"version": {"type": "integer"}, "share": {"type": "number"}},
+            },
+            "halted": {
+                "type": "array",
+                "description": "Versions that were taken back, each as a message that the control plane signed.",
+                "items": {"type": "string", "contentEncoding": "base64"},
+            },
+        },
     },
     "Tensor": {
         "type": "object",
@@ -132,6 +152,8 @@ def document(deployments: Iterable[Deployment], guarded: bool) -> dict[str, Any]
             f"/v2/models/{deployment.model}",
             f"/v2/models/{deployment.model}/versions/{deployment.version}",
         )
+        if default not in paths:
+            paths[ROLLOUT.format(model=deployment.model)] = {"get": _get("What devices fetch", _ref("Rollout"))}
         for path in [version] if default in paths else [default, version]:
             paths[path] = {"get": _get("Names, datatypes and shapes of the tensors", _ref("Model"))}
             paths[f"{path}/ready"] = {"get": _get("Whether the model can answer", _ref("ModelReady"))}

@@ -105,7 +105,7 @@ def test_the_time_to_a_target_is_that_of_the_first_point_which_reaches_it():
     assert accuracy._seconds_to(trained, 0.8) == math.inf
 
 
-@pytest.mark.parametrize("name", ["training", "accuracy", "process", "serving", "serving_process"])
+@pytest.mark.parametrize("name", ["training", "accuracy", "analytics", "process", "serving", "serving_process"])
 def test_each_command_explains_itself(name):
     """`--help` ends well and says what is measured."""
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], check=True, capture_output=True)

@@ -1,7 +1,9 @@
+import base64
 import hashlib
 import io
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -23,7 +25,9 @@ from device_runtime import RUNTIME, download
 from device_runtime.bundles import Installed
 from device_runtime.download import FIRST, Update, update
 from hybrid.bundle import MAX_BYTES, Bundle, read_head, write_bundle
-from hybrid.errors import ConfigError, Unauthenticated
+from hybrid.errors import BundleError, ConfigError, Unauthenticated
+from hybrid.plan import Halt
+from hybrid.plan import sign as sign_message
 
 NOW = 1_000_000
 Sign = Callable[..., bytes]
@@ -44,8 +48,11 @@ class Peer:
         headers: added to each answer.
         asked: the requests' headers.
         key: bearer that it wants; None: none.
-        after: called when a request was answered.
+        chosen: called when what a request is answered was chosen, and is not sent yet.
+        after: called when a request was answered; the next one may have come by then.
         own_tag: in place of the file's SHA-256.
+        rollout: what it tells all devices of one; None: it is older than rollouts.
+        files: of versions that are asked for by their number.
     """
 
     file: bytes = b""
@@ -57,36 +64,56 @@ class Peer:
     headers: dict[str, str] = field(default_factory=dict)
     asked: list[dict[str, str]] = field(default_factory=list)
     key: str | None = None
+    chosen: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
     url: str = ""
     own_tag: str = ""
+    rollout: bytes | None = None
+    files: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def tag(self) -> str:
         return self.own_tag or f'"{hashlib.sha256(self.file).hexdigest()}"'
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        assert handler.path == "/v2/models/meals/bundle"
         asked = dict(handler.headers)
+        if handler.path == "/v2/models/meals/rollout":
+            self._send(handler, *self._told(asked))
+            return
+        if named := re.fullmatch(r"/v2/models/meals/versions/(\d+)/bundle", handler.path):
+            self.file = self.files[int(named[1])]
+        else:
+            assert handler.path == "/v2/models/meals/bundle"
+            self.file = self.files.get(0, self.file)
         self.asked.append(asked)
         status, body, headers = self._answer(asked)
-        headers |= self.headers | {"Connection": "close"}
-        body += self.extra
+        self.chosen()
+        self._send(handler, status, body + self.extra, headers | self.headers)
+        self.after()
+
+    def _send(self, handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+        headers |= {"Connection": "close"}
         handler.send_response(status)
         if self.length:
             headers["Content-Length"] = str(len(body))
         for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
+        self.chosen()
         with suppress(ConnectionError):  # the device may have had enough
             handler.wfile.write(body if self.cut < 0 else body[: self.cut])
-        self.after()
 
-    def _answer(self, asked: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+    def _told(self, asked: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        return (404, b"", {}) if self.rollout is None else self._refused(asked) or (200, self.rollout, {})
+
+    def _refused(self, asked: dict[str, str]) -> tuple[int, bytes, dict[str, str]] | None:
         if self.key and asked.get("Authorization") != f"Bearer {self.key}":
             return 401, b"", {}
-        if self.status:
-            return self.status, b"", {}
+        return (self.status, b"", {}) if self.status else None
+
+    def _answer(self, asked: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        if refused := self._refused(asked):
+            return refused
         if asked.get("If-None-Match") == self.tag:
             return 304, b"", {"ETag": self.tag}
         if not self.ranges or "Range" not in asked or asked.get("If-Range", self.tag) != self.tag:
@@ -217,7 +244,7 @@ def test_a_file_that_changes_again_and_again_is_given_up(peer: Peer, installed: 
     def promote() -> None:
         peer.file = versions.pop()
 
-    peer.after = promote
+    peer.chosen = promote
     moved = update(installed, peer.url, now_ms=NOW)
     assert moved.outcome == "interrupted"
     assert "again and again" in moved.reason
@@ -441,3 +468,105 @@ def test_a_process_that_is_killed_while_it_fetches_is_gone_on_from(
     assert peer.asked[-1]["Range"].startswith("bytes=")
     assert kept >= 100_000
     assert len(peer.asked) == 3
+
+
+def rollout(
+    *halts: bytes, default: int = 2, canary: tuple[int, float] | None = None, model: str = "meals", **more: object
+) -> bytes:
+    """As a gateway tells it."""
+    told = {"model": model, "default": default, "halted": [base64.b64encode(halt).decode() for halt in halts], **more}
+    return json.dumps(
+        told | ({"canary": dict(zip(("version", "share"), canary, strict=True))} if canary else {})
+    ).encode()
+
+
+def test_a_device_below_the_share_has_the_canary_and_the_others_the_default(
+    peer: Peer, tmp_path: Path, key: Ed25519PrivateKey, sign: Sign
+):
+    """Each draws once for a version: who has it keeps it, and a larger share only adds devices."""
+    peer.files = {0: sign(2), 3: sign(3)}
+    devices = [Installed(tmp_path / f"device-{i}", "meals", key.public_key(), engine="onnx") for i in range(30)]
+    tried: list[set[int]] = []
+    for share in (0.3, 0.3, 0.7, 1.0):
+        peer.rollout = rollout(canary=(3, share))
+        versions = [update(device, peer.url, now_ms=NOW).version for device in devices]
+        assert set(versions) <= {2, 3}
+        tried.append({i for i, version in enumerate(versions) if version == 3})
+        draws = [device.record().draw for device in devices]
+        assert tried[-1] == {i for i, draw in enumerate(draws) if draw is not None and draw[1] < share}
+    assert tried[0] == tried[1] <= tried[2] <= tried[3] == set(range(30))
+    assert 0 < len(tried[0]) < 30  # of 2^30 outcomes or so, fewer than one in ten thousand is otherwise
+    assert all(draw is not None and draw[0] == 3 and (draw[1] * 1000) == round(draw[1] * 1000) for draw in draws)
+
+
+def test_a_version_that_was_taken_back_gives_way_to_the_one_before_it(
+    peer: Peer, installed: Installed, key: Ed25519PrivateKey, sign: Sign
+):
+    """Where the control plane signed it, and for good: a gateway that offers it again is not believed."""
+    peer.files = {0: sign(2), 3: sign(3)}
+    update(installed, peer.url, now_ms=NOW)
+    peer.rollout = rollout(canary=(3, 1.0))
+    assert update(installed, peer.url, now_ms=NOW).version == 3
+    taken_back = sign_message(Halt(model="meals", versions=(3,), reason="worse"), key)
+    other = sign_message(Halt(model="meals", versions=(3,), reason="worse"), Ed25519PrivateKey.generate())
+    drinks = sign_message(Halt(model="drinks", versions=(3,), reason="worse"), key)
+    peer.rollout = rollout(other, drinks, b"", b"nonsense", canary=(3, 1.0))
+    assert update(installed, peer.url, now_ms=NOW) == Update("unchanged", 3, len(peer.rollout))
+    peer.rollout = rollout(taken_back)
+    assert update(installed, peer.url, now_ms=NOW) == Update("installed", 2, len(peer.rollout))
+    assert installed.open().manifest.version == 2
+    peer.rollout = rollout(canary=(3, 1.0))  # as if it had never been taken back
+    assert update(installed, peer.url, now_ms=NOW).version == 2
+    with pytest.raises(BundleError, match="version 3 was halted"):
+        installed.install(sign(3), now_ms=NOW)
+    peer.files[0], peer.rollout = sign(4), rollout(default=4)
+    assert update(installed, peer.url, now_ms=NOW).version == 4
+
+
+def test_who_has_only_what_was_taken_back_takes_the_older_default(
+    peer: Peer, installed: Installed, key: Ed25519PrivateKey, sign: Sign
+):
+    """It was new when the canary was all that there was for it; nothing older than what is left is let in else."""
+    peer.files, peer.rollout = {0: sign(2), 3: sign(3)}, rollout(canary=(3, 1.0))
+    assert update(installed, peer.url, now_ms=NOW).version == 3
+    peer.rollout = rollout(sign_message(Halt(model="meals", versions=(3,), reason="worse"), key))
+    assert update(installed, peer.url, now_ms=NOW).version == 2
+    peer.files[0] = sign(1)
+    assert update(installed, peer.url, now_ms=NOW).outcome == "refused"
+
+
+def test_a_halted_version_is_left_even_where_nothing_can_be_fetched(
+    peer: Peer, installed: Installed, key: Ed25519PrivateKey, sign: Sign
+):
+    """And a device whose only bundle it was has none then: it does not predict with it."""
+    peer.files, peer.rollout = {0: sign(2), 3: sign(3)}, rollout(canary=(3, 1.0))
+    update(installed, peer.url, now_ms=NOW)
+    peer.files[0] = b"nothing that can be installed"
+    peer.rollout = rollout(sign_message(Halt(model="meals", versions=(3,), reason="worse"), key))
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert (moved.outcome, moved.version) == ("refused", None)
+    with pytest.raises(BundleError, match="no bundle of 'meals' is installed"):
+        installed.open()
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (b"<html>", "the gateway's rollout is none"),
+        (rollout(model="drinks"), "the gateway's rollout is of 'drinks', not of 'meals'"),
+        (rollout(canary=(3, 1.5)), "the gateway's rollout is none: 1 fields differ"),
+        (rollout(halted=["x"] * 17), "the gateway's rollout is none: 1 fields differ"),
+        (b" " * (1 << 17), "sends more than was asked for"),
+    ],
+)
+def test_a_rollout_that_is_none_is_refused_and_the_old_bundle_goes_on(
+    peer: Peer, installed: Installed, sign: Sign, told: bytes, why: str
+):
+    """Nothing is fetched; the reason is told."""
+    peer.files = {0: sign(2)}
+    update(installed, peer.url, now_ms=NOW)
+    before, peer.asked, peer.rollout = installed.record(), [], told
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert (moved.outcome, moved.version, peer.asked) == ("refused", 2, [])
+    assert why in (moved.reason or "")
+    assert installed.record() == before

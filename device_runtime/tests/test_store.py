@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from device_runtime.encrypted import Full
 from device_runtime.protocol import Held, Upload
 from device_runtime.rows import Rows
-from device_runtime.store import FORGOTTEN, Served, Store
+from device_runtime.store import Served, Store
 from hybrid import Categorical, Log1p, Numeric
 from hybrid.bundle import Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
@@ -638,7 +638,7 @@ def test_forgetting_is_of_one_entity_one_device_or_everything(store: Store):
 
 
 def test_who_forgets_waits_as_if_it_had_just_taken_part(store: Store):
-    """Plans and updates are gone; how many they were is left, dated now; a device that never took part has none.
+    """Updates are gone; the plans are left, dated now; a device that never took part has none.
 
     Were they one, a plan that allows three in a week would have five of who forgot after the third.
     """
@@ -653,10 +653,20 @@ def test_who_forgets_waits_as_if_it_had_just_taken_part(store: Store):
     assert store.history(0, device=4) == [NOW, NOW]
     assert store.history(0, device=9) == []
     plans = [found["plan"] for found in store.export() if found["kind"] == "participation"]
-    assert plans == [f"{FORGOTTEN} 1", f"{FORGOTTEN} 2"]
+    assert plans == ["a" * 32, "b" * 32]
     assert store.halted(3) == "predicts nonsense"
     store.forget(now_ms=NOW + HOUR)
     assert store.history(0, device=4) == [NOW + HOUR, NOW + HOUR]
+
+
+def test_who_forgets_takes_part_in_no_plan_again(store: Store):
+    """A round may be open for longer than a policy's separation: its plan is refused, taken part in or tossed away."""
+    assert store.begin("a" * 32, NOW, device=4)
+    assert store.begin("b" * 32, NOW, device=4, takes_part=False)
+    store.forget(now_ms=NOW)
+    assert not store.begin("a" * 32, NOW + 48 * HOUR, device=4)
+    assert not store.begin("b" * 32, NOW + 48 * HOUR, device=4)
+    assert store.history(0, device=4) == [NOW]
 
 
 # Training

@@ -72,6 +72,7 @@ def noised_counts(
         BudgetExceeded: the ledger has not enough left.
     """
     from hybrid.analytics.labels import PURPOSE, noised_label_counts
+    from hybrid.analytics.results import describe
     from hybrid.privacy.accountant import GaussianEvent
     from hybrid.privacy.ledger import Ledger
 
@@ -81,6 +82,7 @@ def noised_counts(
 
     names = assessments.assessment.to_numpy()
     with Ledger.open(run_dir, budget_epsilon=model.privacy.epsilon, delta=model.privacy.delta) as ledger:
+        describe(run_dir, model.name, PURPOSE)  # so that `hybrid privacy` counts it
         counts = noised_label_counts(
             pd.Index(names).get_indexer(population.column("assessment")).astype(np.int64),
             population.column("good"),  # rows without a label count nowhere

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from hybrid.analytics.asking import Ask
 from hybrid.analytics.metrics import arcsine_nodes
 from hybrid.analytics.psi import Noised, Psi, psi
+from hybrid.analytics.results import bins_of
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
+from hybrid.files import write_whole
 from hybrid.query import MOST_VALUES, SCORE, AnyPart, Categories, Floats, Histogram, Query
 
 SCORE_BINS = 20
@@ -212,9 +213,7 @@ def cells_of(part: AnyPart) -> tuple[str, ...]:
     if isinstance(part, Categories):
         return (*part.values, "(unseen)", "(missing)")
     assert isinstance(part, Histogram)
-    edges = [f"{edge:.4g}" for edge in part.edges]
-    inner = [f"{low} to {high}" for low, high in pairwise(edges)]
-    return (f"below {edges[0]}", *inner, f"from {edges[-1]}", "(missing)")
+    return (*bins_of(part.edges), "(missing)")
 
 
 # What is kept: runs/<model>-drift-<week>/, one folder and one ledger for each ISO week.
@@ -239,9 +238,7 @@ def folder_of(runs: Path, model: str, week: str) -> Path:
 def keep(counted: Counted, folder: Path, number: int) -> Path:
     """Writes counts to a file of the folder; `number` is of the week's ledger."""
     file = folder / f"counted-{number}.json"
-    draft = file.with_suffix(".new")
-    draft.write_text(counted.model_dump_json())
-    draft.replace(file)
+    write_whole(file, counted.model_dump_json().encode())
     return file
 
 

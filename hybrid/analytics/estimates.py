@@ -18,6 +18,7 @@ from hybrid.query import Floats, Query
 
 Z95 = 1.959964  # of a normal distribution: 95 % lie within
 SPREAD_SHARE = 0.15  # of a question's epsilon, for its sampling variance
+LEAST = 1e-12  # of what is divided by
 STEP = 1e-3  # of the largest count, by which gradients are found
 
 Statistic = Callable[[Floats], Floats]
@@ -59,23 +60,21 @@ class Estimate:
         full = None if sampling_variance is None else math.sqrt(noise_sd**2 + sampling_variance)
         return cls(value, _around(value, noise_sd), None if full is None else _around(value, full))
 
+    def mapped(self, increasing: Callable[[float], float]) -> Estimate:
+        """Of an increasing function of the number: an interval's ends go where it takes them."""
+
+        def of(interval: Interval) -> Interval:
+            return Interval(increasing(interval.low), increasing(interval.high))
+
+        return Estimate(increasing(self.value), of(self.noise), None if self.full is None else of(self.full))
+
     def over(self, whole: float) -> Estimate:
         """As a share of what is known exactly; > 0."""
-        noise, full = (
-            None if interval is None else Interval(interval.low / whole, interval.high / whole)
-            for interval in (self.noise, self.full)
-        )
-        assert noise is not None
-        return Estimate(self.value / whole, noise, full)
+        return self.mapped(lambda value: value / whole)
 
     def within(self, low: float, high: float) -> Estimate:
         """Kept in the range that such a number can have."""
-
-        def kept(interval: Interval) -> Interval:
-            return Interval(*(float(np.clip(end, low, high)) for end in (interval.low, interval.high)))
-
-        full = None if self.full is None else kept(self.full)
-        return Estimate(float(np.clip(self.value, low, high)), kept(self.noise), full)
+        return self.mapped(lambda value: float(np.clip(value, low, high)))
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,11 @@ def gradient(function: Statistic, counts: Floats) -> Floats:
     moved = counts + step * np.concatenate([np.eye(len(counts)), -np.eye(len(counts))])
     above, below = np.split(function(moved), 2)
     return np.nan_to_num((above - below) / (2 * step))
+
+
+def quotient(part: Floats, whole: Floats) -> Floats:
+    """(b,) twice -> (b,); NaN where noise, or nobody, left nothing to divide by."""
+    return np.asarray(np.divide(part, whole, out=np.full(np.shape(whole), math.nan), where=whole > LEAST))
 
 
 def simulated(answer: Answer, function: Callable[[Floats], Floats], *, draws: int = 400, seed: int = 0) -> Floats:

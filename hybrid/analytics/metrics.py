@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid.analytics.asking import Answer, Ask
-from hybrid.analytics.estimates import Estimate, Estimated, Statistic, estimate, simulated
+from hybrid.analytics.estimates import LEAST, Estimate, Estimated, Statistic, estimate, quotient, simulated
 from hybrid.errors import ConfigError
 from hybrid.query import AGAINST, SCORE, Floats, Query, Scores
 
 NODES = 64
 DECILES = 10
-LEAST = 1e-12
 THRESHOLD = 0.5
 POINTS = 101  # of a curve
 
@@ -32,11 +31,32 @@ def arcsine_nodes(nodes: int = NODES) -> Floats:
     return np.asarray(np.sin(np.linspace(0, math.pi / 2, nodes)) ** 2)
 
 
+def nodes_for(nodes: Sequence[float] | None, threshold: float = THRESHOLD) -> Floats:
+    """Those by which scores are counted, with two at the threshold: rows below it share none with rows above.
+
+    Args:
+        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        threshold: of precision and recall, which so are exact; in (0, 1).
+
+    Raises:
+        ConfigError: the threshold is out of range.
+    """
+    if not 0 < threshold < 1:
+        raise ConfigError(f"threshold must be in (0, 1), got {threshold!r}")
+    return np.union1d(arcsine_nodes() if nodes is None else nodes, [threshold, np.nextafter(threshold, 1)])
+
+
 def auc(counts: Floats) -> Floats:
-    """(b, 2, nodes) -> (b,) chance that a positive scores above a negative; the same node counts half."""
+    """(b, 2, nodes) -> (b,) chance that a positive scores above a negative.
+
+    A tie counts half. Rows of neighbouring nodes may come from between them, where their order was lost as they were
+    shared out: for nodes h apart, and negatives and positives of the densities f and g, a sum of f' g h^2 / 4 too much.
+    That is an eighth of how negatives change from the node before to the one behind, and is taken away.
+    """
     negative, positive = counts[:, 0], counts[:, 1]
-    below = np.cumsum(negative, axis=1) - negative / 2
-    return _over((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
+    around = np.pad(negative, ((0, 0), (1, 1)))
+    below = np.cumsum(negative, axis=1) - negative / 2 - (around[:, 2:] - around[:, :-2]) / 8
+    return quotient((positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1))
 
 
 def log_loss(nodes: Floats) -> Callable[[Floats], Floats]:
@@ -46,7 +66,7 @@ def log_loss(nodes: Floats) -> Callable[[Floats], Floats]:
     """
     kept = _kept(nodes)
     of_label = np.stack([-np.log1p(-kept), -np.log(kept)])
-    return lambda counts: _over((counts * of_label).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
+    return lambda counts: quotient((counts * of_label).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
 
 
 def normalised_entropy(nodes: Floats) -> Callable[[Floats], Floats]:
@@ -58,43 +78,45 @@ def normalised_entropy(nodes: Floats) -> Callable[[Floats], Floats]:
     loss = log_loss(nodes)
 
     def function(counts: Floats) -> Floats:
-        rate = np.clip(mean_label(counts), LEAST, 1 - LEAST)
-        return _over(loss(counts), -rate * np.log(rate) - (1 - rate) * np.log1p(-rate))
+        rate = mean_label(counts)
+        kept = np.clip(rate, LEAST, 1 - LEAST)
+        entropy = -kept * np.log(kept) - (1 - kept) * np.log1p(-kept)
+        return quotient(loss(counts), np.where(rate == kept, entropy, 0.0))  # of a rate that noise alone can make: none
 
     return function
 
 
 def mean_label(counts: Floats) -> Floats:
     """Share of positives."""
-    return _over(counts[:, 1].sum(axis=1), counts.sum(axis=(1, 2)))
+    return quotient(counts[:, 1].sum(axis=1), counts.sum(axis=(1, 2)))
 
 
 def mean_prediction(nodes: Floats) -> Callable[[Floats], Floats]:
     """Mean score; exact, since scores are shared between nodes linearly."""
-    return lambda counts: _over((counts * nodes).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
+    return lambda counts: quotient((counts * nodes).sum(axis=(1, 2)), counts.sum(axis=(1, 2)))
 
 
 def calibration(nodes: Floats) -> Callable[[Floats], Floats]:
     """Mean prediction over mean label: 1 is calibrated in the large."""
     predicted = mean_prediction(nodes)
-    return lambda counts: _over(predicted(counts), mean_label(counts))
+    return lambda counts: quotient(predicted(counts), mean_label(counts))
 
 
 def precision(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
-    """Share of positives among rows that score above a threshold."""
-    above = _above(nodes, threshold)
+    """Share of positives among rows that score above a threshold; exact with `nodes_for` it."""
+    above = nodes > threshold
 
     def function(counts: Floats) -> Floats:
         chosen = (counts * above).sum(axis=2)
-        return _over(chosen[:, 1], chosen.sum(axis=1))
+        return quotient(chosen[:, 1], chosen.sum(axis=1))
 
     return function
 
 
 def recall(nodes: Floats, threshold: float = THRESHOLD) -> Callable[[Floats], Floats]:
-    """Share of the positives that score above a threshold."""
-    above = _above(nodes, threshold)
-    return lambda counts: _over((counts[:, 1] * above).sum(axis=1), counts[:, 1].sum(axis=1))
+    """Share of the positives that score above a threshold; exact with `nodes_for` it."""
+    above = nodes > threshold
+    return lambda counts: quotient((counts[:, 1] * above).sum(axis=1), counts[:, 1].sum(axis=1))
 
 
 def statistics(nodes: Floats, threshold: float = THRESHOLD) -> dict[str, Statistic]:
@@ -174,7 +196,7 @@ def evaluate(
 
     Args:
         ask: whom: their columns "score" and "label".
-        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        nodes: see `nodes_for`.
         rows: of a person, at most, the last ones.
         clip: see `Query`.
         threshold: of precision and recall.
@@ -183,8 +205,9 @@ def evaluate(
 
     Raises:
         BudgetExceeded: the ledger has not enough left.
+        ConfigError: the threshold is out of range.
     """
-    grid = _grid(nodes)
+    grid = nodes_for(nodes, threshold)
     query = Query(parts=(_scores(grid, SCORE),), rows=rows, clip=clip)
     named = statistics(grid, threshold) | {"rows": lambda counts: counts.sum(axis=1)}
     found = estimate(ask, query, named, share=share, full=full, totals=("rows",))
@@ -208,7 +231,7 @@ def compare(
 
     Args:
         ask: whom: their columns "score", "score_against" and "label".
-        nodes: ascending probabilities; None: `arcsine_nodes()`.
+        nodes: see `nodes_for`.
         rows: of a person, at most, the last ones.
         clip: see `Query`.
         threshold: of precision and recall.
@@ -217,8 +240,9 @@ def compare(
 
     Raises:
         BudgetExceeded: the ledger has not enough left.
+        ConfigError: the threshold is out of range.
     """
-    grid = _grid(nodes)
+    grid = nodes_for(nodes, threshold)
     query = Query(parts=(_scores(grid, SCORE), _scores(grid, AGAINST)), rows=rows, clip=clip)
     of_one, size = statistics(grid, threshold), 2 * len(grid)
     first, second = ({name: _of_part(f, place, size) for name, f in of_one.items()} for place in range(2))
@@ -234,10 +258,6 @@ def compare(
         if name.startswith("difference.")
     }
     return Comparison(_evaluation(found, grid, 0), _evaluation(found, grid, 1, "against."), differences)
-
-
-def _grid(nodes: Sequence[float] | None) -> Floats:
-    return arcsine_nodes() if nodes is None else np.asarray(nodes, np.float64)
 
 
 def _scores(nodes: Floats, column: str) -> Scores:
@@ -287,56 +307,42 @@ def _roc(nodes: int) -> Callable[[Floats], Floats]:
     at = np.linspace(0, 1, POINTS)
 
     def function(counts: Floats) -> Floats:
-        pairs = counts.reshape(len(counts), 2, nodes)
-        above = np.flip(np.cumsum(np.flip(pairs, 2), axis=2), 2)
-        rates = np.clip(above / np.maximum(above[:, :, :1], LEAST), 0, 1)
-        curves = []
-        for false, true in rates:
-            x = np.maximum.accumulate(np.concatenate([[0.0], false[::-1]]))
-            y = np.maximum.accumulate(np.concatenate([[0.0], true[::-1]]))
-            curves.append(np.interp(at, x, y))
+        above = np.cumsum(np.flip(counts.reshape(len(counts), 2, nodes), axis=2), axis=2)
+        rates = np.clip(_ascending(above) / np.maximum(above[:, :, -1:], LEAST), 0, 1)
+        curves = [np.interp(at, false, true) for false, true in np.pad(rates, ((0, 0), (0, 0), (1, 0)))]
         return np.stack([np.broadcast_to(at, (len(counts), POINTS)), np.stack(curves)], axis=1)
 
     return function
 
 
 def _deciles(nodes: Floats) -> Callable[[Floats], Floats]:
-    """Mean prediction and mean label in ten parts of equally many rows, each node's rows cut in proportion."""
+    """Mean prediction and mean label in ten parts of equally many rows, each node's rows cut in proportion.
+
+    From running sums, which have the least noise.
+    """
+    places = np.arange(len(nodes) + 1)
 
     def function(counts: Floats) -> Floats:
         pairs = counts.reshape(len(counts), 2, len(nodes))
-        rows = np.maximum(pairs.sum(axis=1), 0.0)
-        ends = np.cumsum(rows, axis=1)
-        starts, width = ends - rows, ends[:, -1:] / DECILES
+        rows = pairs.sum(axis=1)
+        sums = np.cumsum(np.stack([rows, rows * nodes, pairs[:, 1]], axis=1), axis=2)
         parts = []
-        for part in range(DECILES):
-            inside = np.minimum(ends, (part + 1) * width) - np.maximum(starts, part * width)
-            weight = np.clip(inside, 0, None) / np.maximum(rows, LEAST)
-            total = np.maximum((weight * rows).sum(axis=1), LEAST)
-            predicted = (weight * rows * nodes).sum(axis=1) / total
-            parts.append((predicted, np.clip((weight * pairs[:, 1]).sum(axis=1) / total, 0, 1)))
-        return np.moveaxis(np.array(parts), (0, 1, 2), (2, 1, 0))
+        for below, scores, positives in np.pad(sums, ((0, 0), (0, 0), (1, 0))):
+            whole = max(float(below[-1]), LEAST)
+            cuts = np.linspace(0, whole, DECILES + 1)[1:-1]
+            ends = np.concatenate([[0], np.interp(cuts, np.clip(_ascending(below), 0, whole), places), [places[-1]]])
+            parts.append([np.diff(np.interp(ends, places, each)) * DECILES / whole for each in (scores, positives)])
+        return np.clip(np.array(parts), 0, 1)
 
     return function
 
 
-def _above(nodes: Floats, threshold: float) -> Floats:
-    """Share of a node's rows that are above a threshold: those around it are as dense as between it and the next."""
-    return np.interp(nodes, *_step(nodes, threshold))
-
-
-def _step(nodes: Floats, threshold: float) -> tuple[list[float], list[float]]:
-    if not 0 < threshold < 1:
-        raise ConfigError(f"threshold must be in (0, 1), got {threshold!r}")
-    near = int(np.clip(np.searchsorted(nodes, threshold), 1, len(nodes) - 1))
-    half = (nodes[near] - nodes[near - 1]) / 2
-    return [threshold - half, threshold + half], [0.0, 1.0]
+def _ascending(sums: Floats) -> Floats:
+    """(..., k) noised running sums -> ones that do not fall: amid the least that are above and the most below."""
+    above = np.maximum.accumulate(sums, axis=-1)
+    below = np.flip(np.minimum.accumulate(np.flip(sums, -1), axis=-1), -1)
+    return np.asarray((above + below) / 2)
 
 
 def _kept(nodes: Floats) -> Floats:
     return np.asarray(np.clip(nodes, (nodes[1] - nodes[0]) / 2, 1 - (nodes[-1] - nodes[-2]) / 2))
-
-
-def _over(part: Floats, whole: Floats) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where(np.abs(whole) > LEAST, part / np.where(whole == 0, np.nan, whole), np.nan))

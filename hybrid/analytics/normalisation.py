@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from hybrid.analytics import vocabulary
 from hybrid.analytics.asking import NORMALISE, Answer, Ask, People, Simulated
+from hybrid.analytics.results import describe
 from hybrid.errors import ConfigError
 from hybrid.features import AnyTransform, Categorical, Log1p, Numeric, as_text
 from hybrid.files import write_whole
@@ -155,6 +156,7 @@ def learned(
     if resume:
         raise ConfigError(f"the constants that run {run_dir.name!r} learned ({FILE}) are gone: start another run")
     with Ledger.open(run_dir, budget_epsilon=budget, delta=model.privacy.delta) as ledger:
+        describe(run_dir, model.name, NORMALISE, seed=seed)  # a training that never begins has spent all the same
         paid = len(ledger.entries)
         ask = Simulated(people, ledger, purpose=NORMALISE, epsilon=share * budget, seed=seed)
         transforms = learn(ask, pending, rows=rows)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.analytics.asking import Answer, Ask
-from hybrid.analytics.estimates import Estimate, gradient, quantiles_of
+from hybrid.analytics.estimates import LEAST, Estimate, gradient, quantiles_of, quotient
 from hybrid.analytics.vocabulary import discover
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
@@ -330,7 +330,7 @@ def check_values(feature: str, values: Sequence[str], most: int) -> None:
 
 def check_levels(levels: Sequence[float]) -> None:
     """Raises: ConfigError: there are none, or they do not ascend between 0 and 1."""
-    if not levels or any(a >= b for a, b in pairwise((0.0, *levels, 1.0))):
+    if not levels or not all(a < b for a, b in pairwise((0.0, *levels, 1.0))):
         raise ConfigError(
             f"levels of quantiles must ascend between 0 and 1, got {', '.join(map(str, levels)) or 'none'}"
         )
@@ -385,20 +385,20 @@ def _numbers(group: str | None, counts: Floats, answer: Answer, ends: tuple[floa
     rows, most = answer.query.rows, answer.query.rows * answer.people
 
     def mean(c: Floats) -> Floats:
-        return _over(c[:, 1], c[:, 0])
+        return quotient(c[:, 1], c[:, 0])
 
     def variance(c: Floats) -> Floats:
-        return np.maximum(_over(c[:, 2], c[:, 0]) - mean(c) ** 2, 0.0)
+        return quotient(c[:, 2], c[:, 0]) - mean(c) ** 2  # noise may leave it below 0
 
     functions: dict[str, Callable[[Floats], Floats]] = {
         "count": lambda c: c[:, 0],
         "sum": lambda c: low * c[:, 0] + span * c[:, 1],
         "mean": lambda c: low + span * mean(c),
         "variance": lambda c: span**2 * variance(c),
-        "std": lambda c: span * np.sqrt(variance(c)),
     }
     n = float(np.clip(counts[0], 1.0, most))
     m, v = (float(np.nan_to_num(function(counts[None])[0])) for function in (mean, variance))
+    v = max(v, 0.0)
     total = float(functions["sum"](counts[None])[0])
     squares = low**2 * n + 2 * low * span * float(counts[1]) + span**2 * float(counts[2])
     # A fourth moment is at most the largest square times the second.
@@ -408,24 +408,19 @@ def _numbers(group: str | None, counts: Floats, answer: Answer, ends: tuple[floa
         "sum": rows * squares - total**2 / answer.people,
         "mean": rows * span**2 * v / n,
         "variance": rows * span**4 * fourth / n,
-        "std": rows * span**2 * fourth / (4 * max(v, _LEAST) * n),
     }
     within = {
         "count": (0.0, float(most)),
         "sum": (min(low, 0.0) * most, max(low + span, 0.0) * most),
         "mean": (low, low + span),
         "variance": (0.0, span**2 / 4),
-        "std": (0.0, span / 2),
     }
     found = {}
     for name, function in functions.items():
         noise = answer.sd * float(np.linalg.norm(gradient(function, counts)))
         value = float(function(counts[None])[0])
         found[name] = Estimate.of(value, noise, max(sampling[name], 0.0)).within(*within[name])
-    return Numbers(group, **found)
-
-
-_LEAST = 1e-9
+    return Numbers(group, **found, std=found["variance"].mapped(math.sqrt))
 
 
 def _counts(answer: Answer, groups: Sequence[str | None], union: NDArray[np.float64]) -> tuple[Counts, ...]:
@@ -465,7 +460,7 @@ def _shares(answer: Answer, group: int, weights: Floats) -> tuple[Estimate, ...]
     """What part of all of them each sum is."""
     counts, whole = answer.counts[group], weights.sum(axis=0)
     total = float(whole @ counts)
-    shares = weights @ counts / total if total > _LEAST else np.full(len(weights), math.nan)
+    shares = weights @ counts / total if total > LEAST else np.full(len(weights), math.nan)
     at_least = max(total, 1.0)
     slopes = (weights - np.nan_to_num(shares)[:, None] * whole) / at_least
     noise = answer.noise_sd(_placed(answer, group, slopes))
@@ -480,8 +475,3 @@ def _placed(answer: Answer, group: int, weights: Floats) -> Floats:
     placed = np.zeros((len(weights), answer.query.groups, weights.shape[1]))
     placed[:, group] = weights
     return placed.reshape(len(weights), -1)
-
-
-def _over(part: Floats, whole: Floats) -> Floats:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where(whole > _LEAST, part / np.where(whole == 0, np.nan, whole), np.nan))

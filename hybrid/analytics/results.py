@@ -6,9 +6,11 @@ all or nothing, and never changed.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hybrid.errors import ConfigError
+from hybrid.files import write_whole
 
 FOLDER = "results"  # in a run's
 SPEND = {"epsilon", "delta", "purpose", "releases", "run"}
@@ -55,6 +58,31 @@ class Result(BaseModel):
         if missing:
             raise ValueError(f"spend must have {', '.join(missing)}")
         return self
+
+
+def describe(run: Path, model: str, kind: str, **about: Any) -> None:
+    """Says whose a run is, where nothing says it yet: by its config.json `hybrid privacy` finds what a model spent."""
+    config = run / "config.json"
+    if not config.exists():
+        write_whole(config, json.dumps({"model": model, "kind": kind, **about}, indent=2).encode())
+
+
+def cells_of(shown: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the cells of an answer of `hybrid analyze` are called, in order, but for missing values."""
+    return bins_of(shown["edges"]) if shown["kind"] == "histogram" else tuple(shown["values"])
+
+
+def bins_of(edges: Sequence[float]) -> tuple[str, ...]:
+    """What bins are called.
+
+    Args:
+        edges: ascending, at least one.
+
+    >>> bins_of([1, 24.0])
+    ('below 1', '1 to 24', 'from 24')
+    """
+    ends = [readable(edge, 5) for edge in edges]
+    return (f"below {ends[0]}", *(f"{low} to {high}" for low, high in pairwise(ends)), f"from {ends[-1]}")
 
 
 def keep(
@@ -127,3 +155,12 @@ def read(runs: Path, model: str) -> list[tuple[str, Result]]:
         if result.model == model:
             found.append((file.parents[1].name, result))
     return sorted(found, key=lambda one: one[1].time)
+
+
+def readable(value: float, digits: int = 4) -> str:
+    """A number as people read it in a table: to so many digits, and whole, not as a power of ten, from 10,000 on.
+
+    >>> [readable(value) for value in (0.00002, 56.1943, -30197.4, 1e16)]
+    ['2e-05', '56.19', '-30,197', '1e+16']
+    """
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.{digits}g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -27,6 +28,7 @@ from hybrid.cli import (
     privacy,
     promote,
     report,
+    rollout,
     skew,
     stack,
     sweep,
@@ -54,6 +56,7 @@ GROUPS = (
     audit,
     report,
     promote,
+    rollout,
     stack,
     page,
     fleet,
@@ -61,8 +64,24 @@ GROUPS = (
     skew,
     drift,
 )
+
+
+def _with_paragraphs(commands: typer.Typer) -> typer.Typer:
+    """With each paragraph of their help in one line: Typer wraps it again, and would keep the source's breaks too."""
+    for command in commands.registered_commands:
+        paragraphs = inspect.cleandoc((command.callback and command.callback.__doc__) or "").split("\n\n")
+        code = (any(line.startswith(" ") for line in paragraph.splitlines()) for paragraph in paragraphs)
+        command.help = "\n\n".join(
+            text if kept else text.replace("\n", " ") for text, kept in zip(paragraphs, code, strict=True)
+        )
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _with_paragraphs(group.typer_instance)
+    return commands
+
+
 for group in GROUPS:
-    app.add_typer(group.app)
+    app.add_typer(_with_paragraphs(group.app))
 
 
 def _show_version(wanted: bool) -> None:

@@ -18,6 +18,7 @@ from hybrid.cli.asking import (
     DevicesOf,
     InProcess,
     OnDevices,
+    PaidBy,
     RoundS,
     Seed,
     Spending,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+COUNTED = {"text": "each value", "label": "how often it is 1"}
 NUMBERS_SHARES = (0.75, 0.25)  # of moments and histogram: both have the noise that they had as one vector
 
 
@@ -93,10 +95,7 @@ def analyze(
     fold: Annotated[
         str | None, typer.Option(metavar="K/N", help="Leave out the users of one fold of N, as `hybrid train` does.")
     ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
-    ] = None,
+    run: PaidBy = None,
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
@@ -157,7 +156,7 @@ def analyze(
     else:
         names = [feature] if by is None else [feature, by]
         people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)
-        whom = InProcess(people_in.name, seed or 0, people if kept is None else people.of(kept))
+        whom = InProcess(people_in.name, seed, people if kept is None else people.of(kept))
     shown = {
         "model": model,
         "feature": feature,
@@ -416,14 +415,15 @@ def _suggestion(transform: Any) -> str:
 
     if isinstance(transform, Bucketize):
         return "its outer edges"
-    return f"{WIDTHS:g} std on either side of its mean" if transform.low is None else "low and high"
+    return f"{WIDTHS:g} std on either side of its mean" if transform.low is None else "bounds for normalisation"
 
 
 def _no_number_options(options: _Options, what: str) -> None:
     given = [name for name, value in vars(options).items() if value is not None]
     if given:
         said = ", ".join(f"--{'quantiles' if name == 'levels' else name}" for name in given)
-        raise ConfigError(f"{said} must be left out: they are for numbers, and this is {what}")
+        counted = f"without them, {COUNTED[what]} is counted"
+        raise ConfigError(f"{said} must be left out: they are for numbers, and this is {what}; {counted}")
 
 
 def _given(epsilon: float | None, feature: str) -> float:

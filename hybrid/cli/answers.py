@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hybrid.analytics.results import cells_of, readable
 from hybrid.cli.asking import ALIKE, FULL, NOISE, bar, interval, spend_lines
-
-
-def cells_of(shown: Mapping[str, Any]) -> list[str]:
-    """What each cell of an answer is called."""
-    if shown["kind"] != "histogram":
-        return list(shown["values"])
-    edges = [f"{edge:.5g}" for edge in shown["edges"]]
-    return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f">= {edges[-1]}"]
 
 
 def show(shown: Mapping[str, Any]) -> None:
@@ -54,7 +46,7 @@ def _head(shown: Mapping[str, Any]) -> Iterator[str]:
     bounds = shown.get("bounds")
     if bounds is not None:
         log = "; even in log(1 + x), and moments are of it" if bounds["scale"] == "log1p" else ""
-        yield f"between {bounds['low']:.4g} and {bounds['high']:.4g} ({bounds['from']}){log}"
+        yield f"between {readable(bounds['low'])} and {readable(bounds['high'])} ({bounds['from']}){log}"
     if "edges_from" in shown:
         yield f"edges {shown['edges_from']}"
 
@@ -134,7 +126,7 @@ def _percent(share: float | None) -> str:
 
 
 def _percents(ends: Sequence[float | None] | None) -> str:
-    return interval(ends and [end and 100 * end for end in ends], "{:.1f}")
+    return interval(ends and [end and 100 * end for end in ends], "{:.1f}".format)
 
 
 def _rows(count: Mapping[str, Any]) -> str:
@@ -142,7 +134,7 @@ def _rows(count: Mapping[str, Any]) -> str:
 
 
 def _value(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
+    return "-" if value is None else readable(value, 5)
 
 
 def draw(file: Path, shown: Mapping[str, Any]) -> None:

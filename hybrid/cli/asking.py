@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from hybrid.cli.runs import progress_bar, run_folder
+from hybrid.analytics.results import readable
+from hybrid.cli.runs import check_types, progress_bar, run_folder, server_slots
 from hybrid.errors import BadRequest, BudgetExceeded, ConfigError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from hybrid.workspace import Workspace
 
 PER_RUN = "per run: what other runs asked is not composed"
-SEEDED = (
-    f"a seeded simulation, whose noise can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
-)
+SEEDED = f"the noise is seeded, and can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
 ONE_ANSWER = f"no device answers a question twice, which nothing enforces without tokens; {PER_RUN}"
 ONE_TOKEN = (
     f"no account answers a question twice, whatever devices it has: the issuer of tokens sees to that; {PER_RUN}"
@@ -44,7 +42,13 @@ FULL = "full: 95 %, for the population that they are a sample of, person by pers
 ALIKE = "; rows of a person are taken to be alike, so it is rather too wide"
 
 
-Seed = Annotated[int | None, typer.Option(min=0, help="Of this simulation's noise; 0 by default.")]
+PaidBy = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Of the noise, to repeat a run; by default the operating system's.")
+]
 DevicesOf = Annotated[
     int | None,
     typer.Option(
@@ -105,7 +109,7 @@ class InProcess(Whom):
     @property
     def assumes(self) -> str:
         """See `Whom`."""
-        return SEEDED
+        return PER_RUN if self.seed is None else SEEDED
 
     def __len__(self) -> int:
         return len(self.people)
@@ -219,18 +223,23 @@ class Paying:
     ask: Ask
     before: int
 
+    @property
+    def unit(self) -> str:
+        """That an epsilon is of."""
+        return self.whom.unit or self.model.privacy.unit
+
     def begin(self, shares: Sequence[float]) -> None:
         """Sets aside what all phases cost; a run that nobody described yet is described.
 
         Raises:
             BudgetExceeded: the ledger has not enough left. No file is changed.
         """
+        from hybrid.analytics.results import describe
+
         self.ask.begin(shares)
-        config = self.folder / "config.json"
-        if not config.exists():  # `hybrid privacy` finds a model's runs by it
-            whom = {"population": self.whom.population, "seed": self.whom.seed}
-            about = {"model": self.model.name, "kind": self.purpose, **whom}
-            config.write_text(json.dumps(about, indent=2))
+        about = {"population": self.whom.population, "seed": self.whom.seed, "assumption": self.whom.assumes}
+        claim = {"unit": self.unit, "protects": self.model.protects}
+        describe(self.folder, self.model.name, self.purpose, **about, **claim)
 
     def spend(self) -> dict[str, Any]:
         """What this question cost, and what its run has left."""
@@ -242,7 +251,7 @@ class Paying:
         return {
             "epsilon": this.epsilon,
             "delta": ledger.delta,
-            "unit": self.whom.unit or self.model.privacy.unit,
+            "unit": self.unit,
             "protects": self.model.protects,
             "mechanism": f"{MECHANISM}; accountant: {this.method}",
             "assumption": self.whom.assumes,
@@ -360,7 +369,7 @@ def columns_of(
         elif name in raw:
             found[name] = population.column(name)
             try:
-                raw[name].inputs(found[name])
+                check_types(raw[name], found[name])
             except BadRequest as error:
                 raise ConfigError(f"population {population.name!r}: feature {name!r} {error}") from None
         else:
@@ -370,10 +379,7 @@ def columns_of(
 
 def _server_text(model: HybridModel, population: Population, name: str, workspace: Workspace) -> NDArray[np.object_]:
     """(n,) a categorical server feature as it was at each row's time; None where it is not of the vocabulary."""
-    from feature_store.offline import join
-
-    times = None if population.time is None else population.column(population.time)
-    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+    slots = server_slots(model, population, workspace)
     transform = model.server.features.transforms[name]
     words = np.array([*transform.model_dump()["vocabulary"], None, None], dtype=object)
     return np.asarray(words[slots[:, model.server.features.names.index(name)].astype(np.int64)])
@@ -398,7 +404,9 @@ def _left(folder: Path) -> str:
     spent, budget = account.spent().epsilon, account.budget_epsilon
     left = f"run {folder.name!r} has epsilon {max(0.0, budget - spent):.3g} left of {budget:g}"
     fits = _fits(account.events(), budget, account.delta)
-    return f"{left}: " + (f"one question of {fits:.3f} fits" if fits else "no further question fits")
+    return f"{left}: " + (
+        f"one question of {fits:.3f} fits (epsilons do not add up)" if fits else "no further question fits"
+    )
 
 
 def _fits(besides: Sequence[Event], budget: float, delta: float) -> float:
@@ -445,10 +453,10 @@ def spend_lines(spend: Mapping[str, Any] | None, exact: str) -> Iterator[str]:
     yield f"  assumes: {spend['assumption']}"
 
 
-def interval(ends: Sequence[float | None] | None, form: str = "{:.4g}") -> str:
+def interval(ends: Sequence[float | None] | None, say: Callable[[float], str] = readable) -> str:
     """Of 95 %, as it is printed."""
     known = [end for end in ends or () if end is not None]
-    return " to ".join(map(form.format, known)) if len(known) == 2 else "-"
+    return " to ".join(map(say, known)) if len(known) == 2 else "-"
 
 
 def bar(estimate: Mapping[str, Any], most: float, width: int = 24) -> str:

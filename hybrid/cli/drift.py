@@ -143,6 +143,9 @@ class _Week:
         time: the column with each row's time; None: the population's.
         epsilon: of each period that is asked now; None: the model's.
         seed: of the noise.
+
+    Raises:
+        ConfigError: the model does not declare what a week may cost.
     """
 
     model: HybridModel
@@ -152,6 +155,10 @@ class _Week:
     time: str | None
     epsilon: float | None
     seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.model.drift is None:  # said first: no other option helps before it
+            raise ConfigError(f"drift of {self.model.name!r} must be declared: {DECLARE}")
 
     @property
     def name(self) -> str:
@@ -169,13 +176,8 @@ class _Week:
 
     @property
     def declared(self) -> Drift:
-        """What the model declares.
-
-        Raises:
-            ConfigError: nothing.
-        """
-        if self.model.drift is None:
-            raise ConfigError(f"drift of {self.model.name!r} must be declared: {DECLARE}")
+        """What the model declares."""
+        assert self.model.drift is not None
         return self.model.drift
 
     @property

@@ -17,6 +17,7 @@ from hybrid.cli.asking import (
     DevicesOf,
     InProcess,
     OnDevices,
+    PaidBy,
     RoundS,
     Seed,
     Spending,
@@ -29,7 +30,7 @@ from hybrid.cli.asking import (
     paying,
     spend_lines,
 )
-from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, version_of
+from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, preparing, version_of
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -56,6 +57,7 @@ NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
+FORM = "{:.4f}".format
 UNKNOWN = "it is not known whether these people were in training: the run of {version} is not here"
 TRAINED = "these people were in the training of {version}: on people that a model learned from, metrics flatter it"
 
@@ -68,7 +70,7 @@ def evaluate(
     *,
     epsilon: Annotated[float, typer.Option(help="Privacy to spend.")],
     against: Annotated[
-        str | None, typer.Option(metavar="ALIAS|VERSION", help="Another version, on the same people.")
+        str | None, typer.Option(metavar="ALIAS|VERSION", help="Another version of it, on the same people.")
     ] = None,
     population: Annotated[
         str | None, typer.Option(help="Whom to ask; by default the population of the model's name.")
@@ -85,10 +87,7 @@ def evaluate(
     full: Annotated[
         bool, typer.Option("--full/--no-full", help="Intervals for the population too, for 15 % of epsilon.")
     ] = True,
-    run: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Run under runs/ whose ledger pays; by default a new one, a new budget."),
-    ] = None,
+    run: PaidBy = None,
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
@@ -101,7 +100,7 @@ def evaluate(
     """Measures a version on people's devices, and sees noised counts of scores by label: nobody's score.
 
     Each device predicts its latest labelled rows, --rows at most, and counts the
-    scores near each of 64 nodes, by label. AUC, log-loss, normalised entropy (below 1 is
+    scores near each of some 64 nodes, by label. AUC, log-loss, normalised entropy (below 1 is
     better than the mean label), calibration (mean prediction over mean label), precision and recall are computed
     from the noised sums. With --against both versions predict the same rows, and the differences, the first less the
     second, have intervals of their own.
@@ -132,17 +131,18 @@ def evaluate(
     declared = registry.load_model(name)
     check_epsilon(declared, epsilon)
     _check_threshold(threshold)
-    versions = [version_of(registry, name, PRODUCTION if selector is None else selector, otherwise=OTHERWISE)]
-    if against is not None:
-        versions.append(version_of(registry, name, against, otherwise=OTHERWISE))
-    asked = _Asked.of(versions, population or name, fold, workspace)
-    labelled = declared if label is None else _labelled(declared, label)
-    Network.build(declared).check_registered(registry.definition(name)["network"])
-    whom: Whom
-    if devices is not None:
-        whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S, tokens=tokens)
-    else:
-        whom = InProcess(asked.population, seed or 0, _people(labelled, versions, asked, workspace))
+    with preparing(f"evaluation of {name}"):
+        versions = [version_of(registry, name, PRODUCTION if selector is None else selector, otherwise=OTHERWISE)]
+        if against is not None:
+            versions.append(version_of(registry, name, _other(name, against), otherwise=OTHERWISE))
+        asked = _Asked.of(versions, population or name, fold, workspace)
+        labelled = declared if label is None else _labelled(declared, label)
+        Network.build(declared).check_registered(registry.definition(name)["network"])
+        whom: Whom
+        if devices is not None:
+            whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S, tokens=tokens)
+        else:
+            whom = InProcess(asked.population, seed, _people(labelled, versions, asked, workspace))
     shown: dict[str, Any] = {
         "model": name,
         "versions": [{"version": one.number, "aliases": list(one.aliases)} for one in versions],
@@ -169,6 +169,22 @@ def evaluate(
         print(json.dumps(shown))
     else:
         _print(shown)
+
+
+def _other(name: str, against: str) -> str | int:
+    """The selector of --against, which may name the model too.
+
+    Raises:
+        ConfigError: it names another model.
+    """
+    from hybrid.registry import parse_selector
+
+    if not {":", "@"} & set(against):
+        return against
+    other, selector = parse_selector(against)
+    if other != name or selector is None:
+        raise ConfigError(f"--against must be an alias or a version of {name}, got {against!r}")
+    return selector
 
 
 @dataclass(frozen=True)
@@ -367,8 +383,8 @@ def _head(shown: Mapping[str, Any]) -> Iterator[str]:
 
 def _fill(table: Any, found: Mapping[str, Any]) -> None:
     for name, one in found.items():
-        value = "-" if one["value"] is None else f"{one['value']:.4f}"
-        table.add_row(NAMES[name], value, interval(one["noise"], "{:.4f}"), interval(one["full"], "{:.4f}"))
+        value = "-" if one["value"] is None else FORM(one["value"])
+        table.add_row(NAMES[name], value, interval(one["noise"], FORM), interval(one["full"], FORM))
 
 
 def _draw(file: Path, shown: Mapping[str, Any]) -> None:

@@ -295,7 +295,7 @@ def _report(promoted: Promoted, settings: Round, outcome: Outcome, people: Peopl
         "model": promoted.version.model,
         "from_version": promoted.version.number,
         "devices": people.users,
-        "examples": int(people.offsets[-1]),
+        "oracle_examples": int(people.offsets[-1]),
         "sampling": settings.sampling,
         "noise_multiplier": settings.noise_multiplier,
         "rounds": outcome.rounds,
@@ -328,7 +328,7 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(str(row["round"]), f"{row['seconds']:.1f}", f"{row['moved']:.4g}")
     Console(highlight=False).print(table)
     ended = ", ".join(f"{count} {ending}" for ending, count in sorted(report["oracle_endings"].items()))
-    print(f"{report['devices']} devices with {report['examples']} examples; sessions (oracle): {ended}")
+    print(f"{report['devices']} devices; oracle: {report['oracle_examples']} examples; sessions: {ended}")
     if report["refused"] is None:
         print("uploads not taken: see the aggregators' logs")
     else:

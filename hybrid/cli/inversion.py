@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, progress_bar, version_of
+from hybrid.cli.runs import PRODUCTION, check_plot, examples_of, preparing, progress_bar, version_of
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -73,10 +73,11 @@ def inversion(
 
     workspace = Workspace.current()
     registry = Registry(workspace)
-    declared, found = registry.load_model(model), _version(registry, model, version)
-    network = Network.of(declared, found)
-    network.check_registered(found.definition["network"])
-    known, attacked = examples_of(network.model, population or model, fold, workspace)
+    with preparing(f"inversion of {model}"):
+        declared, found = registry.load_model(model), _version(registry, model, version)
+        network = Network.of(declared, found)
+        network.check_registered(found.definition["network"])
+        known, attacked = examples_of(network.model, population or model, fold, workspace)
     assert attacked is not None
     with progress_bar(f"inversion of {model}:{found.number}") as progress:
         report = attack(

@@ -193,7 +193,7 @@ def _print_shown(shown: Mapping[str, Any]) -> None:
 
 
 def _add_training(table: Table, record: TrainingRecord) -> None:
-    rows = "examples that only devices count" if record.examples is None else f"{record.examples} examples"
+    rows = "examples that only devices count" if record.examples is None else f"{record.examples} examples (oracle)"
     learned = f"{record.kind}, from {record.users} users and {rows} of {record.population}"
     table.add_row("training", learned)
     table.add_row("run", record.run)
@@ -203,10 +203,12 @@ def _add_training(table: Table, record: TrainingRecord) -> None:
     if record.noise_multiplier is not None:
         table.add_row("noise", f"{record.noise_multiplier:.4g} x clip {record.clip}")
     if record.learned is not None:
+        from rich.markup import escape
+
         from hybrid.version import constants_of
 
         constants = (f"{name}: {constants_of(each)}" for name, each in record.learned.transforms.items())
-        table.add_row("learned constants", "\n".join(constants))
+        table.add_row("learned constants", escape("\n".join(constants)))
     for metric, value in record.oracle.items():
         table.add_row(f"{metric} (oracle: pooled data, simulation only)", f"{value:.4g}")
 

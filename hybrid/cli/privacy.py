@@ -104,13 +104,17 @@ class _Run:
 
 
 def _runs(folder: Path, model: str, trainings: Mapping[int, TrainingRecord]) -> list[_Run]:
-    """Those of the model's versions, and those with a ledger alone: they go on, or failed, or are a sweep's."""
+    """Of its versions, of answers about it, and with a ledger alone: those go on, or failed, or are a sweep's."""
+    from hybrid.analytics.results import read
     from hybrid.privacy.ledger import FILE
 
     trained: dict[str, dict[int, TrainingRecord]] = {}
     for number, record in trainings.items():
         if record.epsilon is not None:
             trained.setdefault(record.run, {})[number] = record
+    for _, result in read(folder, model):
+        if result.spend is not None:  # another model's run may have paid
+            trained.setdefault(result.spend["run"], {})
     for ledger in sorted([*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}")]):  # a sweep has one a configuration
         name = ledger.parent.relative_to(folder).as_posix()
         if name not in trained and _config(ledger.parent).get("model") == model:

@@ -47,7 +47,7 @@ def promote(
     found = version_of(registry, model, version, otherwise=OTHERWISE)
     exported = export_version(found, declared, workspace)
     if alias == PRODUCTION:
-        _wait_loaded(exported.deployment, workspace)
+        wait_loaded(exported.deployment, workspace)
     registry.set_alias(model, found.number, alias)
     served = exported.deployment.write(workspace.deployments) if alias == PRODUCTION else None
     if as_json:
@@ -56,7 +56,7 @@ def promote(
         _show(exported, declared, alias, served)
 
 
-def _wait_loaded(deployment: Deployment, workspace: Workspace) -> None:
+def wait_loaded(deployment: Deployment, workspace: Workspace) -> None:
     """Returns once the local stack's Triton, if it is up, has both models: serving would ask for them at once.
 
     Raises:

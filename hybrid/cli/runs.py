@@ -14,8 +14,11 @@ from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from hybrid.analytics.asking import People
-    from hybrid.federation.population import Examples
+    from hybrid.features import Float32, Transform
+    from hybrid.federation.population import Examples, Population
     from hybrid.registry import Registry
     from hybrid.spec import HybridModel
     from hybrid.version import Version
@@ -28,6 +31,7 @@ class Where(StrEnum):
 
 
 PRODUCTION = "production"  # the alias of what is served
+CANARY = "canary"  # of what some devices fetch in its place
 PLOTS = (".svg", ".png")
 IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
 
@@ -36,16 +40,38 @@ def examples_of(
     model: HybridModel, name: str, fold: str | None, workspace: Workspace
 ) -> tuple[Examples, Examples | None]:
     """The rows to learn from, with the server's features as they were, and those of held-out users."""
-    from feature_store.offline import join
     from hybrid.federation.population import Population, examples, parse_fold
 
     population = Population.open(name, workspace)
     held_out = None if fold is None else population.fold(*parse_fold(fold))
-    times = None if population.time is None else population.column(population.time)
-    slots = join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+    slots = server_slots(model, population, workspace)
     large = 4 * len(population) * (model.server_features.width + model.device_features.width) > IN_MEMORY
     rows = examples(model, population, slots, folder=workspace.examples / name if large else None)
     return (rows, None) if held_out is None else (rows.of(~held_out), rows.of(held_out))
+
+
+def server_slots(model: HybridModel, population: Population, workspace: Workspace) -> Float32:
+    """(n, s) what the server knew of each row's entity at its time, as slots.
+
+    Raises:
+        ConfigError: the population lacks a column, or the model was not applied to the feature store.
+        NotFound: some rows have no server features at their time.
+    """
+    from feature_store.offline import join
+
+    times = None if population.time is None else population.column(population.time)
+    return join(model, population.column(model.server.entity.join_key), times, workspace.feast)
+
+
+def check_types(transform: Transform, column: ArrayLike) -> None:
+    """Of raw values, also where the transform's constants are not learned yet.
+
+    Raises:
+        BadRequest: they are texts in place of numbers, or the other way round.
+    """
+    from hybrid.features import Numeric, as_text
+
+    (as_text if transform.text else Numeric().inputs)(column)
 
 
 def version_of(registry: Registry, name: str, selector: str | int, *, otherwise: str) -> Version:
@@ -80,23 +106,18 @@ def people_of(model: HybridModel, name: str, fold: str | None, workspace: Worksp
 
     from hybrid.analytics.asking import People
     from hybrid.errors import BadRequest
-    from hybrid.features import Numeric, as_text
     from hybrid.federation.population import Population, labels_of, parse_fold
 
     population = Population.open(name, workspace)
-    learning = np.ones(population.users, np.bool_)
-    if fold is not None:
-        learning = ~population.fold(*parse_fold(fold))
     _, known = labels_of(model.label, population)
-    rows = known & np.repeat(learning, np.diff(population.offsets))
-    columns = {feature: population.column(feature)[rows] for feature in model.device_features.pending}
+    columns = {feature: population.column(feature)[known] for feature in model.device_features.pending}
     for feature, column in columns.items():
         try:
-            (as_text if model.device[feature].text else Numeric().inputs)(column)
+            check_types(model.device[feature], column)
         except BadRequest as error:
             raise ConfigError(f"population {name!r}: feature {feature!r}: {error}") from None
-    counted = np.concatenate([[0], np.cumsum(rows)])[population.offsets]
-    return People(columns, np.concatenate([counted[:-1][learning], counted[-1:]]))
+    people = People(columns, np.concatenate([[0], np.cumsum(known)])[population.offsets])
+    return people if fold is None else people.of(~population.fold(*parse_fold(fold)))
 
 
 def exactly(model: HybridModel, name: str, fold: str | None, workspace: Workspace) -> HybridModel:
@@ -185,6 +206,15 @@ def _new_run(runs: Path, stem: str) -> Path:
 
 
 @contextmanager
+def preparing(what: str) -> Iterator[None]:
+    """Says on a terminal what goes on before there is a bar: libraries load for seconds. Nothing of it stays."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what}: reading"):
+        yield
+
+
+@contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, so that what a script reads stays clean."""
     from rich.console import Console
@@ -208,7 +238,12 @@ def check_plot(file: Path | None) -> None:
         raise ConfigError(f"--plot must end with {' or '.join(PLOTS)}, got {file.name!r}")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"--plot must be in a folder that exists, got {str(file)!r}")
+    check_drawing("--plot")
+
+
+def check_drawing(what: str) -> None:
+    """Raises: ConfigError: `what` cannot be drawn here."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: install hybrid-towers[report]")
+        raise ConfigError(f"{what} needs matplotlib: install hybrid-towers[report]")

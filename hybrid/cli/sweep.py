@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import exactly, examples_of, progress_bar, run_folder
-from hybrid.errors import ConfigError
+from hybrid.cli.runs import check_drawing, exactly, examples_of, progress_bar, run_folder
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def sweep(
 
     wanted = Grid.load(grid)
     parse_fold(fold)
-    _check_plot()
+    check_drawing("a sweep's plot")
     from hybrid.network import Network
     from hybrid.registry import Registry
 
@@ -95,13 +94,6 @@ def sweep(
         print(json.dumps(shown))
     else:
         _print(model, swept, run_dir)
-
-
-def _check_plot() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError("a sweep's plot needs matplotlib: install hybrid-towers[report]")
 
 
 def _write(run_dir: Path, grid: Grid, shown: Mapping[str, Any]) -> None:

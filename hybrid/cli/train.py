@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +13,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import Where, examples_of, interrupted, people_of, progress_bar, run_folder
-from hybrid.errors import ConfigError, FederationError
+from hybrid.cli.asking import columns_of
+from hybrid.cli.runs import (
+    Where,
+    examples_of,
+    interrupted,
+    people_of,
+    preparing,
+    progress_bar,
+    run_folder,
+    server_slots,
+)
+from hybrid.errors import ConfigError, FederationError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from hybrid.federation.population import Population
     from hybrid.federation.training import Federation, Kind, OnFleet
     from hybrid.spec import HybridModel, Training
     from hybrid.version import Learned, TrainingRecord
 
 app = typer.Typer()
+
+SILENT = (
+    "{feature}: no text stood out from the noise, so that the feature will say nothing. More people, a larger "
+    "--epsilon or --normalise-share would help, or a vocabulary written by hand; Ctrl-C saves the rounds' epsilon"
+)
 
 
 @app.command()
@@ -231,13 +247,16 @@ def train(
             f"--normalise-share and --normalise-rows must be left out: "
             f"{model} declares all its constants, and learns none"
         )
-    Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
-    from hybrid.federation.training import check_allowed
-    from hybrid.federation.training import train as train_model
+    with preparing(f"{order.kind} training of {model}"):
+        Network.build(declared, seed=order.seed).check_registered(registry.definition(model)["network"])
+        from hybrid.federation.training import check_allowed
+        from hybrid.federation.training import train as train_model
 
     budget = check_allowed(declared, order.kind, order.epsilon, order.settings)
     with folder as run_dir, _resumable(model, run_dir), progress_bar(f"{order.kind} training of {model}") as progress:
         learned = _learned(declared, order, run_dir, workspace, budget=budget, resume=resume)
+        for feature in () if learned is None else learned.silent:
+            typer.echo(SILENT.format(feature=feature), err=True)
         encoding = declared.with_learned({} if learned is None else learned.transforms)
         train_on, held_out = examples_of(encoding, order.population, order.fold, workspace)
         trained = train_model(
@@ -271,9 +290,11 @@ def _learned(
         return None
     from hybrid.analytics.normalisation import learned
     from hybrid.federation.noise import check_delta
+    from hybrid.federation.population import Population
     from hybrid.federation.resume import check_free
 
     people = people_of(model, order.population, order.fold, workspace)
+    _check_rows(model, Population.open(order.population, workspace), workspace)
     if not resume:
         check_free(run_dir)
     if budget is not None:
@@ -288,6 +309,18 @@ def _learned(
         seed=order.seed,
         resume=resume,
     )
+
+
+def _check_rows(model: HybridModel, population: Population, workspace: Workspace) -> None:
+    """What a training would refuse of rows once constants are learned, and paid for.
+
+    Raises:
+        ConfigError: a column is absent or of the wrong type, or the model was not applied to the feature store.
+        NotFound: some rows have no server features at their time.
+    """
+    declared = [name for name in (*model.request, *model.device) if name not in model.device_features.pending]
+    columns_of(model, population, declared, workspace)
+    server_slots(model, population, workspace)
 
 
 @dataclass(frozen=True)
@@ -368,10 +401,12 @@ def _resumable(model: str, run: Path) -> Iterator[None]:
     except FederationError as error:
         raise FederationError(f"{error}\n`{again}` goes on") from None
     except KeyboardInterrupt:
-        from hybrid.federation.resume import BY_ROUNDS, CONFIG, rounds_done, started
+        from hybrid.federation.resume import BY_ROUNDS, rounds_done, started
         from hybrid.privacy.ledger import FILE as LEDGER
 
-        config = started(run) if (run / CONFIG).exists() else {}
+        config: dict[str, Any] = {}
+        with suppress(NotFound):
+            config = started(run)
         if config.get("kind") in BY_ROUNDS:
             of = config["training"]["rounds"]
             said = f"with {rounds_done(run, config)} of {of} rounds kept: `{again}` goes on"
@@ -421,7 +456,7 @@ def _print(model: str, version: int, run_dir: Path, record: TrainingRecord, *, a
         shown = {"model": model, "version": version, "run": str(run_dir), "training": record.model_dump(mode="json")}
         print(json.dumps(shown))
         return
-    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples")
+    print(f"{model}:{version}, {record.kind}, from {record.users} users and {record.examples} examples (oracle)")
     print("privacy: " + "\n  ".join(record.privacy_lines()))
     if record.balance is not None:
         print(f"label balance: {record.balance.line()}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError, NotFound
+from hybrid.files import write_whole
 
 FILE = "checkpoint.npz"
 STEP, STATE = "step", "state"  # names in the file, beside those of weights, "part.name"
@@ -63,13 +63,7 @@ class Checkpoint:
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         content.write(hashlib.sha256(content.getbuffer()).digest())  # behind its end, where readers of npz do not look
-        draft = folder / f".{FILE}"
-        with draft.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, folder / FILE)
-        _sync(folder)
+        write_whole(folder / FILE, content.getbuffer())
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -199,11 +193,3 @@ def _unpacked(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
         return items if kind == "list" else tuple(items)
     array = arrays[content]
     return torch.from_numpy(array) if kind == "tensor" else array[()] if kind == "scalar" else array
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -32,6 +32,7 @@ from hybrid.features import Float32
 from hybrid.federation.client_app import client_app
 from hybrid.federation.remote import RemoteAggregator, read_token
 from hybrid.federation.strategy import ATTEMPT, PLAN, RUN, NoisedSum
+from hybrid.files import write_whole
 from hybrid.spec import Declared, Training
 
 if TYPE_CHECKING:  # it imports torch
@@ -161,12 +162,7 @@ class Progress:
         return int(json.loads(file.read_text())["failed_rounds"]) if file.exists() else None
 
     def _write(self, name: str, content: bytes) -> None:
-        draft = self.folder / f".{name}"
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the next round is kept
-        draft.replace(self.folder / name)
+        write_whole(self.folder / name, content)  # before the next round is kept
 
 
 @server.main()  # type: ignore[untyped-decorator]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError
 from hybrid.federation.aggregator import PaidMechanism, Round
+from hybrid.files import write_whole
 from hybrid.plan import Turn
 from hybrid.privacy.ledger import Ledger, MatrixEntry
 
@@ -87,18 +87,7 @@ class Standing:
         """
         values = asdict(self) | {"buffers": self.buffers.shape}
         content = json.dumps(values).encode() + b"\n" + np.ascontiguousarray(self.buffers, "<f8").tobytes()
-        draft = file.with_name(f".{file.name}")
-        draft.unlink(missing_ok=True)  # one that was there may be others', or be read by them
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
-            handle.write(content + hashlib.sha256(content).digest())
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(draft, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(file, content + hashlib.sha256(content).digest(), private=True)
 
     @classmethod
     def read(cls, file: Path) -> Standing | None:

@@ -30,7 +30,7 @@ HASHED = {
 
 
 def started(run_dir: Path) -> dict[str, Any]:
-    """How the latest training in a run directory was started: its config.json.
+    """How the latest training in a run directory was started: its config.json, unless that is of a question.
 
     Raises:
         NotFound: none was, or it was stopped before it spent anything.
@@ -38,10 +38,12 @@ def started(run_dir: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((run_dir / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):
+        config = {}
+    if "training" not in config:
         raise NotFound(
             f"run {run_dir.name!r} has no training to resume: none got as far as its first round, "
             "and nothing was spent by one; start it again, and it uses what else is in the run"
-        ) from None
+        )
     return config
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid.analytics.results import describe
 from hybrid.bundle import Manifest, read_bundle, signing_key, trusted_key
 from hybrid.errors import BadRequest, ConfigError
 from hybrid.features import Float32
@@ -228,6 +229,7 @@ class Promoted:
             noise = least_noise(settings, budget, delta, sampling=settings.sampling, besides=costs(ledger.entries))
             found = round_settings(model, settings, noise, **chance)
             ledger.reserve([found.of(settings.rounds)])
+            describe(run_dir, model.name, "fleet")
             yield found, ledger
 
     def planned(self, devices: int, aggregators: int = 1) -> float:

@@ -14,7 +14,8 @@ from hybrid.report.elements import Estimate, e
 
 WIDTH = 360.0  # of every picture, in its own units: pixels of a phone
 LINE = 26.0  # height of one bar
-MOST_LETTERS = 17  # of a label beside a bar
+BESIDE = 138.0  # width for labels beside bars
+MOST_LETTERS = 17  # of such a label: all are seen where letters are wide
 
 Point = tuple[float, float]
 
@@ -178,7 +179,7 @@ def bars(
     title: str, says: str, rows: Sequence[tuple[str, Estimate]], say: Callable[[float], str], *, most: float
 ) -> Element:
     """A bar from zero up to `most` for each row, with both intervals: the noise's thick, the full one thin."""
-    left, right = 122.0, 60.0
+    left, right = BESIDE, 60.0
 
     def across(value: float) -> float:
         return left + (WIDTH - left - right) * min(max(value, 0.0), most) / most
@@ -200,7 +201,7 @@ def bars(
 
 def differences(title: str, says: str, rows: Sequence[tuple[str, Estimate]], say: Callable[[float], str]) -> Element:
     """A point for each row and its intervals around zero, each row on a scale of its own."""
-    left, right = 122.0, 62.0
+    left, right = BESIDE, 62.0
     middle, half = (left + WIDTH - right) / 2, (WIDTH - right - left) / 2 - 4
     drawn = [e("line", class_="axis", x1=middle, x2=middle, y1=2.0, y2=LINE * len(rows) + 2)]
     for place, (label, row) in enumerate(rows):

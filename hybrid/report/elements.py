@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, tostring
 
-from hybrid.analytics.results import Mark
+from hybrid.analytics.results import Mark, readable
 
 Child = Element | str | None
 Children = list[Child]
@@ -64,21 +64,25 @@ def marked(mark: Mark, *said: Child) -> Element:
     return e("span", *said, sign, e("span", f" ({mark})", class_="aloud"), class_=f"marked {mark}", data_mark=mark)
 
 
-def number(value: float | None, mark: Mark, form: str = ".4g") -> Element:
+def number(value: float | None, mark: Mark, form: str | None = None) -> Element:
     """One number; what is not known is a dash."""
     if value is None or not math.isfinite(value):
         return e("span", NONE)
-    return marked(mark, format(value, form))
+    return marked(mark, _said(value, form))
 
 
-def interval(ends: Sequence[float | None] | None, mark: Mark, form: str = ".4g") -> Element:
+def _said(value: float, form: str | None) -> str:
+    return readable(value) if form is None else format(value, form)
+
+
+def interval(ends: Sequence[float | None] | None, mark: Mark, form: str | None = None) -> Element:
     """95 %, from its low end to its high one."""
     if ends is None or None in ends:
         return e("span", NONE)
-    return marked(mark, " to ".join(format(end, form) for end in ends))
+    return marked(mark, " to ".join(_said(end, form) for end in ends if end is not None))
 
 
-def estimate(found: Estimate, mark: Mark, form: str = ".4g") -> list[Element]:
+def estimate(found: Estimate, mark: Mark, form: str | None = None) -> list[Element]:
     """Three cells: value, noise interval, full interval; an exact number has no interval of noise."""
     noise = e("span", "exact") if mark != "noised" else interval(found["noise"], mark, form)
     return [number(found["value"], mark, form), noise, interval(found["full"], mark, form)]

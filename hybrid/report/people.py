@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from hybrid.analytics.results import Mark, Result
+from hybrid.analytics.results import Mark, Result, cells_of
 from hybrid.report.charts import bars, ends
 from hybrid.report.elements import (
     NONE,
@@ -27,7 +26,7 @@ from hybrid.report.elements import (
     table,
 )
 from hybrid.report.facts import Facts
-from hybrid.version import Balance, constants_of
+from hybrid.version import Balance, TrainingRecord, constants_of
 
 LABEL = "label"
 ASK = "0.2"  # the epsilon of a question that is proposed
@@ -67,8 +66,8 @@ def label(facts: Facts) -> Iterator[Element]:
     else:
         spends = "" if facts.label_visible_to == "server" else f" --epsilon {ASK}"
         yield missing("Nobody asked how often the label is 1.", f"hybrid analyze {facts.model} label{spends}")
-    balanced = [(version, record.balance) for version, record in reversed(facts.trainings.items())]
-    rows = [_balance_row(version, balance) for version, balance in balanced if balance is not None]
+    trained = reversed(facts.trainings.items())
+    rows = [_balance_row(version, record, record.balance) for version, record in trained if record.balance is not None]
     if rows:
         head = ("version", "prior", "kept of label 0", "kept of label 1", "shift by sampling", "shift as estimated")
         yield table("Label balance: what devices kept, and the correction of logits that a version carries", head, rows)
@@ -176,13 +175,6 @@ def _who(shown: Mapping[str, Any]) -> Children:
     return [*said, ", the ", shown["take"], " ", e("span", which, data_mark="public"), " of each."]
 
 
-def _cells(shown: Mapping[str, Any]) -> list[str]:
-    if shown["kind"] != "histogram":
-        return [str(value) for value in shown["values"]]
-    edges = [f"{edge:.4g}" for edge in shown["edges"]]
-    return [f"< {edges[0]}", *(f"{a} to {b}" for a, b in pairwise(edges)), f"≥ {edges[-1]}"]
-
-
 def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[Element]:
     """One of each group, on the same scale; of a label, one with a bar for each group."""
     if shown["kind"] == LABEL:
@@ -190,9 +182,12 @@ def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
         said = ", ".join(f"{who}: {_percent(share['value'])}" for who, share in rows)
         yield bars("Rate of label 1", f"Shares of rows with 95 % intervals; {said}.", rows, _percent, most=1.0)
         return
+    if not shown["values" if shown["kind"] != "histogram" else "edges"]:
+        yield e("p", "No value stands out from the noise.")
+        return
     tops = [end for group in groups for share in group["shares"] for end in ends(share) if end is not None]
     for group in groups:
-        rows = list(zip(_cells(shown), group["shares"], strict=True))
+        rows = list(zip(cells_of(shown), group["shares"], strict=True))
         known = [row for row in rows if row[1]["value"] is not None]
         most = max(known, key=lambda row: row[1]["value"], default=None)
         said = "no share is known" if most is None else f"most rows: {most[0]}, {_percent(most[1]['value'])}"
@@ -204,7 +199,7 @@ def _pictures(shown: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
 
 def _tables(shown: Mapping[str, Any], group: Mapping[str, Any], mark: Mark) -> Iterator[Element]:
     of = "" if group["group"] is None else f", {shown['by']}: {group['group']}"
-    rows = zip(_cells(shown), group["shares"], group["counts"], strict=True)
+    rows = zip(cells_of(shown), group["shares"], group["counts"], strict=True)
     cells: list[Children] = [
         [name(cell), *estimate(share, mark, ".2%"), number(count["value"], mark, ",.0f")] for cell, share, count in rows
     ]
@@ -244,11 +239,14 @@ def _learned(facts: Facts) -> Iterator[Element]:
         return
 
 
-def _balance_row(version: int, balance: Balance) -> Children:
-    mark: Mark = "public" if balance.prior_exact else "noised"
-    kept = (number(keep, "public", ".3g") for keep in balance.keep)
-    shifts = number(balance.analytic, mark, "+.3f"), number(balance.estimated, "noised", "+.3f")
-    return [marked("public", str(version)), number(balance.prior, mark), *kept, *shifts]
+def _balance_row(version: int, record: TrainingRecord, balance: Balance) -> Children:
+    marks: tuple[Mark, Mark, Mark] = ("public" if balance.prior_exact else "noised", "public", "noised")
+    if record.epsilon is None:
+        marks = ("oracle", "oracle", "oracle")  # a reference: nothing was noised
+    prior, keep, rest = marks
+    kept = (number(each, keep, ".3g") for each in balance.keep)
+    shifts = number(balance.analytic, prior, "+.3f"), number(balance.estimated, rest, "+.3f")
+    return [marked("public", str(version)), number(balance.prior, prior), *kept, *shifts]
 
 
 def _percent(value: float | None) -> str:

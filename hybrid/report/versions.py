@@ -57,10 +57,9 @@ def overview(facts: Facts) -> Iterator[Element]:
     yield table("Versions, the latest first; the last two columns are what fallbacks are left with", head, rows)
     yield e(
         "p",
-        NO_INTERVAL,
-        " That is said of ",
         badge("oracle"),
-        " only; the noised AUC is with its 95 % interval of noise.",
+        " is exact on the people that training held out, so without an interval of noise, and says nothing of others; "
+        "the noised AUC is of the latest evaluation, with its 95 % interval of noise.",
     )
     yield details(
         "Training records", *(_record(version, record) for version, record in reversed(facts.trainings.items()))

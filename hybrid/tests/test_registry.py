@@ -127,9 +127,23 @@ def test_a_file_whose_imports_changed_is_not_used(tmp_path: Path, monkeypatch: p
 def test_unknown_models_are_named_with_those_there_are(tmp_path: Path):
     """Also a name that would be a path."""
     registry, _ = registered(tmp_path)
-    for name in ("bus", "../definitions/taxi", ""):
-        with pytest.raises(NotFound, match="is registered; registered: taxi"):
+    for name in ("bus", "bus:1", "../definitions/taxi", ""):
+        with pytest.raises(NotFound, match=r"is registered; registered: taxi$"):
             registry.load_model(name)
+
+
+def test_a_version_where_a_name_is_enough_is_refused_with_the_name(tmp_path: Path):
+    """Commands about a whole model take taxi, not taxi:1 or taxi@canary."""
+    registry, _ = registered(tmp_path)
+    for name in ("taxi:1", "taxi@canary"):
+        with pytest.raises(NotFound, match=r"registered: taxi; here its name is enough, without a version: taxi$"):
+            registry.load_model(name)
+
+
+def test_where_nothing_is_registered_it_is_said_where_and_how(tmp_path: Path):
+    """Whoever stands in the wrong folder sees it."""
+    with pytest.raises(NotFound, match=f"nothing is, in {tmp_path}: `hybrid register FILE` registers one"):
+        Registry(Workspace(tmp_path)).load_model("taxi")
 
 
 def test_an_untrained_model_has_no_version_to_promote(tmp_path: Path):
@@ -181,7 +195,9 @@ def test_unknown_versions_and_aliases_are_named_with_those_there_are(trained: Re
         trained.version("taxi", 7)
     with pytest.raises(NotFound, match="taxi has no version 7; it has: 1, 2"):
         trained.set_alias("taxi", 7, "production")
-    with pytest.raises(NotFound, match=r"taxi has no alias 'shadow'; it has: .*production"):
+    with pytest.raises(
+        NotFound, match=r"taxi has no alias 'shadow'; it has: .*production.* `hybrid promote taxi .*are 1, 2$"
+    ):
         trained.version("taxi", "shadow")
 
 

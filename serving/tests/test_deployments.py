@@ -1,10 +1,17 @@
+import base64
 import re
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from starlette.testclient import TestClient
 
+from hybrid.deployment import Halted, change
 from hybrid.errors import ConfigError, UnknownModel, UpdateRequired
+from hybrid.plan import Halt, sign
+from hybrid.rollout import Rollout
 from hybrid.spec import Serving
 from serving.deployments import Deployments
+from serving.gateway import Gateway, application
 from serving.testing import deployment
 
 
@@ -105,3 +112,37 @@ def test_a_folder_without_deployments_serves_nothing_yet(tmp_path):
     deployment(1).write(tmp_path / "later")
     deployments.refresh()
     assert deployments.served("shop").version == 1
+
+
+def test_what_was_taken_back_is_answered_with_an_update_and_its_rows_on_the_way_are_answered(tmp_path):
+    """A device that still has version 2 is told to fetch another; what the gateway sent before is found."""
+    for version in (1, 2):
+        deployment(version).write(tmp_path)
+    deployments = Deployments(tmp_path)
+    halted = Halted(version=2, reason="worse", signed="")
+    change(tmp_path, "shop", lambda window: window.halt(halted), action="halt", version=2, reason="worse")
+    deployments.refresh()
+    assert deployments.served("shop").version == 1
+    with pytest.raises(UpdateRequired, match="version 2 of model 'shop' was taken back; update: fetch the bundle"):
+        deployments.served("shop", "2")
+    assert deployments.find("shop", 2) == deployment(2)
+
+
+def test_all_devices_are_told_the_same_of_a_rollout(tmp_path):
+    """Default, canary and what was taken back, as the control plane signed it; of a model that is not there, 404."""
+    key = Ed25519PrivateKey.generate()
+    deployment(2).write(tmp_path)
+    change(tmp_path, "shop", lambda window: window.try_out(deployment(3), 0.05), action="canary", version=3, share=0.05)
+    gateway = Gateway(Deployments(tmp_path), None, lambda: True)
+    client = TestClient(application(gateway), raise_server_exceptions=False)
+    told = client.get("/v2/models/shop/rollout")
+    assert (told.status_code, told.headers["Cache-Control"]) == (200, "no-cache")
+    assert told.json() == {"model": "shop", "default": 2, "canary": {"version": 3, "share": 0.05}, "halted": []}
+    signed = sign(Halt(model="shop", versions=(3,), reason="worse"), key)
+    halted = Halted(version=3, reason="worse", signed=base64.b64encode(signed).decode())
+    change(tmp_path, "shop", lambda window: window.halt(halted), action="halt", version=3, reason="worse")
+    gateway.deployments.refresh()
+    read = Rollout.read(client.get("/v2/models/shop/rollout").content, "shop")
+    assert (read.default, read.canary, read.halts(key.public_key())) == (2, None, {3: "worse"})
+    assert read.halts(Ed25519PrivateKey.generate().public_key()) == {}
+    assert client.get("/v2/models/other/rollout").status_code == 404

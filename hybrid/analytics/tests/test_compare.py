@@ -35,9 +35,8 @@ def test_each_version_is_measured_as_if_it_were_alone():
 def test_what_both_versions_share_is_not_in_the_interval_of_their_difference():
     """Paired rows: without noise the difference's full interval is less than half as wide as either version's own."""
     found = compare(Exact(drawn()))
-    width = {key: one.full.high - one.full.low for key, one in (("d", found.differences["auc"]),)}
-    own = found.first.metrics["auc"].full
-    assert width["d"] < (own.high - own.low) / 2
+    between, own = found.differences["auc"].full, found.first.metrics["auc"].full
+    assert between.high - between.low < (own.high - own.low) / 2
 
 
 def test_a_comparison_costs_what_was_asked_for(tmp_path):

@@ -3,26 +3,12 @@
 import numpy as np
 import pytest
 
-from hybrid.analytics.asking import Answer, Exact, People
+from hybrid.analytics.asking import Exact, People
 from hybrid.analytics.estimates import Z95, Estimate, estimate, gradient, quantiles_of
+from hybrid.analytics.tests.noisy import Noisy
 from hybrid.query import Histogram, Labels, Query
 
 RATE = {"rate": lambda counts: counts[:, 1] / counts.sum(axis=1)}
-
-
-class Noisy:
-    """Answers with noise of its own, and no ledger: how the intervals behave is looked at, not what they cost."""
-
-    def __init__(self, people, sd, seed):
-        self._exact, self._sd, self._rng = Exact(people), sd, np.random.default_rng(seed)
-
-    def begin(self, shares):
-        """Nothing to reserve."""
-
-    def __call__(self, query, *, share=1.0, payload=None):
-        answer = self._exact(query, payload=payload)
-        sd = self._sd * query.norm / np.sqrt(share)
-        return Answer(query, answer.total + self._rng.normal(0, sd, query.size), sd, answer.people)
 
 
 def test_the_gradient_of_a_rate():

@@ -18,6 +18,7 @@ from hybrid.analytics.questions import (
     scale_of,
     server_keys,
 )
+from hybrid.analytics.tests.noisy import Noisy
 from hybrid.errors import BudgetExceeded, ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric
 from hybrid.privacy.accountant import epsilon
@@ -241,6 +242,7 @@ def test_one_person_moves_each_sum_by_at_most_its_bound():
         (lambda: histogram(Exact(FOUR), "x", [2, 2], Asked()), "edges must be finite and ascend, got 2, 2"),
         (lambda: histogram(Exact(FOUR), "x", [], Asked()), "edges must be from 1 to 1000, got 0"),
         (lambda: quantiles(Exact(FOUR), "x", (0.5, 0.2), TO_50, Asked()), "levels of quantiles must ascend"),
+        (lambda: quantiles(Exact(FOUR), "x", (np.nan,), TO_50, Asked()), "between 0 and 1, got nan"),
         (lambda: quantiles(Exact(FOUR), "x", (0.5,), TO_50, Asked(), bins=0), "bins must be from 1 to 512, got 0"),
         (lambda: adaptive_histogram(Exact(FOUR), "x", 1, TO_50, Asked()), "bins must be from 2 to 512, got 1"),
         (lambda: Scale(3, 3), "low must be finite and below high, got 3 and 3"),
@@ -297,3 +299,18 @@ def test_groups_are_by_what_the_server_knows_and_has_declared():
         by_of(MODEL, "demand")
     with pytest.raises(ConfigError, match=r"\(hour, kind\); 'home' is known only on devices"):
         by_of(MODEL, "home")
+
+
+def test_a_spread_that_the_noise_swallows_has_an_interval_that_holds_it():
+    """200 people around 40 with a deviation of 2, in noise as large as many: 400 seeds of variance and deviation.
+
+    Half of the estimated variances are below 0, and count as 0: the interval is then from 0 up to what could be hidden.
+    """
+    spread = people(x=np.tile([38.0, 42.0], 100))
+    held, empty = np.zeros(2), 0
+    for seed in range(400):
+        (found,) = numbers(Noisy(spread, 4.0, seed), "x", Scale(0, 100), Asked())
+        held += 4.0 in found.variance.noise, 2.0 in found.std.noise
+        empty += found.variance.value == 0
+    assert 100 < empty < 300
+    assert (held / 400 > 0.92).all()

@@ -118,5 +118,8 @@ def test_a_text_of_one_person_is_never_spelled():
 
 
 def test_a_missing_text_and_one_too_long_count_nowhere():
-    """33 bytes, a zero character, half of what marks unused places: none is in a bucket, so none can be found."""
-    assert {bucket_of(text, 9) for text in ("x" * 33, "ż" * 17, "a\0", f"{UNUSED}3", None)} == {-1}
+    """33 bytes, characters that a terminal would obey, half of what marks unused places: none is in a bucket, so none
+    can be found.
+    """
+    controls = ("a\0", "\x1b[2J", "\x7f", "\x9b2J")
+    assert {bucket_of(text, 9) for text in ("x" * 33, "ż" * 17, *controls, f"{UNUSED}3", None)} == {-1}

@@ -69,7 +69,12 @@ def project(request, tmp_path, monkeypatch):
     rows.to_parquet("rows.parquet")
     words = ["population", "import", "rows.parquet", "--user", "person", "--name", "taxi"]
     CliRunner().invoke(app, words, catch_exceptions=False)
-    return lambda *words: CliRunner().invoke(app, ["analyze", "taxi", *words], catch_exceptions=False).stdout
+
+    def ask(*words):
+        seed = () if {"--devices", "--seed"} & {*words} else ("--seed", "0")
+        return CliRunner().invoke(app, ["analyze", "taxi", *words, *seed], catch_exceptions=False).stdout
+
+    return ask
 
 
 def test_a_question_is_in_its_runs_ledger_and_its_answer_beside_it(project, tmp_path):
@@ -154,7 +159,8 @@ def test_a_question_that_would_pass_the_budget_changes_no_file(project, tmp_path
     project("trips", "--bins", "3", "--epsilon", "1.5", "--run", "monday")
     before = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
     with pytest.raises(
-        BudgetExceeded, match=r"run 'monday' has epsilon 0\.50\d left of 2: one question of (\S+) fits"
+        BudgetExceeded,
+        match=r"run 'monday' has epsilon 0\.50\d left of 2: one question of \S+ fits \(epsilons do not add up\)",
     ) as e:
         project("trips", "--adaptive", "3", "--epsilon", "1.5", "--run", "monday")
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == before
@@ -172,6 +178,9 @@ def test_a_run_of_questions_is_among_the_models_runs(project):
     printed = CliRunner().invoke(app, ["privacy", "taxi"], catch_exceptions=False).stdout
     assert "(versions: none: questions)" in printed
     assert "analyze: 1 release" in printed
+    assert "at delta 0.0001 per user, of 2" in printed
+    assert "protects  device features and label" in printed
+    assert "assumes   the noise is seeded" in printed
 
 
 def test_what_is_printed_says_what_the_intervals_are_and_what_was_spent(project):
@@ -181,8 +190,17 @@ def test_what_is_printed_says_what_the_intervals_are_and_what_was_spent(project)
     assert "full: 95 %, for the population that they are a sample of" in printed
     assert "at delta 0.0001 per user; protects the device features and label" in printed
     assert "ledger of run monday: 0.99" in printed
-    assert "a seeded simulation, whose noise can be removed" in printed
+    assert "the noise is seeded, and can be removed" in printed
     assert "█" in printed
+
+
+def test_without_a_seed_noise_is_the_operating_systems(project):
+    """Of one question asked twice there are two answers, and with a seed one."""
+    words = ("analyze", "taxi", "trips", "--bins", "2", "--epsilon", "1", "--json")
+    for seed, answers in ((), 2), (("--seed", "3"), 1):
+        shown = [json.loads(CliRunner().invoke(app, [*words, *seed], catch_exceptions=False).stdout) for _ in range(2)]
+        assert len({one["groups"][0]["shares"][1]["value"] for one in shown}) == answers
+        assert ("the noise is seeded" in shown[0]["spend"]["assumption"]) == bool(seed)
 
 
 def test_a_fold_is_left_out_of_those_asked(project):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import typer
 from typer.testing import CliRunner
 
@@ -56,3 +58,13 @@ def test_every_command_says_what_it_does():
             walk(child, (*path, name))
 
     walk(typer.main.get_command(app), ())
+
+
+def test_help_is_wrapped_at_the_width_of_the_terminal(monkeypatch):
+    """A line is as long as it can be with 58 columns for text, however its source is wrapped; code keeps its lines."""
+    monkeypatch.setenv("COLUMNS", "60")
+    prose = said("evaluate", "--help").partition("Arguments")[0]
+    for line, following in pairwise(line.strip() for line in prose.splitlines()):
+        if line and following and "╭" not in following:
+            assert len(f"{line} {following.split()[0]}") > 58
+    assert "\n     server_lr = [0.003, 0.01] " in said("sweep", "--help")

@@ -110,6 +110,12 @@ def test_scores_of_a_version_are_watched_beside_the_features(periods, tmp_path):
     assert sum(shown["columns"][1]["current"][:-1]) == pytest.approx(1, abs=0.1)
 
 
+def test_that_drift_is_not_declared_is_said_first(project):
+    """A model without a budget for it has no use for another option yet."""
+    with pytest.raises(ConfigError, match="drift of 'taxi' must be declared: add drift=Drift"):
+        drift("taxi")
+
+
 def test_a_population_is_not_compared_with_itself(periods):
     """Nor is one without times cut into periods."""
     with pytest.raises(ConfigError, match="the reference must be another"):

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from hybrid.analytics.normalisation import FILE as LEARNED
+from hybrid.cli import app
 from hybrid.cli.runs import exactly, people_of
 from hybrid.cli.tests.conftest import FILE
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, NotFound
 from hybrid.features import Categorical, Numeric
 from hybrid.federation import training
 from hybrid.federation.population import Population
@@ -80,6 +82,23 @@ def test_a_training_that_is_resumed_has_the_constants_that_it_had(learning, tmp_
     assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+def test_what_was_learned_counts_although_its_training_never_began(learning, monkeypatch):
+    """It fails after it paid for its constants: `hybrid privacy` finds them, and there is no training to resume."""
+
+    def broken(*_):
+        raise NotFound("some rows have no server features")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hybrid.cli.train.examples_of", broken)
+        with pytest.raises(NotFound, match="no server features"):
+            learning("train", "taxi", "--run", "broken")
+    (run,) = json.loads(learning("privacy", "taxi", "--json"))["runs"]
+    assert (run["run"], {each["purpose"] for each in run["spent_on"]}) == ("broken", {"normalise"})
+    with pytest.raises(NotFound, match="has no training to resume"):
+        learning("train", "taxi", "--resume", "--run", "broken")
+    assert trained(learning, "--run", "broken")["version"] == 1
+
+
 def test_a_reference_has_exact_constants(learning):
     """Of pooled rows, with no epsilon: 2 x + 1 of normal numbers has the mean 1 and the standard deviation 2."""
     found = trained(learning, "--central")["training"]["learned"]
@@ -144,3 +163,29 @@ def test_options_of_learning_are_refused_where_nothing_is_learned(project, tmp_p
     with pytest.raises(ConfigError, match="taxi declares all its constants, and learns none"):
         project("train", "taxi", "--normalise-share", "0.2")
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_rows_that_cannot_be_trained_on_are_refused_before_anybody_is_asked(learning, tmp_path):
+    """Of zones that the feature store does not know nothing is learned: it would be paid for, and of no use."""
+    rows = pd.read_parquet("rows.parquet")
+    rows.assign(zone_id="airport").to_parquet("elsewhere.parquet")
+    learning("population", "import", "elsewhere.parquet", "--user", "person", "--name", "elsewhere")
+    with pytest.raises(NotFound, match="200 of 200 rows have no features of their zone"):
+        learning("train", "taxi", "--population", "elsewhere")
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_vocabulary_of_no_text_is_said_before_the_rounds(learning):
+    """At an epsilon of 0.04 noise hides 100 people's habits: rounds would train a feature that says nothing."""
+    words = ["train", "taxi", "--normalise-share", "0.01"]
+    warned = "habit: no text stood out from the noise, so that the feature will say nothing"
+    assert warned in " ".join(CliRunner().invoke(app, words, catch_exceptions=False).stderr.split())
+    assert warned not in " ".join(CliRunner().invoke(app, [*words[:2], "--central"]).stderr.split())
+
+
+def test_frequent_texts_of_a_vocabulary_that_is_not_learned_yet_can_be_asked_for(learning):
+    """Two of three say never, the others often: nobody needs to know what texts there are to count them."""
+    shown = json.loads(learning("analyze", "taxi", "habit", "--frequent", "3", "--epsilon", "4", "--json"))
+    assert set(shown["values"]) <= {"never", "often"}
+    with pytest.raises(ConfigError, match="--frequent must be given for 'habit'"):
+        learning("analyze", "taxi", "habit", "--epsilon", "4")

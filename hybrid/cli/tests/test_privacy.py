@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from hybrid.analytics.results import keep
 from hybrid.cli import app
 from hybrid.errors import ConfigError, NotFound
 from hybrid.privacy.accountant import GaussianEvent, MatrixEvent, epsilon
@@ -194,6 +195,19 @@ def test_other_models_runs_are_not_this_ones(project):
     (Workspace.current().runs / "bus" / "config.json").write_text('{"model": "bus"}')
     spend("nobody")
     assert [run["run"] for run in json.loads(hybrid("taxi", "--json"))["runs"]] == ["monday"]
+
+
+def test_a_run_of_another_model_that_paid_for_a_question_is_counted(project):
+    """Asked about taxi with --run bus: three releases more, for a person who was in both runs."""
+    version("monday", spend("monday"))
+    spend("bus")
+    folder = Workspace.current().runs / "bus"
+    (folder / "config.json").write_text('{"model": "bus"}')
+    paid = {"epsilon": 0.2, "delta": 1e-5, "purpose": "train", "releases": 1, "run": "bus"}
+    keep(folder, "analyze", {"model": "taxi", "spend": paid}, mark="noised")
+    shown = json.loads(hybrid("taxi", "--json"))
+    assert {run["run"] for run in shown["runs"]} == {"monday", "bus"}
+    assert shown["composed"]["epsilon"] == epsilon([GaussianEvent(8.0, count=6)], 1e-5).epsilon
 
 
 def test_damage_counts_as_more_spent(project):

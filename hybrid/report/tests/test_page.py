@@ -132,6 +132,12 @@ def test_the_latest_answer_is_shown():
     assert ">587<" not in content
 
 
+def test_an_answer_in_which_nothing_stands_out_says_so():
+    """Of texts that noise hides there is no picture, and no empty frame in its place."""
+    content = page(facts(asked("home", "categories", [group([])], values=[])))
+    assert "No value stands out from the noise." in content
+
+
 def test_what_could_take_noise_away_is_not_shown():
     """A seed, in any answer."""
     assert "77123" not in page(facts())
@@ -149,6 +155,20 @@ def test_what_a_version_learned_and_what_balance_did_is_shown():
     content = page(facts())
     for said in ("mean 7319", "-2.303", "0.0512"):
         assert said in content, said
+
+
+def test_what_a_reference_was_balanced_by_is_an_oracles():
+    """Without a mechanism neither the prior of 0.0512 nor the estimated shift is noised, and nobody may know them."""
+    learned = {"learned": None, "epsilon": None, "kind": "noiseless"}
+    reference = record("monday", 1.2).model_copy(update=learned)
+    balance = reference.balance.model_copy(update={"prior_exact": True, "keep": (0.123, 1.0)})
+    read = Read(page(facts(trainings={1: reference.model_copy(update={"balance": balance})})))
+    marks = {
+        text: next(attributes["data-mark"] for _, attributes in reversed(around) if "data-mark" in attributes)
+        for text, around in read.texts
+        if text in ("0.0512", "0.123", "-2.303", "+0.021")
+    }
+    assert marks == dict.fromkeys(("0.0512", "0.123", "-2.303", "+0.021"), "oracle")
 
 
 def test_places_of_a_vocabulary_that_no_text_was_found_for_are_not_shown():

@@ -1,0 +1,187 @@
+"""`hybrid rollout`, `hybrid rollback` and `hybrid history`: launching in small steps, and taking back."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybrid.cli.promote import OTHERWISE, wait_loaded
+from hybrid.cli.runs import CANARY, PRODUCTION, version_of
+from hybrid.errors import ConfigError, NotFound
+from hybrid.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hybrid.deployment import Deployment, Window
+    from hybrid.registry import Registry
+    from hybrid.version import Version
+
+MOST_REASON = 500
+app = typer.Typer()
+
+
+@app.command()
+def rollout(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    version: Annotated[str, typer.Argument(help="A trained version's number, or an alias that points at one.")],
+    canary: Annotated[str, typer.Option(metavar="SHARE", help="Of devices that are to fetch it: 5%, or 0.05.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Has some devices fetch a version in place of the default: its canary.
+
+    Each device draws a number for the version when it first hears of it, keeps it to
+    itself, and fetches the canary if it is below the share: nobody needs to know who
+    has it. The same command with a larger share lets more devices in, none leaves.
+    Requests name the version that a device has, and each is answered by its own pair.
+
+    `hybrid promote MODEL VERSION production` makes it the default; `hybrid rollback
+    MODEL` takes it back.
+
+    Example: hybrid rollout coupon 3 --canary 5%
+    """
+    from hybrid.deployment import change
+    from hybrid.registry import Registry
+
+    share, workspace = _share(canary), Workspace.current()
+    registry = Registry(workspace)
+    found = version_of(registry, model, version, otherwise=OTHERWISE)
+    window = _window(workspace, model)
+    window.check(found.number)
+    deployment = _served(window, found.number) or _exported(registry, found, workspace)
+    change(
+        workspace.deployments,
+        model,
+        lambda now: _there(now, model).try_out(deployment, share),
+        action="canary",
+        version=found.number,
+        share=share,
+    )
+    registry.set_alias(model, found.number, CANARY)
+    told = _window(workspace, model)
+    if as_json:
+        print(json.dumps({"model": model, "version": found.number, "share": share, "default": told.default.version}))
+    else:
+        number, others = found.number, told.default.version
+        print(f"{model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {others}")
+        print(f"Next: `hybrid rollout {model} {number} --canary SHARE` with a larger one,")
+        print(f"  `hybrid promote {model} {number} production` for all, or `hybrid rollback {model}`.")
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    *,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Which; by default the canary, or, without one, the default.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="For people and logs, at most 500 characters.")] = "rolled back",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Takes a version back, for good: devices that have it go to the one before it.
+
+    From now on it is served to nobody: a request that names it is told to update,
+    and rows of it that are on their way are still answered. Devices are told with
+    their next update, signed by the control plane's key; they take it from nobody
+    any more. `hybrid fleet halt` tells devices that only train.
+
+    Example: hybrid rollback coupon --reason "recall fell"
+    """
+    from hybrid.bundle import signing_key
+    from hybrid.deployment import Halted, change
+    from hybrid.plan import Halt, sign
+    from hybrid.registry import Registry
+
+    if not 0 < len(reason) <= MOST_REASON:
+        raise ConfigError(f"--reason must have 1 to {MOST_REASON} characters, got {len(reason)}")
+    workspace = Workspace.current()
+    window = _window(workspace, model)
+    number = version or (window.canary.version if window.canary else window.default.version)
+    if _served(window, number) is None:
+        served = ", ".join(str(one.version) for one in window.versions)
+        raise NotFound(f"{model}:{number} is not served; served are: {served}")
+    signed = sign(Halt(model=model, versions=(number,), reason=reason), signing_key(workspace.keys))
+    halted = Halted(version=number, reason=reason, signed=base64.b64encode(signed).decode())
+    change(
+        workspace.deployments,
+        model,
+        lambda now: _there(now, model).halt(halted),
+        action="halt",
+        version=number,
+        reason=reason,
+    )
+    told, registry = _window(workspace, model), Registry(workspace)
+    if number == window.default.version:
+        registry.set_alias(model, told.default.version, PRODUCTION)
+    if window.canary is not None and number == window.canary.version:
+        registry.drop_alias(model, CANARY)
+    if as_json:
+        print(json.dumps({"model": model, "halted": number, "reason": reason, "default": told.default.version}))
+    else:
+        print(f"{model}:{number} was taken back ({reason}); devices fetch {told.default.version}")
+
+
+@app.command()
+def history(
+    model: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lists what was promoted, tried out and taken back, when and why.
+
+    Example: hybrid history coupon
+    """
+    from hybrid.deployment import history as read
+
+    changes = read(Workspace.current().deployments, model)
+    if as_json:
+        print(json.dumps([change.model_dump(mode="json", exclude_none=True) for change in changes]))
+        return
+    if not changes:
+        raise NotFound(f"{model} has no history: `hybrid promote {model} VERSION production` begins it")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("when (UTC)", "what", "version", "devices", "default after it", "why", box=None, pad_edge=False)
+    for change in changes:
+        share = {"promote": "all", "halt": "none"}.get(change.action) or f"{100 * (change.share or 0):.4g}%"
+        row = (f"{change.at:%Y-%m-%d %H:%M:%S}", change.action, str(change.version), share, str(change.default))
+        table.add_row(*row, Text(change.reason or ""))
+    Console(highlight=False).print(table)
+
+
+def _share(text: str) -> float:
+    number = text.removesuffix("%")
+    try:
+        share = float(number) / (100 if number != text else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"--canary must be a share above 0%, at most 100%, such as 5% or 0.05, got {text!r}")
+    return share
+
+
+def _window(workspace: Workspace, model: str) -> Window:
+    from hybrid.deployment import Window
+
+    file = workspace.deployments / f"{model}.json"
+    return _there(Window.read(file) if file.exists() else None, model)
+
+
+def _there(window: Window | None, model: str) -> Window:
+    if window is None:
+        raise NotFound(f"nothing is served of {model} yet: `hybrid promote {model} VERSION production` comes first")
+    return window
+
+
+def _served(window: Window, version: int) -> Deployment | None:
+    return next((one for one in window.versions if one.version == version), None)
+
+
+def _exported(registry: Registry, version: Version, workspace: Workspace) -> Deployment:
+    from hybrid.export.promote import export_version
+
+    exported = export_version(version, registry.load_model(version.model), workspace)
+    wait_loaded(exported.deployment, workspace)
+    return exported.deployment

@@ -1,0 +1,26 @@
+import pytest
+
+from hybrid.files import write_whole
+
+
+def test_what_is_private_is_read_by_its_owner_alone_whatever_was_there(tmp_path):
+    """Modes of the file before it, and of a draft that was left, say nothing; what is not private has the usual."""
+    file = tmp_path / "secret"
+    for before in (file, tmp_path / ".secret"):
+        before.write_bytes(b"old")
+        before.chmod(0o666)
+    write_whole(file, b"new", private=True)
+    assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"new", 0o600)
+    usual = tmp_path / "usual"
+    usual.touch()
+    write_whole(tmp_path / "shared", memoryview(b"all"))
+    assert (tmp_path / "shared").stat().st_mode == usual.stat().st_mode
+
+
+def test_a_disk_that_refuses_leaves_what_was_there(tmp_path):
+    """The draft's place is a folder: the file is as before."""
+    (tmp_path / "kept").write_bytes(b"old")
+    (tmp_path / ".kept").mkdir()
+    with pytest.raises(OSError, match="kept"):
+        write_whole(tmp_path / "kept", b"new")
+    assert (tmp_path / "kept").read_bytes() == b"old"
