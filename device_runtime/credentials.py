@@ -90,12 +90,14 @@ class Credentials:
                 plan's key.
             StoreError: the store cannot be read or written.
         """
-        held = store.held(window.scope, device=device)
+        kept = held = store.held(window.scope, device=device)
         if held is None or not window.asks(held.asked):
             try:
                 held = Held(window.scope, window.number, window.ask(), expires_ms)
             except TokenError as error:
                 raise NoToken(f"the plan's window is none: {error}") from None
+        held = replace(held, expires_ms=max(held.expires_ms, expires_ms))
+        if held != kept:
             store.hold(held, now_ms(), device=device)
         if held.token is not None:
             return held.token
@@ -108,7 +110,7 @@ class Credentials:
             token = window.finish(held.asked, reply.body)
         except TokenError as error:
             raise NoToken(f"the issuer's answer makes no token: {error}") from None
-        store.hold(replace(held, token=token, expires_ms=max(held.expires_ms, expires_ms)), now_ms(), device=device)
+        store.hold(replace(held, token=token), now_ms(), device=device)
         return token
 
 

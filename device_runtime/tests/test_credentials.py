@@ -138,6 +138,19 @@ def test_tokens_of_several_scopes_and_devices_stay_apart():
     assert len(store.rows) == 3
 
 
+def test_what_is_kept_lasts_as_long_as_the_last_plan_of_its_window():
+    """A step that a crash left open has another plan, which ends later; the request is the same."""
+    credentials, store, issuer = built(replies=[Reply(503)])
+    with pytest.raises(NoToken):
+        token(credentials, store, window())
+    later = asyncio.run(credentials.token(window(), store, END + 5, lambda: NOW))
+    assert window().verify(later)
+    assert issuer.before[1]["spring", 0].expires_ms == store.rows["spring", 0].expires_ms == END + 5
+    assert issuer.asked[0] == issuer.asked[1]
+    asyncio.run(credentials.token(window(), store, END + 9, lambda: NOW))
+    assert (store.rows["spring", 0].token, store.rows["spring", 0].expires_ms) == (later, END + 9)
+
+
 def test_a_window_without_a_key_is_refused_before_anybody_is_asked():
     credentials, store, issuer = built()
     with pytest.raises(NoToken, match="the plan's window is none"):

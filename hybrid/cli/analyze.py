@@ -22,6 +22,7 @@ from hybrid.cli.asking import (
     RoundS,
     Seed,
     Spending,
+    TokensOf,
     Whom,
     check_devices,
     check_epsilon,
@@ -98,6 +99,7 @@ def analyze(
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
+    tokens: TokensOf = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the answer, into an .svg or .png.")
     ] = None,
@@ -129,7 +131,7 @@ def analyze(
     Example: hybrid analyze coupon temperature --epsilon 4 --devices 200
     """
     check_plot(plot)
-    check_devices(devices, seed, round_s)
+    check_devices(devices, seed, round_s, tokens)
     from hybrid.analytics.asking import ANALYZE, Exact, People
     from hybrid.analytics.questions import Asked, by_of
     from hybrid.federation.population import Population, parse_fold
@@ -150,7 +152,7 @@ def analyze(
     if devices is not None:
         _check_answerable(declared, feature, free, by)
         version, open_s = (model, PRODUCTION), round_s or ROUND_S
-        whom = OnDevices.of(version, people_in, workspace, devices=devices, round_s=open_s, among=kept)
+        whom = OnDevices.of(version, people_in, workspace, devices=devices, round_s=open_s, tokens=tokens, among=kept)
     else:
         names = [feature] if by is None else [feature, by]
         people = People(columns_of(declared, people_in, names, workspace), people_in.offsets)

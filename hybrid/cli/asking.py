@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 PER_RUN = "per run: what other runs asked is not composed"
 SEEDED = f"the noise is seeded, and can be removed by whoever knows the seed (it is in the run's folder); {PER_RUN}"
 ONE_ANSWER = f"no device answers a question twice, which nothing enforces without tokens; {PER_RUN}"
+ONE_TOKEN = (
+    f"no account answers a question twice, whatever devices it has: the issuer of tokens sees to that; {PER_RUN}"
+)
 MECHANISM = "Gaussian noise on sums of clipped contributions, zero-out adjacency"
 NOISE = "noise: 95 %, for the exact value on these {people:,} people; only the mechanism's noise is in it"
 FULL = "full: 95 %, for the population that they are a sample of, person by person"
@@ -54,6 +57,10 @@ DevicesOf = Annotated[
 ]
 RoundS = Annotated[
     float | None, typer.Option(min=1, help="With --devices: seconds for which each query is open; 30 by default.")
+]
+TokensOf = Annotated[
+    bool,
+    typer.Option("--tokens", help="With --devices: an issuer, started for it, gives each person one token a query."),
 ]
 ROUND_S = 30.0
 
@@ -77,7 +84,7 @@ class Whom(ABC):
 
     @property
     def unit(self) -> str | None:
-        """That an epsilon is of, where it is not the model's declared one."""
+        """That an epsilon is of; None: the one that the model declares."""
         return None
 
     @abstractmethod
@@ -124,22 +131,24 @@ class OnDevices(Whom):
         people: what they hold.
         round_s: how long each query is open.
         keys: folder of the control plane's signing key.
+        tokens: whether each person's answers need a token, of which there is one a query.
     """
 
     promoted: Promoted
     people: Devices
     round_s: float
     keys: Path
+    tokens: bool = False
 
     @property
     def assumes(self) -> str:
         """See `Whom`."""
-        return ONE_ANSWER
+        return ONE_TOKEN if self.tokens else ONE_ANSWER
 
     @property
     def unit(self) -> str:
-        """See `Whom`: nothing keeps a person with two devices from being counted twice."""
-        return "device"
+        """See `Whom`."""
+        return "user" if self.tokens else "device"
 
     @classmethod
     def of(
@@ -150,6 +159,7 @@ class OnDevices(Whom):
         *,
         devices: int,
         round_s: float,
+        tokens: bool,
         among: NDArray[np.bool_] | None,
     ) -> OnDevices:
         """The first people's devices, with a promoted version.
@@ -160,6 +170,7 @@ class OnDevices(Whom):
             workspace: where the version was promoted.
             devices: how many.
             round_s: how long each query is open.
+            tokens: see the attribute.
             among: (users,) whom they are taken of; None: of all.
 
         Raises:
@@ -172,7 +183,7 @@ class OnDevices(Whom):
         number = isinstance(selector, str) and selector.isdecimal()
         promoted = Promoted.open(name, int(selector) if number else selector, workspace)
         people = promoted.people(population.name, devices, workspace, among=among)
-        return cls(population.name, None, promoted, people, round_s, workspace.keys)
+        return cls(population.name, None, promoted, people, round_s, workspace.keys, tokens)
 
     def __len__(self) -> int:
         return self.people.users
@@ -185,7 +196,9 @@ class OnDevices(Whom):
 
         with (
             progress_bar(f"asking {len(self)} devices, {self.round_s:g} s a query"),
-            asking(self.promoted, self.people, ledger, self.keys, round_s=self.round_s) as aggregator,
+            asking(
+                self.promoted, self.people, ledger, self.keys, round_s=self.round_s, tokens=self.tokens
+            ) as aggregator,
         ):
             yield FleetAsk(aggregator, purpose=spending.purpose, epsilon=spending.epsilon)
 
@@ -310,12 +323,14 @@ def keep_free(workspace: Workspace, model: str, run: str | None, kind: str, show
         keep(folder, kind, shown, mark="public")
 
 
-def check_devices(devices: int | None, seed: int | None, round_s: float | None) -> None:
+def check_devices(devices: int | None, seed: int | None, round_s: float | None, tokens: bool) -> None:
     """Raises: ConfigError: an option is given that does nothing."""
     if devices is not None and seed is not None:
         raise ConfigError(f"--seed must be left out with --devices: noise is the operating system's, got {seed}")
     if devices is None and round_s is not None:
         raise ConfigError(f"--round-s must be left out without --devices, got {round_s:g}")
+    if devices is None and tokens:
+        raise ConfigError("--tokens must be left out without --devices: a simulation asks each person once")
 
 
 def check_epsilon(model: HybridModel, epsilon: float) -> None:

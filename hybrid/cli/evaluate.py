@@ -21,6 +21,7 @@ from hybrid.cli.asking import (
     RoundS,
     Seed,
     Spending,
+    TokensOf,
     Whom,
     check_devices,
     check_epsilon,
@@ -90,6 +91,7 @@ def evaluate(
     seed: Seed = None,
     devices: DevicesOf = None,
     round_s: RoundS = None,
+    tokens: TokensOf = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw ROC and calibration, into an .svg or .png.")
     ] = None,
@@ -116,7 +118,7 @@ def evaluate(
     Example: hybrid evaluate coupon --epsilon 4 --devices 200
     """
     check_plot(plot)
-    check_devices(devices, seed, round_s)
+    check_devices(devices, seed, round_s, tokens)
     if devices is not None:
         _check_answerable(against, label)
     from hybrid.analytics.asking import EVALUATE
@@ -138,7 +140,7 @@ def evaluate(
         Network.build(declared).check_registered(registry.definition(name)["network"])
         whom: Whom
         if devices is not None:
-            whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S)
+            whom = _devices(versions[0], asked, workspace, devices=devices, round_s=round_s or ROUND_S, tokens=tokens)
         else:
             whom = InProcess(asked.population, seed, _people(labelled, versions, asked, workspace))
     shown: dict[str, Any] = {

@@ -556,7 +556,7 @@ def issuing(folder: Path, accounts: int) -> Iterator[Issued]:
 
 @contextmanager
 def asking(
-    promoted: Promoted, people: People, ledger: Ledger, keys: Path, *, round_s: float
+    promoted: Promoted, people: People, ledger: Ledger, keys: Path, *, round_s: float, tokens: bool = False
 ) -> Iterator[FleetAggregator]:
     """Runs the devices and an aggregator, in this process, that asks them: see `hybrid.analytics.fleet.FleetAsk`.
 
@@ -566,15 +566,20 @@ def asking(
         ledger: pays for each query.
         keys: folder of the control plane's signing key.
         round_s: how long a query is open.
+        tokens: whether an issuer gives each person one token a query, which their answer needs.
 
     Raises:
         StackError: a process of devices failed.
     """
-    aggregator = FleetAggregator(promoted.audience(round_s, wanted=people.users), None, ledger, signing_key(keys))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-")))
+        issued = stack.enter_context(issuing(folder / "issuer", people.users)) if tokens else None
+        audience, windows = promoted.audience(round_s, wanted=people.users), None if issued is None else issued.windows
+        aggregator = FleetAggregator(audience, None, ledger, signing_key(keys), windows=windows)
         bound = stack.enter_context(listening(aggregator))
         opened = Opened(promoted.bundle, promoted.trust, f"http://127.0.0.1:{bound}", round_s)
+        if issued is not None:
+            opened = replace(opened, issuer=issued.url, accounts=issued.keys)
         started = stack.enter_context(running(opened, people, folder, processes=PROCESSES))
         started.wait_ready()
         yield aggregator

@@ -218,6 +218,46 @@ def test_scopes_are_bounded(tmp_path, monkeypatch):
         opened(issuer, scope="c")
 
 
+def test_a_disk_that_is_full_gives_no_token_and_takes_none(tmp_path):
+    """Nothing leaves before it is written; once there is space again the same account has its token."""
+    with Issuer(tmp_path) as issuer:
+        window = opened(issuer)
+        (pages,) = issuer._db.execute("PRAGMA page_count").fetchone()
+        issuer._db.execute(f"PRAGMA max_page_count = {pages}")
+        given = []
+
+        def fill():
+            for number in range(10_000):
+                with issuer._transaction():
+                    issuer._take(f"{number:064x}", "spring", 1, bytes(32))
+                given.append(number)
+
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            fill()
+        issuer._db.execute(f"PRAGMA max_page_count = {pages + 100}")
+        assert window.verify(take(issuer, f"{len(given):064x}", window))
+
+
+def test_a_transaction_that_cannot_be_finished_is_none(tmp_path):
+    """As where the disk fails at its end: the next one begins anew."""
+    with Issuer(tmp_path) as issuer:
+        window, database = opened(issuer), issuer._db
+
+        class Failing:
+            in_transaction = property(lambda _: database.in_transaction)
+
+            def execute(self, statement, *values):
+                if statement == "COMMIT":
+                    raise sqlite3.OperationalError("disk I/O error")
+                return database.execute(statement, *values)
+
+        issuer._db = Failing()
+        with pytest.raises(sqlite3.OperationalError):
+            take(issuer, "ann", window)
+        issuer._db = database
+        assert window.verify(take(issuer, "ann", window))
+
+
 def test_its_file_is_its_owners_alone(tmp_path):
     with Issuer(tmp_path / "own"):
         file = tmp_path / "own" / "issuer.db"

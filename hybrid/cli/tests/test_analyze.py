@@ -255,6 +255,7 @@ def test_a_plot_is_drawn(project, tmp_path, name):
         (("trips", "--epsilon", "1", "--run", "../monday"), "--run must be"),
         (("trips", "--epsilon", "1", "--devices", "9", "--seed", "1"), "--seed must be left out with --devices: noise"),
         (("trips", "--epsilon", "1", "--round-s", "9"), "--round-s must be left out without --devices, got 9"),
+        (("trips", "--epsilon", "1", "--tokens"), "--tokens must be left out without --devices"),
         (("hour", "--devices", "9"), "--devices must be left out for 'hour': the server knows it"),
     ],
 )

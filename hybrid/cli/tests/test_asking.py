@@ -12,8 +12,12 @@ DECLARED = SimpleNamespace(privacy=SimpleNamespace(unit="user"), protects="devic
 
 @pytest.mark.parametrize(
     ("whom", "unit"),
-    [(InProcess("p", 0, None), "user"), (OnDevices("p", None, None, None, 30.0, Path("keys")), "device")],
-    ids=["simulated", "on devices"],
+    [
+        (InProcess("p", 0, None), "user"),
+        (OnDevices("p", None, None, None, 30.0, Path("keys")), "device"),
+        (OnDevices("p", None, None, None, 30.0, Path("keys"), tokens=True), "user"),
+    ],
+    ids=["simulated", "on devices", "with tokens"],
 )
 def test_whose_epsilon_it_is_depends_on_who_is_asked(tmp_path, whom, unit):
     """The declared unit is true of people in a simulation; a person with two devices answers twice, without tokens."""
