@@ -99,7 +99,6 @@ class Peer:
         for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
-        self.chosen()
         with suppress(ConnectionError):  # the device may have had enough
             handler.wfile.write(body if self.cut < 0 else body[: self.cut])
 

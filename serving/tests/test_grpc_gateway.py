@@ -394,8 +394,9 @@ def test_calls_are_counted_and_traced_as_http_requests_are(tmp_path):
 
 
 def test_every_error_of_serving_has_a_status():
-    """Only those that are our own fault are INTERNAL."""
-    assert {e.status for e in ServingError.__subclasses__() if e.status != 500} <= set(STATUS)
+    """Only those that are our own fault are INTERNAL. The issuer of tokens, with errors of its own, speaks HTTP."""
+    found = [error for error in ServingError.__subclasses__() if error.__module__ != "serving.issuer"]
+    assert {error.status for error in found if error.status != 500} <= set(STATUS)
 
 
 def test_what_is_no_message_is_a_bad_request_and_an_unknown_method_unimplemented(tmp_path):

@@ -73,7 +73,7 @@ def triton(workspace: Workspace) -> Iterator[Triton]:
 def test_serving_is_switched_once_triton_has_both_models(workspace: Workspace, triton: Triton):
     """It is asked for the tower's version until that is ready, then for the head's."""
     triton.loading = 2
-    promote._wait_loaded(DEPLOYMENT, workspace)
+    promote.wait_loaded(DEPLOYMENT, workspace)
     tower, head = "/v2/models/shop_server_tower/versions/4/ready", "/v2/models/shop_head/versions/4/ready"
     assert triton.paths == [tower, tower, tower, head]
 
@@ -85,9 +85,9 @@ def test_models_that_triton_does_not_load_are_not_waited_for_forever(
     triton.loading = 1_000_000
     monkeypatch.setattr(promote, "LOAD_TIMEOUT_S", 0.2)
     with pytest.raises(StackError, match=r"did not load shop_server_tower version 4 within 0\.2 s.*triton\.log"):
-        promote._wait_loaded(DEPLOYMENT, workspace)
+        promote.wait_loaded(DEPLOYMENT, workspace)
 
 
 def test_without_a_stack_nothing_is_waited_for(workspace: Workspace):
     """The first promotion comes before the first `hybrid up`."""
-    promote._wait_loaded(DEPLOYMENT, workspace)
+    promote.wait_loaded(DEPLOYMENT, workspace)

@@ -7,6 +7,7 @@ import signal
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -44,8 +45,8 @@ POINTS = {
     "after-spend": (Ledger, "spend", "after"),
     "before-the-optimisers-step": (ServerOptimizer, "step", "before"),
     "after-the-optimisers-step": (ServerOptimizer, "step", "after"),
-    "before-the-checkpoints-rename": (checkpoint.os, "replace", "before"),
-    "after-the-checkpoints-rename": (checkpoint.os, "replace", "after"),
+    "before-the-checkpoints-rename": (Path, "replace", "before"),
+    "after-the-checkpoints-rename": (Path, "replace", "after"),
 }
 OUTSIDE = {
     "after-the-reservation": (Ledger, "reserve", "after"),
@@ -143,7 +144,7 @@ def _die_at(point, call):
     real, calls = getattr(owner, name), []
 
     def dying(*arguments, **named):
-        of_interest = owner is not checkpoint.os or str(arguments[1]).endswith(checkpoint.FILE)
+        of_interest = owner is not Path or str(arguments[1]).endswith(checkpoint.FILE)
         calls.extend([None] if of_interest else [])
         if of_interest and len(calls) == call and side == "before":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -51,9 +51,10 @@ def test_what_starts_a_supernodes_apps_is_started_again_with_it(keeper):
     names = [f"{whose}{apps}" for whose in ("superlink", "supernode-1", "supernode-2") for apps in ("", "-apps")]
     kept.start([sleeper(name) for name in names])
     first = dict(kept._processes)
-    for name in ("superlink", "supernode-1"):
+    killed = ("superlink", "supernode-1")
+    for name in killed:
         first[name]._popen.kill()
-    check_until(kept, lambda: not kept._due and kept._processes["supernode-1"] is not first["supernode-1"])
+    check_until(kept, lambda: not kept._due and all(kept._processes[name] is not first[name] for name in killed))
     again = {name for name in names if kept._processes[name] is not first[name]}
     assert again == {"superlink", "supernode-1", "supernode-1-apps"}
 
