@@ -11,7 +11,8 @@ from hybrid.errors import ConfigError
 from hybrid.tokens import TokenRequest, Window, encode_key, new_key
 
 NOW, END = 1_700_000_000_000, 1_700_000_600_000
-SIGNER, OTHER = new_key(), new_key()
+# What is blinded for the smaller modulus can be signed under the larger one too.
+SIGNER, OTHER = sorted((new_key(), new_key()), key=lambda key: key.public_key().public_numbers().n)
 API_KEY = "hybrid_0011223344556677_secret"
 
 

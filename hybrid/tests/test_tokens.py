@@ -81,7 +81,8 @@ def test_a_token_is_what_its_window_says_and_no_other_takes_it():
 
 def test_an_answer_of_another_key_than_the_plans_makes_no_token():
     """An issuer that gave each device a key of its own, to tell it by, would only be refused."""
-    asked = WINDOW.ask()
+    modulus = OTHER.public_key().public_numbers().n  # which may be the smaller one, and then not all can be asked of it
+    asked = next(asked for asked in iter(WINDOW.ask, None) if int.from_bytes(asked.blinded) < modulus)
     with pytest.raises(TokenError, match="no signature of the message under its key"):
         WINDOW.finish(asked, blind_sign(OTHER, asked.blinded))
 
