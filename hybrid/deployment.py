@@ -91,7 +91,8 @@ class Deployment(BaseModel):
         def to(window: Window | None) -> Window:
             return Window(versions=(self,)) if window is None else window.promote(self)
 
-        return change(folder, self.model, to, action="promote", version=self.version)
+        change(folder, self.model, to, action="promote", version=self.version)
+        return folder / f"{self.model}.json"
 
 
 class Canary(BaseModel):
@@ -279,7 +280,7 @@ def change(
     version: int,
     share: float | None = None,
     reason: str | None = None,
-) -> Path:
+) -> Window:
     """Changes a model's window in one step, while nobody else does, and notes it in its history first.
 
     Args:
@@ -292,7 +293,7 @@ def change(
         reason: of a halt.
 
     Returns:
-        The window's file.
+        The window to be: it is in `<folder>/<model>.json`.
 
     Raises:
         ConfigError: the file is there and cannot be read.
@@ -312,7 +313,7 @@ def change(
         # Without what is empty: serving of before there were rollouts reads a window that has none.
         empty = {name for name in ("canary", "halted") if not getattr(window, name)}
         write_whole(target, window.model_dump_json(indent=2, exclude=empty).encode())
-    return target
+    return window
 
 
 def history(folder: Path, model: str) -> tuple[Change, ...]:

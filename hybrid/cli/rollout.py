@@ -50,7 +50,7 @@ def rollout(
     window = window_of(workspace, model)
     window.check(found.number)
     deployment = _served(window, found.number) or _exported(registry, found, workspace)
-    change(
+    told = change(
         workspace.deployments,
         model,
         lambda now: _there(now, model).try_out(deployment, share),
@@ -59,7 +59,6 @@ def rollout(
         share=share,
     )
     registry.set_alias(model, found.number, CANARY)
-    told = window_of(workspace, model)
     if as_json:
         print(json.dumps({"model": model, "version": found.number, "share": share, "default": told.default.version}))
     else:
@@ -118,7 +117,7 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
         raise NotFound(f"{model}:{number} is not served; served are: {served}")
     signed = sign(Halt(model=model, versions=(number,), reason=reason), signing_key(workspace.keys))
     halted = Halted(version=number, reason=reason, signed=base64.b64encode(signed).decode())
-    change(
+    told = change(
         workspace.deployments,
         model,
         lambda now: _there(now, model).halt(halted),
@@ -126,7 +125,7 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
         version=number,
         reason=reason,
     )
-    told, registry = window_of(workspace, model), Registry(workspace)
+    registry = Registry(workspace)
     if number == window.default.version:
         registry.set_alias(model, told.default.version, PRODUCTION)
     if window.canary is not None and number == window.canary.version:

@@ -7,29 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybrid.deployment import Canary, Deployment, Halted, Window, change, history
+from hybrid.deployment import Canary, Halted, Window, change, history
 from hybrid.errors import ConfigError
-from hybrid.features import Features
 from hybrid.spec import Serving
-
-
-def deployment(version: int, kept: int = 2) -> Deployment:
-    return Deployment(
-        model="shop",
-        version=version,
-        definition_hash="0" * 64,
-        packed_view="shops__packed",
-        join_key="shop_id",
-        join_key_type="text",
-        max_feature_age_s=60.0,
-        server=Features.of({}),
-        request=Features.of({}),
-        server_embedding=2,
-        device_embedding=2,
-        server_tower="shop_server_tower",
-        head="shop_head",
-        serving=Serving(versions=kept),
-    )
+from serving.testing import deployment
 
 
 def halted(version: int) -> Halted:
@@ -96,7 +77,8 @@ class Rollouts(RuleBasedStateMachine):
 
     @rule(version=st.integers(1, 6), kept=st.integers(1, 3))
     def promote(self, version: int, kept: int) -> None:
-        self._try(version, lambda: self.window.promote(deployment(version, kept)))
+        keeping = deployment(version).model_copy(update={"serving": Serving(versions=kept)})
+        self._try(version, lambda: self.window.promote(keeping))
 
     @rule(version=st.integers(1, 6), share=st.floats(0.01, 1))
     def try_out(self, version: int, share: float) -> None:

@@ -85,8 +85,8 @@ def test_a_lower_auc_fails_where_the_whole_interval_is_too_low(difference, outco
 def test_metrics_of_gateway_and_worker_are_read_as_they_show_them():
     """Of this model's versions, over all processes, since the first look; a process that began anew counts from 0."""
     from hybrid.deployment import Deployment
-    from hybrid.tests.test_deployment import deployment
     from serving.telemetry import Telemetry
+    from serving.testing import deployment
 
     def asked(telemetry: Telemetry, which: Deployment, times: int) -> dict:
         for _ in range(times):

@@ -7,28 +7,13 @@ from pathlib import Path
 import pytest
 
 from hybrid.cli import promote
-from hybrid.deployment import Deployment
 from hybrid.errors import StackError
-from hybrid.features import Features
 from hybrid.local.process import started
 from hybrid.local.supervisor import Server, State
 from hybrid.workspace import Workspace
+from serving.testing import deployment
 
-DEPLOYMENT = Deployment(
-    model="shop",
-    version=4,
-    definition_hash="0" * 64,
-    packed_view="shops__packed",
-    join_key="shop_id",
-    join_key_type="text",
-    max_feature_age_s=60.0,
-    server=Features.of({}),
-    request=Features.of({}),
-    server_embedding=2,
-    device_embedding=2,
-    server_tower="shop_server_tower",
-    head="shop_head",
-)
+DEPLOYMENT = deployment(4)
 
 
 class Triton(HTTPServer):

@@ -10,8 +10,8 @@ from hybrid.deployment import Window
 from hybrid.errors import ConfigError, NotFound
 from hybrid.registry import Registry
 from hybrid.rollout import Rollout
-from hybrid.tests.test_deployment import deployment
 from hybrid.workspace import Workspace
+from serving.testing import deployment
 
 
 class Aliases:
