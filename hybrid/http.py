@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import signal
 import socket
@@ -140,3 +141,26 @@ def told_to_end() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     return ended
+
+
+def add_side(parser: argparse.ArgumentParser, side: str, whose: str, port: int) -> None:
+    """Where one side of a service listens, as options of its process.
+
+    Args:
+        parser: of the process.
+        side: before each option's name: "", or "control-".
+        whose: who reaches it, for the help.
+        port: by default.
+    """
+    parser.add_argument(f"--{side}host", default="127.0.0.1", help=f"where {whose} reach it (default %(default)s)")
+    parser.add_argument(f"--{side}port", type=int, default=port, help="default %(default)s; 0: a free one")
+    parser.add_argument(f"--{side}tls-cert", type=Path, default=None, help="certificate chain (PEM)")
+    parser.add_argument(f"--{side}tls-key", type=Path, default=None, help="its key (PEM)")
+
+
+def certificate_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser, side: str) -> Certificate | None:
+    """Of a side of `add_side`; None: it is without TLS. Half a certificate ends the process, as `parser.error` does."""
+    chain, key = (getattr(arguments, f"{side}tls-{name}".replace("-", "_")) for name in ("cert", "key"))
+    if (chain is None) != (key is None):
+        parser.error(f"--{side}tls-cert and --{side}tls-key go together")
+    return None if chain is None else (chain, key)

@@ -207,7 +207,7 @@ class Registry:
 
         Args:
             name: of the model.
-            selector: a number, or an alias that points at one.
+            selector: a number, also as text, or an alias that points at one.
 
         Raises:
             NotFound: no such model, version or alias; says what there is.
@@ -299,11 +299,13 @@ class Registry:
         return sorted(file.parent.name for file in self._definitions.glob(f"*/{DEFINITION}"))
 
     def _resolve(self, name: str, selector: str | int) -> int:
-        """The number of an existing version."""
+        """The number of an existing version: as given, also as text, or what an alias, which is never digits, has."""
         self._record(name)
         numbers, aliases = self._numbers(name), self._aliases(name)
         if not numbers:
             raise ConfigError(f"{name} has no trained version; run `hybrid train {name}` first")
+        if isinstance(selector, str) and selector.isdecimal():
+            selector = int(selector)
         if isinstance(selector, str):
             if selector not in aliases:
                 raise NotFound(

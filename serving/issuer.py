@@ -34,7 +34,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -494,23 +494,19 @@ def main() -> None:
     parser.add_argument("--api-keys", type=Path, required=True, metavar="FILE", help="of `python -m serving api-key`")
     parser.add_argument("--token", type=Path, required=True, help="file with what the control side asks for")
     parser.add_argument("--requests-per-s", type=float, metavar="RATE", help="of an account, at most")
-    for side, whose, port in (("", "devices", 8092), ("control-", "who signs plans", 8093)):
-        parser.add_argument(f"--{side}host", default="127.0.0.1", help=f"where {whose} reach it (default %(default)s)")
-        parser.add_argument(f"--{side}port", type=int, default=port, help="default %(default)s; 0: a free one")
-        parser.add_argument(f"--{side}tls-cert", type=Path, default=None, help="certificate chain (PEM)")
-        parser.add_argument(f"--{side}tls-key", type=Path, default=None, help="its key (PEM)")
+    sides = {"": ("devices", 8092), "control-": ("who signs plans", 8093)}
+    for side, (whose, port) in sides.items():
+        http.add_side(parser, side, whose, port)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for side in ("", "control_"):
-        if (getattr(arguments, f"{side}tls_cert") is None) != (getattr(arguments, f"{side}tls_key") is None):
-            parser.error(f"--{side}tls-cert and --{side}tls-key go together".replace("_", "-"))
+    devices, control = (http.certificate_of(arguments, parser, side) for side in sides)
     try:
-        _serve(arguments)
+        _serve(arguments, devices, control)
     except HybridError as error:
         raise SystemExit(f"issuer: {error}") from None
 
 
-def _serve(arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace, devices: Certificate | None, control: Certificate | None) -> None:
     """Both sides, until the process is told to end."""
     rate, ended = arguments.requests_per_s, http.told_to_end()
     access = Access(ApiKeys(arguments.api_keys), None if rate is None else Buckets(rate, max(rate, 1.0)))
@@ -518,19 +514,14 @@ def _serve(arguments: argparse.Namespace) -> None:
         token = arguments.token.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"token file {str(arguments.token)!r} cannot be read: {type(error).__name__}") from None
-    with ExitStack() as stack:
-        issuer = stack.enter_context(Issuer(arguments.folder))
-
-        def bound(app: Starlette, side: str) -> int:
-            host, port, cert, key = (
-                getattr(arguments, f"{side}{name}") for name in ("host", "port", "tls_cert", "tls_key")
-            )
-            certificate = None if cert is None else (cert, key)
-            return stack.enter_context(listening(app, host, port, certificate=certificate))
-
-        port = bound(application(issuer, access), "")
-        control = bound(control_application(issuer, token), "control_")
-        print(f"devices ask for tokens at port {port}, who signs plans opens windows at port {control}", flush=True)
+    with (
+        Issuer(arguments.folder) as issuer,
+        listening(application(issuer, access), arguments.host, arguments.port, certificate=devices) as port,
+        listening(
+            control_application(issuer, token), arguments.control_host, arguments.control_port, certificate=control
+        ) as side,
+    ):
+        print(f"devices ask for tokens at port {port}, who signs plans opens windows at port {side}", flush=True)
         ended.wait()
 
 

@@ -179,9 +179,7 @@ class OnDevices(Whom):
         """
         from hybrid.local.fleet import Promoted
 
-        name, selector = version
-        number = isinstance(selector, str) and selector.isdecimal()
-        promoted = Promoted.open(name, int(selector) if number else selector, workspace)
+        promoted = Promoted.open(*version, workspace)
         people = promoted.people(population.name, devices, workspace, among=among)
         return cls(population.name, None, promoted, people, round_s, workspace.keys, tokens)
 

@@ -131,8 +131,7 @@ def run(
     if federation is not None and devices < AGGREGATORS:
         raise ConfigError(f"--devices must be at least {AGGREGATORS}, the aggregators of --federation, got {devices}")
     workspace = Workspace.current()
-    selected = int(version) if version.isdecimal() else version
-    promoted = Promoted.open(model, selected, workspace, rounds=rounds, **changed)
+    promoted = Promoted.open(model, version, workspace, rounds=rounds, **changed)
     budget = None if noiseless else promoted.budget(epsilon, devices)
     people = promoted.people(population or model, devices, workspace)
     folder = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
@@ -217,9 +216,7 @@ def prepare(
 
     workspace = Workspace.current()
     changed = _asked(sampling, separation, buffer, max_staleness, noise)
-    promoted = Promoted.open(
-        model, int(version) if version.isdecimal() else version, workspace, rounds=rounds, **changed
-    )
+    promoted = Promoted.open(model, version, workspace, rounds=rounds, **changed)
     budget = promoted.budget(epsilon, devices)
     runs = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
     with runs as run_dir, promoted.paid(budget, devices, run_dir) as (settings, ledger):

@@ -87,8 +87,7 @@ def version_of(registry: Registry, name: str, selector: str | int, *, otherwise:
         NotFound: there is none.
         ConfigError: it was trained from another definition.
     """
-    number = isinstance(selector, str) and selector.isdecimal()
-    found = registry.version(name, int(selector) if number else selector)
+    found = registry.version(name, selector)
     if found.definition_hash != registry.definition_hash(name):
         raise ConfigError(
             f"{name}:{found.number} was trained from another definition than is registered now: {otherwise}"

@@ -315,28 +315,21 @@ def main() -> None:
     parser.add_argument(
         "--issuer-token", type=Path, default=None, help="file with what the issuer's control side asks for, see Tokens"
     )
-    for side, whose, port in (("", "devices", 8090), ("control-", "the ClientApp", 8091)):
-        parser.add_argument(f"--{side}host", default="127.0.0.1", help=f"where {whose} reach it (default %(default)s)")
-        parser.add_argument(f"--{side}port", type=int, default=port, help="default %(default)s; 0: a free one")
-        parser.add_argument(f"--{side}tls-cert", type=Path, default=None, help="certificate chain (PEM)")
-        parser.add_argument(f"--{side}tls-key", type=Path, default=None, help="its key (PEM)")
+    sides = {"": ("devices", 8090), "control-": ("the ClientApp", 8091)}
+    for side, (whose, port) in sides.items():
+        http.add_side(parser, side, whose, port)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if (arguments.tls_cert is None) != (arguments.tls_key is None):
-        parser.error("--tls-cert and --tls-key go together")
-    if (arguments.control_tls_cert is None) != (arguments.control_tls_key is None):
-        parser.error("--control-tls-cert and --control-tls-key go together")
+    devices, control = (http.certificate_of(arguments, parser, side) for side in sides)
     try:
-        _serve(arguments)
+        _serve(arguments, devices, control)
     except HybridError as error:
         raise SystemExit(f"aggregator: {error}") from None
 
 
-def _serve(arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace, devices: Certificate | None, control: Certificate | None) -> None:
     """Both sides, until the process is told to end."""
     service, token, ended = Service.read(arguments.settings), read_token(arguments.token), http.told_to_end()
-    devices = None if arguments.tls_cert is None else (arguments.tls_cert, arguments.tls_key)
-    control = None if arguments.control_tls_cert is None else (arguments.control_tls_cert, arguments.control_tls_key)
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     issuer_token = None if arguments.issuer_token is None else read_token(arguments.issuer_token)
