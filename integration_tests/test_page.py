@@ -403,3 +403,49 @@ def test_a_page_that_cannot_be_is_a_sentence(world: World):
         done = subprocess.run(command, env=world.environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
+
+
+def test_a_browser_takes_a_canary_and_leaves_it_at_a_signed_word(world: World, tab: Callable[..., Tab]):
+    """All devices are to fetch version 2; a gateway's own word does not take it back, `hybrid rollback` does.
+
+    The bundle before it, kept in the browser, goes on; and version 2 is not installed again, whoever offers it.
+    """
+    registry, digest = Registry(world.workspace), Registry(world.workspace).definition_hash("giving")
+    about = {"training": TRAINING, "curves": {}, "expected_hash": digest}
+    registry.create_version("giving", weights=world.network.weights(), **about)
+
+    def rolled(*words: str) -> None:
+        done = CliRunner().invoke(app, list(words), env=world.environment)
+        assert done.exit_code == 0, done.output
+
+    def version(visit: Visit) -> str:
+        return re.search(r"version (\d+),", visit.page.locator("#about").inner_text())[1]
+
+    with tab() as context:
+        visit = Visit(context, world.pages["giving"])
+        assert version(visit) == "1"
+        rolled("rollout", "giving", "2", "--canary", "100%")
+        document = visit.page.evaluate(
+            "async () => { for (;;) { const r = await (await fetch('gateway/v2/models/giving/rollout')).json();"
+            " if (r.canary) return r; } }"
+        )
+        visit.page.reload()
+        visit.wait()
+        assert (version(visit), visit.probability() > 0) == ("2", True)
+        forged = document | {"canary": None, "halted": ["AAAA" * 40]}
+        visit.page.route("**/rollout", lambda route: route.fulfill(json=forged))
+        visit.page.reload()
+        visit.wait()
+        assert version(visit) == "2", "an older default is refused, and what nobody signed counts for nothing"
+        visit.page.unroute("**/rollout")
+        rolled("rollback", "giving", "--reason", "recall fell")
+        visit.page.wait_for_function(
+            "async () => (await (await fetch('gateway/v2/models/giving/rollout')).json()).canary === null"
+        )
+        visit.page.reload()
+        visit.wait()
+        assert (version(visit), visit.probability() > 0) == ("1", True)
+        visit.page.route("**/rollout", lambda route: route.fulfill(json=document))
+        visit.page.reload()
+        visit.wait()
+        assert version(visit) == "1"

@@ -30,7 +30,7 @@ _TYPES = {
 }
 # What the page's client asks the gateway for, and nothing else of it.
 _PASSED = {
-    "GET": re.compile(r"/v2/(?:health/ready|models/[a-z0-9_]+/bundle)", re.ASCII),
+    "GET": re.compile(r"/v2/(?:health/ready|models/[a-z0-9_]+/(?:rollout|(?:versions/\d+/)?bundle))", re.ASCII),
     "POST": re.compile(r"/v2/models/[a-z0-9_]+/versions/\d+/infer", re.ASCII),
 }
 _ASKED = ("Content-Type", "Inference-Header-Content-Length", "If-None-Match", "Range", "If-Range", "Authorization")

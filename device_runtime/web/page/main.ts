@@ -2,11 +2,12 @@
 
 import { type Answer, answered } from "../src/answers.ts";
 import { Bundles, type Installed, type Manifest, trustedKey } from "../src/bundle.ts";
-import { type Ask, clientOf, download, type InferenceClient } from "../src/client.ts";
+import { type Ask, clientOf, type InferenceClient } from "../src/client.ts";
 import { decide, POLICY, readBrowser, REASONS } from "../src/eligibility.ts";
 import { HybridError } from "../src/errors.ts";
 import type { Raw } from "../src/features.ts";
 import { programOf, useRuntime } from "../src/program.ts";
+import { update } from "../src/rollout.ts";
 import { forgetKey, type Kept, keptKey, Store } from "../src/store.ts";
 import { at, count, h, percent, size } from "./dom.ts";
 import { choice, type Control, controlOf, figure, somebody, written } from "./form.ts";
@@ -67,18 +68,15 @@ class Page {
   /** Fetches the bundle that the gateway serves now, where it is another; without a gateway the installed one goes on. */
   async update(): Promise<void> {
     const trusted = await trustedKey(this.config.trust);
-    let installed = await this.bundles.current(this.config.model, trusted).catch(() => null);
     try {
-      const fetched = await download(GATEWAY, this.config.model, installed?.etag ?? null);
-      if (fetched) {
-        const runs = async (bundle: Installed | Parameters<typeof programOf>[0]) => (await programOf(bundle)).release();
-        installed = await this.bundles.install(fetched.data, trusted, this.config.model, { etag: fetched.etag, runs });
-      }
+      const runs = async (bundle: Parameters<typeof programOf>[0]) => (await programOf(bundle)).release();
+      this.bundle = await update(this.bundles, GATEWAY, this.config.model, trusted, { runs });
     } catch (error) {
+      const installed = await this.bundles.current(this.config.model, trusted).catch(() => null);
       if (!installed || !(error instanceof HybridError)) throw error;
       notice(`${sentence(error)} The bundle that is installed, of version ${installed.manifest.version}, goes on.`);
+      this.bundle = installed;
     }
-    this.bundle = installed!;
     this.client = await clientOf(this.bundle, GATEWAY, { sending: (sent) => this.requests.add(sent) });
     await this.openStore();
     this.describe();

@@ -13,6 +13,7 @@ const MAX_MANIFEST = 4 << 20;
 /** What this package can run, as `device_runtime.RUNTIME` counts: a bundle says the least that it needs. */
 export const RUNTIME = 3;
 const FORMAT = 2;
+const MOST_REMEMBERED = 1000; // versions that were taken back
 const UTF8 = 0x800; // a zip's flag for a name in UTF-8, the only one that a bundle's may have
 
 export type Release =
@@ -318,8 +319,12 @@ interface Kept {
 
 interface Slot {
   readonly model: string;
-  readonly current: Kept;
+  readonly current: Kept | null;
   readonly previous: Kept | null;
+  /** Versions that the control plane took back, the latest last. */
+  readonly halted: readonly number[];
+  /** A canary's version, and this browser's number for it. */
+  readonly draw: readonly [number, number] | null;
 }
 
 /** A verified bundle that this browser keeps. */
@@ -370,22 +375,68 @@ export class Bundles {
     }
     await options.runs?.(bundle);
     const etag = options.etag ?? null;
+    const kept: Kept = { version, created_ms, etag, data };
+    await this.change(model, (slot) => {
+      const { current, previous, halted } = slot;
+      if (halted.includes(version)) throw new BundleError(`version ${version} was taken back`);
+      if (current && isOlder(kept, current)) {
+        throw new BundleError(
+          `the bundle of version ${version} is older than that of version ${current.version}, which is installed`,
+        );
+      }
+      // The same promotion again must not push the one before out, whatever a zip that nobody signed has changed in.
+      const again = current?.version === version && current.created_ms === created_ms;
+      return { ...slot, current: kept, previous: again ? previous : current };
+    });
+    return { ...bundle, etag };
+  }
+
+  /** Leaves versions that the control plane took back: the one before is current again, and none of them is installed. */
+  async halt(model: string, versions: readonly number[]): Promise<void> {
+    await this.change(model, (slot) => {
+      const halted = [...new Set([...slot.halted, ...versions])];
+      if (halted.length === slot.halted.length) return slot;
+      const [current = null, previous = null] = [slot.current, slot.previous].filter(
+        (kept) => kept && !halted.includes(kept.version),
+      );
+      return { ...slot, current, previous, halted: halted.slice(-MOST_REMEMBERED) };
+    });
+  }
+
+  /** Versions of a model that were taken back. */
+  async halted(model: string): Promise<readonly number[]> {
+    return (await this.slot(model)).halted;
+  }
+
+  /** This browser's number in [0, 1) for a canary, in thousandths, drawn when it is first asked for. */
+  async drawn(model: string, version: number): Promise<number> {
+    const slot = await this.change(model, (slot) => {
+      if (slot.draw?.[0] === version) return slot;
+      const [word = 0] = crypto.getRandomValues(new Uint32Array(1));
+      return { ...slot, draw: [version, Math.floor((word / 2 ** 32) * 1000) / 1000] };
+    });
+    return slot.draw![1];
+  }
+
+  /** One model's slot, changed in one transaction; what `to` throws leaves it as it was. */
+  private async change(model: string, to: (slot: Slot) => Slot): Promise<Slot> {
     const transaction = this.database.transaction("bundles", "readwrite", { durability: "strict" });
     const slots = transaction.objectStore("bundles");
-    const before = ((await reply(slots.get(model))) as Slot | undefined) ?? null;
-    const kept: Kept = { version, created_ms, etag, data };
-    if (before && isOlder(kept, before.current)) {
+    const before = whole(model, await reply(slots.get(model)));
+    let after: Slot;
+    try {
+      after = to(before);
+    } catch (error) {
       transaction.abort();
-      throw new BundleError(
-        `the bundle of version ${version} is older than that of version ${before.current.version}, which is installed`,
-      );
+      throw error;
     }
-    // The same promotion again must not push the one before out, whatever a zip that nobody signed has changed in.
-    const again = before?.current.version === version && before.current.created_ms === created_ms;
-    const previous = again ? before!.previous : (before?.current ?? null);
-    slots.put({ model, current: kept, previous } satisfies Slot);
+    if (after !== before) slots.put(after);
     await committed(transaction);
-    return { ...bundle, etag };
+    return after;
+  }
+
+  private async slot(model: string): Promise<Slot> {
+    return whole(model, await reply(this.database.transaction("bundles").objectStore("bundles").get(model)));
   }
 
   /**
@@ -396,10 +447,8 @@ export class Bundles {
    * @throws BundleError neither verifies.
    */
   async current(model: string, trusted: CryptoKey): Promise<Installed | null> {
-    const slot = (await reply(this.database.transaction("bundles").objectStore("bundles").get(model))) as
-      | Slot
-      | undefined;
-    if (!slot) return null;
+    const slot = await this.slot(model);
+    if (!slot.current) return null;
     try {
       return { ...(await readBundle(slot.current.data, trusted)), etag: slot.current.etag };
     } catch (error) {
@@ -411,15 +460,18 @@ export class Bundles {
 
   /** Versions that are kept of a model, the current one first. */
   async versions(model: string): Promise<number[]> {
-    const slot = (await reply(this.database.transaction("bundles").objectStore("bundles").get(model))) as
-      | Slot
-      | undefined;
-    return slot ? [slot.current, slot.previous].flatMap((kept) => (kept ? [kept.version] : [])) : [];
+    const slot = await this.slot(model);
+    return [slot.current, slot.previous].flatMap((kept) => (kept ? [kept.version] : []));
   }
 
   close(): void {
     this.database.close();
   }
+}
+
+/** A slot as it was kept: an earlier release's has fewer fields, and a model that nothing is kept of has none. */
+function whole(model: string, kept: Partial<Slot> | undefined): Slot {
+  return { model, current: null, previous: null, halted: [], draw: null, ...kept };
 }
 
 /** As `device_runtime.bundles` orders them: to go back, old weights are promoted as a new version. */

@@ -7,7 +7,7 @@
 
 import { type Answer, NO_ANSWER, readAnswer, slotsOf, TIMEOUT, UNREACHABLE } from "./answers.ts";
 import { type Bundle, type Manifest, MAX_BYTES } from "./bundle.ts";
-import { BundleError, ConfigError, Unauthenticated } from "./errors.ts";
+import { BundleError, ConfigError, HybridError, Unauthenticated } from "./errors.ts";
 import type { Raw } from "./features.ts";
 import { clipAndNoise, type Noise, systemNoise } from "./mechanisms.ts";
 import { mergeOnDevice } from "./merge.ts";
@@ -242,56 +242,120 @@ function refused(shown: boolean): Unauthenticated {
   );
 }
 
+/** How something is fetched from a gateway. */
+export interface Fetching {
+  /** Of a client, where the gateway asks for one; sent over https, or on this machine, only. */
+  readonly apiKey?: string;
+  /** For each wait on the network: a gateway that says nothing must not keep the installed bundle from going on. */
+  readonly timeoutMs?: number;
+}
+
 /**
- * The bundle of a model's default version from its gateway; null where it is still the one with `etag`.
+ * The bundle of a model from its gateway; null where it is still the one with `etag`.
  *
  * A download that breaks off is resumed from where it was, as long as the gateway has the same bytes. Only a tag that is
  * the bytes' SHA-256 is given, as the gateway's is: one that says more could tell devices apart at their next download.
  *
- * @param timeoutMs for each wait on the network: a gateway that says nothing must not keep the installed bundle from going on.
+ * @param options `version`: which; null: the default.
  * @throws BundleError it cannot be had, or is too large.
+ * @throws Unauthenticated the gateway does not take the API key, or wants one.
  */
 export async function download(
   gateway: string | URL,
   model: string,
   etag: string | null = null,
-  timeoutMs = TIMEOUT_MS,
+  options: Fetching & { readonly version?: number | null } = {},
 ): Promise<{ data: Uint8Array<ArrayBuffer>; etag: string | null } | null> {
-  const base = new URL(gateway, globalThis.location?.href).href.replace(/\/$/, "");
-  const url = `${base}/v2/models/${encodeURIComponent(model)}/bundle`;
-  let chunks: Uint8Array[] = [];
-  let [got, tag]: [number, string | null] = [0, null];
+  const version = options.version == null ? "" : `/versions/${options.version}`;
+  const source = new Source(gateway, `/v2/models/${encodeURIComponent(model)}${version}/bundle`, options);
   for (let attempt = 1; ; attempt++) {
+    const { got, tag } = source;
     const headers: Record<string, string> = etag && !got ? { "If-None-Match": etag } : {};
     if (got && tag) Object.assign(headers, { Range: `bytes=${got}-`, "If-Range": tag });
+    try {
+      const status = await source.read(headers, MAX_BYTES, "a bundle");
+      if (status === 304) return null;
+      const data = source.data();
+      return { data, etag: (await tagOf(data)) === source.tag ? source.tag : null };
+    } catch (error) {
+      if (error instanceof HybridError) throw error;
+      if (attempt === ATTEMPTS) throw new BundleError("the bundle cannot be fetched: the gateway cannot be reached");
+    }
+  }
+}
+
+/**
+ * A small answer of the gateway, whole; null: it has none there (404).
+ *
+ * @throws BundleError it cannot be had, or has more than `most` bytes.
+ * @throws Unauthenticated the gateway does not take the API key, or wants one.
+ */
+export async function fetched(
+  gateway: string | URL,
+  path: string,
+  most: number,
+  options: Fetching = {},
+): Promise<Uint8Array<ArrayBuffer> | null> {
+  const source = new Source(gateway, path, options);
+  try {
+    return (await source.read({}, most, "such an answer", 404)) === 404 ? null : source.data();
+  } catch (error) {
+    if (error instanceof HybridError) throw error;
+    throw new BundleError("the gateway cannot be reached");
+  }
+}
+
+/** Something at a gateway, as far as it is here. */
+class Source {
+  private readonly url: URL;
+  private readonly shown: Record<string, string>;
+  private readonly timeoutMs: number;
+  private chunks: Uint8Array[] = [];
+  got = 0;
+  tag: string | null = null;
+
+  constructor(gateway: string | URL, path: string, { apiKey, timeoutMs = TIMEOUT_MS }: Fetching) {
+    const base = new URL(gateway, globalThis.location?.href);
+    this.url = new URL(base.href.replace(/\/$/, "") + path);
+    this.shown = authorization(apiKey, base);
+    this.timeoutMs = timeoutMs;
+  }
+
+  /**
+   * Reads one answer behind what is here already; anything but a 206 begins anew.
+   *
+   * @returns its status: 200, 206, or 304 or `allowed`, of which nothing is read.
+   */
+  async read(headers: Readonly<Record<string, string>>, most: number, what: string, allowed = 304): Promise<number> {
     const silent = new AbortController();
-    const wait = () => setTimeout(() => silent.abort(), timeoutMs);
+    const wait = () => setTimeout(() => silent.abort(), this.timeoutMs);
     let waiting = wait();
     try {
-      const response = await fetch(url, { ...PRIVATE, headers, signal: silent.signal });
-      if (response.status === 304) return null;
-      if (response.status !== 206) [chunks, got] = [[], 0];
+      const response = await fetch(this.url, { ...PRIVATE, headers: { ...this.shown, ...headers }, signal: silent.signal });
+      if (response.status === 304 || response.status === allowed) return response.status;
+      if (response.status === 401) throw refused("Authorization" in this.shown);
+      if (response.status !== 206) [this.chunks, this.got] = [[], 0];
       if (!response.ok || !response.body) throw await unfetched(response);
-      tag = response.headers.get("ETag");
+      this.tag = response.headers.get("ETag");
       const reader = response.body.getReader();
       for (let read = await reader.read(); !read.done; read = await reader.read()) {
         clearTimeout(waiting);
         waiting = wait();
-        got += read.value.length;
-        if (got > MAX_BYTES) {
+        this.got += read.value.length;
+        if (this.got > most) {
           void reader.cancel();
-          throw new BundleError(`a bundle has at most ${MAX_BYTES} bytes, and this one has more`);
+          throw new BundleError(`${what} has at most ${most} bytes, and this one has more`);
         }
-        chunks.push(read.value);
+        this.chunks.push(read.value);
       }
-      const data = joined(chunks, got);
-      return { data, etag: (await tagOf(data)) === tag ? tag : null };
-    } catch (error) {
-      if (error instanceof BundleError) throw error;
-      if (attempt === ATTEMPTS) throw new BundleError("the bundle cannot be fetched: the gateway cannot be reached");
+      return response.status;
     } finally {
       clearTimeout(waiting);
     }
+  }
+
+  data(): Uint8Array<ArrayBuffer> {
+    return joined(this.chunks, this.got);
   }
 }
 

@@ -12,10 +12,20 @@ export {
   RUNTIME,
   trustedKey,
 } from "./bundle.ts";
-export { type Ask, clientOf, type ClientOptions, download, InferenceClient, requestBody, type Sent } from "./client.ts";
+export {
+  type Ask,
+  clientOf,
+  type ClientOptions,
+  download,
+  type Fetching,
+  InferenceClient,
+  requestBody,
+  type Sent,
+} from "./client.ts";
 export { decide, POLICY, type Policy, readBrowser, type Readings, REASONS } from "./eligibility.ts";
 export { BadRequest, BundleError, ConfigError, HybridError, StoreError, Unauthenticated } from "./errors.ts";
 export { Features, isText, murmur3, type Raw, type Transform } from "./features.ts";
 export { clipAndNoise, systemNoise } from "./mechanisms.ts";
 export { EmbedProgram, measure, PredictProgram, programOf, type Speed, useRuntime } from "./program.ts";
+export { type Rollout, update } from "./rollout.ts";
 export { type Examples, forgetKey, type Kept, keptKey, Store } from "./store.ts";

@@ -151,7 +151,7 @@ test("a gateway that says nothing, or nothing more, is given up", { timeout: 20_
   try {
     const gateway = `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
     for (const requests of [3, 6]) {
-      await assert.rejects(download(gateway, "meals", null, 100), /the gateway cannot be reached/);
+      await assert.rejects(download(gateway, "meals", null, { timeoutMs: 100 }), /the gateway cannot be reached/);
       assert.equal(asked, requests);
     }
   } finally {

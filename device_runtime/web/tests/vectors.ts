@@ -29,6 +29,11 @@ export interface Vectors {
     readonly json: unknown;
     readonly raw: string;
   }[];
+  readonly rollout: {
+    readonly trust: string;
+    readonly told: string;
+    readonly halts: readonly (readonly [number, string])[];
+  };
 }
 
 export const vectors = JSON.parse(readFileSync(new URL("../vectors/device.json", import.meta.url), "utf8")) as Vectors;

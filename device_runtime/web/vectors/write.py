@@ -5,6 +5,7 @@ The Python tests hold the files to what Python computes now, the TypeScript test
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from device_runtime.client import request_body
 from device_runtime.eligibility import Readings, decide
 from hybrid.bundle import Alone, Keeping, Manifest, Parameter, Program, TrainProgram
+from hybrid.deployment import Canary
 from hybrid.errors import BadRequest
 from hybrid.features import Bucketize, Categorical, Features, Hash, Log1p, Numeric, Transform, murmur3_32
-from hybrid.plan import Policy
+from hybrid.plan import Halt, Local, Policy, TrainPlan, sign
+from hybrid.rollout import Rollout
 
 FOLDER = Path(__file__).parent
 SEEDS = (0, 1, 0x9747B28C, 0xFFFFFFFF)
@@ -72,6 +77,37 @@ def vectors() -> dict[str, Any]:
         "manifest": json.loads(manifest().model_dump_json()),
         "eligibility": list(_eligibility()),
         "requests": [_request(entity) for entity in ("7", 'a "b" \\ \n é 日', "")],
+        "rollout": _rollout(),
+    }
+
+
+def _rollout() -> dict[str, Any]:
+    """What a gateway says, and which of it counts: not what another key signed, no other model's halt, no plan."""
+    key, other = (Ed25519PrivateKey.from_private_bytes(bytes([seed]) * 32) for seed in (1, 2))
+    plan = TrainPlan(
+        id="0" * 32,
+        model="meals",
+        version=7,
+        definition_hash="0" * 64,
+        expires_ms=1,
+        local=Local(steps=1, lr=0.1),
+        clip=1,
+        parameters=1,
+    )
+    signed = (
+        sign(Halt(model="meals", versions=(5, 6), reason="recall fell – a lot"), key),
+        sign(Halt(model="meals", versions=(8,), reason="it is another's word"), other),
+        sign(Halt(model="parking", versions=(9,), reason="it is another model"), key),
+        sign(plan, key, np.zeros(1, np.float32)),
+    )
+    halted = tuple(base64.b64encode(message).decode() for message in signed)
+    told = Rollout(
+        model="meals", default=7, canary=Canary(version=9, share=0.05), halted=(*halted, "no base64", "AAAA")
+    )
+    return {
+        "trust": key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode(),
+        "told": told.model_dump_json(),
+        "halts": [[version, reason] for version, reason in told.halts(key.public_key()).items()],
     }
 
 
