@@ -8,7 +8,6 @@ be: so looking again and again, each second, takes back no good version, and a v
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -237,18 +236,3 @@ def is_more(bad: int, of: int, share: float) -> bool:
     from scipy.stats import binom
 
     return bool(bad > 0 and binom.sf(bad - 1, of, min(share, 1.0)) < CHANCE)
-
-
-def seconds_of(text: str) -> float:
-    """A time as people write it.
-
-    Raises:
-        ConfigError: it is none.
-
-    >>> [seconds_of(text) for text in ("90", "30s", "10m", "1.5h")]
-    [90.0, 30.0, 600.0, 5400.0]
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if found is None or not float(found[1]):
-        raise ConfigError(f"a time must be a number above 0 with s, m or h, such as 10m, got {text!r}")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -15,11 +17,13 @@ from hybrid.errors import ConfigError, NotFound, StackError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from hybrid.analytics.results import Kept
     from hybrid.deployment import Window
     from hybrid.gates import Gates, Sample, Verdict
 
 app = typer.Typer()
 HALTED = 3  # exit status
+METRICS_S = 5.0  # for one process's metrics
 
 
 @app.command()
@@ -32,6 +36,9 @@ def watch(
         list[str] | None,
         typer.Option(metavar="URL", help="Of a gateway or worker; each of them. By default the local stack's."),
     ] = None,
+    blind: Annotated[
+        str, typer.Option(metavar="TIME", help="For how long a process's metrics may be unreadable.")
+    ] = "60s",
     promote: Annotated[
         bool, typer.Option("--promote", help="Make it the default at the end, if every gate passes.")
     ] = False,
@@ -50,32 +57,33 @@ def watch(
     It reads the metrics of gateways and workers, from now on: requests without an
     answer, rows that a fallback answered, seconds, and predictions. AUC is by the latest
     `hybrid evaluate MODEL@canary --against production`. A gate that waits has too little to
-    say anything. Ends at once where it takes the canary back, with exit status 3.
+    say anything. Ends at once where it takes the canary back, with exit status 3; also
+    where it could not read a process's metrics for --blind, since nobody watched it.
 
     Example: hybrid watch coupon --for 1h --promote
     """
-    from hybrid.gates import Counted, grown, judge, judge_auc, seconds_of
+    from hybrid.analytics.results import Kept
+    from hybrid.gates import Counted, judge, judge_auc
 
     asked = {"least": least, "errors": errors, "fallbacks": fallbacks, "slower": slower, "drift": drift, "auc": auc}
     gates = _gates({name: value for name, value in asked.items() if value is not None})
-    ends, pause = time.monotonic() + seconds_of(wait), seconds_of(every)
+    ends, pause, most_s = time.monotonic() + seconds_of(wait), seconds_of(every), seconds_of(blind)
     workspace = Workspace.current()
     canary, default = _both(window_of(workspace, model), model)
-    urls = metrics or _local(workspace)
-    before = _scraped(urls, model)
-    while True:
-        now = grown(before, _scraped(urls, model))
-        verdicts = judge(gates, Counted.of(now, canary), Counted.of(now, default))
-        verdicts.append(judge_auc(gates, _compared(workspace, model, canary, default)))
-        failed = [one for one in verdicts if one.outcome == "fails"]
-        over = time.monotonic() >= ends
-        if failed or over:
-            break
-        time.sleep(min(pause, max(0.0, ends - time.monotonic())))
-        if _both(window_of(workspace, model), model) != (canary, default):
-            raise ConfigError(
-                f"{model}:{canary} is no longer the canary beside {default}: somebody changed the rollout"
-            )
+    compared = Kept(workspace.runs, model, "evaluate")
+    with _Processes(metrics or _local(workspace), model) as processes:
+        while True:
+            counted = processes.look()
+            verdicts = judge(gates, Counted.of(counted, canary), Counted.of(counted, default))
+            verdicts += [judge_auc(gates, _difference(compared, canary, default)), processes.judge(most_s)]
+            failed = [one for one in verdicts if one.outcome == "fails"]
+            if failed or time.monotonic() >= ends:
+                break
+            time.sleep(min(pause, max(0.0, ends - time.monotonic())))
+            if _both(window_of(workspace, model), model) != (canary, default):
+                raise ConfigError(
+                    f"{model}:{canary} is no longer the canary beside {default}: somebody changed the rollout"
+                )
     outcome = "went on"
     if failed:
         take_back(workspace, model, canary, f"gate {failed[0].gate}: {failed[0].said}")
@@ -90,6 +98,74 @@ def watch(
         _print(shown, verdicts)
     if failed:
         raise typer.Exit(HALTED)
+
+
+class _Processes:
+    """What gateways and workers counted since the first look; one that cannot be read stands as it was last read.
+
+    Args:
+        urls: of the metrics of each.
+        model: whose.
+
+    Raises:
+        StackError: one cannot be read, so that its requests would not be judged.
+    """
+
+    def __init__(self, urls: Sequence[str], model: str) -> None:
+        import httpx
+
+        self._model, self._client = model, httpx.Client(timeout=METRICS_S, trust_env=False)
+        self._counted: Counter[Sample] = Counter()
+        self._blind_since: dict[str, float] = {}
+        self._latest = {url: self._read(url) for url in urls}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def look(self) -> Counter[Sample]:
+        """The sum over all of them."""
+        from hybrid.gates import grown
+
+        for url, before in self._latest.items():
+            try:
+                now = self._read(url)
+            except StackError:
+                self._blind_since.setdefault(url, time.monotonic())
+            else:
+                self._counted.update(grown([before], [now]))
+                self._latest[url] = now
+                self._blind_since.pop(url, None)
+        return self._counted
+
+    def judge(self, most_s: float) -> Verdict:
+        """Whether all are seen: a canary that nobody watches must not go on.
+
+        What it says is told to devices, as the reason of a halt: it names no process.
+        """
+        from hybrid.gates import Verdict
+
+        if not self._blind_since:
+            return Verdict("metrics", "passes", "all processes are read")
+        over = time.monotonic() - min(self._blind_since.values()) > most_s
+        said = f"metrics of {len(self._blind_since)} of {len(self._latest)} processes could not be read"
+        if over:
+            return Verdict("metrics", "fails", f"{said} for {most_s:g} s")
+        return Verdict("metrics", "waits", f"{said} now; {most_s:g} s are allowed")
+
+    def _read(self, url: str) -> dict[Sample, float]:
+        import httpx
+
+        from hybrid.gates import read
+
+        try:
+            answer = self._client.get(url)
+            answer.raise_for_status()
+            return read(answer.text, self._model)
+        except (httpx.HTTPError, httpx.InvalidURL, ConfigError) as error:
+            raise StackError(f"metrics {url!r} cannot be read: {type(error).__name__}; the canary goes on") from None
 
 
 def _gates(asked: Mapping[str, float]) -> Gates:
@@ -121,33 +197,28 @@ def _local(workspace: Workspace) -> list[str]:
     return [f"http://127.0.0.1:{port}/metrics" for port in named]
 
 
-def _scraped(urls: Sequence[str], model: str) -> list[dict[Sample, float]]:
-    """Of each process; one that cannot be reached is an error, since its requests would not be judged."""
-    import httpx
-
-    from hybrid.gates import read
-
-    found = []
-    for url in urls:
-        try:
-            answer = httpx.get(url, timeout=10)
-            answer.raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise StackError(f"metrics {url!r} cannot be read: {type(error).__name__}; the canary goes on") from None
-        found.append(read(answer.text, model))
-    return found
-
-
-def _compared(workspace: Workspace, model: str, canary: int, default: int) -> dict[str, Any] | None:
-    """The difference of AUC that was released last."""
-    from hybrid.analytics.results import read
-
-    found = [result.shown for _, result in read(workspace.runs, model) if result.kind == "evaluate"]
-    for shown in reversed(found):
+def _difference(compared: Kept, canary: int, default: int) -> dict[str, Any] | None:
+    """Of AUC, as it was released last."""
+    for shown in (result.shown for result in reversed(compared.all())):
         if [one["version"] for one in shown["versions"]] == [canary, default] and shown["differences"]:
             auc: dict[str, Any] = shown["differences"]["auc"]
             return auc
     return None
+
+
+def seconds_of(text: str) -> float:
+    """A time as people write it.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> [seconds_of(text) for text in ("90", "30s", "10m", "1.5h")]
+    [90.0, 30.0, 600.0, 5400.0]
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"a time must be a number above 0 with s, m or h, such as 10m, got {text!r}")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _print(shown: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from prometheus_client.exposition import generate_latest
 
 from hybrid.errors import ConfigError
-from hybrid.gates import Counted, Gates, grown, is_more, judge, judge_auc, read, seconds_of
+from hybrid.gates import Counted, Gates, grown, is_more, judge, judge_auc, read
 
 GATES = Gates(least=100)
 EDGES = (0.01, 0.1, 0.2, 1.0, math.inf)
@@ -107,9 +107,3 @@ def test_metrics_of_gateway_and_worker_are_read_as_they_show_them():
 def test_what_is_no_metrics_is_refused():
     with pytest.raises(ConfigError, match="metrics must be in Prometheus' text format"):
         read("<html>", "shop")
-
-
-@pytest.mark.parametrize("text", ["0s", "-1m", "ten", "5d", ""])
-def test_a_time_is_a_number_with_a_unit(text):
-    with pytest.raises(ConfigError, match="a time must be a number above 0 with s, m or h"):
-        seconds_of(text)
