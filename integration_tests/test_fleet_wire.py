@@ -215,7 +215,7 @@ def test_training_is_halted_by_the_commands_and_goes_on_where_it_stopped(tmp_pat
         with process(tmp_path, int(client.url.split(":")[-1]), **budget) as (started, port, _):
             assert client.training().halted == "loss rose"
             assert checked_in(port).status_code == 204
-            assert Ledger.read(tmp_path / "run").entries == []
+            assert not Ledger.read(tmp_path / "run").entries
             assert "training goes on" in fleet(client, "resume-training")
             until(lambda: checked_in(port).status_code == 200)
             assert np.isfinite(coming.result(60).sum).all()

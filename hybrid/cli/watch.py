@@ -1,4 +1,4 @@
-"""`hybrid watch`: a canary beside the default, taken back where a gate fails."""
+"""`hybrid watch`: a canary, or a shadow, beside the default, taken back where a gate fails."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import typer
 
 from hybrid.cli.rollout import promote_served, take_back, window_of
+from hybrid.cli.runs import CANARY, SHADOW
 from hybrid.errors import ConfigError, NotFound, StackError
 from hybrid.workspace import Workspace
 
@@ -28,7 +29,7 @@ METRICS_S = 5.0  # for one process's metrics
 
 @app.command()
 def watch(
-    model: Annotated[str, typer.Argument(help="Whose canary.")],
+    model: Annotated[str, typer.Argument(help="Whose canary; without one whose shadow.")],
     *,
     wait: Annotated[str, typer.Option("--for", metavar="TIME", help="How long: 90s, 10m, 2h.")] = "10m",
     every: Annotated[str, typer.Option(metavar="TIME", help="How often.")] = "2s",
@@ -50,52 +51,66 @@ def watch(
     slower: Annotated[float | None, typer.Option(help="Times the default's 95th percentile of seconds; 2.")] = None,
     drift: Annotated[float | None, typer.Option(help="Index of its predictions against the default's; 0.25.")] = None,
     auc: Annotated[float | None, typer.Option(help="By how much its AUC may be lower; 0.01.")] = None,
+    inversion: Annotated[
+        float | None, typer.Option(help="By how much a device feature may be recovered over guessing; not asked.")
+    ] = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Ask too whether its training kept to its privacy budget.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Counts what becomes of the canary's requests beside the default's, and takes it back where a gate fails.
 
     It reads the metrics of gateways and workers, from now on: requests without an
     answer, rows that a fallback answered, seconds, and predictions. AUC is by the latest
-    `hybrid evaluate MODEL@canary --against production`. A gate that waits has too little to
-    say anything. Ends at once where it takes the canary back, with exit status 3; also
-    where it could not read a process's metrics for --blind, since nobody watched it.
+    `hybrid evaluate MODEL@canary --against production`, and --inversion by the latest
+    `hybrid audit inversion` of the version. A gate that waits has too little to say
+    anything. Ends at once where it takes the canary back, with exit status 3; also where
+    it could not read a process's metrics for --blind, since nobody watched it. Of a
+    shadow, batches, seconds and predictions without a device are compared.
 
     Example: hybrid watch coupon --for 1h --promote
     """
     from hybrid.analytics.results import Kept
-    from hybrid.gates import Counted, judge, judge_auc
+    from hybrid.gates import judge_auc, judge_inversion
 
     asked = {"least": least, "errors": errors, "fallbacks": fallbacks, "slower": slower, "drift": drift, "auc": auc}
-    gates = _gates({name: value for name, value in asked.items() if value is not None})
+    gates = _gates({name: value for name, value in (asked | {"inversion": inversion}).items() if value is not None})
     ends, pause, most_s = time.monotonic() + seconds_of(wait), seconds_of(every), seconds_of(blind)
     workspace = Workspace.current()
-    canary, default = _both(window_of(workspace, model), model)
-    compared = Kept(workspace.runs, model, "evaluate")
+    tried = _tried(window_of(workspace, model), model)
+    if promote and tried.what == SHADOW:
+        raise ConfigError("--promote must be left out for a shadow: make it a canary first (`hybrid rollout --canary`)")
+    kept = {kind: Kept(workspace.runs, model, kind) for kind in ("evaluate", "inversion")}
+    spent = [_budget(workspace, model, tried.version)] if budget else []
     with _Processes(metrics or _local(workspace), model) as processes:
         while True:
             counted = processes.look()
-            verdicts = judge(gates, Counted.of(counted, canary), Counted.of(counted, default))
-            verdicts += [judge_auc(gates, _difference(compared, canary, default)), processes.judge(most_s)]
+            verdicts = [*tried.judge(gates, counted), judge_auc(gates, _difference(kept["evaluate"], tried)), *spent]
+            if gates.inversion is not None:
+                verdicts.append(judge_inversion(gates.inversion, _audit(kept["inversion"], tried.version)))
+            verdicts.append(processes.judge(most_s))
             failed = [one for one in verdicts if one.outcome == "fails"]
             if failed or time.monotonic() >= ends:
                 break
             time.sleep(min(pause, max(0.0, ends - time.monotonic())))
-            if _both(window_of(workspace, model), model) != (canary, default):
+            if _tried(window_of(workspace, model), model) != tried:
                 raise ConfigError(
-                    f"{model}:{canary} is no longer the canary beside {default}: somebody changed the rollout"
+                    f"{model}:{tried.version} is no longer the {tried.what} beside {tried.default}: somebody changed "
+                    "the rollout"
                 )
     outcome = "went on"
     if failed:
-        take_back(workspace, model, canary, f"gate {failed[0].gate}: {failed[0].said}")
+        take_back(workspace, model, tried.version, f"gate {failed[0].gate}: {failed[0].said}")
         outcome = "taken back"
     elif promote and all(one.outcome == "passes" for one in verdicts):
-        promote_served(workspace, model, canary)
+        promote_served(workspace, model, tried.version)
         outcome = "promoted"
-    shown = {"model": model, "canary": canary, "default": default, "outcome": outcome}
+    shown = {"model": model, tried.what: tried.version, "default": tried.default, "outcome": outcome}
     if as_json:
         print(json.dumps(shown | {"gates": [asdict(one) for one in verdicts]}))
     else:
-        _print(shown, verdicts)
+        _print(f"{model}:{tried.version}, the {tried.what} beside {tried.default}: {outcome}", verdicts)
     if failed:
         raise typer.Exit(HALTED)
 
@@ -180,10 +195,35 @@ def _gates(asked: Mapping[str, float]) -> Gates:
         raise ConfigError(f"--{fault['loc'][0]}: {fault['msg'].lower()}, got {fault['input']}") from None
 
 
-def _both(window: Window, model: str) -> tuple[int, int]:
-    if window.canary is None:
-        raise NotFound(f"{model} has no canary: `hybrid rollout {model} VERSION --canary 5%` starts one")
-    return window.canary.version, window.default.version
+class _Tried(NamedTuple):
+    """What is watched.
+
+    Attributes:
+        what: "canary" or "shadow".
+        version: which.
+        default: beside which.
+    """
+
+    what: str
+    version: int
+    default: int
+
+    def judge(self, gates: Gates, counted: Mapping[Sample, float]) -> list[Verdict]:
+        """By what was counted of both."""
+        from hybrid.gates import SERVED, SHADOWED, Counted, judge, judge_shadow
+
+        by, metrics = (judge_shadow, SHADOWED) if self.what == SHADOW else (judge, SERVED)
+        return by(gates, *(Counted.of(counted, version, metrics) for version in (self.version, self.default)))
+
+
+def _tried(window: Window, model: str) -> _Tried:
+    """The canary; without one the shadow."""
+    for what, found in ((CANARY, window.canary), (SHADOW, window.shadow)):
+        if found is not None:
+            return _Tried(what, found.version, window.default.version)
+    raise NotFound(
+        f"{model} has no canary and no shadow: `hybrid rollout {model} VERSION --canary 5%`, or --shadow, starts one"
+    )
 
 
 def _local(workspace: Workspace) -> list[str]:
@@ -197,13 +237,34 @@ def _local(workspace: Workspace) -> list[str]:
     return [f"http://127.0.0.1:{port}/metrics" for port in named]
 
 
-def _difference(compared: Kept, canary: int, default: int) -> dict[str, Any] | None:
+def _difference(compared: Kept, tried: _Tried) -> dict[str, Any] | None:
     """Of AUC, as it was released last."""
     for shown in (result.shown for result in reversed(compared.all())):
-        if [one["version"] for one in shown["versions"]] == [canary, default] and shown["differences"]:
+        if [one["version"] for one in shown["versions"]] == [*tried[1:]] and shown["differences"]:
             auc: dict[str, Any] = shown["differences"]["auc"]
             return auc
     return None
+
+
+def _audit(kept: Kept, version: int) -> dict[str, Any] | None:
+    """The latest of the version."""
+    return next((one.shown for one in reversed(kept.all()) if one.shown["version"] == version), None)
+
+
+def _budget(workspace: Workspace, model: str, version: int) -> Verdict:
+    """Composed once: a training is over, and what its run's ledger holds costs a second to add up."""
+    from hybrid.gates import judge_budget
+    from hybrid.privacy.ledger import Ledger
+    from hybrid.registry import Registry
+
+    record = Registry(workspace).version(model, version).training
+    if record.epsilon is None:
+        return judge_budget(None, None)
+    try:
+        account = Ledger.read(workspace.runs / record.run)
+    except NotFound:
+        return judge_budget(None, None)
+    return judge_budget(max(account.spent().epsilon, record.epsilon), account.budget_epsilon)
 
 
 def seconds_of(text: str) -> float:
@@ -221,7 +282,7 @@ def seconds_of(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _print(shown: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
+def _print(said: str, verdicts: Sequence[Verdict]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -230,4 +291,4 @@ def _print(shown: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
     for one in verdicts:
         table.add_row(one.gate, one.outcome, Text(one.said))
     Console(highlight=False).print(table)
-    print(f"{shown['model']}:{shown['canary']}, the canary beside {shown['default']}: {shown['outcome']}")
+    print(said)

@@ -9,11 +9,14 @@ import scipy.stats  # noqa: F401  # which the gates import while their time runs
 from click.testing import Result
 from typer.testing import CliRunner
 
+from hybrid.analytics.results import keep
 from hybrid.cli import app
 from hybrid.cli.tests.test_rollout import Aliases, aliases, served, tried_out, workspace  # noqa: F401
 from hybrid.cli.watch import seconds_of
+from hybrid.deployment import change
 from hybrid.errors import ConfigError, StackError
 from hybrid.workspace import Workspace
+from serving.testing import deployment
 
 COUNTED = """
 # TYPE hybrid_gateway_requests counter
@@ -90,6 +93,43 @@ def test_what_cannot_be_read_at_first_is_an_error(workspace: Workspace, aliases:
     assert isinstance(done.exception, StackError)
     assert "cannot be read: HTTPStatusError; the canary goes on" in str(done.exception)
     assert served(workspace).canary is not None
+
+
+def test_a_shadow_is_watched_where_there_is_no_canary(workspace: Workspace, aliases: Aliases):  # noqa: F811
+    """Taken back where its batches fail; it cannot be promoted past being a canary."""
+    shade = {"action": "shadow", "version": 3, "share": 0.1}
+    change(workspace.deployments, "shop", lambda window: window.shade(deployment(3), 0.1), **shade)
+    failed = """
+# TYPE hybrid_shadow_batches counter
+hybrid_shadow_batches_total{{code="unavailable",model="shop",version="3"}} {}
+"""
+    with gateway([failed.format(0), failed.format(9)]) as url:
+        done = watch("--for", "1m", "--promote", "--metrics", url)
+        assert "--promote must be left out for a shadow" in str(done.exception)
+        done = watch("--for", "1m", "--metrics", url, "--json")
+    shown = json.loads(done.stdout)
+    assert (done.exit_code, shown["shadow"], shown["default"], shown["outcome"]) == (3, 3, 2, "taken back")
+    assert served(workspace).shadow is None
+
+
+def test_the_latest_audit_of_the_version_is_asked_where_it_is_wanted(workspace: Workspace, aliases: Aliases):  # noqa: F811
+    """Of version 3, not the earlier one, nor one of another version; without --inversion nobody asks."""
+    tried_out(workspace)
+
+    def audited(version: int, low: float) -> None:
+        features = {"age": {"gain": {"low": low, "high": low + 0.1}}}
+        shown = {"model": "shop", "version": version, "levels": [{"declared": True, "features": features}]}
+        keep(workspace.runs / "r", "inversion", shown, mark="oracle")
+
+    for version, low in ((3, -0.1), (3, 0.4), (2, -0.1)):
+        audited(version, low)
+    with gateway([COUNTED.format(default=0, canary=0)]) as url:
+        words = ("--for", "0.01s", "--metrics", url, "--json")
+        assert "inversion" not in watch(*words).stdout
+        shown = json.loads(watch(*words, "--inversion", "0.2").stdout)
+    failed = [one for one in shown["gates"] if one["outcome"] == "fails"]
+    assert [one["gate"] for one in failed] == ["inversion"]
+    assert "by +0.400 to +0.500; 0.2 is allowed" in served(workspace).halted[0].reason
 
 
 @pytest.mark.parametrize("text", ["0s", "-1m", "ten", "5d", ""])
