@@ -214,8 +214,10 @@ class Rounds:
         if plan != self._ended_plan:
             switch.end(plan, order)
             self._ended_plan = plan
-            if self._latest is not None:
-                self._keep(self._latest[0], b"", plan=plan, why=order.reason)
+            key, coming = self._latest or (None, None)
+            released = coming is not None and coming.done() and coming.exception() is None
+            if key is not None and not released:  # with a buffer a plan goes on after its round was released
+                self._keep(key, b"", plan=plan, why=order.reason)
 
     def answer(self, key: Key) -> Future[bytes] | None:
         """The round's sum, or its error, when it comes; None where it is not the latest."""

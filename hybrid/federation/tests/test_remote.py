@@ -363,6 +363,16 @@ def test_an_ended_round_is_ended_for_who_asks_again_also_after_a_restart(tmp_pat
     assert (second.runs, switch.told) == ([2], [])
 
 
+def test_what_was_released_stays_so_where_its_plan_is_ended_later(tmp_path):
+    """As with a buffer, whose plans go on: the sum that was kept is given again, also by the next process."""
+    plan = "ab" * 16
+    with serving(Doubling(), tmp_path, switch=Switched(plan)) as port:
+        before = client(port).run_round(1, FLAT).sum
+        client(port).end(plan, Order(model="kiosk", reason="wrong clip"))
+    with serving(Doubling(), tmp_path) as port:
+        np.testing.assert_array_equal(client(port).run_round(1, FLAT).sum, before)
+
+
 def test_a_round_that_was_stopped_is_run_once_training_goes_on(tmp_path):
     """Who asked for it asks on."""
     aggregator = Doubling(RoundStopped("training is halted"))
