@@ -16,7 +16,8 @@ from hybrid.features import Features
 from hybrid.files import write_whole
 from hybrid.spec import Serving
 
-Action = Literal["promote", "canary", "halt"]
+Action = Literal["promote", "canary", "shadow", "halt"]
+BESIDE = ("canary", "shadow")  # the default
 MOST_HALTED = 16  # that are told of: devices have long had another of those before
 
 
@@ -109,6 +110,20 @@ class Canary(BaseModel):
     share: Annotated[FiniteFloat, Field(gt=0, le=1)]
 
 
+class Shadow(BaseModel):
+    """A version whose server tower runs beside the default's, on what the server knows anyway; it answers nobody.
+
+    Attributes:
+        version: which.
+        share: of the default's batches, in (0, 1], that it runs on too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Annotated[int, Field(ge=1)]
+    share: Annotated[FiniteFloat, Field(gt=0, le=1)]
+
+
 class Halted(BaseModel):
     """A version that was taken back.
 
@@ -130,8 +145,9 @@ class Window(BaseModel):
 
     Attributes:
         versions: the default first, which answers a request that names none and is what devices fetch; then a
-            canary, and those that devices may still hold, the latest first.
+            canary and a shadow, and those that devices may still hold, the latest first.
         canary: what some devices fetch in its place; None: all fetch the default.
+        shadow: what runs beside the default, and is fetched by nobody.
         halted: versions that were taken back, the latest last. None of them is served.
     """
 
@@ -139,6 +155,7 @@ class Window(BaseModel):
 
     versions: Annotated[tuple[Deployment, ...], Field(min_length=1)]
     canary: Canary | None = None
+    shadow: Shadow | None = None
     halted: Annotated[tuple[Halted, ...], Field(max_length=MOST_HALTED)] = ()
 
     @model_validator(mode="after")
@@ -146,6 +163,8 @@ class Window(BaseModel):
         others = {version.version for version in self.versions[1:]}
         if self.canary is not None and self.canary.version not in others:
             raise ValueError("canary must be one of the versions, and not the default")
+        if self.shadow is not None and self.shadow.version not in others - {self._canary}:
+            raise ValueError("shadow must be one of the versions, and neither the default nor the canary")
         if {halted.version for halted in self.halted} & (others | {self.default.version}):
             raise ValueError("versions must be none that was halted")
         return self
@@ -163,15 +182,23 @@ class Window(BaseModel):
         """What answers a request that names no version."""
         return self.versions[0]
 
+    @property
+    def _canary(self) -> int | None:
+        return None if self.canary is None else self.canary.version
+
+    @property
+    def tried(self) -> int | None:
+        """What `hybrid watch` judges: the canary, or without one the shadow."""
+        return self._canary if self.shadow is None or self.canary is not None else self.shadow.version
+
     def promote(self, deployment: Deployment) -> Window:
-        """With this version as the default, and as many before it as it says; a canary goes on, if it is another.
+        """With this version as the default, and as many before it as it says; canary and shadow go on, if others.
 
         Raises:
             ConfigError: the version was halted.
         """
         self.check(deployment.version)
-        canary = None if self.canary is None or self.canary.version == deployment.version else self.canary
-        return self._with(deployment, self.versions, canary)
+        return self._without(deployment.version)._with(deployment, self.versions)
 
     def try_out(self, deployment: Deployment, share: float) -> Window:
         """With this version as the canary, in place of any before it.
@@ -183,11 +210,31 @@ class Window(BaseModel):
         Raises:
             ConfigError: the version was halted, or is the default.
         """
-        self.check(deployment.version)
-        if deployment.version == self.default.version:
-            raise ConfigError(f"{deployment.model}:{deployment.version} is the default already: all devices fetch it")
         canary = Canary(version=deployment.version, share=share)
-        return self._with(self.default, [deployment, *self.versions[1:]], canary)
+        return self._beside(deployment, canary=canary)
+
+    def shade(self, deployment: Deployment, share: float) -> Window:
+        """With this version as the shadow, in place of any before it; it may be no canary any more.
+
+        Args:
+            deployment: which.
+            share: see `Shadow`.
+
+        Raises:
+            ConfigError: the version was halted, is the default or the canary, or its tower reads other features than
+                the default's, whose it is to be given.
+        """
+        default, version = self.default, f"{deployment.model}:{deployment.version}"
+        if deployment.version == self._canary:
+            raise ConfigError(f"{version} is the canary, which devices have: take it back first")
+        if (deployment.server, deployment.request) != (default.server, default.request):
+            raise ConfigError(
+                f"{version} reads other features of the server or of requests than {default.version}, beside which it "
+                "would run on the same: make it a canary"
+            )
+        if default.serving.transport != "kafka":
+            raise ConfigError(f"serving.transport of {default.model} must be 'kafka': only a merge worker has shadows")
+        return self._beside(deployment, shadow=Shadow(version=deployment.version, share=share))
 
     def halt(self, halted: Halted) -> Window:
         """Without a version: of the default, what came before it is the default again.
@@ -196,16 +243,15 @@ class Window(BaseModel):
             ConfigError: it is the only one.
         """
         left = [version for version in self.versions if version.version != halted.version]
-        canary = None if self.canary is None or self.canary.version == halted.version else self.canary
-        stable = [version for version in left if canary is None or version.version != canary.version]
+        others = [found for found in self.halted if found.version != halted.version]
+        window = self._without(halted.version).model_copy(update={"halted": (*others, halted)[-MOST_HALTED:]})
+        stable = [version for version in left if version.version not in window._beside_default]
         if not stable:
             raise ConfigError(
                 f"{self.default.model}:{halted.version} is the only version that is served: there is none to go back "
                 "to; promote another first"
             )
-        others = [found for found in self.halted if found.version != halted.version]
-        window = self.model_copy(update={"halted": (*others, halted)[-MOST_HALTED:]})
-        return window._with(stable[0], left, canary)
+        return window._with(stable[0], left)
 
     def check(self, version: int) -> None:
         """Raises: ConfigError: the version was halted, and can be offered to nobody again."""
@@ -216,15 +262,31 @@ class Window(BaseModel):
                     "any more: train another"
                 )
 
-    def _with(self, default: Deployment, others: Iterable[Deployment], canary: Canary | None) -> Window:
-        """As many others as the default says; the canary is one more."""
+    @property
+    def _beside_default(self) -> list[int]:
+        return [one.version for one in (self.canary, self.shadow) if one is not None]
+
+    def _without(self, version: int) -> Window:
+        """With nothing that is of this version beside the default; not checked."""
+        beside = ((name, getattr(self, name)) for name in BESIDE)
+        return self.model_copy(update={name: None for name, one in beside if one and one.version == version})
+
+    def _beside(self, deployment: Deployment, **beside: Canary | Shadow) -> Window:
+        self.check(deployment.version)
+        if deployment.version == self.default.version:
+            raise ConfigError(f"{deployment.model}:{deployment.version} is the default already: all devices fetch it")
+        window = self._without(deployment.version).model_copy(update=beside)
+        return window._with(self.default, [deployment, *self.versions[1:]])
+
+    def _with(self, default: Deployment, others: Iterable[Deployment]) -> Window:
+        """As many others as the default says; canary and shadow are one more each."""
         found: dict[int, Deployment] = {}
         for version in (default, *others):
             found.setdefault(version.version, version)
-        tried = () if canary is None else (found.pop(canary.version),)
+        tried = [found.pop(version) for version in self._beside_default]
         first, *rest = found.values()
         versions = (first, *tried, *rest[: default.serving.versions - 1])
-        return Window(versions=versions, canary=canary, halted=self.halted)
+        return Window(versions=versions, canary=self.canary, shadow=self.shadow, halted=self.halted)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -253,11 +315,12 @@ class Change(BaseModel):
 
     Attributes:
         at: when, in UTC.
-        action: "promote": the version became the default; "canary": some devices fetch it; "halt": it was taken back.
+        action: "promote": the version became the default; "canary": some devices fetch it; "shadow": it runs beside the
+            default; "halt": it was taken back.
         version: which.
-        share: of devices, of a canary.
+        share: of devices, of a canary; of batches, of a shadow.
         reason: why it was taken back.
-        default, canary: version of each, after it.
+        default, canary, shadow: version of each, after it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -269,6 +332,7 @@ class Change(BaseModel):
     reason: str | None = None
     default: int
     canary: int | None = None
+    shadow: int | None = None
 
 
 def change(
@@ -289,7 +353,7 @@ def change(
         to: the window that is there, None where none is -> the one to be. What it raises leaves all as it was.
         action: for the history, as the rest; see `Change`.
         version: which is changed.
-        share: of a canary.
+        share: of a canary or shadow.
         reason: of a halt.
 
     Returns:
@@ -303,15 +367,15 @@ def change(
     with (folder / f"{model}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         window = to(Window.read(target) if target.exists() else None)
-        canary = window.canary.version if window.canary else None
+        beside = {name: one.version for name in BESIDE if (one := getattr(window, name)) is not None}
         about = {"action": action, "version": version, "share": share, "reason": reason}
-        done = Change(at=datetime.now(UTC), default=window.default.version, canary=canary, **about)
+        done = Change(at=datetime.now(UTC), default=window.default.version, **beside, **about)
         with (folder / f"{model}.history").open("a") as history:
             history.write(done.model_dump_json(exclude_none=True) + "\n")
             history.flush()
             os.fsync(history.fileno())
         # Without what is empty: serving of before there were rollouts reads a window that has none.
-        empty = {name for name in ("canary", "halted") if not getattr(window, name)}
+        empty = {name for name in (*BESIDE, "halted") if not getattr(window, name)}
         write_whole(target, window.model_dump_json(indent=2, exclude=empty).encode())
     return window
 

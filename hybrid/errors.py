@@ -28,7 +28,14 @@ class CohortTooSmall(HybridError):
 
 
 class RoundStopped(HybridError):
-    """A round was ended before its time: its version was halted, or its aggregator stopped. Nothing was spent."""
+    """A round was ended before its time, or none is opened: its aggregator stopped, or training is halted there.
+
+    Nothing was spent.
+    """
+
+
+class RoundEnded(RoundStopped):
+    """This one round was ended, for good, by who may: the next one is run."""
 
 
 class Halted(RoundStopped):

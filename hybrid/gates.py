@@ -1,4 +1,4 @@
-"""Judges a canary beside the default, by what gateways and workers count of both.
+"""Judges a canary, or a shadow, beside the default, by what gateways and workers count of both.
 
 Both are counted over the same time, by the same processes, so that what ails all versions alike halts none. A gate
 fails where what was counted would be a chance of one in a million (`CHANCE`), were the canary just as bad as it may
@@ -8,11 +8,10 @@ be: so looking again and again, each second, takes back no good version, and a v
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +20,46 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from hybrid.analytics.psi import Noised, psi
 from hybrid.errors import ConfigError
 
-REQUESTS, SECONDS = "hybrid_gateway_requests_total", "hybrid_gateway_request_seconds_bucket"
-ROWS, FALLBACKS = "hybrid_merge_rows_total", "hybrid_fallbacks_total"
-PREDICTIONS = "hybrid_merge_prediction_bucket"
-LABELS = {REQUESTS: "code", SECONDS: "le", ROWS: "code", FALLBACKS: "kind", PREDICTIONS: "le"}
-OTHERS = frozenset({"ok", "update_required", "rate_limited", "cancelled"})  # codes that say nothing against a version
+OTHERS = frozenset({"ok", "update_required", "rate_limited", "cancelled", "dropped"})  # say nothing against a version
+
+
+class Metrics(NamedTuple):
+    """What is read of each process, each with its third label.
+
+    Attributes:
+        requests: by code; of a shadow batches, whose rows fail together.
+        seconds: histogram.
+        forward: histogram of a batch's networks, in which other versions' batches have no part; of a shadow the same.
+        rows: by code.
+        fallbacks: by kind; of a shadow there are none.
+        predictions: histogram.
+    """
+
+    requests: tuple[str, str]
+    seconds: tuple[str, str]
+    forward: tuple[str, str]
+    rows: tuple[str, str]
+    fallbacks: tuple[str, str]
+    predictions: tuple[str, str]
+
+
+SERVED = Metrics(
+    requests=("hybrid_gateway_requests_total", "code"),
+    seconds=("hybrid_gateway_request_seconds_bucket", "le"),
+    forward=("hybrid_merge_forward_seconds_bucket", "le"),
+    rows=("hybrid_merge_rows_total", "code"),
+    fallbacks=("hybrid_fallbacks_total", "kind"),
+    predictions=("hybrid_merge_prediction_bucket", "le"),
+)
+SHADOWED = Metrics(
+    requests=("hybrid_shadow_batches_total", "code"),
+    seconds=("hybrid_shadow_seconds_bucket", "le"),
+    forward=("hybrid_shadow_seconds_bucket", "le"),
+    rows=("hybrid_shadow_rows_total", "code"),
+    fallbacks=("", ""),
+    predictions=("hybrid_shadow_prediction_bucket", "le"),
+)
+LABELS = dict([*SERVED, *SHADOWED])
 CHANCE = 1e-6
 SLOW = 0.05  # of requests are slower than the 95th percentile
 UNNOTICED_S = 0.05  # below this nobody minds how long a request takes
@@ -42,9 +76,12 @@ class Gates(BaseModel):
         least: requests, and rows, of either that are counted before anything passes.
         errors: by how much its share of requests without an answer may be larger.
         fallbacks: by how much its share of rows that a fallback answered may be larger.
-        slower: times the default's 95th percentile of seconds; at most one request in twenty may take longer.
+        slower: times the default's 95th percentile of seconds; at most one request in twenty may take longer, nor more
+            batches in the networks.
         drift: population stability index of its predictions against the default's, at most.
         auc: by how much its AUC may be lower, as `hybrid evaluate` found both to be.
+        inversion: how much more often than by guessing an attacker may recover a device feature from what a device
+            releases, as `hybrid audit inversion` found; None: it is not asked.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +92,7 @@ class Gates(BaseModel):
     slower: Annotated[FiniteFloat, Field(ge=1)] = 2.0
     drift: Annotated[FiniteFloat, Field(gt=0)] = 0.25
     auc: Share = 0.01
+    inversion: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +100,7 @@ class Verdict:
     """What one gate says.
 
     Attributes:
-        gate: a field of `Gates`.
+        gate: a field of `Gates`, or "budget", or "metrics".
         outcome: "waits": too little is counted to say.
         said: in words, with the numbers.
     """
@@ -80,6 +118,7 @@ class Counted:
         requests, failed: at the gateway; those that say nothing against a version are in neither.
         rows, fallen: that were merged, and of these those that a fallback answered.
         seconds: upper end of a bucket -> requests that took at most so long.
+        forward: the same of batches.
         predictions: the same of predictions.
     """
 
@@ -88,27 +127,29 @@ class Counted:
     rows: int = 0
     fallen: int = 0
     seconds: Mapping[float, float] = field(default_factory=dict)
+    forward: Mapping[float, float] = field(default_factory=dict)
     predictions: Mapping[float, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, counts: Mapping[Sample, float], version: int) -> Counted:
+    def of(cls, counts: Mapping[Sample, float], version: int, metrics: Metrics = SERVED) -> Counted:
         """Of what `grown` gives."""
         ours = {(name, label): n for (name, each, label), n in counts.items() if each == str(version)}
 
-        def total(name: str, without: frozenset[str] = frozenset()) -> int:
-            return round(sum(n for (each, label), n in ours.items() if each == name and label not in without))
+        def total(metric: tuple[str, str], without: frozenset[str] = frozenset()) -> int:
+            return round(sum(n for (each, label), n in ours.items() if each == metric[0] and label not in without))
 
-        def buckets(name: str) -> dict[float, float]:
-            return {float(label): n for (each, label), n in sorted(ours.items()) if each == name}
+        def buckets(metric: tuple[str, str]) -> dict[float, float]:
+            return {float(label): n for (each, label), n in sorted(ours.items()) if each == metric[0]}
 
-        failed = total(REQUESTS, OTHERS)
+        failed = total(metrics.requests, OTHERS)
         return cls(
-            requests=failed + round(ours.get((REQUESTS, "ok"), 0)),
+            requests=failed + round(ours.get((metrics.requests[0], "ok"), 0)),
             failed=failed,
-            rows=total(ROWS),
-            fallen=total(FALLBACKS),
-            seconds=buckets(SECONDS),
-            predictions=buckets(PREDICTIONS),
+            rows=total(metrics.rows),
+            fallen=total(metrics.fallbacks),
+            seconds=buckets(metrics.seconds),
+            forward=buckets(metrics.forward),
+            predictions=buckets(metrics.predictions),
         )
 
 
@@ -167,6 +208,16 @@ def judge(gates: Gates, canary: Counted, default: Counted) -> list[Verdict]:
     ]
 
 
+def judge_shadow(gates: Gates, shadow: Counted, default: Counted) -> list[Verdict]:
+    """The same of what ran beside the default, which answers nobody: of batches, and of seconds of a forward pass."""
+    failed = (shadow.failed, shadow.requests), (default.failed, default.requests)
+    return [
+        _share("errors", "batches that failed", gates, *failed),
+        _slower(gates, shadow, default),
+        _drift(gates, shadow, default),
+    ]
+
+
 def judge_auc(gates: Gates, difference: Mapping[str, list[float] | None] | None) -> Verdict:
     """By the latest comparison of the two on people's devices: `hybrid evaluate MODEL@canary --against production`.
 
@@ -184,6 +235,37 @@ def judge_auc(gates: Gates, difference: Mapping[str, list[float] | None] | None)
     return Verdict("auc", "passes" if low >= -gates.auc else "waits", said)
 
 
+def judge_inversion(most: float, audit: Mapping[str, Any] | None) -> Verdict:
+    """By the latest audit of the version, at the noise that it declares: oracle, of a simulation.
+
+    Args:
+        most: see `Gates.inversion`.
+        audit: as `hybrid audit inversion --json` has it; None: there is none.
+    """
+    levels = () if audit is None else audit["levels"]
+    gains = [found["gain"] for level in levels if level["declared"] for found in level["features"].values()]
+    if not gains:
+        return Verdict("inversion", "waits", "no audit of it at the noise it declares: `hybrid audit inversion`")
+    low, high = (max(gain[end] for gain in gains) for end in ("low", "high"))
+    said = f"a feature is recovered more often than by guessing by {low:+.3f} to {high:+.3f}; {most:g} is allowed"
+    outcome: Outcome = "fails" if low > most else "passes" if high <= most else "waits"
+    return Verdict("inversion", outcome, said)
+
+
+def judge_budget(spent: float | None, budget: float | None) -> Verdict:
+    """By the ledger of the run that trained the version.
+
+    Args:
+        spent: epsilon, of all that the ledger holds; None: the version was trained without a mechanism, or its ledger
+            is missing.
+        budget: that it has; None likewise.
+    """
+    if spent is None or budget is None:
+        return Verdict("budget", "waits", "no ledger says what its training spent: a reference, or a ledger is missing")
+    said = f"its run spent epsilon {spent:.3f} of {budget:g}"
+    return Verdict("budget", "fails" if spent > budget else "passes", said)
+
+
 def _share(name: str, what: str, gates: Gates, canary: tuple[int, int], default: tuple[int, int]) -> Verdict:
     (bad, of), (usual, of_default), most = canary, default, getattr(gates, name)
     ours, theirs = bad / max(of, 1), usual / max(of_default, 1)
@@ -194,14 +276,20 @@ def _share(name: str, what: str, gates: Gates, canary: tuple[int, int], default:
 
 
 def _slower(gates: Gates, canary: Counted, default: Counted) -> Verdict:
-    if min(canary.requests, default.requests) < gates.least:
-        counted = f"{canary.requests:,} and {default.requests:,}"
-        return Verdict("slower", "waits", f"seconds: of {counted} requests of either, {gates.least:,} are needed")
-    bound = max(UNNOTICED_S, gates.slower * _quantile(default.seconds, 1 - SLOW))
-    edge = min((edge for edge in canary.seconds if edge >= bound), default=math.inf)
-    timed = round(canary.seconds.get(math.inf, 0.0))
-    slow = timed - round(canary.seconds.get(edge, timed))
-    said = f"requests that took longer than {edge:g} s: {slow / max(timed, 1):.2%} of {timed:,}; {SLOW:.0%} are allowed"
+    """By requests, which is what people notice; and by batches: a slow version's hold up the default's requests too."""
+    requests = _later(gates, "requests", canary.seconds, default.seconds)
+    batches = _later(gates, "batches", canary.forward, default.forward)
+    return batches if batches.outcome == "fails" else requests
+
+
+def _later(gates: Gates, what: str, canary: Mapping[float, float], default: Mapping[float, float]) -> Verdict:
+    timed, others = (round(seconds.get(math.inf, 0.0)) for seconds in (canary, default))
+    if min(timed, others) < gates.least:
+        return Verdict("slower", "waits", f"seconds: of {timed:,} and {others:,} {what}, {gates.least:,} are needed")
+    bound = max(UNNOTICED_S, gates.slower * _quantile(default, 1 - SLOW))
+    edge = min((edge for edge in canary if edge >= bound), default=math.inf)
+    slow = timed - round(canary.get(edge, timed))
+    said = f"{what} that took longer than {edge:g} s: {slow / timed:.2%} of {timed:,}; {SLOW:.0%} are allowed"
     return Verdict("slower", "fails" if is_more(slow, timed, SLOW) else "passes", said)
 
 
@@ -237,18 +325,3 @@ def is_more(bad: int, of: int, share: float) -> bool:
     from scipy.stats import binom
 
     return bool(bad > 0 and binom.sf(bad - 1, of, min(share, 1.0)) < CHANCE)
-
-
-def seconds_of(text: str) -> float:
-    """A time as people write it.
-
-    Raises:
-        ConfigError: it is none.
-
-    >>> [seconds_of(text) for text in ("90", "30s", "10m", "1.5h")]
-    [90.0, 30.0, 600.0, 5400.0]
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if found is None or not float(found[1]):
-        raise ConfigError(f"a time must be a number above 0 with s, m or h, such as 10m, got {text!r}")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]

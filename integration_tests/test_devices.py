@@ -1,5 +1,7 @@
 """From a trained version to predictions: `hybrid promote`, the local stack, devices in processes of their own."""
 
+import copy
+import itertools
 import json
 import os
 import shutil
@@ -8,11 +10,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,10 +31,9 @@ from device_runtime.download import update
 from device_runtime.rows import Rows
 from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
-from hybrid.analytics.results import keep
 from hybrid.bundle import read_bundle, signing_key, trusted_key
 from hybrid.cli import app
-from hybrid.deployment import Window
+from hybrid.deployment import Deployment, Window
 from hybrid.errors import ConfigError
 from hybrid.network import Network
 from hybrid.registry import Registry
@@ -41,10 +43,12 @@ from hybrid.workspace import Workspace
 from serving import openapi
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
+MANY = 500  # offers that differ in a number alone: a tower's answers to them are not cached yet
 OFFERS = {"Bar/1d": ("Bar", "1d", 0.4), "Coffee House/2h": ("Coffee House", "2h", 0.5)}
 TRAINING = TrainingRecord(kind="federated", run="r", population="p", users=9, examples=9, epsilon=8, delta=9e-4)
 DEVICES = 40
 STORE_KEY = bytes(range(32))
+SLOW_S = 1.0  # of a batch
 
 
 @dataclass
@@ -89,17 +93,17 @@ class Project:
             return torch.sigmoid(network.head(server, network.device_program()(torch.from_numpy(inputs)))).numpy()
 
 
-def rows_of(network: Network) -> Rows:
+def rows_of(network: Network, devices: int = DEVICES) -> Rows:
     """Two rows a device, with values of every kind, missing ones among them; the last device knows no real offer."""
-    random, n = np.random.default_rng(3), 2 * DEVICES
+    random, n = np.random.default_rng(3), 2 * devices
     features = {}
     for name, transform in network.model.device.items():
         words = [*getattr(transform, "vocabulary", ()), "unheard of", None]
         numbers = [0.0, 1.0, 55.0, None]
         features[name] = [(words if transform.text else numbers)[i] for i in random.integers(0, 4, n)]
     return Rows(
-        device=np.repeat(np.arange(DEVICES), 2),
-        row=np.tile([0, 1], DEVICES),
+        device=np.repeat(np.arange(devices), 2),
+        row=np.tile([0, 1], devices),
         entity=[*random.choice(list(OFFERS), n - 2).tolist(), "no such offer", "nor this"],
         request={"time": [("7AM", "6PM", None)[i] for i in random.integers(0, 3, n)]},
         features=features,
@@ -113,6 +117,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[P
     (folder / "model.py").write_text(COUPON.read_text())
     seen = datetime.now(UTC) - timedelta(hours=1)
     offers = [(key, *values, seen) for key, values in OFFERS.items()]
+    offers += [(f"Bar/{i}", "Bar", "1d", i / MANY, seen) for i in range(MANY)]
     columns = ["offer_id", "coupon", "expiration", "acceptance_rate", "event_timestamp"]
     pd.DataFrame(offers, columns=columns).to_parquet(folder / "data" / "offers.parquet")
     workspace, model = Workspace(folder / ".hybrid"), load_model(folder / "model.py")
@@ -236,18 +241,22 @@ def test_a_device_refuses_a_bundle_that_its_host_app_did_not_sign(
 
 @dataclass
 class Load:
-    """Requests that never cease, each for a version; what became of every one is counted."""
+    """Requests that never cease, for a version, about `MANY` offers in turn; what became of every one is counted."""
 
     url: str
     body: dict
     version: int
     outcomes: Counter = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
+    latest_s: float = 0.0
 
     def run(self) -> None:
         with httpx.Client(timeout=30) as client:
-            while not self.ended.is_set():
+            for number in itertools.takewhile(lambda _: not self.ended.is_set(), itertools.count()):
+                self.body["inputs"][0]["data"] = [f"Bar/{number % MANY}"]
+                begun = time.monotonic()
                 answer = client.post(f"{self.url}/v2/models/coupon/versions/{self.version}/infer", json=self.body)
+                self.latest_s = time.monotonic() - begun
                 told = answer.json()
                 predicted = {one["name"]: one["data"] for one in told.get("outputs", ())}.get("version")
                 self.outcomes[answer.status_code, told.get("code"), predicted and predicted[0]] += 1
@@ -257,6 +266,13 @@ class Load:
         before, deadline = self.outcomes[outcome], time.monotonic() + 60
         while self.outcomes[outcome] < before + more:
             assert time.monotonic() < deadline, self.outcomes
+            time.sleep(0.01)
+
+    def until_slower_than(self, seconds: float) -> None:
+        """Returns once a request took longer."""
+        deadline = time.monotonic() + 60
+        while self.latest_s < seconds:
+            assert time.monotonic() < deadline, self.latest_s
             time.sleep(0.01)
 
 
@@ -286,8 +302,7 @@ def test_a_canary_is_launched_and_taken_back_under_load_and_no_request_is_lost(
 
     assert updated() == {1: 24}
     body = openapi.example(Window.read(project.workspace.deployments / "coupon.json").default)
-    body["inputs"][0]["data"] = ["Bar/1d"]
-    old, new = Load(gateway, body, 1), Load(gateway, body, 2)
+    old, new = Load(gateway, copy.deepcopy(body), 1), Load(gateway, body, 2)
     with ThreadPoolExecutor(2) as threads:
         try:
             running = [threads.submit(old.run)]
@@ -321,79 +336,169 @@ def test_a_canary_is_launched_and_taken_back_under_load_and_no_request_is_lost(
     assert "coupon:2 was taken back (worse)" in str(refused.exception)
 
 
-def test_the_gates_take_back_a_bad_canary_by_themselves_and_promote_a_good_one(project: Project, gateway: str):
-    """Under load of both: predictions that drifted, and a head that Triton lost; then one like the default."""
-    registry, digest = Registry(project.workspace), Registry(project.workspace).definition_hash("coupon")
+@dataclass(frozen=True)
+class Trial:
+    """Canaries beside the default, both under load."""
 
-    def version(network: Network) -> int:
-        weights = network.weights()
+    project: Project
+    gateway: str
+
+    @property
+    def default(self) -> Deployment:
+        return Window.read(self.project.workspace.deployments / "coupon.json").default
+
+    def hybrid(self, *words: str) -> Result:
+        return CliRunner().invoke(app, words, env=self.project.environment)
+
+    def triton(self, model: str, number: int) -> Path:
+        return self.project.workspace.triton / model / str(number)
+
+    def evaluated(self) -> None:
+        """The canary and the default are compared on people, with noise."""
+        done = self.hybrid("evaluate", "coupon@canary", "--against", "production", "--epsilon", "8", "--seed", "0")
+        assert done.exit_code == 0, done.output
+
+    def version(self, network: Network) -> int:
+        registry, weights = Registry(self.project.workspace), network.weights()
+        digest = registry.definition_hash("coupon")
         return registry.create_version("coupon", weights=weights, training=TRAINING, curves={}, expected_hash=digest)
 
-    def hybrid(*words: str) -> Result:
-        return CliRunner().invoke(app, words, env=project.environment)
-
-    def watched(number: int, *words: str, broken: bool = False) -> dict:
-        """What becomes of a canary."""
-        assert hybrid("rollout", "coupon", str(number), "--canary", "50%").exit_code == 0
-        body = openapi.example(Window.read(project.workspace.deployments / "coupon.json").default)
-        body["inputs"][0]["data"] = ["Bar/1d"]
-        old, new = Load(gateway, body, 1), Load(gateway, body, number)
+    def watched(
+        self, number: int, *words: str, shadow: bool = False, plant: Callable[[Load], None] = lambda _: None
+    ) -> dict:
+        """What becomes of a canary or shadow, once `plant` has seen a canary's load; the default answers all along."""
+        default = self.default
+        beside = ("--shadow", "100%") if shadow else ("--canary", "50%")
+        assert self.hybrid("rollout", "coupon", str(number), *beside).exit_code == 0
+        body = openapi.example(default)
+        old, new = Load(self.gateway, copy.deepcopy(body), default.version), Load(self.gateway, body, number)
         with ThreadPoolExecutor(2) as threads:
             running = [threads.submit(old.run)]
             try:
                 deadline = time.monotonic() + 30
-                while httpx.get(f"{gateway}/v2/models/coupon/versions/{number}").status_code != 200:
+                while httpx.get(f"{self.gateway}/v2/models/coupon/versions/{number}").status_code != 200:
                     assert time.monotonic() < deadline
                     time.sleep(0.05)
-                running.append(threads.submit(new.run))
-                new.until((200, None, number), 5)
-                if broken:
-                    shutil.rmtree(project.workspace.triton / "coupon_head" / str(number))
-                done = hybrid("watch", "coupon", "--every", "0.5", "--least", "300", "--json", *words)
-                old.until((200, None, 1))
+                if not shadow:
+                    running.append(threads.submit(new.run))
+                    new.until((200, None, number), 5)
+                    plant(new)
+                began = datetime.now(UTC)
+                done = self.hybrid("watch", "coupon", "--for", "60s", "--every", "0.5", "--json", *words)
+                old.until((200, None, default.version))
             finally:
                 old.ended.set()
                 new.ended.set()
             for each in running:
                 each.result(60)
-        assert set(old.outcomes) == {(200, None, 1)}, "the default answers all along"
-        return json.loads(done.stdout) | {"exit": done.exit_code}
+        assert set(old.outcomes) == {(200, None, default.version)}, "the default answers all along"
+        last = json.loads(self.hybrid("history", "coupon", "--json").stdout)[-1]
+        shown = json.loads(done.stdout)
+        failed = [one["gate"] for one in shown["gates"] if one["outcome"] == "fails"]
+        seconds = (datetime.fromisoformat(last["at"]) - began).total_seconds()
+        return shown | {"exit": done.exit_code, "failed": failed, "last": last, "s": seconds, "told": new.outcomes}
 
-    drifted = Network.build(project.network.model, seed=11)
+    def taken_back(self, number: int, gate: str, within_s: float, *words: str, **planted: Any) -> dict:
+        """By this gate and no other, with its reason in the history, within so many seconds of `hybrid watch`."""
+        shown = self.watched(number, *words, **planted)
+        assert (shown["outcome"], shown["exit"], shown["failed"]) == ("taken back", 3, [gate]), shown
+        assert (shown["last"]["action"], shown["last"]["version"]) == ("halt", number)
+        assert shown["last"]["reason"].startswith(f"gate {gate}: ")
+        assert 0 < shown["s"] < within_s
+        assert self.default.version == shown["default"]
+        return shown
+
+
+@pytest.fixture(scope="module")
+def trial(project: Project, gateway: str) -> Trial:
+    return Trial(project, gateway)
+
+
+@pytest.fixture(scope="module")
+def people(project: Project, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A population of 500, two rows each, with a yes where version 1 gives more than its median: its AUC is 1."""
+    rows = rows_of(project.network, 500)
+    rows.entity[-2:] = ["Bar/1d", "Bar/1d"]  # a population knows its offers
+    predicted = replace(project, rows=rows).offline()
+    columns = {"person": rows.device, "offer_id": rows.entity, "Y": (predicted > np.median(predicted)).astype(int)}
+    file = tmp_path_factory.mktemp("people") / "rows.parquet"
+    pd.DataFrame(columns | rows.request | rows.features).to_parquet(file)
+    words = ["population", "import", str(file), "--user", "person", "--name", "coupon"]
+    assert CliRunner().invoke(app, words, env=project.environment).exit_code == 0
+    return "coupon"
+
+
+def test_a_canary_whose_scores_drifted_is_taken_back(trial: Trial):
+    """Its correction adds 4 to every logit."""
+    drifted = Network.build(trial.project.network.model, seed=11)
     drifted.correction.set_shift(4.0)
-    number = version(drifted)
-    shown = watched(number, "--for", "60s")
-    assert (shown["outcome"], shown["exit"], shown["default"]) == ("taken back", 3, 1)
-    assert [one["gate"] for one in shown["gates"] if one["outcome"] == "fails"] == ["drift"]
-    shown = watched(version(project.network), "--for", "60s", broken=True)
-    assert (shown["outcome"], shown["exit"]) == ("taken back", 3)
-    assert [one["gate"] for one in shown["gates"] if one["outcome"] == "fails"] == ["errors"]
-    good = version(project.network)
-    shown = watched(good, "--for", "20s", "--promote")
+    number = trial.version(drifted)
+    shown = trial.taken_back(number, "drift", 60, "--least", "300")
+    assert set(shown["told"]) <= {(200, None, number), (410, "update_required", None)}, "no request is lost"
+
+
+def test_a_canary_whose_head_is_lost_is_taken_back(trial: Trial):
+    """Triton has it no more, as where a wrong one was put in its place: it answers nothing."""
+    number = trial.version(trial.project.network)
+    trial.taken_back(number, "errors", 60, plant=lambda _: shutil.rmtree(trial.triton("coupon_head", number)))
+
+
+def test_a_canary_whose_server_tower_is_slow_is_taken_back(trial: Trial):
+    """Triton takes a second for each batch of it; so few come through in a minute that few must be enough."""
+    number = trial.version(trial.project.network)
+
+    def slow(load: Load) -> None:
+        program = trial.triton("coupon_server_tower", number) / "model.py"
+        line = "        columns = {\n"
+        text = program.read_text()
+        assert text.count(line) == 1
+        program.write_text(text.replace(line, f"        import time\n\n        time.sleep({SLOW_S})\n{line}"))
+        load.until_slower_than(SLOW_S)
+
+    shown = trial.taken_back(number, "slower", 60, "--least", "20", plant=slow)
+    assert set(shown["told"]) <= {(200, None, number), (410, "update_required", None)}, "no request is lost"
+
+
+def test_a_canary_of_lower_auc_is_taken_back(trial: Trial, people: str):
+    """As `hybrid evaluate` finds it on people, with noise: before anything else has enough to say."""
+    number = trial.version(Network.build(trial.project.network.model, seed=12))
+    shown = trial.taken_back(number, "auc", 30, plant=lambda _: trial.evaluated())
+    assert set(shown["told"]) <= {(200, None, number), (410, "update_required", None)}, "no request is lost"
+
+
+def test_a_good_canary_passes_every_gate_and_is_promoted(trial: Trial, people: str):
+    """First as a shadow, of which devices are told nothing; as long as nobody has compared them on people it is none.
+
+    Of a shadow no prediction is compared here: the model learned no embedding for a missing device.
+    """
+    good = trial.version(trial.project.network)
+    shown = trial.watched(good, "--least", "20", "--for", "20s", shadow=True)
+    assert [(one["gate"], one["outcome"]) for one in shown["gates"]] == [
+        ("errors", "passes"),
+        ("slower", "passes"),
+        ("drift", "waits"),
+        ("auc", "waits"),
+        ("metrics", "passes"),
+    ], shown
+    assert (shown["shadow"], shown["outcome"], shown["last"]["action"]) == (good, "went on", "shadow")
+    assert httpx.get(f"{trial.gateway}/v2/models/coupon/rollout").json()["canary"] is None
+    shown = trial.watched(good, "--least", "300", "--promote", "--for", "20s")
     assert [(one["gate"], one["outcome"]) for one in shown["gates"]] == [
         ("errors", "passes"),
         ("fallbacks", "passes"),
         ("slower", "passes"),
         ("drift", "passes"),
         ("auc", "waits"),
+        ("metrics", "passes"),
     ]
     assert shown["outcome"] == "went on", "AUC is not known"
-    reasons = [one.get("reason", "") for one in json.loads(hybrid("history", "coupon", "--json").stdout)]
-    assert [reason.split(":")[0] for reason in reasons if reason.startswith("gate ")] == ["gate drift", "gate errors"]
-    _keep_comparison(project.workspace.runs, good)
-    shown = watched(good, "--for", "20s", "--promote")
-    assert (shown["outcome"], shown["exit"]) == ("promoted", 0)
-    assert Window.read(project.workspace.deployments / "coupon.json").default.version == good
-    assert registry.version("coupon", "production").number == good
-
-
-def _keep_comparison(runs: Path, number: int) -> None:
-    """As `hybrid evaluate coupon@canary --against production` would have, of two versions that are alike."""
-    spend = {"epsilon": 1.0, "delta": 1e-5, "purpose": "evaluate", "releases": 2, "run": "r"}
-    found = {"value": 0.0, "noise": [-0.004, 0.004], "full": [-0.005, 0.005]}
-    versions = [{"version": number, "aliases": []}, {"version": 1, "aliases": []}]
-    shown = {"model": "coupon", "versions": versions, "differences": {"auc": found}, "spend": spend}
-    keep(runs / "compared", "evaluate", shown, mark="noised")
+    shown = trial.watched(
+        good, "--least", "300", "--promote", "--for", "20s", "--auc", "0.03", plant=lambda _: trial.evaluated()
+    )
+    assert (shown["outcome"], shown["exit"]) == ("promoted", 0), shown
+    assert set(shown["told"]) == {(200, None, good)}, "no request is lost"
+    assert trial.default.version == good
+    assert Registry(trial.project.workspace).version("coupon", "production").number == good
 
 
 def test_a_version_of_another_definition_is_not_promoted(project: Project, promoted: dict):

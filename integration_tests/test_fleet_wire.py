@@ -4,20 +4,25 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from hybrid.errors import BudgetExceeded, ConfigError
+from hybrid.bundle import trusted_key
+from hybrid.cli import app
+from hybrid.errors import BudgetExceeded, ConfigError, RoundEnded
 from hybrid.federation.aggregator import Round, SimulatedAggregator
 from hybrid.federation.checkin import Service
 from hybrid.federation.flower_app import Job
-from hybrid.federation.tests.test_checkin import SERVICE, end, process
+from hybrid.federation.tests.test_checkin import SERVICE, body, checked_in, end, name, process, put, until
 from hybrid.local.fleet import Order, Promoted, train_over_flower
 from hybrid.local.prepared import prepare
-from hybrid.plan import Policy
+from hybrid.plan import Policy, open_signed
 from hybrid.privacy.ledger import Ledger
 from hybrid.spec import Training
 from hybrid.version import TrainingRecord, Version
@@ -183,3 +188,43 @@ def test_kill_9_of_an_aggregator_spends_nothing_unseen_and_repeats_no_noise(tmp_
     entries = [(entry.round, entry.attempt) for entry in Ledger.read(tmp_path / "run").entries]
     assert len(set(entries)) == len(entries) >= len(sums) == len(set(sums))
     assert {number for number, _ in entries} == set(range(1, len(sums) + 1))
+
+
+def test_training_is_halted_by_the_commands_and_goes_on_where_it_stopped(tmp_path):
+    """Over kill -9: devices are given no plan, uploads are refused, nothing is spent; then the same round is run.
+
+    A round that is ended fails for who asked for it, and the next one is run.
+    """
+    budget = {"task": SERVICE["task"] | {"round_s": 2}}
+
+    def fleet(client, command, *words):
+        where = ["--aggregator", client.url, "--token", str(tmp_path / "token")]
+        return CliRunner().invoke(app, ["fleet", command, "kiosk", *words, *where], catch_exceptions=False).stdout
+
+    with ThreadPoolExecutor(1) as thread:
+        with process(tmp_path, **budget) as (killed, port, client):
+            coming = thread.submit(replace(client, timeout_s=120).run_round, 1, np.zeros(2, np.float32))
+            until(lambda: checked_in(port).status_code == 200)
+            plan, _ = open_signed(checked_in(port).content, trusted_key(tmp_path / "keys" / "bundle-signing.pub"))
+            assert "training is halted" in fleet(client, "halt-training", "--reason", "loss rose")
+            assert checked_in(port).status_code == 204
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as device:
+                assert put(device, plan.id, name(1), body(3, 4)).status_code == 410
+            killed.kill()
+            killed.wait()
+        with process(tmp_path, int(client.url.split(":")[-1]), **budget) as (started, port, _):
+            assert client.training().halted == "loss rose"
+            assert checked_in(port).status_code == 204
+            assert not Ledger.read(tmp_path / "run").entries
+            assert "training goes on" in fleet(client, "resume-training")
+            until(lambda: checked_in(port).status_code == 200)
+            assert np.isfinite(coming.result(60).sum).all()
+            coming = thread.submit(client.run_round, 2, np.zeros(2, np.float32))
+            until(lambda: client.training().plan is not None)
+            assert "nothing is released" in fleet(client, "end-round", "--reason", "wrong clip")
+            with pytest.raises(RoundEnded, match="wrong clip"):
+                coming.result(30)
+            client.run_round(3, np.zeros(2, np.float32))
+            started.terminate()
+            assert started.wait(30) == 0
+    assert [(entry.round, entry.attempt) for entry in Ledger.read(tmp_path / "run").entries] == [(1, 1), (3, 1)]

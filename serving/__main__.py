@@ -195,6 +195,7 @@ def worker(arguments: argparse.Namespace) -> None:
     from serving.exactly_once import ExactlyOnce
     from serving.kafka import GroupInbox, Outbox, ProducerOutbox, create_topics
     from serving.request_log import RequestLog
+    from serving.shadow import Shadows
     from serving.triton import Triton
     from serving.worker import IN_FLIGHT, Pace, Worker
 
@@ -233,6 +234,7 @@ def worker(arguments: argparse.Namespace) -> None:
             key=_key(arguments),
             telemetry=telemetry,
             sample=kept.sample,
+            shadows=stack.enter_context(Shadows(triton, telemetry)),
         )
         telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
         telemetry.watch_cache("embeddings", models)

@@ -73,6 +73,16 @@ class Deployments:
         """Of a model that is served, the default first."""
         return [deployment.version for deployment in self._windows[model].versions]
 
+    def shadow(self, deployment: Deployment) -> tuple[Deployment, float] | None:
+        """What runs beside this version, and on which share of its batches; None: nothing, or it is not the default."""
+        window = self._windows.get(deployment.model)
+        if window is None or window.shadow is None or deployment != window.default:
+            return None
+        found = next(one for one in window.versions if one.version == window.shadow.version)
+        # What was promoted since may read other features: they would mean something else to the shadow.
+        same = (found.server, found.request) == (deployment.server, deployment.request)
+        return (found, window.shadow.share) if same else None
+
     def find(self, model: str, version: int) -> Deployment | None:
         """A deployment that is or was served since this process started."""
         return self._seen.get((model, version))

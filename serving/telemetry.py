@@ -32,6 +32,7 @@ from hybrid.tracing import Span, Tracer
 values.ValueClass = values.MutexValue
 
 PAIR = ("model", "version")
+FORWARD = "forward"  # the stage in which a batch's networks run
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RECORDS = (1, 2, 4, 8, 16, 32, 64)
@@ -120,6 +121,7 @@ class Part(Watch):
     """One batch of a worker's step.
 
     Attributes:
+        pair: model and version that answer it.
         rows: in it.
         traces: traceparents of the traced requests with rows in it.
         attributes: of its spans.
@@ -127,7 +129,7 @@ class Part(Watch):
 
     def __init__(self, deployment: Deployment, rows: int, traces: Sequence[str]) -> None:
         super().__init__()
-        self.rows, self.traces = rows, traces
+        self.pair, self.rows, self.traces = (deployment.model, str(deployment.version)), rows, traces
         self.attributes: dict[str, str | int] = {
             "hybrid.model": deployment.model,
             "hybrid.version": str(deployment.version),
@@ -183,6 +185,7 @@ class Telemetry:
         self._request_rows = histogram("hybrid_gateway_request_rows", "Rows of a request.", ROWS)
         self._record_rows = histogram("hybrid_gateway_record_rows", "Rows of a record sent.", ROWS)
         self._merge_s = histogram("hybrid_merge_stage_seconds", "Of a step or batch.", SECONDS, "stage")
+        self._forward_s = histogram("hybrid_merge_forward_seconds", "Of a batch's networks.", SECONDS, *PAIR)
         self._poll_records = histogram("hybrid_merge_poll_records", "Records taken at once.", RECORDS)
         self._batch_rows = histogram("hybrid_merge_batch_rows", "Rows of a forward pass.", ROWS)
         self._rows = counter("hybrid_merge_rows", 'Rows answered, by "ok" or why not.', *PAIR, "code")
@@ -190,6 +193,13 @@ class Telemetry:
         self._predictions = ArrayHistogram("hybrid_merge_prediction", "Of rows that are ok.", PREDICTIONS, PAIR)
         registry.register(self._age_s)
         registry.register(self._predictions)
+        self._shadow_batches = counter("hybrid_shadow_batches", 'Batches, by "ok" or why not.', *PAIR, "code")
+        self._shadow_rows = counter("hybrid_shadow_rows", "Rows of them, likewise.", *PAIR, "code")
+        self._shadow_s = histogram("hybrid_shadow_seconds", "Of a batch, of either.", SECONDS, *PAIR)
+        self._shadow_predictions = ArrayHistogram(
+            "hybrid_shadow_prediction", "Without a device, of either.", PREDICTIONS, PAIR
+        )
+        registry.register(self._shadow_predictions)
         self._fallbacks = counter("hybrid_fallbacks", "Rows answered by a fallback.", *PAIR, "kind")
         self._dead = counter("hybrid_dead_letters", "Records that could not be processed.", "code")
 
@@ -245,6 +255,31 @@ class Telemetry:
         if len(predicted):
             self._predictions.observe(predicted, pair)
 
+    def shadowed(
+        self,
+        deployment: Deployment,
+        rows: int,
+        code: str,
+        seconds: float | None = None,
+        prediction: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Counts what a shadow, or the default beside it, made of one batch.
+
+        Args:
+            deployment: which of them.
+            rows: of the batch.
+            code: "ok" or why not.
+            seconds: that it took; None: it did not run.
+            prediction: (rows,) without a device; None: there are none to compare.
+        """
+        pair = deployment.model, str(deployment.version)
+        self._shadow_batches.labels(*pair, code).inc()
+        self._shadow_rows.labels(*pair, code).inc(rows)
+        if seconds is not None:
+            self._shadow_s.labels(*pair).observe(seconds)
+        if prediction is not None:
+            self._shadow_predictions.observe(prediction, pair)
+
     def dead_letter(self, code: str) -> None:
         """Counts a record that could not be processed."""
         self._dead.labels(code).inc()
@@ -258,6 +293,9 @@ class Telemetry:
         """Counts and times batches; where they are traced, their spans go into each trace."""
         for part in step.parts:
             self._batch_rows.observe(part.rows)
+            for lap in part.laps:
+                if lap.stage == FORWARD:  # of each version apart, since batches of all wait for one another
+                    self._forward_s.labels(*part.pair).observe(lap.seconds)
         for lap in (*step.laps, *(lap for part in step.parts for lap in part.laps)):
             self._merge_s.labels(lap.stage).observe(lap.seconds)
         if self._tracer:

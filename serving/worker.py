@@ -21,10 +21,11 @@ from hybrid.messages import DeadLetter, Predictions
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 from serving.kafka import Inbox, Outbox, Record
-from serving.merge import Batch, Reader, Sample, decode, merge, within_limit
+from serving.merge import Batch, Joined, Reader, Sample, decode, merge, within_limit
 from serving.readers import Readers
+from serving.shadow import Shadows
 from serving.telemetry import Step, Telemetry
-from serving.triton import Models
+from serving.triton import Float32, Models
 
 if TYPE_CHECKING:
     from hybrid.sealing import SealingKey
@@ -105,6 +106,7 @@ class Worker:
         key: seals the bytes of records that cannot be read; without one they are not kept.
         telemetry: counts, times and traces.
         sample: called with each batch that was predicted.
+        shadows: run beside the default; None: none does.
     """
 
     def __init__(
@@ -122,11 +124,12 @@ class Worker:
         key: SealingKey | None = None,
         telemetry: Telemetry | None = None,
         sample: Sample = lambda *_: None,
+        shadows: Shadows | None = None,
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._readers, self._models, self._now_ms = Readers(open_reader), models, now_ms
         self._deadline_s, self._key = deadline_s, key
-        self._telemetry, self._sample = telemetry or Telemetry(), sample
+        self._telemetry, self._sample, self._shadows = telemetry or Telemetry(), sample, shadows
         self._in_flight, self._pace = in_flight, pace or Pace()
         self._flights: deque[_Flight] = deque()
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="merge")
@@ -221,9 +224,13 @@ class Worker:
         begun = time.perf_counter()
         with step.stage("decode"):
             decoded = decode(records, self._find, self._key)
-        answers = [*decoded.refused, *(answer for batch in decoded.batches for answer in self._merge(batch, step))]
+        merged: list[tuple[Batch, Joined]] = []
+        parts = (self._merge(batch, step, merged) for batch in decoded.batches)
+        answers = [*decoded.refused, *(answer for part in parts for answer in part)]
         with step.stage("send"):
             self._send(answers, decoded.dead)
+        for batch, joined in merged:
+            self._shade(batch, joined)
         self._telemetry.stepped(step, len(records))
         return time.perf_counter() - begun
 
@@ -249,8 +256,18 @@ class Worker:
             found = self._deployments.find(model, version)
         return found
 
-    def _merge(self, batch: Batch, step: Step) -> list[Predictions]:
+    def _shade(self, batch: Batch, joined: Joined) -> None:
+        """Once the batch was answered: nobody waits for it any more."""
+        if self._shadows is not None and (beside := self._deployments.shadow(batch.deployment)) is not None:
+            self._shadows.offer(batch, joined, *beside)
+
+    def _merge(self, batch: Batch, step: Step, merged: list[tuple[Batch, Joined]]) -> list[Predictions]:
         part = step.part(batch.deployment, len(batch), batch.traces)
+
+        def sample(batch: Batch, joined: Joined, prediction: Float32, now_ms: int) -> None:
+            self._sample(batch, joined, prediction, now_ms)
+            merged.append((batch, joined))
+
         return merge(
             batch,
             self._readers.of,
@@ -258,7 +275,7 @@ class Worker:
             self._now_ms(),
             self._deadline_s,
             stage=part.stage,
-            sample=self._sample,
+            sample=sample,
         )
 
     def _refresh(self) -> None:

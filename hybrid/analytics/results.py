@@ -143,18 +143,43 @@ def read(runs: Path, model: str) -> list[tuple[str, Result]]:
     Raises:
         ConfigError: a file cannot be read.
     """
-    found = []
-    for file in sorted(runs.glob(f"*/{FOLDER}/*.json")):
-        try:
-            result = Result.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError) as error:
-            said = error.strerror if isinstance(error, OSError) else error.errors(include_url=False)[0]["msg"]
-            raise ConfigError(
-                f"{file.relative_to(runs.parent)} must be an answer as a command keeps it: {said}; move it elsewhere"
-            ) from None
-        if result.model == model:
-            found.append((file.parents[1].name, result))
-    return sorted(found, key=lambda one: one[1].time)
+    every = [(file.parents[1].name, _result(file, runs)) for file in sorted(runs.glob(f"*/{FOLDER}/*.json"))]
+    return sorted((one for one in every if one[1].model == model), key=lambda one: one[1].time)
+
+
+class Kept:
+    """Answers of one kind about a model, those that come later among them; each file is read once.
+
+    Args:
+        runs: folder of all runs.
+        model, kind: see `Result`.
+    """
+
+    def __init__(self, runs: Path, model: str, kind: str) -> None:
+        self._runs, self._model, self._kind = runs, model, kind
+        self._read: dict[Path, Result] = {}
+
+    def all(self) -> list[Result]:
+        """Every one so far, the oldest first.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        for file in self._runs.glob(f"*/{FOLDER}/{self._kind}-*.json"):
+            if file not in self._read:
+                self._read[file] = _result(file, self._runs)
+        ours = (one for one in self._read.values() if (one.model, one.kind) == (self._model, self._kind))
+        return sorted(ours, key=lambda one: one.time)
+
+
+def _result(file: Path, runs: Path) -> Result:
+    try:
+        return Result.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        said = error.strerror if isinstance(error, OSError) else error.errors(include_url=False)[0]["msg"]
+        raise ConfigError(
+            f"{file.relative_to(runs.parent)} must be an answer as a command keeps it: {said}; move it elsewhere"
+        ) from None
 
 
 def readable(value: float, digits: int = 4) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hybrid.cli.runs import Where, progress_bar, run_folder
-from hybrid.errors import ConfigError, FederationError
+from hybrid.errors import ConfigError, FederationError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrid.federation.aggregator import Round
+    from hybrid.federation.remote import RemoteAggregator
     from hybrid.local.devices import People
     from hybrid.local.fleet import Outcome, Promoted
     from hybrid.version import TrainingRecord
@@ -35,6 +36,7 @@ Noise = Annotated[
     str | None, typer.Option(help="independent in each round; or correlated, with --separation: banded, or blt.")
 ]
 
+_Message = TypeVar("_Message", bound=BaseModel)
 app = typer.Typer()
 group = typer.Typer(help="Train on real devices.", no_args_is_help=True)
 app.add_typer(group, name="fleet")
@@ -252,17 +254,24 @@ def finish(folder: Annotated[Path, typer.Argument(help="Of `hybrid fleet prepare
     print(f"Next: `hybrid promote {name} {number} production`.")
 
 
+AggregatorOf = Annotated[str, typer.Option(metavar="URL", help="Of its control side.")]
+TokenOf = Annotated[Path, typer.Option(help="File with the control side's token.")]
+AuthorityOf = Annotated[
+    Path | None, typer.Option(help="PEM file of who signed its certificate, where that is no public authority.")
+]
+Reason = Annotated[str, typer.Option(help="For people and logs, at most 500 characters.")]
+TrainingOf = Annotated[str, typer.Argument(help="Whose training.")]
+
+
 @group.command()
 def halt(
     model: Annotated[str, typer.Argument(help="Whose versions.")],
     *,
     versions: Annotated[list[int], typer.Option(min=1, help="To halt; may be given several times.")],
-    reason: Annotated[str, typer.Option(help="For people and logs, at most 500 characters.")],
-    aggregator: Annotated[str, typer.Option(metavar="URL", help="Of its control side.")],
-    token: Annotated[Path, typer.Option(help="File with the control side's token.")],
-    authority: Annotated[
-        Path | None, typer.Option(help="PEM file of who signed its certificate, where that is no public authority.")
-    ] = None,
+    reason: Reason,
+    aggregator: AggregatorOf,
+    token: TokenOf,
+    authority: AuthorityOf = None,
 ) -> None:
     """Stops versions on devices, for good: the kill switch of a running aggregator.
 
@@ -274,16 +283,100 @@ def halt(
 
     Example: hybrid fleet halt coupon --versions 3 --reason "it is wrong" --aggregator https://a.example:8091 --token F
     """
-    from hybrid.federation.remote import RemoteAggregator, read_token
     from hybrid.plan import Halt
 
+    said = _said(Halt, model=model, versions=tuple(versions), reason=reason)
+    _control(aggregator, token, authority).halt(said)
+    print(f"{model}: version {', '.join(map(str, versions))} is halted at {aggregator}")
+
+
+@group.command("end-round")
+def end_round(
+    model: TrainingOf,
+    *,
+    reason: Reason,
+    aggregator: AggregatorOf,
+    token: TokenOf,
+    authority: AuthorityOf = None,
+    plan: Annotated[
+        str | None, typer.Option(metavar="ID", help="Of the plan that devices have; by default the open one's.")
+    ] = None,
+) -> None:
+    """Ends the round that is open at an aggregator: one plan's kill switch.
+
+    Devices are given its plan no more, and what they still upload for it is refused.
+    What came is forgotten: nothing is released, and nothing is spent. The next
+    round is opened as ever. Naming the plan, the command can be repeated safely.
+
+    Example: hybrid fleet end-round coupon --reason "wrong clip" --aggregator https://a.example:8091 --token F
+    """
+    from hybrid.federation.remote import Order
+
+    said, control = _said(Order, model=model, reason=reason), _control(aggregator, token, authority)
+    found = plan or control.training().plan
+    if found is None:
+        raise NotFound(f"no round is open at {aggregator}")
+    control.end(found, said)
+    print(f"{model}: the round of plan {found} has ended at {aggregator}: nothing is released, nothing is spent")
+
+
+@group.command("halt-training")
+def halt_training(
+    model: TrainingOf,
+    *,
+    reason: Reason,
+    aggregator: AggregatorOf,
+    token: TokenOf,
+    authority: AuthorityOf = None,
+) -> None:
+    """Halts all training at an aggregator: no device is given a plan until it is resumed.
+
+    The open round ends unreleased, nothing is spent, and what devices upload is
+    refused. They go on to predict. The aggregator keeps it on its disk. Who trains
+    asks on until its time limit, and goes on with the same round once training is
+    resumed. Where there are several aggregators, tell each.
+
+    Example: hybrid fleet halt-training coupon --reason "loss rose" --aggregator https://a.example:8091 --token F
+    """
+    from hybrid.federation.remote import Order
+
+    _control(aggregator, token, authority).suspend(_said(Order, model=model, reason=reason))
+    print(f"{model}: training is halted at {aggregator}; `hybrid fleet resume-training` lets it go on")
+
+
+@group.command("resume-training")
+def resume_training(
+    model: TrainingOf,
+    *,
+    aggregator: AggregatorOf,
+    token: TokenOf,
+    authority: AuthorityOf = None,
+) -> None:
+    """Lets training that was halted go on: devices are given plans again.
+
+    Versions that were halted stay so.
+
+    Example: hybrid fleet resume-training coupon --aggregator https://a.example:8091 --token F
+    """
+    from hybrid.federation.remote import Order
+
+    _control(aggregator, token, authority).resume(_said(Order, model=model, reason="resumed"))
+    print(f"{model}: training goes on at {aggregator}")
+
+
+def _control(aggregator: str, token: Path, authority: Path | None) -> RemoteAggregator:
+    from hybrid.federation.remote import RemoteAggregator, read_token
+
+    return RemoteAggregator(url=aggregator, token=read_token(token), run="control", authority=authority)
+
+
+def _said(form: type[_Message], **fields: Any) -> _Message:
+    """Raises: ConfigError: a field is not what it must be."""
     try:
-        said = Halt(model=model, versions=tuple(versions), reason=reason)
+        return form(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
         raise ConfigError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}") from None
-    RemoteAggregator(url=aggregator, token=read_token(token), run="halt", authority=authority).halt(said)
-    print(f"{model}: version {', '.join(map(str, versions))} is halted at {aggregator}")
 
 
 def _report(promoted: Promoted, settings: Round, outcome: Outcome, people: People) -> dict[str, Any]:

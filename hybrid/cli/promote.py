@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hybrid.cli.runs import PRODUCTION, version_of
+from hybrid.cli.runs import CANARY, PRODUCTION, SHADOW, version_of
 from hybrid.errors import StackError
 from hybrid.workspace import Workspace
 
@@ -49,7 +49,11 @@ def promote(
     if alias == PRODUCTION:
         wait_loaded(exported.deployment, workspace)
     registry.set_alias(model, found.number, alias)
-    served = exported.deployment.write(workspace.deployments) if alias == PRODUCTION else None
+    served = None
+    if alias == PRODUCTION:
+        served = exported.deployment.write(workspace.deployments)
+        for beside in {CANARY, SHADOW} & {*found.aliases}:  # it is the default now
+            registry.drop_alias(model, beside)
     if as_json:
         print(json.dumps(_json(exported, declared, alias, served)))
     else:

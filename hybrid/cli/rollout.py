@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from hybrid.cli.promote import OTHERWISE, wait_loaded
-from hybrid.cli.runs import CANARY, PRODUCTION, version_of
+from hybrid.cli.runs import CANARY, PRODUCTION, SHADOW, version_of
 from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
@@ -26,46 +26,73 @@ app = typer.Typer()
 def rollout(
     model: Annotated[str, typer.Argument(help="Name of a registered model.")],
     version: Annotated[str, typer.Argument(help="A trained version's number, or an alias that points at one.")],
-    canary: Annotated[str, typer.Option(metavar="SHARE", help="Of devices that are to fetch it: 5%, or 0.05.")],
+    *,
+    canary: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Of devices that are to fetch it: 5%, or 0.05.")
+    ] = None,
+    shadow: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="In its place: of batches on which its server tower runs too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Has some devices fetch a version in place of the default: its canary.
+    """Has some devices fetch a version in place of the default: its canary; or runs it beside, for nobody: its shadow.
 
     Each device draws a number for the version when it first hears of it, keeps it to
     itself, and fetches the canary if it is below the share: nobody needs to know who
     has it. The same command with a larger share lets more devices in, none leaves.
     Requests name the version that a device has, and each is answered by its own pair.
 
+    No device learns of a shadow. Once a batch was answered, the worker runs its server
+    tower on what the server knows of the same rows, and counts errors, seconds and
+    predictions without a device, beside the default's. With --canary it leaves the shadow.
+
     `hybrid promote MODEL VERSION production` makes it the default; `hybrid rollback
-    MODEL` takes it back.
+    MODEL` takes it back; `hybrid watch MODEL` does either by itself.
+
+    Example: hybrid rollout coupon 3 --shadow 10%
 
     Example: hybrid rollout coupon 3 --canary 5%
     """
-    from hybrid.deployment import change
+    from hybrid.deployment import Window, change
     from hybrid.registry import Registry
 
-    share, workspace = _share(canary), Workspace.current()
+    if (canary is None) == (shadow is None):
+        raise ConfigError("--canary or --shadow must be given, and not both")
+    what: Literal["canary", "shadow"] = CANARY if shadow is None else SHADOW
+    share, workspace = _share(what, canary or shadow or ""), Workspace.current()
     registry = Registry(workspace)
     found = version_of(registry, model, version, otherwise=OTHERWISE)
     window = window_of(workspace, model)
     window.check(found.number)
     deployment = _served(window, found.number) or _exported(registry, found, workspace)
+    to = Window.try_out if what == CANARY else Window.shade
     told = change(
         workspace.deployments,
         model,
-        lambda now: _there(now, model).try_out(deployment, share),
-        action="canary",
+        lambda now: to(_there(now, model), deployment, share),
+        action=what,
         version=found.number,
         share=share,
     )
-    registry.set_alias(model, found.number, CANARY)
+    registry.set_alias(model, found.number, what)
+    if what == CANARY and window.shadow is not None and window.shadow.version == found.number:
+        registry.drop_alias(model, SHADOW)
     if as_json:
-        print(json.dumps({"model": model, "version": found.number, "share": share, "default": told.default.version}))
+        shown = {"model": model, "version": found.number, "as": what, "share": share, "default": told.default.version}
+        print(json.dumps(shown))
     else:
-        number, others = found.number, told.default.version
-        print(f"{model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {others}")
+        _print_next(model, found.number, what, share, told.default.version)
+
+
+def _print_next(model: str, number: int, what: str, share: float, default: int) -> None:
+    if what == CANARY:
+        print(f"{model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {default}")
         print(f"Next: `hybrid rollout {model} {number} --canary SHARE` with a larger one,")
         print(f"  `hybrid promote {model} {number} production` for all, or `hybrid rollback {model}`.")
+    else:
+        print(f"{model}:{number} is the shadow: it runs on {100 * share:.4g}% of the batches of {default}")
+        print(f"Next: `hybrid watch {model}`, then `hybrid rollout {model} {number} --canary 5%`,")
+        print(f"  or `hybrid rollback {model}`.")
 
 
 @app.command()
@@ -73,7 +100,7 @@ def rollback(
     model: Annotated[str, typer.Argument(help="Name of a registered model.")],
     *,
     version: Annotated[
-        int | None, typer.Option(min=1, help="Which; by default the canary, or, without one, the default.")
+        int | None, typer.Option(min=1, help="Which; by default the canary, else the shadow, else the default.")
     ] = None,
     reason: Annotated[str, typer.Option(help="For people and logs, at most 500 characters.")] = "rolled back",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -91,7 +118,7 @@ def rollback(
         raise ConfigError(f"--reason must have 1 to {MOST_REASON} characters, got {len(reason)}")
     workspace = Workspace.current()
     window = window_of(workspace, model)
-    number = version or (window.canary.version if window.canary else window.default.version)
+    number = version or window.tried or window.default.version
     default = take_back(workspace, model, number, reason)
     if as_json:
         print(json.dumps({"model": model, "halted": number, "reason": reason, "default": default}))
@@ -128,8 +155,10 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
     registry = Registry(workspace)
     if number == window.default.version:
         registry.set_alias(model, told.default.version, PRODUCTION)
-    if window.canary is not None and number == window.canary.version:
-        registry.drop_alias(model, CANARY)
+    for alias in (CANARY, SHADOW):
+        beside = getattr(window, alias)
+        if beside is not None and number == beside.version:
+            registry.drop_alias(model, alias)
     return told.default.version
 
 
@@ -171,7 +200,7 @@ def history(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("when (UTC)", "what", "version", "devices", "default after it", "why", box=None, pad_edge=False)
+    table = Table("when (UTC)", "what", "version", "share", "default after it", "why", box=None, pad_edge=False)
     for change in changes:
         share = {"promote": "all", "halt": "none"}.get(change.action) or f"{100 * (change.share or 0):.4g}%"
         row = (f"{change.at:%Y-%m-%d %H:%M:%S}", change.action, str(change.version), share, str(change.default))
@@ -179,14 +208,14 @@ def history(
     Console(highlight=False).print(table)
 
 
-def _share(text: str) -> float:
+def _share(option: str, text: str) -> float:
     number = text.removesuffix("%")
     try:
         share = float(number) / (100 if number != text else 1)
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise ConfigError(f"--canary must be a share above 0%, at most 100%, such as 5% or 0.05, got {text!r}")
+        raise ConfigError(f"--{option} must be a share above 0%, at most 100%, such as 5% or 0.05, got {text!r}")
     return share
 
 

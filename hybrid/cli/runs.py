@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
@@ -30,8 +30,9 @@ class Where(StrEnum):
     LOCAL = "local"
 
 
-PRODUCTION = "production"  # the alias of what is served
-CANARY = "canary"  # of what some devices fetch in its place
+PRODUCTION: Final = "production"  # the alias of what is served
+CANARY: Final = "canary"  # of what some devices fetch in its place
+SHADOW: Final = "shadow"  # of what runs beside it
 PLOTS = (".svg", ".png")
 IN_MEMORY = 1 << 30  # bytes of encoded examples; more are mapped from the disk
 

@@ -334,9 +334,9 @@ def _serve(arguments: argparse.Namespace, devices: Certificate | None, control: 
     folder.mkdir(parents=True, exist_ok=True)
     issuer_token = None if arguments.issuer_token is None else read_token(arguments.issuer_token)
     with service.aggregator(folder, arguments.keys, issuer_token=issuer_token) as aggregator:
-        switch = KillSwitch(aggregator, service.task.model, folder / "halts.json")
+        switch = KillSwitch(aggregator, service.task.model, folder)
         parameters = service.task.parameters
-        app = control_app(aggregator, token, size=parameters, folder=folder / "release", halt=switch.halt)
+        app = control_app(aggregator, token, size=parameters, folder=folder / "release", switch=switch)
         with (
             listening(aggregator, arguments.host, arguments.port, certificate=devices) as port,
             controlled(

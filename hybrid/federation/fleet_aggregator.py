@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybrid.errors import ConfigError, Halted, RoundStopped
+from hybrid.errors import ConfigError, Halted, NotFound, RoundEnded, RoundStopped
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, PaidMechanism, Round
 from hybrid.federation.buffer import Buffer
@@ -316,7 +316,10 @@ class FleetAggregator:
         self._lasted_s = task.round_s  # the last round
         self._sent_off: deque[int] = deque()  # when devices were, that are counted on to come to the buffer
         self._halts: dict[int, bytes] = {}
-        self._stopped: RoundStopped | None = None
+        self._stopped: RoundStopped | None = None  # for good
+        self._suspended: RoundStopped | None = None  # until it is resumed
+        self._cut: RoundStopped | None = None  # why the open round ends unreleased
+        self._is_open = False
         self._arrivals = Arrivals(MEMORY * task.round_s, time.monotonic())
         self.refused: Counter[Refused] = Counter()
 
@@ -366,7 +369,7 @@ class FleetAggregator:
             OSError: the state of the noise cannot be written; nothing leaves.
             ConfigError: a round is open already.
             PlanError: `flat` is not (parameters,) finite.
-            Halted, RoundStopped: it was halted or stopped, before or in the round; nothing is spent.
+            Halted, RoundEnded, RoundStopped: it was halted, ended or stopped, before or in the round; nothing is spent.
             IssuerError: there are windows, and none could be opened; no device was asked.
         """
         return self._run(self._trained, number, flat)
@@ -438,21 +441,79 @@ class FleetAggregator:
         """Ends the open round, unreleased, and opens no other."""
         self._end(RoundStopped(reason))
 
+    @property
+    def open_plan(self) -> str | None:
+        """The id of the plan that devices are given now."""
+        with self._lock:
+            return None if self._offer is None or self._barred is not None else self._offer.version.plan.id
+
+    @property
+    def suspended(self) -> str | None:
+        """Why no plan is given; None: they are."""
+        with self._lock:
+            return None if self._suspended is None else str(self._suspended)
+
+    def end_plan(self, plan: str, reason: str) -> None:
+        """Ends the round that a plan is of, unreleased; the next one is run. What came is forgotten, with a buffer too.
+
+        Raises:
+            NotFound: devices are not given that plan now.
+        """
+        with self._summing, self._lock:
+            if self._offer is None or self._offer.version.plan.id != plan:
+                raise NotFound("plan must be the one that is open now: it is over, or never was")
+            log.info("plan %s: ended: %s", plan, reason)
+            for each in [name for name, version in self._versions.items() if version is not None]:
+                self._versions[each] = None
+            self._offer, self._sum = None, None if self._sum is None else OpenSum(self._sum.size, self._sum.most)
+            if self._is_open:
+                self._cut = RoundEnded(reason)
+                self._over.set()
+            else:
+                self._over.clear()  # what filled the buffer is gone
+
+    def suspend(self, reason: str) -> None:
+        """Halts all training: the open round ends unreleased, and until `resume` nobody is given a plan.
+
+        What devices upload meanwhile is refused.
+        """
+        with self._lock:
+            self._suspended = RoundStopped(reason)
+            if self._is_open:
+                self._cut = self._cut or self._suspended
+                self._over.set()
+
+    def resume(self) -> None:
+        """Rounds are opened again."""
+        with self._lock:
+            self._suspended = None
+
+    @property
+    def _barred(self) -> RoundStopped | None:
+        return self._stopped or self._suspended
+
     def _end(self, why: RoundStopped) -> None:
         with self._lock:
             if not isinstance(self._stopped, Halted):
                 self._stopped = why
+            self._cut = self._stopped
             self._over.set()
+
+    def _check_opens(self) -> None:
+        """Raises: RoundStopped: no round is opened now."""
+        if self._barred is not None:
+            raise type(self._barred)(f"no round is opened now: {self._barred}")
 
     def _collect(self, work: _Work, numbers: Float32 | None, clip: float) -> ClippedSum:
         """Opens a round, waits for its end, and fixes its sum; noise is drawn after that."""
+        self._check_opens()  # before an issuer opens a window for it
         ends_ms = self._open(work, numbers, clip)
         try:
             self._clock.wait(self._over, ends_ms)
         finally:
-            total = self._close(work)
-        if self._stopped is not None:
-            raise type(self._stopped)(f"the round was stopped: {self._stopped}; nothing is spent")
+            total, cut = self._close(work)
+        if cut is not None:
+            raise type(cut)(f"the round was stopped: {cut}; nothing is spent")
         if work.horizon is not None:
             work.horizon.draws()
         return total
@@ -475,28 +536,28 @@ class FleetAggregator:
         with self._summing:
             self._sum = self._sum or self._empty(work)
         with self._lock:
-            if self._stopped is not None:
-                raise type(self._stopped)(f"no round is opened any more: {self._stopped}")
+            self._check_opens()
+            self._is_open, self._cut = True, None
             if work.horizon is not None:
                 work.horizon.opened()
             self._offer, self._versions[plan.id], self._began_ms = offer, version, begins_ms
         return begins_ms + lasts_ms
 
-    def _close(self, work: _Work) -> ClippedSum:
-        """What is in the sum; what comes from now on is in the next one."""
-        with self._summing:
+    def _close(self, work: _Work) -> tuple[ClippedSum, RoundStopped | None]:
+        """What is in the sum, and why it is not released; what comes from now on is in the next one."""
+        with self._summing, self._lock:
             assert self._sum is not None
             total = self._sum.close()
             self._step += 1
             self._sum = None if self._buffer is None else self._empty(work)
-            self._over.clear()
-        with self._lock:
             if self._buffer is None:
                 self._offer = None
+            self._over.clear()
+            self._is_open = False
             self._closed_ms = self._clock.now_ms()
             self._lasted_s = (self._closed_ms - self._began_ms) / 1e3
             self._forget()
-        return total
+            return total, self._cut
 
     def _empty(self, work: _Work) -> OpenSum:
         return OpenSum(work.task.parameters, MOST_UPLOADS if self._buffer is None else self._buffer.updates)
@@ -533,7 +594,8 @@ class FleetAggregator:
         A place comes free with each upload. Of those who have no turn yet, or die, nothing is heard: theirs do after
         a while.
         """
-        if now_ms >= offer.until_ms or self._staleness(offer.version) > self._oldest:
+        late = now_ms >= offer.until_ms or self._staleness(offer.version) > self._oldest
+        if late or self._barred is not None:
             return False
         if self._buffer is None:
             return True
@@ -589,7 +651,8 @@ class FleetAggregator:
         uploads, late = version.uploads, self._staleness(version)
         if upload not in uploads and any(upload in other for other in others):
             return Answer.OTHER_BYTES  # no honest device draws an id twice: it was taken from another plan's
-        total = self._sum if late <= self._oldest and self._stopped is None else None
+        ended = self._versions.get(uploads.plan.id) is None
+        total = self._sum if late <= self._oldest and self._barred is None and not ended else None
         weight = 1.0 if self._buffer is None else self._buffer.weight(late)
         answer = uploads.take(upload, body, self._clock.now_ms(), total, weight)
         if self._buffer is not None and total is not None and total.full:
@@ -606,7 +669,7 @@ class FleetAggregator:
         """Seconds until a device is to come again. Where rounds follow each other, the next opens when one closes."""
         task = self._task
         idle = not self._alone.locked() and now_ms - self._closed_ms > IDLE_ROUNDS * 1e3 * task.round_s
-        if self._stopped is not None or idle:
+        if self._barred is not None or idle:
             return IDLE_S
         fleet, toss = self._arrivals.fleet(now_s), _RANDOM.random()
         if self._buffer is not None:  # as many are to come as a flush takes, while one lasts

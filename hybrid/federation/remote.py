@@ -5,11 +5,15 @@
 | `PUT /rounds/RUN/NUMBER/ATTEMPT`, the weights as little-endian float32 | 202: it is open, whoever asked first |
 | `GET /rounds/RUN/NUMBER/ATTEMPT?wait_s=S` | 200 the sum as little-endian float64; 202 not yet; 404 never opened here |
 | `POST /halt`, a `hybrid.plan.Halt` as JSON | 204: it holds, and will after a restart; where there are devices |
+| `GET /training` | 200 a `Training` as JSON: which plan devices are given; where there are devices, as the next three |
+| `POST /plans/PLAN/end`, an `Order` as JSON | 204: the round of that plan, which is open, ends unreleased, for good |
+| `POST /training/halt`, an `Order` as JSON | 204: devices are given no plan, also after a restart |
+| `POST /training/resume`, an `Order` as JSON | 204: they are again |
 | `GET /health` | 200, without a token |
 
 What cannot be is a JSON object of `error` and `message`: 400 `bad_request`, 401 `unauthenticated`,
-403 `budget_exceeded`, 409 `cohort_too_small` or `halted`, 410 `stale`, 413 `body_too_large`, 500 `failed`,
-503 `stopped`: its process ends, and the next one is to be asked.
+403 `budget_exceeded`, 404 `not_open`, 409 `cohort_too_small`, `halted` or `ended`, 410 `stale`, 413 `body_too_large`,
+500 `failed`, 503 `stopped`: its process ends, or training is halted there; it is to be asked again.
 
 A round has one answer: asked again, also after a crash, the same bytes come, since a sum is on the disk before
 it leaves. How many took part does not leave (docs/decisions/0009).
@@ -25,22 +29,31 @@ import re
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hybrid.errors import AggregatorError, BudgetExceeded, CohortTooSmall, ConfigError, Halted, RoundStopped
+from hybrid.errors import (
+    AggregatorError,
+    BudgetExceeded,
+    CohortTooSmall,
+    ConfigError,
+    Halted,
+    NotFound,
+    RoundEnded,
+    RoundStopped,
+)
 from hybrid.features import Float32
 from hybrid.files import write_whole
-from hybrid.plan import Halt
+from hybrid.plan import Halt, Name
 from hybrid.privacy.mechanisms import Release
 from hybrid.protocol import is_loopback
 
@@ -54,13 +67,14 @@ if TYPE_CHECKING:
     from hybrid.http import Certificate
 
 LONGEST_WAIT_S = 30.0  # of one request
-RETRY_S = 0.5  # from a connection that failed to the next
+RETRY_S, LONGEST_RETRY_S = 0.5, 8.0  # from a connection that failed to the next; twice as long each time
 SHORTEST_TOKEN = 32  # characters
 MAX_HALT = 64 << 10  # bytes of its body
 
-HALT = "/halt"
+HALT, TRAINING = "/halt", "/training"
 
 _WEIGHTS, _SUM = np.dtype("<f4"), np.dtype("<f8")
+_Message = TypeVar("_Message", bound=BaseModel)
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -78,12 +92,66 @@ class Key(NamedTuple):
     attempt: int
 
 
+class Order(BaseModel):
+    """What whoever holds the token wants of an aggregator's training, but for a version.
+
+    Attributes:
+        model: that it must train.
+        reason: for people and logs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Name
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class Training(BaseModel):
+    """How an aggregator's training stands.
+
+    Attributes:
+        model: that it trains.
+        plan: that devices are given now.
+        halted: why they are given none, until it is resumed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Name
+    plan: str | None
+    halted: str | None
+
+
+class Switch(Protocol):
+    """What stops devices, wholly or in part: see `hybrid.federation.halts.KillSwitch`."""
+
+    def halt(self, halt: Halt) -> None:
+        """Halts some versions."""
+        ...
+
+    def training(self) -> Training:
+        """How training stands."""
+        ...
+
+    def suspend(self, order: Order) -> None:
+        """Halts all training."""
+        ...
+
+    def resume(self, order: Order) -> None:
+        """Training goes on."""
+        ...
+
+    def end(self, plan: str, order: Order) -> None:
+        """Ends the round that a plan is of."""
+        ...
+
+
 class StaleRound(AggregatorError):
     """A later round, or a later run, was opened since: this one is not run any more."""
 
 
 class _Ends(AggregatorError):
-    """Its process ends; another will take over."""
+    """Its process ends and another will take over, or training is halted there, until it is resumed."""
 
 
 class Rounds:
@@ -104,12 +172,17 @@ class Rounds:
         self._ended: set[str] = set()
         self._latest: tuple[Key, Future[bytes]] | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        self._ended_plan: str | None = None
         if self._kept.exists():
             named, _, released = self._kept.read_bytes().partition(b"\n")
             about = json.loads(named)
             self._ended.update(about["ended"])
             kept: Future[bytes] = Future()
-            kept.set_result(released)
+            self._ended_plan = about.get("plan")
+            if self._ended_plan is None:
+                kept.set_result(released)
+            else:
+                kept.set_exception(RoundEnded(about["why"]))
             self._latest = Key(*about["key"]), kept
 
     @property
@@ -117,20 +190,34 @@ class Rounds:
         return self._folder / "latest.sum"
 
     def open(self, key: Key, flat: Float32) -> None:
-        """Begins the round, unless it was begun.
+        """Begins the round, unless it was begun; one that was stopped, and not for good, is begun again.
 
         Raises:
             StaleRound: it is older than the latest.
         """
         if self._latest is not None:
-            latest = self._latest[0]
-            if key == latest:
+            latest, coming = self._latest
+            if key == latest and not _may_go_on(coming):
                 return
             if key.run in self._ended or (key.run == latest.run and key[1:] < latest[1:]):
                 raise StaleRound(f"round {key.number} is over: round {latest.number} was opened since")
             if key.run != latest.run:
                 self._ended.add(latest.run)
         self._latest = key, self._thread.submit(self._run, key, flat)
+
+    def end(self, plan: str, order: Order, switch: Switch) -> None:
+        """Ends the latest round, whose plan it is, and answers so from now on, also after a restart; again, nothing.
+
+        Raises:
+            ConfigError, NotFound: see `Switch.end`.
+        """
+        if plan != self._ended_plan:
+            switch.end(plan, order)
+            self._ended_plan = plan
+            key, coming = self._latest or (None, None)
+            released = coming is not None and coming.done() and coming.exception() is None
+            if key is not None and not released:  # with a buffer a plan goes on after its round was released
+                self._keep(key, b"", plan=plan, why=order.reason)
 
     def answer(self, key: Key) -> Future[bytes] | None:
         """The round's sum, or its error, when it comes; None where it is not the latest."""
@@ -142,13 +229,22 @@ class Rounds:
 
     def _run(self, key: Key, flat: Float32) -> bytes:
         released = self._aggregator.run_round(key.number, flat).sum.astype(_SUM).tobytes()
-        about = {"key": key, "ended": sorted(self._ended)}
-        write_whole(self._kept, json.dumps(about).encode() + b"\n" + released)
+        self._keep(key, released)
         return released
+
+    def _keep(self, key: Key, released: bytes, **about: str) -> None:
+        named = json.dumps({"key": key, "ended": sorted(self._ended), **about}).encode()
+        write_whole(self._kept, named + b"\n" + released)
+
+
+def _may_go_on(coming: Future[bytes]) -> bool:
+    """Whether a round was stopped with its aggregator, or with all training, and by nothing that lasts."""
+    error = coming.exception() if coming.done() and not coming.cancelled() else None
+    return isinstance(error, RoundStopped) and not isinstance(error, Halted | RoundEnded)
 
 
 def control_app(
-    aggregator: Aggregator, token: str, *, size: int, folder: Path, halt: Callable[[Halt], None] | None = None
+    aggregator: Aggregator, token: str, *, size: int, folder: Path, switch: Switch | None = None
 ) -> Starlette:
     """Builds the ASGI application in front of an aggregator.
 
@@ -157,13 +253,13 @@ def control_app(
         token: that every request must show as `Authorization: Bearer TOKEN`.
         size: p, the length of the flat weights: no longer body is read.
         folder: see `Rounds`.
-        halt: the kill switch of an aggregator that fronts devices; raises ConfigError for what it cannot halt.
+        switch: of an aggregator that fronts devices.
 
     Raises:
         ConfigError: the token is too short to be one.
     """
     from starlette.applications import Starlette
-    from starlette.responses import PlainTextResponse, Response
+    from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
     _check_token(token)
@@ -178,12 +274,6 @@ def control_app(
     async def get(request: Request) -> Response:
         return await _answer(rounds.answer(_asked(request)), _wait_s(request))
 
-    async def kill(request: Request) -> Response:
-        if halt is None:
-            raise _Refused(404, "no_devices", "this aggregator simulates its people: end the training")
-        halt(_halt(await _body(request, MAX_HALT)))
-        return Response(status_code=204)
-
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         yield
@@ -197,10 +287,53 @@ def control_app(
             Route("/health", health),
             Route(path, _guarded(put, token), methods=["PUT"]),
             Route(path, _guarded(get, token), methods=["GET"]),
-            Route(HALT, _guarded(kill, token), methods=["POST"]),
+            *(
+                Route(path, _guarded(handler, token), methods=[method])
+                for path, method, handler in _stopping(rounds, switch)
+            ),
         ],
         lifespan=lifespan,
     )
+
+
+def _stopping(rounds: Rounds, found: Switch | None) -> list[tuple[str, str, Handler]]:
+    """Path, method and handler of what stops devices, or says how they stand."""
+    from starlette.responses import Response
+
+    def switch() -> Switch:
+        if found is None:
+            raise _Refused(404, "no_devices", "this aggregator simulates its people: end the training")
+        return found
+
+    async def order(request: Request) -> Order:
+        return _read(Order, await _body(request, MAX_HALT))
+
+    async def halt(request: Request) -> Response:
+        switch().halt(_read(Halt, await _body(request, MAX_HALT)))
+        return Response(status_code=204)
+
+    async def training(_request: Request) -> Response:
+        return Response(switch().training().model_dump_json(), media_type="application/json")
+
+    async def suspend(request: Request) -> Response:
+        switch().suspend(await order(request))
+        return Response(status_code=204)
+
+    async def resume(request: Request) -> Response:
+        switch().resume(await order(request))
+        return Response(status_code=204)
+
+    async def end(request: Request) -> Response:
+        rounds.end(request.path_params["plan"], await order(request), switch())
+        return Response(status_code=204)
+
+    return [
+        (HALT, "POST", halt),
+        (TRAINING, "GET", training),
+        (f"{TRAINING}/halt", "POST", suspend),
+        (f"{TRAINING}/resume", "POST", resume),
+        ("/plans/{plan}/end", "POST", end),
+    ]
 
 
 Handler = Callable[["Request"], Awaitable["Response"]]
@@ -212,6 +345,25 @@ class _Refused(Exception):
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
+
+
+_REFUSALS: Mapping[type[Exception], tuple[int, str]] = {  # the first that it is
+    StaleRound: (410, "stale"),
+    CohortTooSmall: (409, "cohort_too_small"),
+    BudgetExceeded: (403, "budget_exceeded"),
+    Halted: (409, "halted"),
+    RoundEnded: (409, "ended"),
+    RoundStopped: (503, "stopped"),
+    NotFound: (404, "not_open"),
+    ConfigError: (400, "bad_request"),
+}
+
+
+def _refused(error: Exception) -> _Refused:
+    status, code = next(found for kind, found in _REFUSALS.items() if isinstance(error, kind))
+    # Of a cohort not its text: it says how many answered.
+    said = "fewer answered than may be released together" if isinstance(error, CohortTooSmall) else str(error)
+    return _Refused(status, code, said)
 
 
 def _guarded(handler: Handler, token: str) -> Handler:
@@ -226,18 +378,8 @@ def _guarded(handler: Handler, token: str) -> Handler:
             if not hmac.compare_digest(shown, expected):
                 raise _Refused(401, "unauthenticated", "show the aggregator's token as a bearer token")
             return await handler(request)
-        except StaleRound as error:
-            refused = _Refused(410, "stale", str(error))
-        except CohortTooSmall:  # not its text: it says how many did
-            refused = _Refused(409, "cohort_too_small", "fewer answered than may be released together")
-        except BudgetExceeded as error:
-            refused = _Refused(403, "budget_exceeded", str(error))
-        except Halted as error:
-            refused = _Refused(409, "halted", str(error))
-        except RoundStopped as error:
-            refused = _Refused(503, "stopped", str(error))
-        except ConfigError as error:
-            refused = _Refused(400, "bad_request", str(error))
+        except tuple(_REFUSALS) as error:
+            refused = _refused(error)
         except _Refused as error:
             refused = error
         return JSONResponse({"error": refused.code, "message": str(refused)}, status_code=refused.status)
@@ -271,12 +413,13 @@ def _flat(body: bytes, size: int) -> Float32:
     return flat
 
 
-def _halt(body: bytes) -> Halt:
+def _read(form: type[_Message], body: bytes) -> _Message:
     try:
-        return Halt.model_validate_json(body)
+        return form.model_validate_json(body)
     except ValidationError as error:
         fields = sorted({".".join(map(str, fault["loc"])) for fault in error.errors()})
-        raise _Refused(400, "bad_request", f"the body must be a Halt as JSON; wrong: {', '.join(fields)}") from None
+        named = f"{'an' if form is Order else 'a'} {form.__name__}"
+        raise _Refused(400, "bad_request", f"the body must be {named} as JSON; wrong: {', '.join(fields)}") from None
 
 
 def _wait_s(request: Request) -> float:
@@ -374,18 +517,20 @@ class RemoteAggregator:
         Raises:
             CohortTooSmall, BudgetExceeded: as there.
             Halted: the version that it trains was.
+            RoundEnded: the round was, by who may.
             AggregatorError: it did not answer in time, or refused.
         """
         import httpx
 
-        deadline = time.monotonic() + self.timeout_s
+        deadline, pause_s = time.monotonic() + self.timeout_s, RETRY_S
         path = f"/rounds/{self.run}/{number}/{self.attempt}"
         with self._client() as client:
             while time.monotonic() < deadline:
                 try:
                     found = self._asked(client, path, flat, deadline)
                 except (httpx.TransportError, _Ends):
-                    time.sleep(RETRY_S)
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_RETRY_S)
                     continue
                 if found is not None:
                     return Release(found, received=0, clip=float("nan"))
@@ -397,14 +542,46 @@ class RemoteAggregator:
         Raises:
             AggregatorError: it cannot be reached, or refused.
         """
+        self._told("POST", HALT, halt)
+
+    def training(self) -> Training:
+        """How its training stands.
+
+        Raises:
+            AggregatorError: as in `halt`.
+        """
+        try:
+            return Training.model_validate_json(self._told("GET", TRAINING).content)
+        except ValidationError:
+            raise AggregatorError(f"the aggregator at {self.url} does not say how its training stands") from None
+
+    def suspend(self, order: Order) -> None:
+        """Halts all training there, until it is resumed; raises as `halt`."""
+        self._told("POST", f"{TRAINING}/halt", order)
+
+    def resume(self, order: Order) -> None:
+        """Training goes on there; raises as `halt`."""
+        self._told("POST", f"{TRAINING}/resume", order)
+
+    def end(self, plan: str, order: Order) -> None:
+        """Ends the round that a plan is of, unreleased.
+
+        Raises:
+            NotFound: the plan is not open.
+            AggregatorError: as in `halt`.
+        """
+        self._told("POST", f"/plans/{plan}/end", order)
+
+    def _told(self, method: str, path: str, said: BaseModel | None = None) -> httpx.Response:
         import httpx
 
         try:
             with self._client() as client:
-                _checked(client.post(HALT, content=halt.model_dump_json().encode()))
+                content = None if said is None else said.model_dump_json().encode()
+                return _checked(client.request(method, path, content=content))
         except (httpx.TransportError, _Ends) as error:
             raise AggregatorError(
-                f"the aggregator at {self.url} did not take the halt ({type(error).__name__}): ask again"
+                f"the aggregator at {self.url} did not take it ({type(error).__name__}): ask again"
             ) from None
 
     def _asked(self, client: httpx.Client, path: str, flat: Float32, deadline: float) -> NDArray[np.float64] | None:
@@ -449,6 +626,10 @@ def _checked(answer: httpx.Response) -> httpx.Response:
             raise StaleRound(message)
         case "halted":
             raise Halted(message)
+        case "ended":
+            raise RoundEnded(message)
+        case "not_open":
+            raise NotFound(message)
         case "stopped":
             raise _Ends(message)
     raise AggregatorError(f"the aggregator refused: {message}")

@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybrid.deployment import Canary, Halted, Window, change, history
+from hybrid.deployment import Canary, Halted, Shadow, Window, change, history
 from hybrid.errors import ConfigError
+from hybrid.features import Features, Numeric
 from hybrid.spec import Serving
 from serving.testing import deployment
 
@@ -67,6 +68,31 @@ def test_the_default_is_no_canary():
         Window(versions=(deployment(2),)).try_out(deployment(2), 0.1)
 
 
+def test_a_shadow_is_served_beside_the_window_until_it_is_a_canary():
+    """Devices are told nothing of it; with a canary both are beside the default; taken back, it leaves alone."""
+    window = Window(versions=(deployment(2), deployment(1))).shade(deployment(3), 0.1)
+    assert (numbers(window), window.shadow, window.canary) == ([2, 3, 1], Shadow(version=3, share=0.1), None)
+    both = window.try_out(deployment(4), 0.5)
+    assert (numbers(both), both.tried) == ([2, 4, 3, 1], 4)
+    assert (numbers(both.halt(halted(3))), both.halt(halted(3)).canary) == ([2, 4, 1], Canary(version=4, share=0.5))
+    canary = window.try_out(deployment(3), 0.05)
+    assert (numbers(canary), canary.shadow, canary.canary) == ([2, 3, 1], None, Canary(version=3, share=0.05))
+    with pytest.raises(ConfigError, match="shop:3 is the canary, which devices have: take it back first"):
+        canary.shade(deployment(3), 0.1)
+    promoted = window.promote(deployment(3))
+    assert (numbers(promoted), promoted.shadow) == ([3, 2], None)
+
+
+def test_a_shadow_reads_what_the_default_reads():
+    """It is given the same packed slots: of other features they would mean something else. Only a worker has any."""
+    window, other = Window(versions=(deployment(2),)), Features.of({"size": Numeric(mean=2)})
+    with pytest.raises(ConfigError, match="shop:3 reads other features of the server or of requests than 2"):
+        window.shade(deployment(3).model_copy(update={"server": other}), 0.1)
+    direct = deployment(2).model_copy(update={"serving": Serving(transport="direct")})
+    with pytest.raises(ConfigError, match=r"serving.transport of shop must be 'kafka'"):
+        Window(versions=(direct,)).shade(deployment(3), 0.1)
+
+
 class Rollouts(RuleBasedStateMachine):
     """Whatever is promoted, tried out and taken back in whatever order, what is served makes sense."""
 
@@ -84,12 +110,17 @@ class Rollouts(RuleBasedStateMachine):
     def try_out(self, version: int, share: float) -> None:
         self._try(version, lambda: self.window.try_out(deployment(version), share))
 
-    def _try(self, version, to) -> None:
+    @rule(version=st.integers(1, 6), share=st.floats(0.01, 1))
+    def shade(self, version: int, share: float) -> None:
+        canary = self.window.canary
+        self._try(version, lambda: self.window.shade(deployment(version), share), canary and canary.version)
+
+    def _try(self, version, to, no_more=None) -> None:
         default = self.window.default.version
         try:
             self.window = to()
         except ConfigError:
-            assert version in self.gone or version == default
+            assert version in self.gone or version in (default, no_more)
         else:
             assert version not in self.gone
 
@@ -100,9 +131,10 @@ class Rollouts(RuleBasedStateMachine):
         before = self.window
         try:
             self.window = before.halt(halted(version))
-        except ConfigError:  # nothing but a canary is left
+        except ConfigError:  # nothing but a canary and a shadow is left
             assert version == before.default.version
-            assert numbers(before) == [version, before.canary.version]
+            beside = [one.version for one in (before.canary, before.shadow) if one is not None]
+            assert numbers(before) == [version, *beside]
         else:
             self.gone.add(version)
             assert version not in numbers(self.window)
@@ -111,12 +143,13 @@ class Rollouts(RuleBasedStateMachine):
 
     @invariant()
     def what_is_served_makes_sense(self) -> None:
-        """Read again it is the same; the canary is not the default; as many versions as declared, and the canary."""
+        """Read again it is the same; as many versions as declared, and canary and shadow, which are two."""
         window = self.window
         assert Window.model_validate_json(window.model_dump_json()) == window
         assert not {*numbers(window)} & self.gone
-        canary = 0 if window.canary is None else 1
-        assert len(window.versions) <= window.default.serving.versions + canary
+        beside = [one.version for one in (window.canary, window.shadow) if one is not None]
+        assert len(window.versions) <= window.default.serving.versions + len(beside)
+        assert len({window.default.version, *beside}) == 1 + len(beside)
 
 
 Rollouts.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)

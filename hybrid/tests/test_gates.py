@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -6,7 +7,19 @@ from hypothesis import strategies as st
 from prometheus_client.exposition import generate_latest
 
 from hybrid.errors import ConfigError
-from hybrid.gates import Counted, Gates, grown, is_more, judge, judge_auc, read, seconds_of
+from hybrid.gates import (
+    SHADOWED,
+    Counted,
+    Gates,
+    grown,
+    is_more,
+    judge,
+    judge_auc,
+    judge_budget,
+    judge_inversion,
+    judge_shadow,
+    read,
+)
 
 GATES = Gates(least=100)
 EDGES = (0.01, 0.1, 0.2, 1.0, math.inf)
@@ -16,7 +29,7 @@ def counted(requests=1000, failed=0, fallen=0, slow=0, high=0) -> Counted:
     """Of as many rows; `slow` of the requests took 0.5 s and the others 5 ms, `high` of the predictions are 0.9."""
     seconds = {edge: float(requests - slow if edge < 1 else requests) for edge in EDGES}
     predictions = {edge: float(requests - high if edge < 1 else requests) for edge in (0.5, math.inf)}
-    return Counted(requests, failed, requests, fallen, seconds, predictions)
+    return Counted(requests, failed, requests, fallen, seconds, {}, predictions)
 
 
 def outcomes(canary: Counted, default: Counted = counted()) -> dict[str, str]:  # noqa: B008
@@ -56,8 +69,17 @@ def test_with_few_requests_nothing_passes():
 def test_what_nobody_notices_is_not_slow():
     """20 ms are more than twice 5 ms, and less than 50."""
     seconds = {0.01: 0.0, 0.02: 1000.0, 0.05: 1000.0, math.inf: 1000.0}
-    canary = Counted(1000, 0, 1000, 0, seconds, counted().predictions)
+    canary = Counted(1000, 0, 1000, 0, seconds, {}, counted().predictions)
     assert outcomes(canary)["slower"] == "passes"
+
+
+def test_a_slow_version_that_holds_up_all_requests_is_seen_by_its_batches():
+    """A worker's batches wait for one another: requests of both take half a second; 120 of its 1000 batches do."""
+    both = {edge: float(1000 if edge >= 1 else 0) for edge in EDGES}
+    slow, quick = counted(slow=120).seconds, counted().seconds
+    canary, default = (replace(counted(), seconds=both, forward=forward) for forward in (slow, quick))
+    assert outcomes(canary, default)["slower"] == "fails"
+    assert outcomes(default, default)["slower"] == "passes"
 
 
 @given(of=st.integers(1, 2000), share=st.floats(0.001, 0.5))
@@ -109,7 +131,41 @@ def test_what_is_no_metrics_is_refused():
         read("<html>", "shop")
 
 
-@pytest.mark.parametrize("text", ["0s", "-1m", "ten", "5d", ""])
-def test_a_time_is_a_number_with_a_unit(text):
-    with pytest.raises(ConfigError, match="a time must be a number above 0 with s, m or h"):
-        seconds_of(text)
+@pytest.mark.parametrize(
+    ("gain", "declared", "outcome"),
+    [
+        ((0.2, 0.3), True, "fails"),
+        ((0.02, 0.3), True, "waits"),
+        ((-0.01, 0.05), True, "passes"),
+        ((0.2, 0.3), False, "waits"),
+    ],
+)
+def test_what_an_attacker_recovers_at_the_declared_noise_is_judged(gain, declared, outcome):
+    """By the worst feature, with its whole interval; at other noise than declared nothing is released."""
+    features = {"age": {"gain": {"low": gain[0], "high": gain[1]}}, "bar": {"gain": {"low": -0.2, "high": 0.0}}}
+    assert judge_inversion(0.05, {"levels": [{"declared": declared, "features": features}]}).outcome == outcome
+    assert judge_inversion(0.05, None).outcome == "waits"
+
+
+@pytest.mark.parametrize(("spent", "outcome"), [(7.9, "passes"), (8.1, "fails"), (None, "waits")])
+def test_a_training_that_spent_more_than_its_budget_fails(spent, outcome):
+    """One whose ledger is missing passes nothing."""
+    assert judge_budget(spent, None if spent is None else 8.0).outcome == outcome
+
+
+def test_a_shadow_is_judged_by_its_own_metrics():
+    """Of batches, not of what was served: of a thousand one in two failed, dropped ones say nothing."""
+    from serving.telemetry import Telemetry
+    from serving.testing import deployment
+
+    telemetry = Telemetry()
+    for _ in range(100):
+        for code in ("ok", "unavailable", "dropped"):
+            telemetry.shadowed(deployment(3), 7, code, None if code == "dropped" else 0.01)
+        telemetry.shadowed(deployment(2), 7, "ok", 0.01)
+    counts = read(generate_latest(telemetry.registry).decode(), "shop")
+    shadow, default = (Counted.of(counts, version, SHADOWED) for version in (3, 2))
+    assert (shadow.requests, shadow.failed, default.requests, default.failed) == (200, 100, 100, 0)
+    found = {one.gate: one.outcome for one in judge_shadow(GATES, shadow, default)}
+    assert found == {"errors": "fails", "slower": "passes", "drift": "waits"}
+    assert Counted.of(counts, 3) == Counted(), "it served nobody"

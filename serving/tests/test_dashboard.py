@@ -48,9 +48,10 @@ def exposed():
     )
     telemetry.dead_letter("unreadable")
     step = Step()
-    with step.stage("poll"):
-        step.part(deployment(), 1, ())
+    with step.stage("poll"), step.part(deployment(), 1, ()).stage("forward"):
+        pass
     telemetry.stepped(step, 1)
+    telemetry.shadowed(deployment(), 1, "ok", 0.01, np.zeros(1, np.float32))
     families = text_string_to_metric_families(generate_latest(telemetry.registry).decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

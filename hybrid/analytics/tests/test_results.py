@@ -67,3 +67,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     (folder / "analyze-0001.json").write_text(content)
     with pytest.raises(ConfigError, match=r"runs/monday/results/analyze-0001\.json must be an answer .* move it"):
         results.read(tmp_path / "runs", "shop")
+
+
+def test_kept_answers_of_one_kind_are_read_once_each(tmp_path):
+    """Those that come later too; what is there already is not read again, even where it was damaged since."""
+    first = results.keep(tmp_path / "runs" / "b", "analyze", PAID, mark="noised", now=NOW)
+    results.keep(tmp_path / "runs" / "b", "inversion", FREE, mark="oracle", now=NOW)
+    kept = results.Kept(tmp_path / "runs", "shop", "analyze")
+    assert [one.shown for one in kept.all()] == [PAID]
+    first.write_text("{")
+    results.keep(tmp_path / "runs" / "a", "analyze", FREE, mark="public", now=NOW - timedelta(hours=1))
+    assert [one.shown for one in kept.all()] == [FREE, PAID]

@@ -77,6 +77,20 @@ def test_a_rollback_takes_the_canary_back_and_devices_believe_it(workspace: Work
     assert aliases.found == {"production": 2}
 
 
+def test_a_shadow_is_taken_back_before_the_default(workspace: Workspace, aliases: Aliases):
+    """Its alias goes; the history says what it was, and a file without one is as before there were shadows."""
+    from hybrid.deployment import change
+
+    aliases.found["shadow"] = 3
+    shade = {"action": "shadow", "version": 3, "share": 0.1}
+    change(workspace.deployments, "shop", lambda window: window.shade(deployment(3), 0.1), **shade)
+    assert "shop:3 was taken back (rolled back); devices fetch 2" in run("rollback", "shop")
+    assert aliases.found == {"production": 2, "canary": 3}
+    found = [(one["action"], one.get("shadow")) for one in json.loads(run("history", "shop", "--json"))]
+    assert found[-2:] == [("shadow", 3), ("halt", None)]
+    assert "shadow" not in json.loads((workspace.deployments / "shop.json").read_text())
+
+
 def test_without_a_canary_it_is_the_default_that_is_taken_back(workspace: Workspace, aliases: Aliases):
     """What came before it is in production again; of it there is nothing to go back to."""
     shown = json.loads(run("rollback", "shop", "--json"))
@@ -115,6 +129,8 @@ def test_a_share_is_above_0_and_at_most_1(share: str):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
+        (("rollout", "shop", "3"), ConfigError, "--canary or --shadow must be given, and not both"),
+        (("rollout", "shop", "3", "--shadow", "2"), ConfigError, "--shadow must be a share above 0%, .* got '2'"),
         (("rollback", "shop", "--version", "7"), NotFound, "shop:7 is not served; served are: 2, 1"),
         (("rollback", "other"), NotFound, "nothing is served of other yet: `hybrid promote other VERSION production`"),
         (("rollback", "shop", "--reason", ""), ConfigError, "--reason must have 1 to 500 characters, got 0"),

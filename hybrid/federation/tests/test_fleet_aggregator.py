@@ -6,7 +6,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid.errors import BudgetExceeded, CohortTooSmall, ConfigError, Halted, PlanError, RoundStopped
+from hybrid.errors import (
+    BudgetExceeded,
+    CohortTooSmall,
+    ConfigError,
+    Halted,
+    NotFound,
+    PlanError,
+    RoundEnded,
+    RoundStopped,
+)
 from hybrid.federation.aggregator import Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.clock import ManualClock
@@ -155,7 +164,7 @@ def test_a_halt_reaches_who_checks_in_and_ends_the_round_unreleased(tmp_path):
                 release.result(10)
         assert ledger.entries == []
         aggregator.stop("its process ends")  # which does not hide that it was halted
-        with pytest.raises(Halted, match="no round is opened any more: version 4 was halted"):
+        with pytest.raises(Halted, match="no round is opened now: version 4 was halted"):
             aggregator.run_round(2, FLAT)
     message, _ = open_signed(aggregator.check_in(SAID).body, TRUST)
     assert message == Halt(model="kiosk", versions=(3, 4), reason="it is wrong")
@@ -170,6 +179,71 @@ def test_an_aggregator_that_is_stopped_ends_its_round_and_opens_no_other():
             with pytest.raises(RoundStopped, match="its process ends") as stopped:
                 asked()
             assert not isinstance(stopped.value, Halted)
+
+
+def test_one_round_is_ended_and_the_next_is_run(tmp_path):
+    """What came is forgotten and what comes is refused; nothing is released or spent; ending it again says so."""
+    with Ledger.open(tmp_path, budget_epsilon=50, delta=1e-5) as ledger:
+        aggregator, clock = built(NOISY, ledger)
+        with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S) as release:
+            plan, _ = plan_of(aggregator)
+            assert aggregator.upload(plan.id, name(1), body(1, 1)).status == 200
+            assert aggregator.open_plan == plan.id
+            aggregator.end_plan(plan.id, "wrong clip")
+            assert aggregator.check_in(SAID).status == 204
+            assert aggregator.upload(plan.id, name(2), body(1, 1)).status == 410
+            with pytest.raises(RoundEnded, match="wrong clip"):
+                release.result(10)
+        assert ledger.entries == []
+        with pytest.raises(NotFound, match="it is over, or never was"):
+            aggregator.end_plan(plan.id, "wrong clip")
+        with clock.during(lambda: aggregator.run_round(2, FLAT), ROUND_S) as release:
+            assert aggregator.upload(plan_of(aggregator)[0].id, name(3), body(1, 1)).status == 200
+        assert release.result().received == 1
+
+
+def test_with_a_buffer_all_that_waits_in_it_goes_with_the_plan(tmp_path):
+    """Two of three updates wait; the flush after it is of the three that came later, 1 each, and closes with them."""
+    settings = Round(1.0, 5.0, 0.0, 0, matrix=optimised("independent", 9, 3))
+    buffer, clock = Buffer(updates=3, oldest=1), ManualClock()
+    aggregator = FleetAggregator(
+        task(), settings, None, KEY, noise_state=tmp_path / "noise.state", buffer=buffer, clock=clock
+    )
+    with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S):
+        first, _ = plan_of(aggregator)
+    for number in (1, 2):
+        assert aggregator.upload(first.id, name(number), body(1, 1)).status == 200
+    aggregator.end_plan(first.id, "wrong clip")
+    assert aggregator.open_plan is None
+    assert aggregator.upload(first.id, name(3), body(1, 1)).status == 410
+    with clock.during(lambda: aggregator.run_round(2, FLAT), ROUND_S) as release:
+        second, _ = plan_of(aggregator)
+        for number in (4, 5, 6):
+            assert aggregator.upload(second.id, name(number), body(1, 1)).status == 200
+        np.testing.assert_allclose(release.result(10).sum, [3, 3])
+
+
+def test_halted_training_gives_nobody_a_plan_until_it_is_resumed(tmp_path):
+    """The open round ends unreleased, nothing is spent, no other is opened; then the same round is run."""
+    with Ledger.open(tmp_path, budget_epsilon=50, delta=1e-5) as ledger:
+        aggregator, clock = built(NOISY, ledger)
+        with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S) as release:
+            plan, _ = plan_of(aggregator)
+            aggregator.suspend("loss rose")
+            assert (aggregator.suspended, aggregator.open_plan) == ("loss rose", None)
+            reply = aggregator.check_in(SAID)
+            assert (reply.status, reply.retry_after_s) == (204, IDLE_S)
+            assert aggregator.upload(plan.id, name(1), body(1, 1)).status == 410
+            with pytest.raises(RoundStopped, match="loss rose"):
+                release.result(10)
+        with pytest.raises(RoundStopped, match="no round is opened now: loss rose"):
+            aggregator.run_round(1, FLAT)
+        assert ledger.entries == []
+        aggregator.resume()
+        with clock.during(lambda: aggregator.run_round(1, FLAT), ROUND_S) as release:
+            assert plan_of(aggregator)[0].id != plan.id
+        assert release.result().received == 0
+        assert [(entry.round, entry.attempt) for entry in ledger.entries] == [(1, 1)]
 
 
 def test_who_has_another_model_or_version_is_given_nothing():
