@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import resource
 import signal
 import socket
 import threading
@@ -17,7 +19,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hybrid.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
+HEAD_S = 20.0  # for a request's line and headers to come, from the connection, or the answer before them, on
+READ_S = 60.0  # in which a peer that is slow to read must take what lies ready for it
+TOLD = 64  # connections beyond the most that are answered 503; those beyond these are cut
+FILES = 512  # descriptors of a process beside its connections
 CONNECTION_S = 60.0  # of a `TimedHttp`, from its first to its last byte
 BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
 DRAIN_S = 5  # for what is on its way when a service ends
@@ -26,16 +34,47 @@ Certificate = tuple[Path, Path]  # the chain's and the key's file (PEM)
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """A connection that is answered 400 and closed where its head, or a trailer, grows past `MAX_HEAD_BYTES`.
+    """A connection whose peer can make us keep, and wait for, only so much.
 
-    httptools joins the pieces of a header, and uvicorn the headers of a request,
-    for as long as they come. A head that came in one read is bounded by that
-    read, 256 KiB, at most.
+    It is answered 400 and closed where a head, or a trailer, grows past `MAX_HEAD_BYTES`: httptools joins the pieces of
+    a header, and uvicorn the headers of a request, for as long as they come. A head that came in one read is bounded
+    by that read, 256 KiB, at most.
+
+    It is cut where a head is not there within `HEAD_S`, or what is ready is not read within `READ_S`. uvicorn counts
+    connections that say nothing among the most that it has (`limit_concurrency`), and would wait for ever: so few
+    peers without a key could keep all others out.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._kept = 0  # bytes since the parser last gave something on
+        self._waiting: asyncio.TimerHandle | None = None  # for the peer
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """From the event loop."""
+        super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency + TOLD:
+            transport.abort()
+        self._wait(HEAD_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """From the event loop."""
+        for timer in (self._waiting, self._unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """From the transport, whose buffer is full."""
+        self._unread = self.loop.call_later(READ_S, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """From the transport."""
+        if self._unread is not None:
+            self._unread.cancel()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """From the connection."""
@@ -47,6 +86,8 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """From the parser."""
         self._kept = 0
+        if self._waiting is not None:
+            self._waiting.cancel()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -58,6 +99,17 @@ class BoundedHttp(HttpToolsProtocol):
         """From the parser."""
         self._kept = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """From the application: what comes now is the rest of a body that was not wanted, or the next head."""
+        super().on_response_complete()
+        if self.transport.is_closing() or self.timeout_keep_alive_task is not None:  # nothing more is being answered
+            self._wait(HEAD_S + self.timeout_keep_alive)
+
+    def _wait(self, most_s: float) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = self.loop.call_later(most_s, self.transport.abort)
 
 
 class TimedHttp(BoundedHttp):
@@ -75,6 +127,20 @@ class TimedHttp(BoundedHttp):
         """From the event loop."""
         self._cut.cancel()
         super().connection_lost(exc)
+
+
+def allow(connections: int) -> None:
+    """Lets this process have so many connections, and its files besides, as far as the system does; warns where not.
+
+    Else connections that say nothing could keep it from opening its own files: a ledger, say.
+    """
+    wanted = connections + FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        log.warning("%d connections need %d open files, and the system allows %d", connections, wanted, hard)
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager
@@ -124,6 +190,7 @@ def listening(
     except OSError as error:
         bound.close()
         raise ConfigError(f"the certificate cannot be used: {error}") from None
+    allow(config.limit_concurrency or 0)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), name=name, daemon=True)
     thread.start()
