@@ -12,17 +12,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hybrid.errors import ConfigError
+from hybrid.errors import BadRequest, BodyTooLarge, ConfigError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
 HEAD_S = 20.0  # for a request's line and headers to come, from the connection, or the answer before them, on
+BODY_S = 30.0  # for a body to come
 READ_S = 60.0  # in which a peer that is slow to read must take what lies ready for it
 TOLD = 64  # connections beyond the most that are answered 503; those beyond these are cut
 FILES = 512  # descriptors of a process beside its connections
@@ -127,6 +131,39 @@ class TimedHttp(BoundedHttp):
         """From the event loop."""
         self._cut.cancel()
         super().connection_lost(exc)
+
+
+async def read_body(request: Request, most: int, *, dropped: int = 0, within_s: float | None = None) -> bytes:
+    """A request's body, never more than `most` bytes of it in memory.
+
+    Args:
+        request: whose.
+        most: bytes of it.
+        dropped: bytes of a larger one that are read all the same, so that its sender sees the answer.
+        within_s: for it to come; by default `BODY_S`.
+
+    Raises:
+        BodyTooLarge: it has more.
+        BadRequest: it did not come in time, or its sender went away.
+    """
+    from starlette.requests import ClientDisconnect
+
+    body, size, limit_s = bytearray(), 0, BODY_S if within_s is None else within_s
+    try:
+        async with asyncio.timeout(limit_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= most:
+                    body += chunk
+                elif size > dropped:
+                    break
+    except TimeoutError:
+        raise BadRequest(f"the body must arrive within {limit_s:g} s") from None
+    except ClientDisconnect:
+        raise BadRequest("the connection ended before the body did") from None
+    if size > most:
+        raise BodyTooLarge(f"the body must have at most {most} bytes")
+    return bytes(body)
 
 
 def allow(connections: int) -> None:

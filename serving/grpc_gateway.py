@@ -22,11 +22,12 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, ConfigError, ServingError
+from hybrid.http import BODY_S
 from hybrid.protocol import OUTPUTS
 from hybrid.tracing import TRACEPARENT
 from serving import oip
 from serving.access import error_headers
-from serving.gateway import BODY_S, MAX_BODY_BYTES, SERVER, Gateway, explained
+from serving.gateway import MAX_BODY_BYTES, SERVER, Gateway, explained
 
 SERVICE = "inference.GRPCInferenceService"
 CODE = "code"  # of the trailing metadata
@@ -70,20 +71,20 @@ class Listen:
     Attributes:
         address: HOST:PORT.
         calls: at once; more are refused as RESOURCE_EXHAUSTED.
-        connections: at once; more are ended.
         drain_s: for calls to end in when the gateway does.
         certificate: PEM of its private key and of its certificate chain; None: plaintext.
         client_ca: PEM of those who sign clients' certificates; None: clients show none.
         reuse_port: whether other processes may listen there too.
+        connections: at once; more are ended.
     """
 
     address: str
     calls: int
     drain_s: float
-    connections: int = MAX_CONNECTIONS
     certificate: tuple[bytes, bytes] | None = None
     client_ca: bytes | None = None
     reuse_port: bool = False
+    connections: int = MAX_CONNECTIONS
 
 
 @asynccontextmanager

@@ -274,7 +274,8 @@ def halt(
 
     Example: hybrid fleet halt coupon --versions 3 --reason "it is wrong" --aggregator https://a.example:8091 --token F
     """
-    from hybrid.federation.remote import RemoteAggregator, read_token
+    from hybrid.bearer import read_token
+    from hybrid.federation.remote import RemoteAggregator
     from hybrid.plan import Halt
 
     try:

@@ -395,8 +395,8 @@ def test_calls_are_counted_and_traced_as_http_requests_are(tmp_path):
 
 
 def test_every_error_of_serving_has_a_status():
-    """Only those that are our own fault are INTERNAL. The issuer of tokens, with errors of its own, speaks HTTP."""
-    found = [error for error in ServingError.__subclasses__() if error.__module__ != "serving.issuer"]
+    """Only those that are our own fault are INTERNAL. Issuer and aggregator, with errors of their own, speak HTTP."""
+    found = [error for error in ServingError.__subclasses__() if error.__module__.startswith("hybrid.errors")]
     assert {error.status for error in found if error.status != 500} <= set(STATUS)
 
 

@@ -3,9 +3,10 @@ from contextlib import contextmanager
 import pytest
 from typer.testing import CliRunner
 
+from hybrid.bearer import new_token
 from hybrid.cli import app
 from hybrid.errors import AggregatorError, ConfigError
-from hybrid.federation.remote import control_app, controlled, new_token
+from hybrid.federation.remote import control_app, controlled
 from hybrid.plan import Halt
 
 
