@@ -28,7 +28,6 @@ MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
 HEAD_S = 20.0  # for a request's line and headers to come, from the connection, or the answer before them, on
 BODY_S = 30.0  # for a body to come
 READ_S = 60.0  # in which a peer that is slow to read must take what lies ready for it
-TOLD = 64  # connections beyond the most that are answered 503; those beyond these are cut
 FILES = 512  # descriptors of a process beside its connections
 CONNECTION_S = 60.0  # of a `TimedHttp`, from its first to its last byte
 BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
@@ -46,7 +45,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     It is cut where a head is not there within `HEAD_S`, or what is ready is not read within `READ_S`. uvicorn counts
     connections that say nothing among the most that it has (`limit_concurrency`), and would wait for ever: so few
-    peers without a key could keep all others out.
+    peers without a key could keep all others out. Where there is no room the one that waits longest gives way.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -58,15 +57,15 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """From the event loop."""
         super().connection_made(transport)
-        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency + TOLD:
-            transport.abort()
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            self._make_room()
         self._wait(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """From the event loop."""
-        for timer in (self._waiting, self._unread):
-            if timer is not None:
-                timer.cancel()
+        self._heard()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -90,8 +89,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """From the parser."""
         self._kept = 0
-        if self._waiting is not None:
-            self._waiting.cancel()
+        self._heard()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -110,9 +108,21 @@ class BoundedHttp(HttpToolsProtocol):
         if self.transport.is_closing() or self.timeout_keep_alive_task is not None:  # nothing more is being answered
             self._wait(HEAD_S + self.timeout_keep_alive)
 
-    def _wait(self, most_s: float) -> None:
+    def _make_room(self) -> None:
+        """Cuts the connection whose peer has said nothing for longest: who asks does so as it connects."""
+        silent = [each for each in self.connections if isinstance(each, BoundedHttp) and each._waiting is not None]
+        for longest in sorted(silent, key=lambda each: each._waiting.when())[:1]:  # type: ignore[union-attr]
+            longest._heard()
+            longest.transport.abort()
+
+    def _heard(self) -> None:
+        """The peer is not waited for any more."""
         if self._waiting is not None:
             self._waiting.cancel()
+        self._waiting = None
+
+    def _wait(self, most_s: float) -> None:
+        self._heard()
         self._waiting = self.loop.call_later(most_s, self.transport.abort)
 
 

@@ -158,13 +158,29 @@ def test_who_does_not_read_its_answer_is_cut(connection, monkeypatch):
         pytest.fail("the connection is still there after 6 s")
 
 
-def test_connections_beyond_those_that_are_told_so_are_cut(connecting, monkeypatch):
-    """Three at once of which the third is told that it is too many; with one more told, a fifth is cut at once."""
-    monkeypatch.setattr(http, "TOLD", 1)
-    connections = [connecting() for _ in range(5)]
-    assert ended(connections[4])
-    connections[3].sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
-    assert connections[3].recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+HELD = b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n"  # and no body: the application waits
+
+
+def test_who_comes_while_all_are_being_answered_is_told_so(connecting):
+    """Two are, of three less one; the third is answered 503."""
+    for connection in (connecting(), connecting()):
+        connection.sendall(HELD)
+        connection.settimeout(0.2)
+        assert not ended(connection)
+    third = connecting()
+    third.sendall(HELD)
+    assert third.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+
+
+def test_who_says_nothing_gives_way_to_who_asks(connecting):
+    """Thirty connections in silence, of three that there may be; each that asks is answered."""
+    silent = [connecting() for _ in range(30)]
+    for _ in range(3):
+        asking = connecting()
+        asking.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert asking.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        silent.append(connecting())
+    assert ended(silent[0])
 
 
 def test_a_process_may_open_what_its_connections_need():
