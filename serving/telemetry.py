@@ -280,7 +280,7 @@ class Telemetry:
             yield None
             return
         # prometheus_client's own server has a thread for each connection, and waits for what it says for ever.
-        options = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": SCRAPERS}
+        options: dict[str, Any] = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": SCRAPERS}
         with ExitStack() as stack:
             try:
                 app = make_asgi_app(self.registry)
