@@ -18,13 +18,12 @@ from hybrid.errors import BundleError, ConfigError, HybridError
 from hybrid.tracing import from_environment
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
     from device_runtime.answers import Answer
     from device_runtime.credentials import Credentials
     from device_runtime.program import Engine
     from device_runtime.store import Store
     from hybrid.bundle import Bundle
+    from hybrid.trust import Trusted
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
 
@@ -326,7 +325,7 @@ async def _train(
     return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}
 
 
-def _installed(folder: Path | None, model: str | None, trusted: Ed25519PublicKey, store: Path, key: bytes) -> Bundle:
+def _installed(folder: Path | None, model: str | None, trusted: Trusted, store: Path, key: bytes) -> Bundle:
     """The folder's current bundle; a halted one gives way to the one before it."""
     from device_runtime.bundles import Installed
     from device_runtime.store import Store

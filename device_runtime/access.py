@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from device_runtime.secret import read_secret
 from hybrid.errors import ConfigError, Unauthenticated
+from hybrid.files import read_private
 from hybrid.protocol import is_loopback
 
 MAX_KEY = 8 << 10  # characters, as the gateway takes
@@ -24,7 +24,7 @@ def read_api_key(file: Path) -> str:
     Raises:
         ConfigError: the file cannot be read, or others can read it.
     """
-    return read_secret(file, "API key", MAX_KEY)
+    return read_private(file, "API key", MAX_KEY)
 
 
 def authorization(api_key: str | None, gateway: str) -> dict[str, str]:

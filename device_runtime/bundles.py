@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,9 +28,7 @@ from device_runtime import RUNTIME
 from device_runtime.program import Engine, check_programs
 from hybrid.bundle import MAX_BYTES, Bundle, Manifest, read_bundle
 from hybrid.errors import BundleError, ConfigError
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from hybrid.trust import Trusted
 
 RECORD = "installed.json"
 MOST_REMEMBERED = 64  # halted versions
@@ -98,7 +96,7 @@ class Installed:
 
     folder: Path
     model: str
-    trusted: Ed25519PublicKey
+    trusted: Trusted
     engine: Engine | None = None
 
     def record(self) -> Record:

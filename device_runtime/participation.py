@@ -44,11 +44,10 @@ from hybrid.plan import (
     open_signed,
 )
 from hybrid.query import Query
+from hybrid.trust import Trusted
 from hybrid.update import encode
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
     from device_runtime.answering import Rows
     from device_runtime.host import Host
     from device_runtime.trainer import Trainer
@@ -268,7 +267,7 @@ class Participation:
     store: Store
     host: Host
     aggregator: Asks
-    trusted: Ed25519PublicKey
+    trusted: Trusted
     device: int = 0
     answerer: Answerer | None = None
     credentials: Credentials | None = None

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from hybrid.errors import ConfigError
+from hybrid.files import read_private
 
 STORE_KEY_VARIABLE = "HYBRID_STORE_KEY"
 _STORE_KEY = 64  # hex digits
-
-
-def read_secret(file: Path, what: str, longest: int) -> str:
-    """The text of a file that its owner alone may read, without white space around it.
-
-    Args:
-        file: with the secret.
-        what: what it is, for errors.
-        longest: characters; of a longer text at least one more is returned.
-
-    Raises:
-        ConfigError: the file cannot be read, or others can read it.
-    """
-    try:
-        with file.open("rb") as handle:
-            if os.fstat(handle.fileno()).st_mode & 0o077:
-                raise ConfigError(f"the {what}'s file {file.name} must be readable by its owner only (chmod 600)")
-            text = handle.read(longest + 2)
-    except OSError as error:
-        raise ConfigError(f"the {what}'s file {str(file)!r} cannot be read: {type(error).__name__}") from None
-    return text.decode(errors="replace").strip()
 
 
 def read_store_key(file: Path | None, environment: Mapping[str, str]) -> bytes:
@@ -39,7 +18,7 @@ def read_store_key(file: Path | None, environment: Mapping[str, str]) -> bytes:
     Raises:
         ConfigError: neither is given, or it is no such key. The text does not hold it.
     """
-    text = read_secret(file, "store key", _STORE_KEY) if file else environment.get(STORE_KEY_VARIABLE, "").strip()
+    text = read_private(file, "store key", _STORE_KEY) if file else environment.get(STORE_KEY_VARIABLE, "").strip()
     if not text:
         raise ConfigError(f"the store needs its key: name a file with --key-file, or set {STORE_KEY_VARIABLE}")
     try:

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import tempfile
 import zipfile
@@ -32,9 +33,10 @@ from hybrid.features import Features
 from hybrid.plan import MAX_PARAMETERS, Count, Name
 from hybrid.protocol import CONSTANT, DEVICE_ONLY
 from hybrid.spec import Clear, Noised
+from hybrid.trust import Trusted, TrustedKeys
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FORMAT = 2
 MAX_BYTES = 32 << 20
@@ -43,6 +45,8 @@ SIGNATURE = 64
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip's own zero: equal contents are equal bytes
 _ENTRY = struct.Struct("<4s5H3L2H")  # a local file header of a zip, APPNOTE 4.3.7
 _DIRECTORY_ENTRY, _DIRECTORY_END = 46, 22  # 4.3.12 and 4.3.16, without names
+
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]+-----END PUBLIC KEY-----")
 
 Size = Annotated[int, Field(ge=0, le=1 << 16)]  # of an embedding, or rows of a call: what a device can hold
 Seconds = Annotated[FiniteFloat, Field(gt=0, le=1e14)]  # `timedelta.max` is less, and fits a store as milliseconds
@@ -235,12 +239,12 @@ def write_bundle(target: Path, manifest: Manifest, programs: dict[str, bytes], k
     return manifest
 
 
-def read_bundle(data: bytes, trusted: Ed25519PublicKey, *, runtime: int | None = None) -> Bundle:
+def read_bundle(data: bytes, trusted: Trusted, *, runtime: int | None = None) -> Bundle:
     """Verifies a bundle against the host app's key; nothing is read from it before that.
 
     Args:
         data: the file.
-        trusted: the host app's key.
+        trusted: the host app's key, or keys.
         runtime: `device_runtime.RUNTIME` of the device that is to run it; None: it is only looked at.
 
     Raises:
@@ -325,12 +329,12 @@ def head_size(data: bytes) -> int:
     return _head_size(size)
 
 
-def read_head(data: bytes, trusted: Ed25519PublicKey, *, runtime: int | None = None) -> Head:
+def read_head(data: bytes, trusted: Trusted, *, runtime: int | None = None) -> Head:
     """Verifies the beginning of a bundle's file, `head_size` bytes of it at least.
 
     Args:
         data: the beginning; what comes after is not looked at.
-        trusted: the host app's key.
+        trusted: the host app's key, or keys.
         runtime: see `read_bundle`.
 
     Raises:
@@ -361,7 +365,7 @@ def _first(data: bytes, start: int, name: str) -> range:
     return range(place + length, place + length + size)
 
 
-def _verified(text: bytes, signature: bytes, trusted: Ed25519PublicKey, runtime: int | None) -> Manifest:
+def _verified(text: bytes, signature: bytes, trusted: Trusted, runtime: int | None) -> Manifest:
     """A manifest, once its signature was checked and it is known to be one that we can read."""
     from cryptography.exceptions import InvalidSignature
 
@@ -436,19 +440,20 @@ def _create(file: Path, data: bytes, mode: int) -> None:
         Path(draft).unlink()
 
 
-def trusted_key(file: Path) -> Ed25519PublicKey:
-    """The public key that a host app gives its devices.
+def trusted_key(file: Path) -> TrustedKeys:
+    """What a host app gives its devices: a public key in PEM, or several, one after another.
 
     Raises:
-        ConfigError: the file holds no Ed25519 public key.
+        ConfigError: the file holds none, or one that is not Ed25519.
     """
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        key = serialization.load_pem_public_key(file.read_bytes())
+        keys = [load_pem_public_key(text) for text in _PEM.findall(file.read_bytes())]
     except (OSError, ValueError) as error:
         raise ConfigError(f"trusted key {str(file)!r} cannot be read: {type(error).__name__}") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"trusted key {file.name!r} must be Ed25519")
-    return key
+    found = tuple(key for key in keys if isinstance(key, Ed25519PublicKey))
+    if not found or len(found) < len(keys):
+        raise ConfigError(f"trusted key {file.name!r} must be Ed25519, one or several in PEM")
+    return TrustedKeys(found)

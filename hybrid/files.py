@@ -1,9 +1,11 @@
-"""Files that are there whole, or not at all."""
+"""Files that are there whole, or not at all; and those that are their owner's alone."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from hybrid.errors import ConfigError
 
 
 def write_whole(file: Path, content: bytes | memoryview, *, private: bool = False) -> None:
@@ -29,3 +31,24 @@ def write_whole(file: Path, content: bytes | memoryview, *, private: bool = Fals
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_private(file: Path, what: str, longest: int) -> str:
+    """The text of a file that its owner alone may read, without white space around it.
+
+    Args:
+        file: with the secret.
+        what: what it is, for errors.
+        longest: characters; of a longer text at least one more is returned.
+
+    Raises:
+        ConfigError: the file cannot be read, or others can read it.
+    """
+    try:
+        with file.open("rb") as handle:
+            if os.fstat(handle.fileno()).st_mode & 0o077:
+                raise ConfigError(f"the {what}'s file {file.name} must be readable by its owner only (chmod 600)")
+            text = handle.read(longest + 2)
+    except OSError as error:
+        raise ConfigError(f"the {what}'s file {str(file)!r} cannot be read: {type(error).__name__}") from None
+    return text.decode(errors="replace").strip()

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hybrid.errors import ConfigError
+from hybrid.errors import BadRequest, BodyTooLarge, ConfigError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
+HEAD_S = 20.0  # for a request's line and headers to come, from the connection, or the answer before them, on
+BODY_S = 30.0  # for a body to come
+READ_S = 60.0  # in which a peer that is slow to read must take what lies ready for it
+FILES = 512  # descriptors of a process beside its connections
 CONNECTION_S = 60.0  # of a `TimedHttp`, from its first to its last byte
 BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
 DRAIN_S = 5  # for what is on its way when a service ends
@@ -26,16 +37,47 @@ Certificate = tuple[Path, Path]  # the chain's and the key's file (PEM)
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """A connection that is answered 400 and closed where its head, or a trailer, grows past `MAX_HEAD_BYTES`.
+    """A connection whose peer can make us keep, and wait for, only so much.
 
-    httptools joins the pieces of a header, and uvicorn the headers of a request,
-    for as long as they come. A head that came in one read is bounded by that
-    read, 256 KiB, at most.
+    It is answered 400 and closed where a head, or a trailer, grows past `MAX_HEAD_BYTES`: httptools joins the pieces of
+    a header, and uvicorn the headers of a request, for as long as they come. A head that came in one read is bounded
+    by that read, 256 KiB, at most.
+
+    It is cut where a head is not there within `HEAD_S`, or what is ready is not read within `READ_S`. uvicorn counts
+    connections that say nothing among the most that it has (`limit_concurrency`), and would wait for ever: so few
+    peers without a key could keep all others out. Where there is no room the one that waits longest gives way.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._kept = 0  # bytes since the parser last gave something on
+        self._waiting: asyncio.TimerHandle | None = None  # for the peer
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """From the event loop."""
+        super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            self._make_room()
+        self._wait(HEAD_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """From the event loop."""
+        self._heard()
+        if self._unread is not None:
+            self._unread.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """From the transport, whose buffer is full."""
+        self._unread = self.loop.call_later(READ_S, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """From the transport."""
+        if self._unread is not None:
+            self._unread.cancel()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """From the connection."""
@@ -47,6 +89,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """From the parser."""
         self._kept = 0
+        self._heard()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -58,6 +101,29 @@ class BoundedHttp(HttpToolsProtocol):
         """From the parser."""
         self._kept = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """From the application: what comes now is the rest of a body that was not wanted, or the next head."""
+        super().on_response_complete()
+        if self.transport.is_closing() or self.timeout_keep_alive_task is not None:  # nothing more is being answered
+            self._wait(HEAD_S + self.timeout_keep_alive)
+
+    def _make_room(self) -> None:
+        """Cuts the connection whose peer has said nothing for longest: who asks does so as it connects."""
+        silent = [each for each in self.connections if isinstance(each, BoundedHttp) and each._waiting is not None]
+        for longest in sorted(silent, key=lambda each: each._waiting.when())[:1]:  # type: ignore[union-attr]
+            longest._heard()
+            longest.transport.abort()
+
+    def _heard(self) -> None:
+        """The peer is not waited for any more."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = None
+
+    def _wait(self, most_s: float) -> None:
+        self._heard()
+        self._waiting = self.loop.call_later(most_s, self.transport.abort)
 
 
 class TimedHttp(BoundedHttp):
@@ -75,6 +141,53 @@ class TimedHttp(BoundedHttp):
         """From the event loop."""
         self._cut.cancel()
         super().connection_lost(exc)
+
+
+async def read_body(request: Request, most: int, *, dropped: int = 0, within_s: float | None = None) -> bytes:
+    """A request's body, never more than `most` bytes of it in memory.
+
+    Args:
+        request: whose.
+        most: bytes of it.
+        dropped: bytes of a larger one that are read all the same, so that its sender sees the answer.
+        within_s: for it to come; by default `BODY_S`.
+
+    Raises:
+        BodyTooLarge: it has more.
+        BadRequest: it did not come in time, or its sender went away.
+    """
+    from starlette.requests import ClientDisconnect
+
+    body, size, limit_s = bytearray(), 0, BODY_S if within_s is None else within_s
+    try:
+        async with asyncio.timeout(limit_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= most:
+                    body += chunk
+                elif size > dropped:
+                    break
+    except TimeoutError:
+        raise BadRequest(f"the body must arrive within {limit_s:g} s") from None
+    except ClientDisconnect:
+        raise BadRequest("the connection ended before the body did") from None
+    if size > most:
+        raise BodyTooLarge(f"the body must have at most {most} bytes")
+    return bytes(body)
+
+
+def allow(connections: int) -> None:
+    """Lets this process have so many connections, and its files besides, as far as the system does; warns where not.
+
+    Else connections that say nothing could keep it from opening its own files: a ledger, say.
+    """
+    wanted = connections + FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        log.warning("%d connections need %d open files, and the system allows %d", connections, wanted, hard)
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager
@@ -124,6 +237,7 @@ def listening(
     except OSError as error:
         bound.close()
         raise ConfigError(f"the certificate cannot be used: {error}") from None
+    allow(config.limit_concurrency or 0)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), name=name, daemon=True)
     thread.start()

@@ -37,9 +37,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from hybrid.errors import PlanError
 from hybrid.query import Query
 from hybrid.tokens import Window
+from hybrid.trust import Trusted
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 CHECK_IN = "/v1/check-in"
 UPDATE = "/v1/plans/{plan}/updates/{upload}"
@@ -317,14 +318,12 @@ def sign(message: Plan | Halt, key: Ed25519PrivateKey, numbers: NDArray[np.float
     return key.sign(CONTEXT + body) + body
 
 
-def open_signed(
-    data: bytes, trusted: Ed25519PublicKey, *, most: int = MAX_BYTES
-) -> tuple[Plan | Halt, NDArray[np.float32]]:
+def open_signed(data: bytes, trusted: Trusted, *, most: int = MAX_BYTES) -> tuple[Plan | Halt, NDArray[np.float32]]:
     """Verifies a message; nothing of it is read before that.
 
     Args:
         data: as it came.
-        trusted: the host app's, never one that came with a message.
+        trusted: the host app's key, or keys, never one that came with a message.
         most: bytes that are looked at.
 
     Returns:

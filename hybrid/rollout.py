@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybrid.deployment import MOST_HALTED, Canary, Window
 from hybrid.errors import PlanError
 from hybrid.plan import Count, Halt, Name, open_signed
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from hybrid.trust import Trusted
 
 ROLLOUT = "/v2/models/{model}/rollout"
 MAX_BYTES = 64 << 10
@@ -68,7 +66,7 @@ class Rollout(BaseModel):
             raise PlanError(f"the gateway's rollout is of {found.model!r}, not of {model!r}")
         return found
 
-    def halts(self, trusted: Ed25519PublicKey) -> dict[int, str]:
+    def halts(self, trusted: Trusted) -> dict[int, str]:
         """Version -> why it was taken back, where the control plane says so; anybody else's word counts for nothing.
 
         Args:

@@ -27,6 +27,7 @@ from device_runtime.participation import Ending, Participation
 from device_runtime.program import open_bundle
 from device_runtime.store import Store
 from device_runtime.trainer import Trainer
+from hybrid.bearer import new_token
 from hybrid.bundle import trusted_key
 from hybrid.errors import AggregatorError, IssuerError
 from hybrid.federation.aggregator import Round
@@ -34,7 +35,7 @@ from hybrid.federation.checkin import Tokens, listening
 from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator
 from hybrid.federation.issuer import RemoteIssuer
-from hybrid.federation.remote import RemoteAggregator, new_token
+from hybrid.federation.remote import RemoteAggregator
 from hybrid.local.devices import GOOD, Opened, running
 from hybrid.local.fleet import Order, issuing, service, train
 from hybrid.local.process import free_ports

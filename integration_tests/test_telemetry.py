@@ -32,6 +32,7 @@ from hybrid.export.executorch import device_programs
 from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local.process import Service, free_ports, http_ok, log_has, running
+from hybrid.messages import DeadLetter, DeviceEmbeddings
 from hybrid.network import Network
 from hybrid.registry import Registry
 from hybrid.spec import load_model
@@ -351,6 +352,29 @@ def test_the_metrics_hold_no_value_of_a_caller(serving):
     assert 'code="unknown_entity"' in pages
     for value in (OFFER, "nowhere", "secret-offer", "6PM"):
         assert value not in pages
+
+
+def test_logs_and_topics_hold_no_value_of_a_caller_but_where_it_is_asked_about(serving, kafka):
+    """Entities lie in the topic of questions alone, also where a record cannot be read; texts lie in none."""
+    assert serving.ask("secret-offer", traceparent=f"00-{'7' * 32}-{'8' * 16}-01").status_code == 404
+    questions, letters = DeviceEmbeddings.TOPIC, DeadLetter.topic_for(DeviceEmbeddings.TOPIC)
+
+    def lies_in(topic):
+        return [record.value for record in serving_kafka.lying_in(kafka, topic)]
+
+    before, deadline = len(lies_in(letters)), time.monotonic() + 30
+    with contextlib.closing(kafka_python.KafkaProducer(bootstrap_servers=kafka)) as producer:
+        producer.send(questions, b"secret-offer at 6PM, in no schema").get(10)
+    while len(lies_in(letters)) == before:
+        assert time.monotonic() < deadline
+    topics = {topic: b"".join(lies_in(topic)) for topic in serving_kafka.PARTITIONS}
+    assert b"secret-offer" in topics.pop(questions)
+    logs = {file.name: file.read_bytes() for file in (serving.folder / "logs").iterdir()}
+    assert {"gateway.log", "worker.log"} <= set(logs)
+    assert b"dead letter" in logs["worker.log"]
+    for name, text in (logs | topics).items():
+        for value in (b"secret-offer", OFFER.encode(), b"6PM", b"7" * 32, STORE_KEY.hex().encode()):
+            assert value not in text, name
 
 
 def test_skew_finds_what_was_changed_behind_the_feature_stores_back(serving):

@@ -96,7 +96,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
     """One process of the gateway."""
     import uvicorn
 
-    from hybrid.http import BoundedHttp
+    from hybrid.http import BoundedHttp, allow
     from serving.exchange import Limits
     from serving.gateway import MAX_BODY_BYTES, Gateway, over_kafka
 
@@ -153,6 +153,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             ssl_ca_certs=arguments.tls_client_ca,
             ssl_cert_reqs=ssl.CERT_NONE if arguments.tls_client_ca is None else ssl.CERT_REQUIRED,
         )
+        allow(2 * CONNECTIONS)  # gRPC's, too
         server = uvicorn.Server(config)
         server.run([_listening(arguments.host, arguments.port, shared=arguments.processes > 1)])
         if not server.started:

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pyarrow as pa
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.deployment import Deployment
-from hybrid.errors import BadRequest, BodyTooLarge, NoBundle, Overloaded, ServingError, Unavailable, UnknownTicket
+from hybrid.errors import BadRequest, NoBundle, Overloaded, ServingError, Unavailable, UnknownTicket
+from hybrid.http import read_body
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import HEADER_LENGTH
 from hybrid.rollout import ROLLOUT, Rollout
@@ -52,7 +53,6 @@ HELD_BYTES = 128 << 20  # of all bodies whose requests are not answered yet; mor
 DRAIN_BYTES = 16 << 20  # of a refused body, read and dropped so that the client sees the answer
 CLIENT = "hybrid.client"  # in a request's scope
 REFRESH_S = 1.0
-BODY_S = 30.0  # for a body to arrive
 OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})  # to everyone, for probes
 SERVER = {"name": "hybrid-gateway", "version": installed("hybrid-towers"), "extensions": ["binary_tensor_data"]}
 Ask = Callable[[Any, oip.Rows, float | None], Awaitable[oip.Answers]]
@@ -170,7 +170,7 @@ class Gateway:
         asking.about(deployment)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise BadRequest("the body must not be compressed (no Content-Encoding)")
-        body = await _body(request, self.max_body_bytes)
+        body = await read_body(request, self.max_body_bytes, dropped=DRAIN_BYTES)
         with asking.stage("decode"):
             asked = oip.decode(body, request.headers.get(HEADER_LENGTH), deployment)
         answers = await self.predict(deployment, asked, request.scope[CLIENT], asking, take)
@@ -367,26 +367,6 @@ async def _watch(ends: Sequence[ThreadedOutbox | Tail], on_loss: Callable[[], No
     while all(end.alive for end in ends):
         await asyncio.sleep(REFRESH_S)
     on_loss()
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's body, never more than `limit` of it in memory."""
-    body, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= limit:
-                    body += chunk
-                elif size > DRAIN_BYTES:
-                    break
-    except TimeoutError:
-        raise BadRequest(f"the body must arrive within {BODY_S:g} s") from None
-    except ClientDisconnect:
-        raise BadRequest("the connection ended before the body did") from None
-    if size > limit:
-        raise BodyTooLarge(f"the body must have at most {limit} bytes")
-    return bytes(body)
 
 
 def refused(error: ServingError) -> Response:

@@ -9,6 +9,7 @@ messages are those that tritonclient ships. Its field `timeout` is Triton's.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hybrid.deployment import Deployment
 from hybrid.errors import BadRequest, ConfigError, ServingError
+from hybrid.http import BODY_S
 from hybrid.protocol import OUTPUTS
 from hybrid.tracing import TRACEPARENT
 from serving import oip
@@ -41,6 +43,7 @@ STATUS = {
 }
 CONTENTS = {"FP32": "fp32_contents", "INT64": "int64_contents", "BYTES": "bytes_contents"}
 MAX_METADATA_BYTES = 16 << 10
+MAX_CONNECTIONS = 512
 OPTIONS = {
     "grpc.max_receive_message_length": MAX_BODY_BYTES,
     "grpc.max_metadata_size": MAX_METADATA_BYTES,
@@ -51,6 +54,9 @@ OPTIONS = {
     "grpc.keepalive_timeout_ms": 20_000,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+    # Nor does one that says nothing stay: its place is another's.
+    "grpc.server_handshake_timeout_ms": 20_000,
+    "grpc.max_connection_idle_ms": 300_000,
     # A balancer sees connections, not calls: an old one is opened anew, perhaps elsewhere.
     "grpc.max_connection_age_ms": 1_800_000,
     "grpc.max_connection_age_grace_ms": 30_000,
@@ -69,6 +75,7 @@ class Listen:
         certificate: PEM of its private key and of its certificate chain; None: plaintext.
         client_ca: PEM of those who sign clients' certificates; None: clients show none.
         reuse_port: whether other processes may listen there too.
+        connections: at once; more are ended.
     """
 
     address: str
@@ -77,6 +84,7 @@ class Listen:
     certificate: tuple[bytes, bytes] | None = None
     client_ca: bytes | None = None
     reuse_port: bool = False
+    connections: int = MAX_CONNECTIONS
 
 
 @asynccontextmanager
@@ -87,6 +95,7 @@ async def listening(gateway: Gateway, listen: Listen) -> AsyncIterator[int]:
         ConfigError: the address is taken, or the certificate does not hold.
     """
     options = [*OPTIONS.items(), ("grpc.so_reuseport", int(listen.reuse_port))]
+    options.append(("grpc.max_allowed_incoming_connections", listen.connections))
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=listen.calls)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers(gateway)),))
     try:
@@ -211,12 +220,18 @@ def _method(
     *,
     is_open: bool = False,
 ) -> grpc.RpcMethodHandler:
-    """The method, behind the access control unless `is_open`, with its errors as statuses."""
+    """The method, behind the access control unless `is_open`, with its errors as statuses.
 
-    async def call(body: bytes, context: Context) -> Any:
+    To the library a call is a stream of one message, so that `call` begins before the message is there. Else calls
+    without one, from peers without a key, could be all that there may be.
+    """
+
+    async def call(messages: AsyncIterator[bytes], context: Context) -> Any:
         try:
-            client = "" if is_open else await gateway.access.admit(_metadata(context, "authorization"))
-            return await answer(message.FromString(body), context, client)
+            if is_open:  # what is asked is empty
+                return await answer(None, context, "")
+            client = await gateway.access.admit(_metadata(context, "authorization"))
+            return await answer(message.FromString(await _first(messages)), context, client)
         except DecodeError:
             refused: ServingError = BadRequest(f"the message must be a {message.DESCRIPTOR.name}, and is not")
         except Exception as error:
@@ -225,8 +240,18 @@ def _method(
         status = STATUS.get(refused.status, grpc.StatusCode.INTERNAL)
         return await context.abort(status, str(refused), tuple({CODE: refused.code, **extra}.items()))  # raises
 
-    # The body is parsed in `call`: after the caller is known, and with an error of ours.
-    return grpc.unary_unary_rpc_method_handler(call, response_serializer=lambda response: response.SerializeToString())
+    # The message is parsed in `call`: after the caller is known, and with an error of ours.
+    return grpc.stream_unary_rpc_method_handler(call, response_serializer=lambda response: response.SerializeToString())
+
+
+async def _first(messages: AsyncIterator[bytes]) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for message in messages:
+                return message
+    except TimeoutError:
+        raise BadRequest(f"the message must arrive within {BODY_S:g} s") from None
+    raise BadRequest("a call must have a message")
 
 
 def _metadata(context: Context, name: str) -> list[str]:

@@ -44,9 +44,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from hybrid import http
+from hybrid.bearer import check_token, read_token, shown
 from hybrid.blind_rsa import blind_sign
-from hybrid.errors import BodyTooLarge, ConfigError, HybridError, ServingError, TokenError, Unauthenticated
-from hybrid.http import Certificate, TimedHttp
+from hybrid.errors import ConfigError, HybridError, ServingError, TokenError, Unauthenticated
+from hybrid.http import Certificate, TimedHttp, read_body
 from hybrid.protocol import is_loopback
 from hybrid.tokens import (
     REQUEST_BYTES,
@@ -77,7 +78,6 @@ KEPT_S = 30 * 86_400.0  # after which a window's private key is deleted at the l
 MAX_SCOPES = 1000  # that are open
 MAX_OPENING = 1024  # bytes of its body
 CONNECTIONS = 512  # at once
-SHORTEST_TOKEN = 32  # characters, of the control side's
 FILE = "issuer.db"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS scopes (
@@ -337,7 +337,7 @@ def application(issuer: Issuer, access: Access) -> Starlette:
     async def post(request: Request) -> Response:
         account = await access.admit(request.headers.getlist("authorization"))
         scope, number = _window(request)
-        body = await _body(request, REQUEST_BYTES)
+        body = await read_body(request, REQUEST_BYTES)
         answer = await asyncio.to_thread(issuer.issue, account, scope, number, body)
         return Response(answer, media_type=RESPONSE_TYPE)
 
@@ -362,23 +362,21 @@ def control_application(issuer: Issuer, token: str) -> Starlette:
         token: that each request must show as bearer.
 
     Raises:
-        ConfigError: the token is too short to be one.
+        ConfigError: the token is none.
     """
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    if len(token) < SHORTEST_TOKEN or not token.isascii():
-        raise ConfigError(f"token must be at least {SHORTEST_TOKEN} ASCII characters")
-    expected = f"Bearer {token}".encode()
+    check_token(token)
 
     def admit(request: Request) -> None:
-        if not hmac.compare_digest(request.headers.get("authorization", "").encode("latin-1"), expected):
+        if not shown(request.headers.getlist("authorization"), token):
             raise Unauthenticated("show the control side's token as a bearer token")
 
     async def post(request: Request) -> Response:
         admit(request)
-        scope, body = _scope(request), await _body(request, MAX_OPENING)
+        scope, body = _scope(request), await read_body(request, MAX_OPENING)
         try:
             opening = Opening.model_validate_json(body)
         except ValidationError:
@@ -412,7 +410,6 @@ async def _health(_request: Request) -> Response:
 
 def _answered(handler: Handler) -> Handler:
     """Turns errors into answers. Of one that nobody foresaw the class is logged, and no text: it may name somebody."""
-    from starlette.requests import ClientDisconnect
     from starlette.responses import Response
 
     async def answered(request: Request) -> Response:
@@ -420,8 +417,6 @@ def _answered(handler: Handler) -> Handler:
             return await handler(request)
         except ServingError as error:
             refused = error
-        except ClientDisconnect:
-            return Response(status_code=400)
         except Exception as error:
             log.error("internal error: %s", type(error).__name__)
             refused = ServingError("internal error")
@@ -449,15 +444,6 @@ def _window(request: Request) -> tuple[str, int]:
         return _scope(request), _NUMBER.validate_python(int(number[:10]))
     except ValidationError:
         raise UnknownWindow("no window has such a number") from None
-
-
-async def _body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise BodyTooLarge(f"the body must have at most {most} bytes")
-    return bytes(body)
 
 
 @contextmanager
@@ -510,10 +496,7 @@ def _serve(arguments: argparse.Namespace, devices: Certificate | None, control: 
     """Both sides, until the process is told to end."""
     rate, ended = arguments.requests_per_s, http.told_to_end()
     access = Access(ApiKeys(arguments.api_keys), None if rate is None else Buckets(rate, max(rate, 1.0)))
-    try:
-        token = arguments.token.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token file {str(arguments.token)!r} cannot be read: {type(error).__name__}") from None
+    token = read_token(arguments.token)
     with (
         Issuer(arguments.folder) as issuer,
         listening(application(issuer, access), arguments.host, arguments.port, certificate=devices) as port,

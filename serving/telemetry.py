@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, start_http_server, values
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, make_asgi_app, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from hybrid.deployment import Deployment
 from hybrid.errors import ConfigError, ServingError, UnknownModel
+from hybrid.http import TimedHttp, listening
 from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.protocol import NONE, OK
 from hybrid.tracing import Span, Tracer
@@ -33,6 +34,7 @@ values.ValueClass = values.MutexValue
 
 PAIR = ("model", "version")
 FORWARD = "forward"  # the stage in which a batch's networks run
+SCRAPERS = 16  # connections to the metrics at once
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RECORDS = (1, 2, 4, 8, 16, 32, 64)
@@ -303,25 +305,27 @@ class Telemetry:
                 self._trace(self._tracer, part, step.laps)
 
     @contextmanager
-    def exposed(self, port: int | None, host: str = "127.0.0.1") -> Iterator[None]:
+    def exposed(self, port: int | None, host: str = "127.0.0.1") -> Iterator[int | None]:
         """Answers `GET /metrics` there, from a thread of its own; does nothing where `port` is None.
+
+        Yields:
+            The port; another than 0.
 
         Raises:
             ConfigError: the port cannot be used.
         """
         if port is None:
-            yield
+            yield None
             return
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"--metrics-port must be a free port, got {port} ({type(error).__name__})") from None
-        try:
-            yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        # prometheus_client's own server has a thread for each connection, and waits for what it says for ever.
+        options: dict[str, Any] = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": SCRAPERS}
+        with ExitStack() as stack:
+            try:
+                app = make_asgi_app(self.registry)
+                bound = stack.enter_context(listening(app, host, port, name="metrics", **options))
+            except ConfigError as error:
+                raise ConfigError(f"--metrics-port must be a free port, got {port}: {error}") from None
+            yield bound
 
     def _asked(self, asking: Request, code: str, seconds: float) -> None:
         pair = asking.model, asking.version

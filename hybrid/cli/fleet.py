@@ -365,7 +365,8 @@ def resume_training(
 
 
 def _control(aggregator: str, token: Path, authority: Path | None) -> RemoteAggregator:
-    from hybrid.federation.remote import RemoteAggregator, read_token
+    from hybrid.bearer import read_token
+    from hybrid.federation.remote import RemoteAggregator
 
     return RemoteAggregator(url=aggregator, token=read_token(token), run="control", authority=authority)
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from hybrid import http
+from hybrid.bearer import read_token
 from hybrid.bundle import signing_key
 from hybrid.errors import ConfigError, HybridError
 from hybrid.federation.aggregator import PURPOSE, Round
@@ -28,7 +29,7 @@ from hybrid.federation.fleet_aggregator import FleetAggregator, Reply, Task
 from hybrid.federation.halts import KillSwitch
 from hybrid.federation.issuer import RemoteIssuer
 from hybrid.federation.pace import LONGEST_S
-from hybrid.federation.remote import control_app, controlled, read_token
+from hybrid.federation.remote import control_app, controlled
 from hybrid.http import Certificate, TimedHttp
 from hybrid.plan import CHECK_IN, CheckIn, Count, Positive
 from hybrid.privacy.ledger import Ledger

@@ -27,10 +27,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from pydantic import Field
 
+from hybrid.bearer import read_token
 from hybrid.errors import ConfigError, FederationError, NotFound
 from hybrid.features import Float32
 from hybrid.federation.client_app import client_app
-from hybrid.federation.remote import RemoteAggregator, read_token
+from hybrid.federation.remote import RemoteAggregator
 from hybrid.federation.strategy import ATTEMPT, PLAN, RUN, NoisedSum
 from hybrid.files import write_whole
 from hybrid.spec import Declared, Training

@@ -15,11 +15,12 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from hybrid.bearer import read_token
 from hybrid.features import Float32
 from hybrid.federation.aggregator import PaidMechanism, Round, coins, local_stream
 from hybrid.federation.engine import Engine
 from hybrid.federation.population import Examples, ExamplesWriter
-from hybrid.federation.remote import control_app, controlled, read_token
+from hybrid.federation.remote import control_app, controlled
 from hybrid.http import Certificate, told_to_end
 from hybrid.network import Network
 from hybrid.privacy.accountant import GaussianEvent, epsilon

@@ -22,11 +22,8 @@ it leaves. How many took part does not leave (docs/decisions/0009).
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-import os
 import re
-import secrets
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -41,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hybrid.bearer import check_token, shown
 from hybrid.errors import (
     AggregatorError,
     BudgetExceeded,
@@ -50,6 +48,7 @@ from hybrid.errors import (
     NotFound,
     RoundEnded,
     RoundStopped,
+    ServingError,
 )
 from hybrid.features import Float32
 from hybrid.files import write_whole
@@ -68,7 +67,8 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT_S = 30.0  # of one request
 RETRY_S, LONGEST_RETRY_S = 0.5, 8.0  # from a connection that failed to the next; twice as long each time
-SHORTEST_TOKEN = 32  # characters
+WEIGHTS_S = 300.0  # for a round's weights to come
+CONNECTIONS = 128  # at once
 MAX_HALT = 64 << 10  # bytes of its body
 
 HALT, TRAINING = "/halt", "/training"
@@ -256,19 +256,21 @@ def control_app(
         switch: of an aggregator that fronts devices.
 
     Raises:
-        ConfigError: the token is too short to be one.
+        ConfigError: the token is none.
     """
     from starlette.applications import Starlette
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
-    _check_token(token)
+    from hybrid.http import read_body
+
+    check_token(token)
     rounds = Rounds(aggregator, folder)
     path = "/rounds/{run}/{number}/{attempt}"
 
     async def put(request: Request) -> Response:
         key = _asked(request)
-        rounds.open(key, _flat(await _body(request, size * _WEIGHTS.itemsize), size))
+        rounds.open(key, _flat(await read_body(request, size * _WEIGHTS.itemsize, within_s=WEIGHTS_S), size))
         return PlainTextResponse("open\n", status_code=202)
 
     async def get(request: Request) -> Response:
@@ -300,16 +302,18 @@ def _stopping(rounds: Rounds, found: Switch | None) -> list[tuple[str, str, Hand
     """Path, method and handler of what stops devices, or says how they stand."""
     from starlette.responses import Response
 
+    from hybrid.http import read_body
+
     def switch() -> Switch:
         if found is None:
             raise _Refused(404, "no_devices", "this aggregator simulates its people: end the training")
         return found
 
     async def order(request: Request) -> Order:
-        return _read(Order, await _body(request, MAX_HALT))
+        return _read(Order, await read_body(request, MAX_HALT))
 
     async def halt(request: Request) -> Response:
-        switch().halt(_read(Halt, await _body(request, MAX_HALT)))
+        switch().halt(_read(Halt, await read_body(request, MAX_HALT)))
         return Response(status_code=204)
 
     async def training(_request: Request) -> Response:
@@ -339,7 +343,7 @@ def _stopping(rounds: Rounds, found: Switch | None) -> list[tuple[str, str, Hand
 Handler = Callable[["Request"], Awaitable["Response"]]
 
 
-class _Refused(Exception):
+class _Refused(ServingError):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -370,17 +374,14 @@ def _guarded(handler: Handler, token: str) -> Handler:
     """Asks for the token, and turns errors into answers."""
     from starlette.responses import JSONResponse
 
-    expected = f"Bearer {token}".encode()
-
     async def guarded(request: Request) -> Response:
         try:
-            shown = request.headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(shown, expected):
+            if not shown(request.headers.getlist("authorization"), token):
                 raise _Refused(401, "unauthenticated", "show the aggregator's token as a bearer token")
             return await handler(request)
         except tuple(_REFUSALS) as error:
-            refused = _refused(error)
-        except _Refused as error:
+            refused: ServingError = _refused(error)
+        except ServingError as error:
             refused = error
         return JSONResponse({"error": refused.code, "message": str(refused)}, status_code=refused.status)
 
@@ -392,15 +393,6 @@ def _asked(request: Request) -> Key:
     if not _RUN.fullmatch(run) or not all(re.fullmatch(r"[1-9][0-9]{0,8}", text) for text in (number, attempt)):
         raise _Refused(400, "bad_request", "a round is named RUN/NUMBER/ATTEMPT, with numbers from 1")
     return Key(run, int(number), int(attempt))
-
-
-async def _body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise _Refused(413, "body_too_large", f"the body must have at most {most} bytes")
-    return bytes(body)
 
 
 def _flat(body: bytes, size: int) -> Float32:
@@ -471,7 +463,8 @@ def controlled(app: Starlette, *, host: str, port: int, certificate: Certificate
 
     if certificate is None and not is_loopback(host):
         raise ConfigError(f"certificate must be given where host is not a loopback address, got {host!r}")
-    with listening(app, host, port, name="control", certificate=certificate, timeout_keep_alive=60) as bound:
+    options = {"timeout_keep_alive": 60, "limit_concurrency": CONNECTIONS}
+    with listening(app, host, port, name="control", certificate=certificate, **options) as bound:
         yield bound
 
 
@@ -504,7 +497,7 @@ class RemoteAggregator:
             raise ConfigError(f"url must be https://HOST:PORT, got {self.url!r}")
         if parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ConfigError(f"url must begin with https:// where the aggregator is elsewhere, got {self.url!r}")
-        _check_token(self.token)
+        check_token(self.token)
         if self.authority is not None and not self.authority.is_file():
             raise ConfigError(f"authority must be a PEM file, got {str(self.authority)!r}")
 
@@ -642,31 +635,3 @@ def _read_sum(body: bytes, size: int) -> NDArray[np.float64]:
     if not np.isfinite(total).all():
         raise AggregatorError("the aggregator's sum is not finite")
     return total
-
-
-def new_token(file: Path) -> str:
-    """Writes a random token to a file that only its owner may read, and returns it."""
-    token = secrets.token_urlsafe(32)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as out:
-        out.write(token)
-    return token
-
-
-def read_token(file: Path) -> str:
-    """What `new_token`, or an operator, wrote.
-
-    Raises:
-        ConfigError: there is no such file, or what it holds is too short to be a token.
-    """
-    try:
-        token = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token file {str(file)!r} must be readable, got {type(error).__name__}") from None
-    _check_token(token)
-    return token
-
-
-def _check_token(token: str) -> None:
-    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError(f"token must be at least {SHORTEST_TOKEN} printable ASCII characters without spaces")

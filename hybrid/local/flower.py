@@ -27,11 +27,11 @@ from typing import Protocol
 
 import numpy as np
 
+from hybrid.bearer import new_token
 from hybrid.errors import FederationError, NotFound, StackError
 from hybrid.features import Float32
 from hybrid.federation.flower_app import APP, DONE, Job, Progress
 from hybrid.federation.parts import RELEASE, Budget, Part, write_rows
-from hybrid.federation.remote import new_token
 from hybrid.federation.training import Outcome, Rounds
 from hybrid.local.process import Process, Service, free_ports, http_ok, is_running, log_has
 from hybrid.privacy.ledger import FILE as LEDGER

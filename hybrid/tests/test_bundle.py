@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,8 +27,10 @@ from hybrid.bundle import (
     trusted_key,
     write_bundle,
 )
-from hybrid.errors import BundleError, ConfigError
+from hybrid.errors import BundleError, ConfigError, PlanError
 from hybrid.features import Features
+from hybrid.plan import Halt, open_signed, sign
+from hybrid.sealing import generate
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PROGRAMS = {"embed.pte": b"program one " * 20, "predict.pte": b"program two " * 20}
@@ -378,3 +381,32 @@ def test_a_trusted_key_that_is_none_is_refused(tmp_path: Path):
     for name in ("absent.pub", "garbage.pub", "bundle-signing.pem"):
         with pytest.raises(ConfigError, match=name):
             trusted_key(tmp_path / name)
+
+
+def test_while_a_key_is_replaced_bundles_plans_and_halts_of_either_are_taken(data: bytes, tmp_path: Path):
+    """Of a file with the old key and the new one: what either signed is read, what a third did is not."""
+    new, stranger = signing_key(tmp_path / "new"), Ed25519PrivateKey.generate()
+    pem, spki = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    both = KEY.public_key().public_bytes(pem, spki) + (tmp_path / "new" / "bundle-signing.pub").read_bytes()
+    (tmp_path / "trusted.pem").write_bytes(both)
+    trusted, halt = trusted_key(tmp_path / "trusted.pem"), Halt(model="coupon", versions=(3,), reason="a test")
+    manifest = MANIFEST.model_copy(update={"version": 4})
+    for key in (new, stranger):
+        write_bundle(tmp_path / f"{key is new}.bundle", manifest, PROGRAMS, key)
+    assert read_bundle(data, trusted).manifest.version == 3
+    assert read_bundle((tmp_path / "True.bundle").read_bytes(), trusted).manifest.version == 4
+    assert [open_signed(sign(halt, key), trusted)[0] for key in (KEY, new)] == [halt, halt]
+    with pytest.raises(BundleError, match="not signed by the key this device trusts"):
+        read_bundle((tmp_path / "False.bundle").read_bytes(), trusted)
+    with pytest.raises(PlanError, match="not signed by the key this device trusts"):
+        open_signed(sign(halt, stranger), trusted)
+
+
+def test_of_several_trusted_keys_all_must_be_of_the_kind(tmp_path: Path):
+    """One of X25519 beside ours would be a mistake: none is dropped in silence."""
+    signing_key(tmp_path)
+    generate(tmp_path / "sealing.pem", tmp_path / "sealing.pub")
+    both = [(tmp_path / name).read_bytes() for name in ("bundle-signing.pub", "sealing.pub")]
+    (tmp_path / "both.pem").write_bytes(b"".join(both))
+    with pytest.raises(ConfigError, match=r"'both\.pem' must be Ed25519"):
+        trusted_key(tmp_path / "both.pem")

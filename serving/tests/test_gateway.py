@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from hybrid.errors import BodyTooLarge, Overloaded, Unavailable
+from hybrid.http import read_body
 from serving import gateway as gateway_module
 from serving.access import Access, ApiKey, ApiKeys, Buckets
 from serving.deployments import Deployments
-from serving.gateway import Gateway, _body, application
+from serving.gateway import Gateway, application
 from serving.oip import Answers
 from serving.telemetry import Telemetry
 from serving.testing import deployment
@@ -105,7 +106,7 @@ def test_an_oversize_body_is_refused_while_it_is_read():
         return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
 
     with pytest.raises(BodyTooLarge, match="at most 2000 bytes"):
-        asyncio.run(_body(Request({"type": "http"}, receive), 2_000))
+        asyncio.run(read_body(Request({"type": "http"}, receive), 2_000, dropped=16 << 20))
     assert len(chunks) == 17
 
 

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2_grpc
 from hybrid.errors import BadRequest, Overloaded, ServingError, StaleFeatures, Unavailable
 from hybrid.spec import Serving
 from hybrid.tracing import Tracer, new_traceparent
-from serving import oip
+from serving import grpc_gateway, oip
 from serving.access import Access, ApiKey, ApiKeys, Buckets
 from serving.deployments import Deployments
 from serving.gateway import MAX_BODY_BYTES, Gateway
@@ -302,7 +302,8 @@ async def opened(folder, access=Access(), **changes):  # noqa: B008  nothing cha
     front = Front(folder, access)
     async with listening(front.gateway, Listen("127.0.0.1:0", calls=8, drain_s=1, **changes)) as port:
         unlimited = [("grpc.max_send_message_length", -1)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", unlimited) as channel:
+        front.address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(front.address, unlimited) as channel:
             front.channel, front.stub = channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
             yield front
 
@@ -394,8 +395,8 @@ def test_calls_are_counted_and_traced_as_http_requests_are(tmp_path):
 
 
 def test_every_error_of_serving_has_a_status():
-    """Only those that are our own fault are INTERNAL. The issuer of tokens, with errors of its own, speaks HTTP."""
-    found = [error for error in ServingError.__subclasses__() if error.__module__ != "serving.issuer"]
+    """Only those that are our own fault are INTERNAL. Issuer and aggregator, with errors of their own, speak HTTP."""
+    found = [error for error in ServingError.__subclasses__() if error.__module__.startswith("hybrid.errors")]
     assert {error.status for error in found if error.status != 500} <= set(STATUS)
 
 
@@ -540,5 +541,47 @@ def test_an_unavailable_answer_says_when_to_come_back(tmp_path):
             status, code, trailing, details = await refusal(front.stub.ModelInfer(question()))
             assert (status, code, trailing["retry-after"]) == (grpc.StatusCode.UNAVAILABLE, "unavailable", "1")
             assert details == "no answer in time (5 s)"
+
+    asyncio.run(scenario())
+
+
+def test_a_call_without_its_message_is_not_waited_for(tmp_path, monkeypatch):
+    """Who shows no key is refused before its message comes, and one that shows it after a while; so eight such calls,
+    all that there may be, keep nobody out."""
+    monkeypatch.setattr(grpc_gateway, "BODY_S", 0.3)
+    key, text = ApiKey.issue("app")
+    (tmp_path / "keys").write_text(f"{key}\n")
+
+    async def scenario():
+        async with opened(tmp_path / "deployments", Access(ApiKeys(tmp_path / "keys"))) as front:
+            infer = front.channel.stream_unary(f"/{SERVICE}/ModelInfer")
+            live = front.channel.stream_unary(f"/{SERVICE}/ServerLive")
+            strangers = [infer() for _ in range(8)]
+            assert {(await refusal(call))[1] for call in strangers} == {"unauthenticated"}
+            assert await live()  # it needs none
+            known = [infer(metadata=[("authorization", f"Bearer {text}")]) for _ in range(8)]
+            assert {(await refusal(call))[1::2] for call in known} == {
+                ("bad_request", "the message must arrive within 0.3 s")
+            }
+            assert (await front.stub.ServerLive(pb.ServerLiveRequest())).live
+
+    asyncio.run(scenario())
+
+
+def test_connections_past_the_most_are_ended(tmp_path):
+    """Of a most of two the third has no answer; the second goes on."""
+
+    async def scenario():
+        async with opened(tmp_path, connections=2) as front:
+            assert (await front.stub.ServerLive(pb.ServerLiveRequest())).live
+            alone = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+            async with (
+                grpc.aio.insecure_channel(front.address, alone) as second,
+                grpc.aio.insecure_channel(front.address, alone) as third,
+            ):
+                stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in (second, third)]
+                assert (await stubs[0].ServerLive(pb.ServerLiveRequest())).live
+                assert (await refusal(stubs[1].ServerLive(pb.ServerLiveRequest())))[0] == grpc.StatusCode.UNAVAILABLE
+                assert (await stubs[0].ServerLive(pb.ServerLiveRequest())).live
 
     asyncio.run(scenario())

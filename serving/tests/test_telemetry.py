@@ -1,8 +1,9 @@
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -176,6 +177,18 @@ def test_metrics_are_answered_on_loopback_until_the_process_ends():
     assert b"hybrid_build_info{" in page
     with Telemetry().exposed(port):
         pass
+
+
+def test_who_asks_for_metrics_and_says_nothing_costs_no_thread():
+    """Twenty connections with half a head each: as many threads as with none; the last one asks, and is answered."""
+    with Telemetry().exposed(0) as port, ExitStack() as opened:
+        before = threading.active_count()
+        connections = [opened.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(20)]
+        for connection in connections:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\n")
+        connections[-1].sendall(b"Connection: close\r\n\r\n")
+        assert connections[-1].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert threading.active_count() == before
 
 
 def test_a_requests_span_goes_on_with_the_callers_trace_and_holds_its_stages():

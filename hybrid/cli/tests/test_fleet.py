@@ -3,10 +3,11 @@ from contextlib import contextmanager
 import pytest
 from typer.testing import CliRunner
 
+from hybrid.bearer import new_token
 from hybrid.cli import app
 from hybrid.errors import AggregatorError, ConfigError, NotFound
 from hybrid.federation.halts import KillSwitch
-from hybrid.federation.remote import control_app, controlled, new_token
+from hybrid.federation.remote import control_app, controlled
 from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, TRUST, built
 from hybrid.plan import Halt, open_signed
 

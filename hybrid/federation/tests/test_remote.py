@@ -29,8 +29,6 @@ from hybrid.federation.remote import (
     Training,
     control_app,
     controlled,
-    new_token,
-    read_token,
 )
 from hybrid.plan import Halt
 from hybrid.privacy.mechanisms import Release
@@ -397,14 +395,3 @@ def test_elsewhere_only_with_certificates():
         client(1, url="http://aggregator.example:8443")
     with pytest.raises(ConfigError, match="certificate must be given"), controlled(None, host="0.0.0.0", port=0):
         pass
-
-
-def test_a_token_comes_from_a_file_that_only_its_owner_reads(tmp_path):
-    """What was written is what is read; a short one is none."""
-    assert new_token(tmp_path / "token") == read_token(tmp_path / "token")
-    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
-    (tmp_path / "token").write_text("hunter2")
-    with pytest.raises(ConfigError, match="at least 32"):
-        read_token(tmp_path / "token")
-    with pytest.raises(ConfigError, match="must be readable"):
-        read_token(tmp_path / "none")
