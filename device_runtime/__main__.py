@@ -320,7 +320,15 @@ async def _train(
     with Store.open(store, key, opened.manifest) as kept:
         for device in devices:
             session = Participation(
-                opened, trainer, kept, host, asked, trusted, device=device, credentials=credentials, own=own
+                bundle=opened,
+                trainer=trainer,
+                store=kept,
+                host=host,
+                aggregator=asked,
+                trusted=trusted,
+                device=device,
+                credentials=credentials,
+                own=own,
             )
             sessions.append({"device": device, **(await session.session()).summary()})
     return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}

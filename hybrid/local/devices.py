@@ -304,12 +304,12 @@ async def _run(
             account = None if credentials is None else credentials.of(keys[device])
             async with room:
                 return await Participation(
-                    opened,
-                    trainer,
-                    kept,
-                    host,
-                    asked,
-                    trusted,
+                    bundle=opened,
+                    trainer=trainer,
+                    store=kept,
+                    host=host,
+                    aggregator=asked,
+                    trusted=trusted,
                     device=device,
                     answerer=answerer,
                     credentials=account,
