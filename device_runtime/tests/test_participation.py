@@ -31,7 +31,7 @@ from hybrid import Clear, Numeric
 from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
-from hybrid.journal import CONDITIONS, STOPS, Phase
+from hybrid.journal import STOPS, Phase
 from hybrid.plan import Halt, Local, Policy, QueryPlan, TrainPlan, Turn, sign
 from hybrid.query import LABEL, Categories, Labels, Moments, Query
 from hybrid.tokens import TOKEN_BYTES, Pending, Window
