@@ -863,11 +863,14 @@ def test_an_update_that_waited_before_conditions_were_kept_waits_under_the_stric
 ):
     """A store of an earlier build is brought up to date when it is opened; what waits in it is not lost."""
     store.keep_upload(Upload("a" * 32, "1" * 32, b"first", NOW + HOUR, 7, Policy(idle=False)))
-    for column in ("version", "policy"):
+    for column in ("version", "policy", "reports"):
         store._db.run(f"ALTER TABLE uploads DROP COLUMN {column}")
+    for table in ("turns", "tokens", "journal", "reports"):
+        store._db.run(f"DROP TABLE {table}")
     store.__exit__(None, None, None)
     with Store.open(file, KEY, manifest, now_ms=NOW) as store:
         assert store.pending(NOW) == [Upload("a" * 32, "1" * 32, b"first", NOW + HOUR, 0, Policy())]
+        assert [store.journal(0).of("2030-W11"), store.journal(0).due("2030-W11", NOW)] == [None, NOW]
 
 
 def test_a_halt_is_of_this_model_s_versions(store: Store):
