@@ -20,6 +20,8 @@ from hybrid.tracing import from_environment
 if TYPE_CHECKING:
     from device_runtime.answers import Answer
     from device_runtime.credentials import Credentials
+    from device_runtime.host import Host
+    from device_runtime.journal import Journal
     from device_runtime.program import Engine
     from device_runtime.store import Store
     from hybrid.bundle import Bundle
@@ -34,6 +36,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_infer(commands)
     _add_train(commands)
+    _add_report(commands)
     _add_update(commands)
     _add_forget(commands)
     _add_export(commands)
@@ -105,25 +108,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--model", default=None, help="whose bundles --folder holds")
     train.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
     _add_store(train)
-    train.add_argument("--aggregator", required=True, help="for example https://aggregator.example")
-    train.add_argument(
-        "--consent",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
-    )
-    train.add_argument(
-        "--issuer",
-        default=None,
-        metavar="URL",
-        help="of the tokens that plans may ask for; it is shown the account's key, the aggregator is not. Without it "
-        "the device takes part in no plan that asks for one",
-    )
-    train.add_argument(
-        "--issuer-name", default=None, metavar="NAME", help="as plans have it (default: --issuer's host)"
-    )
-    _add_api_key_file(train, "issuer")
+    _add_session(train)
     train.add_argument(
         "--policy",
         type=Path,
@@ -132,7 +117,60 @@ def _add_train(commands: Any) -> None:
         help="the app's own conditions, beside the plan's: a JSON object with fields of hybrid.plan.Policy, such as "
         '{"idle": false, "battery": 0.5}; those left out are strict',
     )
-    train.add_argument(
+    train.set_defaults(run=_train)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="tell how far the device came last week, once, if the person agrees",
+        description="Sends the report that waits in the store; or else, at a time of the week that each device draws, "
+        "asks the aggregator for a signed query about last week's journals, and sends one vector: how far the device "
+        "came with its newest version, and why no further. It needs no bundle, no charger and no idle device; it is no "
+        "participation in training. Prints how each device's session ended as JSON.",
+    )
+    report.add_argument("--trust", type=Path, required=True, help="the host app's public key (PEM)")
+    _add_store(report)
+    _add_session(report)
+    report.add_argument(
+        "--policy",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="the app's own conditions for it, as in train (default: consent alone)",
+    )
+    report.add_argument(
+        "--spread-s",
+        type=float,
+        default=None,
+        metavar="S",
+        help="seconds from the beginning of a week, in which devices draw their time (default: six days)",
+    )
+    report.set_defaults(run=_report)
+
+
+def _add_session(command: argparse.ArgumentParser) -> None:
+    """What a session needs, whatever it is for."""
+    command.add_argument("--aggregator", required=True, help="for example https://aggregator.example")
+    command.add_argument(
+        "--consent",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="exists as long as the person agrees to take part; looked for before anything is sent, and while training",
+    )
+    command.add_argument(
+        "--issuer",
+        default=None,
+        metavar="URL",
+        help="of the tokens that plans may ask for; it is shown the account's key, the aggregator is not. Without it "
+        "the device takes part in no plan that asks for one",
+    )
+    command.add_argument(
+        "--issuer-name", default=None, metavar="NAME", help="as plans have it (default: --issuer's host)"
+    )
+    _add_api_key_file(command, "issuer")
+    command.add_argument(
         "--readings",
         type=Path,
         default=None,
@@ -140,10 +178,9 @@ def _add_train(commands: Any) -> None:
         help="what to take for the machine's state in place of its own: a JSON list of objects with fields of "
         "device_runtime.eligibility.Readings, one reading after another",
     )
-    train.add_argument(
+    command.add_argument(
         "--devices", type=_range, default=range(1), metavar="A:B", help="devices A to B - 1 of the store, in turn (0:1)"
     )
-    train.set_defaults(run=_train)
 
 
 def _add_update(commands: Any) -> None:
@@ -163,6 +200,13 @@ def _add_update(commands: Any) -> None:
     update.add_argument("--timeout", type=float, default=10.0, help="seconds for each wait on the network (default 10)")
     _add_engine(update, "in which a new bundle's programs are tried (default: in each that is installed)")
     update.add_argument("--store", type=Path, default=None, help="encrypted SQLite file that knows of halted versions")
+    update.add_argument(
+        "--consent",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="exists as long as the person agrees that the store's journal says what became of it",
+    )
     _add_key_file(update)
     _add_api_key_file(update)
     update.set_defaults(run=_update)
@@ -299,7 +343,6 @@ async def _train(
     devices: range,
 ) -> dict[str, Any]:
     from device_runtime.aggregator import Aggregator
-    from device_runtime.host import LinuxHost, ScriptedHost
     from device_runtime.participation import Participation, read_policy
     from device_runtime.program import open_bundle
     from device_runtime.secret import read_store_key
@@ -312,17 +355,78 @@ async def _train(
     key = read_store_key(key_file, os.environ)
     _check_written(store)
     opened = open_bundle(bundle, trust) if bundle else _installed(folder, model, trusted, store, key)
-    agrees = consent.is_file
-    host = ScriptedHost.open(readings, agrees) if readings else LinuxHost(store.parent, agrees)
+    host = _host(store, consent, readings)
     trainer = None if opened.manifest.train is None else Trainer(opened)
     sessions: list[dict[str, Any]] = []
     with Store.open(store, key, opened.manifest) as kept:
         for device in devices:
             session = Participation(
-                opened, trainer, kept, host, asked, trusted, device=device, credentials=credentials, own=own
+                bundle=opened,
+                trainer=trainer,
+                store=kept,
+                host=host,
+                aggregator=asked,
+                trusted=trusted,
+                device=device,
+                credentials=credentials,
+                own=own,
             )
             sessions.append({"device": device, **(await session.session()).summary()})
     return {"model": opened.manifest.model, "version": opened.manifest.version, "sessions": sessions}
+
+
+async def _report(
+    *,
+    trust: Path,
+    store: Path,
+    key_file: Path | None,
+    aggregator: str,
+    consent: Path,
+    issuer: str | None,
+    issuer_name: str | None,
+    api_key_file: Path | None,
+    policy: Path | None,
+    readings: Path | None,
+    devices: range,
+    spread_s: float | None,
+) -> dict[str, Any]:
+    from device_runtime.aggregator import Aggregator
+    from device_runtime.participation import read_policy
+    from device_runtime.reporting import SPREAD_S, Report
+    from device_runtime.secret import read_store_key
+    from device_runtime.store import Store
+    from hybrid.bundle import trusted_key
+
+    if spread_s is not None and not 0 <= spread_s <= SPREAD_S:
+        raise ConfigError(f"--spread-s must be in [0, {SPREAD_S:g}], got {spread_s:g}")
+    asked, trusted = Aggregator(aggregator), trusted_key(trust)
+    own = None if policy is None else read_policy(policy)
+    credentials = _credentials(issuer, issuer_name, api_key_file)
+    _check_written(store)
+    sessions: list[dict[str, Any]] = []
+    with Store.open(store, read_store_key(key_file, os.environ)) as kept:
+        for device in devices:
+            session = Report(
+                model=kept.model,
+                store=kept,
+                host=_host(store, consent, readings),
+                aggregator=asked,
+                trusted=trusted,
+                device=device,
+                credentials=credentials,
+                own=own,
+                spread_s=SPREAD_S if spread_s is None else spread_s,
+            )
+            sessions.append({"device": device, **(await session.session()).summary()})
+        return {"model": kept.model, "sessions": sessions}
+
+
+def _host(store: Path, consent: Path, readings: Path | None) -> Host:
+    """The machine, or what is to be taken for it."""
+    from device_runtime.host import LinuxHost, ScriptedHost
+
+    agrees = consent.is_file
+    return ScriptedHost.open(readings, agrees) if readings else LinuxHost(store.parent, agrees)
 
 
 def _installed(folder: Path | None, model: str | None, trusted: Trusted, store: Path, key: bytes) -> Bundle:
@@ -345,6 +449,7 @@ async def _update(
     timeout: float,
     engine: Engine | None,
     store: Path | None,
+    consent: Path | None,
     key_file: Path | None,
     api_key_file: Path | None,
 ) -> dict[str, Any]:
@@ -355,14 +460,17 @@ async def _update(
     from hybrid.bundle import trusted_key
 
     api_key = _api_key(api_key_file)
+    if consent is not None and store is None:
+        raise ConfigError("--consent needs --store: the journal is kept there")
     installed = Installed(folder, model, trusted_key(trust), engine)
     with ExitStack() as stack:
         halted: Callable[[int], bool] = none_halted
+        journal: Journal | None = None
         if store is not None:
             if not store.is_file():
                 raise ConfigError(f"store {str(store)!r} does not exist: leave --store out where there is none")
             kept = stack.enter_context(Store.open(store, read_store_key(key_file, os.environ)))
-            halted = _halted(kept)
+            halted, journal = _halted(kept), kept.journal(0)
         done = update(
             installed,
             gateway,
@@ -371,6 +479,11 @@ async def _update(
             api_key=api_key,
             timeout_s=timeout,
         )
+        if journal is not None and consent is not None:
+            if not consent.is_file():
+                journal.forget()
+            elif done.noted is not None:
+                journal.note(*done.noted, time.time_ns() // 1_000_000)
     return {"model": model, **asdict(done)}
 
 

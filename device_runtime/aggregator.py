@@ -28,7 +28,7 @@ class Aggregator:
 
     async def check_in(self, message: CheckIn, most: int) -> Reply:
         """Asks for something to do; `most`: bytes of the answer."""
-        content, headers = message.model_dump_json().encode(), {"Content-Type": "application/json"}
+        content, headers = message.model_dump_json(exclude_none=True).encode(), {"Content-Type": "application/json"}
         return await self._caller.ask("POST", CHECK_IN, content, headers, most=most)
 
     async def upload(self, plan: str, upload: str, body: bytes) -> Reply:

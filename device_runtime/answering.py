@@ -15,6 +15,7 @@ from device_runtime.answers import slots_of
 from device_runtime.program import Engine, PredictProgram
 from hybrid.bundle import Bundle, Manifest
 from hybrid.errors import BadRequest, ConfigError
+from hybrid.journal import LEFT, TEXTS, Noted
 from hybrid.plan import QueryPlan
 from hybrid.privacy.mechanisms import clip_rows
 from hybrid.query import LABEL, SCORE, Query, contributions
@@ -65,9 +66,39 @@ class Readable:
 
     def lacks(self, query: Query) -> list[str]:
         """Columns that the query reads and the bundle does not declare, or not as what a part takes them for."""
-        texts, by = self.texts, [] if query.by is None else [(query.by.column, True)]
-        read = [(name, part.text) for part in query.parts for name in part.reads] + by
-        return list(dict.fromkeys(name for name, text in read if texts.get(name) is not text))
+        return lacks(query, self.texts)
+
+
+def lacks(query: Query, texts: Mapping[str, bool]) -> list[str]:
+    """Columns that a query reads and that are not there, or not as what a part takes them for.
+
+    Args:
+        query: which.
+        texts: column that is there -> whether it holds text.
+    """
+    by = [] if query.by is None else [(query.by.column, True)]
+    read = [(name, part.text) for part in query.parts for name in part.reads] + by
+    return list(dict.fromkeys(name for name, text in read if texts.get(name) is not text))
+
+
+def reported(plan: QueryPlan, noted: Noted | None) -> Float32:
+    """What a device sends of its journal: zeros where nothing is noted.
+
+    Args:
+        plan: of a query about journals, which reads `hybrid.journal.TEXTS`.
+        noted: of its newest version in the query's week.
+
+    Returns:
+        (plan.parameters,) of L2 norm `plan.clip` at most.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in TEXTS} if noted is None else noted.columns
+    return _sent(plan, columns, len(columns[LEFT]))
+
+
+def _sent(plan: QueryPlan, columns: Mapping[str, Any], rows: int, payload: Float32 | None = None) -> Float32:
+    """One person's contribution, clipped."""
+    (contribution,) = np.concatenate(list(contributions(plan.query, columns, np.array([0, rows]), payload)))
+    return _as_float32(clip_rows(contribution[None], plan.clip)[0], plan.clip)
 
 
 class _GivenUp(Exception):
@@ -120,8 +151,7 @@ class Answerer:
 
         try:
             columns = self._columns(plan.query, rows, check)
-            offsets = np.array([0, len(columns[LABEL])])
-            (contribution,) = np.concatenate(list(contributions(plan.query, columns, offsets, payload)))
+            sent = _sent(plan, columns, len(columns[LABEL]), payload)
             check()
         except _GivenUp as why:
             self.gave_up = str(why)
@@ -129,7 +159,7 @@ class Answerer:
         except (BadRequest, ConfigError):  # of its text nothing: it may quote a value
             self.gave_up = "the store holds other values than the bundle declares"
             return None
-        return _as_float32(clip_rows(contribution[None], plan.clip)[0], plan.clip)
+        return sent
 
     def _columns(self, query: Query, rows: Rows, check: Callable[[], None]) -> dict[str, Any]:
         """What the query reads, scores where it reads them."""

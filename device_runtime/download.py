@@ -31,6 +31,7 @@ from device_runtime.access import authorization, refused
 from device_runtime.bundles import Installed, none_halted
 from hybrid.bundle import MAX_BYTES, Head, head_size, read_head
 from hybrid.errors import BundleError, ConfigError, PlanError, Unauthenticated
+from hybrid.journal import UNTRIED, Phase
 from hybrid.rollout import MAX_BYTES as ROLLOUT_BYTES
 from hybrid.rollout import ROLLOUT, Rollout
 
@@ -53,12 +54,21 @@ class Update:
         version: that is installed now; None: none is.
         bytes: of answers' bodies that were received.
         reason: why it was refused or interrupted.
+        offered: version that was refused, or did not come whole; None: none was, or it was not said which.
     """
 
     outcome: Outcome
     version: int | None
     bytes: int
     reason: str | None = None
+    offered: int | None = None
+
+    @property
+    def noted(self) -> tuple[int, Phase, str] | None:
+        """What a journal notes of it: version, phase, and why no further; None: no version was heard of."""
+        if self.outcome in ("refused", "interrupted"):
+            return None if self.offered is None else (self.offered, Phase.CHECKED, self.outcome)
+        return None if self.version is None else (self.version, Phase.DOWNLOADED, UNTRIED)
 
 
 def update(
@@ -95,13 +105,13 @@ def update(
         _Source.of(gateway, installed.model, api_key, timeout_s=timeout_s, deadline_s=deadline_s) as source,
     ):
         before = installed.record().current
-        outcome, why = _attempt(_Download(installed, source, now_ms, halted))
+        outcome, why, offered = _attempt(_Download(installed, source, now_ms, halted))
         after = installed.record().current
         if outcome == "installed" and before and after and before.sha256 == after.sha256:
             outcome = "unchanged"  # the server calls the same bytes something else
         elif outcome == "unchanged" and before != after:
             outcome = "installed"  # the one before, of a version that was taken back
-        return Update(outcome, after.version if after else None, source.received, why)
+        return Update(outcome, after.version if after else None, source.received, why, offered)
 
 
 def _wanted(installed: Installed, told: Rollout | None) -> int | None:
@@ -116,14 +126,17 @@ def _wanted(installed: Installed, told: Rollout | None) -> int | None:
     return canary.version if installed.drawn_alone(canary.version) < canary.share else None
 
 
-def _attempt(download: _Download) -> tuple[Outcome, str | None]:
-    """What became of it, and why."""
+def _attempt(download: _Download) -> tuple[Outcome, str | None, int | None]:
+    """What became of it, why, and which version it is about, where it failed."""
     installed, source = download.installed, download.source
+    offered = None
     try:
-        source.version = _wanted(installed, source.rollout())
+        told = source.rollout()
+        source.version = _wanted(installed, told)
+        offered = told.default if told is not None and source.version is None else source.version
         fetched = download.fetch()
         if fetched is None:
-            return "unchanged", None
+            return "unchanged", None, None
         try:
             data, tag = fetched
             # A tag of another kind could be this device's own, and tell it apart at each update from now on.
@@ -132,10 +145,10 @@ def _attempt(download: _Download) -> tuple[Outcome, str | None]:
         finally:
             _discard(installed.folder)
     except BundleError as error:
-        return "refused", str(error)
+        return "refused", str(error), offered
     except _Interrupted as error:
-        return "interrupted", str(error)
-    return "installed", None
+        return "interrupted", str(error), offered
+    return "installed", None, None
 
 
 class _Interrupted(Exception):

@@ -3,6 +3,9 @@
 What it sends, its *update*, is in the store, under a random id of its own, before the first attempt to send it:
 whatever ends the process after that, the same bytes go out under the same id, and are counted once. Training and
 queries have one history: policies count both, whatever for the device was asked before.
+
+A session notes in the device's journal how far it came (`hybrid.journal`); what the journal says is told by sessions of
+another kind, see `device_runtime.reporting`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import asyncio
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -29,7 +33,8 @@ from device_runtime.credentials import Credentials, NoToken
 from device_runtime.eligibility import Decision, Reason, both, decide
 from device_runtime.protocol import Event, Held, State, Upload, advance
 from hybrid.bundle import Bundle, Manifest
-from hybrid.errors import ConfigError, PlanError
+from hybrid.errors import ConfigError, PlanError, StoreError
+from hybrid.journal import BROKE_OFF, WAITING, Noted, Phase
 from hybrid.plan import (
     MAX_JSON,
     MAX_PAYLOAD,
@@ -75,7 +80,9 @@ class Ending(StrEnum):
     BAD_PLAN = "bad_plan"
     HALTED = "halted"
     NO_TRAINING = "no_training"
-    CANNOT_ANSWER = "cannot_answer"  # the query reads what the bundle does not declare
+    CANNOT_ANSWER = (
+        "cannot_answer"  # the query reads what the bundle does not declare, or is for another kind of session
+    )
     NO_CREDENTIALS = "no_credentials"  # for the issuer of the tokens that the plan asks for
     NOT_ISSUED = "not_issued"  # no token: the issuer cannot be asked, or its answer is none
     ACCOUNT_WAITS = (
@@ -98,6 +105,19 @@ class Ending(StrEnum):
     REFUSED = "refused"
 
 
+PHASES: Mapping[State, Phase] = {
+    State.IDLE: Phase.DOWNLOADED,  # without the version there is no session
+    State.CHECKED_IN: Phase.ELIGIBLE,
+    State.PLANNED: Phase.PLANNED,
+    State.TRAINING: Phase.PLANNED,
+    State.READY: Phase.TRAINED,
+    State.UPLOADING: Phase.TRAINED,
+    State.DONE: Phase.UPLOADED,
+}
+"""How far a device is, for its journal."""
+UNNOTED = frozenset({Ending.NO_CONSENT, Ending.FORGOTTEN})  # the journal has gone, too
+
+
 class Examples(Protocol):
     """A device's examples: see `device_runtime.store.Examples`."""
 
@@ -117,8 +137,36 @@ class Examples(Protocol):
         ...
 
 
+class Journal(Protocol):
+    """See `device_runtime.journal.Journal`."""
+
+    def note(self, version: int, phase: Phase, reason: str | None, now_ms: int) -> None:
+        """Notes that the device came to a phase with a version this week."""
+        ...
+
+    def of(self, week: str) -> Noted | None:
+        """What is noted of the newest version of a week."""
+        ...
+
+    def due(self, week: str, drawn_ms: int) -> int | None:
+        """When the device is to report about a week; None: it did."""
+        ...
+
+    def begin(self, week: str) -> bool:
+        """Notes that it reports; False: it did."""
+        ...
+
+    def forget(self) -> None:
+        """Deletes what is noted."""
+        ...
+
+
 class Store(Protocol):
-    """What a participation asks of the device's store: see `device_runtime.store.Store`."""
+    """What a session asks of the device's store: see `device_runtime.store.Store`."""
+
+    def journal(self, device: int) -> Journal:
+        """How far the device came."""
+        ...
 
     def halted(self, version: int) -> str | None:
         """Why a version may not be used any more; None: it may."""
@@ -179,8 +227,8 @@ class Store(Protocol):
         """Keeps an update until it is sent, or expires; on the disk once this returns."""
         ...
 
-    def pending(self, now_ms: int, *, device: int = 0) -> Sequence[Upload]:
-        """Updates that wait and have not expired."""
+    def pending(self, now_ms: int, *, device: int = 0, reports: bool = False) -> Sequence[Upload]:
+        """Updates that wait and have not expired; or such reports."""
         ...
 
     def uploaded(self, plan_id: str, *, device: int = 0) -> None:
@@ -233,7 +281,9 @@ Work = Callable[[Callable[[], bool], np.random.Generator], "Float32 | None"]
 """What is done for a plan, in a thread: whether it may go on, asked now and again, and what is random -> an update."""
 
 
-class _Ended(Exception):
+class Ended(Exception):
+    """How a session ended before its update was taken: see `Outcome`."""
+
     def __init__(
         self, ending: Ending, why: str, *, reasons: Sequence[Reason] = (), ask_again_s: float | None = None
     ) -> None:
@@ -241,37 +291,29 @@ class _Ended(Exception):
         self.ending, self.why, self.reasons, self.ask_again_s = ending, why, tuple(reasons), ask_again_s
 
 
-@dataclass
-class Participation:
-    """One session of one device: it sends what waits in the store, or else asks for a plan.
+@dataclass(kw_only=True)
+class Session(ABC):
+    """What every session of a device does: it asks the aggregator, and sends one update, once.
 
     Attributes:
-        bundle: verified; plans for other versions are refused.
-        trainer: of the same bundle; None: it has no training program, and asks for the sake of the kill switch.
         store: the device's own.
-        host: asked before anything is sent, and again and again while training.
+        host: asked before anything is sent.
         aggregator: who is asked.
         trusted: the host app's public key, which plans are signed by.
-        device: whose examples, where a store holds those of several.
-        answerer: of the same bundle; None: one is made at the first query.
+        device: whose examples and journal, where a store holds those of several.
         credentials: of the account, for plans that ask for a token; None: the device takes part in no such plan.
-        own: the host app's own conditions, which hold beside those of a plan.
         now_ms: Unix time in UTC.
         clock: seconds that only go forward.
         sleep: waits so many seconds.
         toss: in [0, 1), from the operating system's randomness.
     """
 
-    bundle: Bundle
-    trainer: Trainer | None
     store: Store
     host: Host
     aggregator: Asks
     trusted: Trusted
     device: int = 0
-    answerer: Answerer | None = None
     credentials: Credentials | None = None
-    own: Policy = field(default_factory=Policy)
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -287,94 +329,48 @@ class Participation:
         """
         try:
             await self._session()
-        except _Ended as end:
+        except Ended as end:
             if end.ending is not Ending.WAITING:
                 self._move(Event.ENDED)
             return Outcome(end.ending, end.why, end.reasons, tuple(self._path), end.ask_again_s)
         return Outcome(Ending.UPLOADED, "the update was counted", (), tuple(self._path), None)
 
+    @abstractmethod
     async def _session(self) -> None:
-        manifest = self.bundle.manifest
-        if not self.host.read().consent:
-            self._withdraw()
-        if (reason := self.store.halted(manifest.version)) is not None:
-            self._forget_uploads()
-            raise _Ended(Ending.HALTED, f"version {manifest.version} was stopped: {reason}")
-        if waiting := self.store.pending(self.now_ms(), device=self.device):
-            self._move(Event.FOUND)
-            await self._send(waiting[0])
-            return
-        self._require(self.own)
-        message, numbers = await self._ask()
-        if isinstance(message, Halt):
-            self._halt(message)
-        if found := refusal(message, manifest, self.now_ms()) or self._cannot_show(message):
-            raise _Ended(*found, ask_again_s=self._later(None))
-        self._move(Event.OFFERED)
-        await self._send(await self._take_part(message, numbers))
+        """Returns once an update was taken; else raises why not."""
 
-    async def _ask(self) -> tuple[Plan | Halt, Float32]:
-        """What a verified answer says."""
-        manifest = self.bundle.manifest
-        asked = CheckIn(model=manifest.model, version=manifest.version, runtime=RUNTIME)
-        numbers = max(parameters(manifest), MAX_PAYLOAD)
-        reply = await self.aggregator.check_in(asked, SIGNATURE + 4 + MAX_JSON + 4 * numbers)
+    @abstractmethod
+    def _policies(self, asked: Policy) -> tuple[Policy, ...]:
+        """What must hold for an update to be sent; `asked` is of its plan."""
+
+    @abstractmethod
+    def _check_version(self, version: int) -> None:
+        """Raises where an update of this version may not be sent any more."""
+
+    async def _ask(self, said: CheckIn, numbers: int) -> tuple[Plan | Halt, Float32]:
+        """What a verified answer says, which brings so many numbers along at most."""
+        reply = await self.aggregator.check_in(said, SIGNATURE + 4 + MAX_JSON + 4 * numbers)
         self._move(Event.ASKED)
         later = self._later(reply.retry_after_s)
         if reply.status == 0:
-            raise _Ended(Ending.UNREACHABLE, reply.error, ask_again_s=later)
+            raise Ended(Ending.UNREACHABLE, reply.error, ask_again_s=later)
         if reply.status == 204:
-            raise _Ended(Ending.NOTHING, "the aggregator has nothing to do", ask_again_s=later)
+            raise Ended(Ending.NOTHING, "the aggregator has nothing to do", ask_again_s=later)
         if reply.status in (429, 503):
-            raise _Ended(Ending.BUSY, f"the aggregator is busy ({reply.status})", ask_again_s=later)
+            raise Ended(Ending.BUSY, f"the aggregator is busy ({reply.status})", ask_again_s=later)
         if reply.status != 200:
-            raise _Ended(Ending.BAD_ANSWER, f"the aggregator answered {reply.status}", ask_again_s=later)
+            raise Ended(Ending.BAD_ANSWER, f"the aggregator answered {reply.status}", ask_again_s=later)
         try:
             return open_signed(reply.body, self.trusted)
         except PlanError as error:
-            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=later) from None
+            raise Ended(Ending.BAD_PLAN, str(error), ask_again_s=later) from None
 
-    def _halt(self, message: Halt) -> NoReturn:
-        manifest = self.bundle.manifest
-        if message.model != manifest.model:
-            why = f"what was stopped is {message.model!r}, not {manifest.model!r}"
-            raise _Ended(Ending.OTHER_MODEL, why, ask_again_s=self._later(None))
+    def _heed(self, message: Halt, model: str) -> None:
+        """Remembers the kill switch."""
+        if message.model != model:
+            why = f"what was stopped is {message.model!r}, not {model!r}"
+            raise Ended(Ending.OTHER_MODEL, why, ask_again_s=self._later(None))
         self.store.halt(message.model, message.versions, message.reason)
-        if manifest.version not in message.versions:
-            raise _Ended(Ending.NOTHING, "other versions were stopped", ask_again_s=self._later(None))
-        self._forget_uploads()
-        raise _Ended(Ending.HALTED, f"version {manifest.version} was stopped: {message.reason}")
-
-    async def _take_part(self, plan: Plan, numbers: Float32) -> Upload:
-        """An update that is in the store."""
-        history = self.store.history(0, device=self.device)
-        self._require(self.own, plan.policy, history=history)
-        if plan.turn is not None:
-            self._require_turn(plan.turn, plan.expires_ms)
-        token = await self._token(plan)
-        forgets = self.store.forgets
-        work = self._training(plan, numbers) if isinstance(plan, TrainPlan) else self._answering(plan, numbers)
-        self._begin(plan, history)
-        self._move(Event.BEGUN)
-        watch, rng = _Watch(self, plan, history), np.random.default_rng()
-        try:
-            update = await asyncio.to_thread(work, watch.go_on, rng)
-        except PlanError as error:
-            raise _Ended(Ending.BAD_PLAN, str(error), ask_again_s=self._later(None)) from None
-        finally:
-            watch.stop.set()
-        if update is None:
-            self._interrupted(watch, plan)
-        body = token + encode(update, plan.upload, rng)
-        upload = Upload(plan.id, secrets.token_hex(16), body, plan.expires_ms, plan.version, plan.policy)
-        with self.store.together():
-            if self.store.forgets != forgets:
-                raise _Ended(Ending.FORGOTTEN, "something was forgotten meanwhile; the update is too")
-            self.store.keep_upload(upload, device=self.device)
-            if plan.token is not None:
-                self.store.spend(plan.token.scope, device=self.device)
-        self._move(Event.TRAINED)
-        return upload
 
     def _cannot_show(self, plan: Plan) -> tuple[Ending, str] | None:
         """Why the device has no token for a plan that asks for one, whatever the issuer says."""
@@ -398,7 +394,176 @@ class Participation:
             )
         except NoToken as error:
             ending = Ending.ACCOUNT_WAITS if error.taken else Ending.NOT_ISSUED
-            raise _Ended(ending, str(error), ask_again_s=self._later(error.retry_after_s)) from None
+            raise Ended(ending, str(error), ask_again_s=self._later(error.retry_after_s)) from None
+
+    async def _send(self, upload: Upload) -> None:
+        """Sends an update until it is taken, refused, or this session's patience ends."""
+        for attempt in range(ATTEMPTS):
+            self._may_send(upload)
+            self._move(Event.SENT)
+            reply = await self.aggregator.upload(upload.plan, upload.upload, upload.body)
+            if reply.status == 200:
+                self.store.uploaded(upload.plan, device=self.device)
+                self._move(Event.TAKEN)
+                return
+            if 400 <= reply.status < 500 and reply.status not in (408, 425, 429):
+                self.store.uploaded(upload.plan, device=self.device)
+                raise Ended(Ending.REFUSED, f"the aggregator does not take the update ({reply.status})")
+            self._move(Event.LOST)
+            wait = self._pause(attempt, reply)
+            if attempt == ATTEMPTS - 1 or wait > PATIENCE_S:
+                why = reply.error or f"the aggregator answered {reply.status}"
+                raise Ended(Ending.WAITING, why, ask_again_s=wait)
+            await self.sleep(wait)
+
+    def _may_send(self, upload: Upload) -> None:
+        now_ms = self.now_ms()
+        if now_ms >= upload.expires_ms:
+            self.store.uploaded(upload.plan, device=self.device)
+            raise Ended(Ending.EXPIRED, "the plan expired before its update was taken")
+        readings = self.host.read()
+        if not readings.consent:
+            self._withdraw()
+        waiting = self.store.pending(now_ms, device=self.device, reports=upload.reports)
+        if all(kept.plan != upload.plan for kept in waiting):
+            raise Ended(Ending.FORGOTTEN, "something was forgotten, and the update that waited with it")
+        self._check_version(upload.version)
+        # How often it takes part was decided when it began.
+        decision = both(*(decide(policy, readings, (), now_ms) for policy in self._policies(upload.policy)))
+        if not decision.eligible:
+            raise Ended(Ending.WAITING, "the update is sent when the device may again", reasons=decision.reasons)
+
+    def _require(self, *policies: Policy, history: Sequence[int]) -> None:
+        decision = self._decision(policies, history)
+        if Reason.NO_CONSENT in decision.reasons:
+            self._withdraw()
+        if not decision.eligible:
+            raise Ended(Ending.NOT_ELIGIBLE, "the device may not take part now", reasons=decision.reasons)
+
+    def _decision(self, policies: Sequence[Policy], history: Sequence[int]) -> Decision:
+        readings, now_ms = self.host.read(), self.now_ms()
+        return both(*(decide(policy, readings, history, now_ms) for policy in policies))
+
+    def _withdraw(self) -> NoReturn:
+        """Without consent nothing is sent any more, what is ready included, and no journal is kept."""
+        self._forget_uploads(reports=False)
+        self._forget_uploads(reports=True)
+        self.store.journal(self.device).forget()
+        raise Ended(Ending.NO_CONSENT, "the person does not consent", reasons=(Reason.NO_CONSENT,))
+
+    def _forget_uploads(self, *, reports: bool) -> None:
+        for upload in self.store.pending(0, device=self.device, reports=reports):  # expired too: a clock may go back
+            self.store.uploaded(upload.plan, device=self.device)
+
+    def _pause(self, attempt: int, reply: Reply) -> float:
+        if reply.retry_after_s is not None:
+            return self._later(reply.retry_after_s)
+        return BACKOFF_S * 2.0**attempt * _RANDOM.random()
+
+    def _later(self, asked_s: float | None) -> float:
+        """Never sooner than asked, and not all at once."""
+        return (ASK_AGAIN_S if asked_s is None else asked_s) * (1 + SPREAD * _RANDOM.random())
+
+    def _move(self, event: Event) -> None:
+        self._path.append(advance(self._path[-1], event))
+
+
+@dataclass(kw_only=True)
+class Participation(Session):
+    """One session of one device: it sends what waits in the store, or else asks for a plan. See `Session`.
+
+    Attributes:
+        bundle: verified; plans for other versions are refused.
+        trainer: of the same bundle; None: it has no training program, and asks for the sake of the kill switch.
+        answerer: of the same bundle; None: one is made at the first query.
+        own: the host app's own conditions, which hold beside those of a plan, asked again and again while training.
+    """
+
+    bundle: Bundle
+    trainer: Trainer | None
+    answerer: Answerer | None = None
+    own: Policy = field(default_factory=Policy)
+    _waited: int | None = field(default=None, init=False, repr=False)  # version of an update that waited
+
+    async def session(self) -> Outcome:
+        """See `Session`; and notes how far it came."""
+        outcome = await super().session()
+        if outcome.ending not in UNNOTED:
+            reached = [state for state in outcome.path if state is not State.DROPPED][-1]
+            why = None if outcome.ending is Ending.UPLOADED else str([*outcome.reasons, outcome.ending][0])
+            with suppress(StoreError):  # a full disk is what the session ended for, and keeps no journal
+                self._note(PHASES[reached], why)
+        return outcome
+
+    def _note(self, phase: Phase, why: str | None) -> None:
+        version = self.bundle.manifest.version if self._waited is None else self._waited
+        self.store.journal(self.device).note(version, phase, why, self.now_ms())
+
+    async def _session(self) -> None:
+        manifest = self.bundle.manifest
+        if not self.host.read().consent:
+            self._withdraw()
+        self._check_version(manifest.version)
+        if waiting := self.store.pending(self.now_ms(), device=self.device):
+            self._waited = waiting[0].version
+            self._move(Event.FOUND)
+            await self._send(waiting[0])
+            return
+        self._require(self.own, history=self.store.history(0, device=self.device))
+        said = CheckIn(model=manifest.model, version=manifest.version, runtime=RUNTIME)
+        message, numbers = await self._ask(said, max(parameters(manifest), MAX_PAYLOAD))
+        if isinstance(message, Halt):
+            self._halt(message)
+        if found := refusal(message, manifest, self.now_ms()) or self._cannot_show(message):
+            raise Ended(*found, ask_again_s=self._later(None))
+        self._move(Event.OFFERED)
+        await self._send(await self._take_part(message, numbers))
+
+    def _policies(self, asked: Policy) -> tuple[Policy, ...]:
+        return self.own, asked
+
+    def _check_version(self, version: int) -> None:
+        if (reason := self.store.halted(version)) is not None:
+            self._forget_uploads(reports=False)
+            raise Ended(Ending.HALTED, f"version {version} was stopped: {reason}")
+
+    def _halt(self, message: Halt) -> NoReturn:
+        manifest = self.bundle.manifest
+        self._heed(message, manifest.model)
+        self._check_version(manifest.version)
+        raise Ended(Ending.NOTHING, "other versions were stopped", ask_again_s=self._later(None))
+
+    async def _take_part(self, plan: Plan, numbers: Float32) -> Upload:
+        """An update that is in the store."""
+        history = self.store.history(0, device=self.device)
+        self._require(self.own, plan.policy, history=history)
+        if plan.turn is not None:
+            self._require_turn(plan.turn, plan.expires_ms)
+        token = await self._token(plan)
+        forgets = self.store.forgets
+        work = self._training(plan, numbers) if isinstance(plan, TrainPlan) else self._answering(plan, numbers)
+        self._begin(plan, history)
+        self._move(Event.BEGUN)
+        watch, rng = _Watch(self, plan, history), np.random.default_rng()
+        try:
+            update = await asyncio.to_thread(work, watch.go_on, rng)
+        except PlanError as error:
+            raise Ended(Ending.BAD_PLAN, str(error), ask_again_s=self._later(None)) from None
+        finally:
+            watch.stop.set()
+        if update is None:
+            self._interrupted(watch, plan)
+        body = token + encode(update, plan.upload, rng)
+        upload = Upload(plan.id, secrets.token_hex(16), body, plan.expires_ms, plan.version, plan.policy)
+        with self.store.together():
+            if self.store.forgets != forgets:
+                raise Ended(Ending.FORGOTTEN, "something was forgotten meanwhile; the update is too")
+            self.store.keep_upload(upload, device=self.device)
+            self._note(Phase.TRAINED, WAITING)
+            if plan.token is not None:
+                self.store.spend(plan.token.scope, device=self.device)
+        self._move(Event.TRAINED)
+        return upload
 
     def _begin(self, plan: Plan, history: Sequence[int]) -> None:
         """Notes that the device takes part, or that it does not: it decides once, for what was so when it looked."""
@@ -406,12 +571,14 @@ class Participation:
         takes_part = self.toss() < plan.sampling
         with self.store.together():
             if self.store.history(0, device=self.device) != history:  # another process's, which looked when we did
-                raise _Ended(Ending.TAKEN_PART, "the device took part meanwhile", ask_again_s=self._later(None))
+                raise Ended(Ending.TAKEN_PART, "the device took part meanwhile", ask_again_s=self._later(None))
             begun = self.store.begin(plan.id, self.now_ms(), device=self.device, takes_part=takes_part, turn=plan.turn)
+            if begun and takes_part:
+                self._note(Phase.PLANNED, BROKE_OFF)  # if it is the last that is heard
         if not begun:
-            raise _Ended(Ending.TAKEN_PART, "this plan was decided on before", ask_again_s=self._later(None))
+            raise Ended(Ending.TAKEN_PART, "this plan was decided on before", ask_again_s=self._later(None))
         if not takes_part:
-            raise _Ended(Ending.NOT_SAMPLED, "the toss fell the other way", ask_again_s=self._later(None))
+            raise Ended(Ending.NOT_SAMPLED, "the toss fell the other way", ask_again_s=self._later(None))
 
     def _training(self, plan: TrainPlan, weights: Float32) -> Work:
         """With the newest examples, if there are enough."""
@@ -420,7 +587,7 @@ class Participation:
         newest = self.store.examples(self.device, plan.examples[1], self.now_ms())
         if len(newest.labels) < plan.examples[0]:
             why = f"the plan asks for at least {plan.examples[0]} examples"
-            raise _Ended(Ending.FEW_EXAMPLES, why, ask_again_s=self._later(None))
+            raise Ended(Ending.FEW_EXAMPLES, why, ask_again_s=self._later(None))
         arguments = (newest.server, self.bundle.manifest.features.inputs(newest.features), newest.labels)
         return lambda go_on, rng: trainer.train(plan, weights, *arguments, go_on=go_on, rng=rng)
 
@@ -445,7 +612,7 @@ class Participation:
         if turn.first_step < step:
             left_s = (expires_ms - self.now_ms()) / 1e3  # until the next step, where all begin and end together
             why = f"its turn is in {step - turn.first_step} steps at the earliest"
-            raise _Ended(Ending.NOT_ITS_TURN, why, ask_again_s=self._later(min(left_s, ASK_AGAIN_S)))
+            raise Ended(Ending.NOT_ITS_TURN, why, ask_again_s=self._later(min(left_s, ASK_AGAIN_S)))
 
     def _interrupted(self, watch: _Watch, plan: Plan) -> NoReturn:
         worker = self.trainer if isinstance(plan, TrainPlan) else self.answerer
@@ -453,81 +620,10 @@ class Participation:
         if Reason.NO_CONSENT in watch.reasons:
             self._withdraw()
         if watch.reasons:
-            raise _Ended(Ending.INTERRUPTED, "the device may no longer take part", reasons=watch.reasons)
+            raise Ended(Ending.INTERRUPTED, "the device may no longer take part", reasons=watch.reasons)
         if watch.expired:
-            raise _Ended(Ending.EXPIRED, "the plan expired meanwhile")
-        raise _Ended(Ending.GAVE_UP, worker.gave_up or "no update came of it")
-
-    async def _send(self, upload: Upload) -> None:
-        """Sends an update until it is taken, refused, or this session's patience ends."""
-        for attempt in range(ATTEMPTS):
-            self._may_send(upload)
-            self._move(Event.SENT)
-            reply = await self.aggregator.upload(upload.plan, upload.upload, upload.body)
-            if reply.status == 200:
-                self.store.uploaded(upload.plan, device=self.device)
-                self._move(Event.TAKEN)
-                return
-            if 400 <= reply.status < 500 and reply.status not in (408, 425, 429):
-                self.store.uploaded(upload.plan, device=self.device)
-                raise _Ended(Ending.REFUSED, f"the aggregator does not take the update ({reply.status})")
-            self._move(Event.LOST)
-            wait = self._pause(attempt, reply)
-            if attempt == ATTEMPTS - 1 or wait > PATIENCE_S:
-                why = reply.error or f"the aggregator answered {reply.status}"
-                raise _Ended(Ending.WAITING, why, ask_again_s=wait)
-            await self.sleep(wait)
-
-    def _may_send(self, upload: Upload) -> None:
-        now_ms = self.now_ms()
-        if now_ms >= upload.expires_ms:
-            self.store.uploaded(upload.plan, device=self.device)
-            raise _Ended(Ending.EXPIRED, "the plan expired before its update was taken")
-        readings = self.host.read()
-        if not readings.consent:
-            self._withdraw()
-        if all(kept.plan != upload.plan for kept in self.store.pending(now_ms, device=self.device)):
-            raise _Ended(Ending.FORGOTTEN, "something was forgotten, and the update that waited with it")
-        if (reason := self.store.halted(upload.version)) is not None:
-            self._forget_uploads()
-            raise _Ended(Ending.HALTED, f"version {upload.version} was stopped: {reason}")
-        # How often it takes part was decided when it began.
-        decision = both(*(decide(policy, readings, (), now_ms) for policy in (self.own, upload.policy)))
-        if not decision.eligible:
-            raise _Ended(Ending.WAITING, "the update is sent when the device may again", reasons=decision.reasons)
-
-    def _require(self, *policies: Policy, history: Sequence[int] | None = None) -> None:
-        past = self.store.history(0, device=self.device) if history is None else history
-        decision = self._decision(policies, past)
-        if Reason.NO_CONSENT in decision.reasons:
-            self._withdraw()
-        if not decision.eligible:
-            raise _Ended(Ending.NOT_ELIGIBLE, "the device may not take part now", reasons=decision.reasons)
-
-    def _decision(self, policies: Sequence[Policy], history: Sequence[int]) -> Decision:
-        readings, now_ms = self.host.read(), self.now_ms()
-        return both(*(decide(policy, readings, history, now_ms) for policy in policies))
-
-    def _withdraw(self) -> NoReturn:
-        """Without consent nothing is sent any more, what is ready included."""
-        self._forget_uploads()
-        raise _Ended(Ending.NO_CONSENT, "the person does not consent", reasons=(Reason.NO_CONSENT,))
-
-    def _forget_uploads(self) -> None:
-        for upload in self.store.pending(0, device=self.device):  # expired ones too: the clock may be set back
-            self.store.uploaded(upload.plan, device=self.device)
-
-    def _pause(self, attempt: int, reply: Reply) -> float:
-        if reply.retry_after_s is not None:
-            return self._later(reply.retry_after_s)
-        return BACKOFF_S * 2.0**attempt * _RANDOM.random()
-
-    def _later(self, asked_s: float | None) -> float:
-        """Never sooner than asked, and not all at once."""
-        return (ASK_AGAIN_S if asked_s is None else asked_s) * (1 + SPREAD * _RANDOM.random())
-
-    def _move(self, event: Event) -> None:
-        self._path.append(advance(self._path[-1], event))
+            raise Ended(Ending.EXPIRED, "the plan expired meanwhile")
+        raise Ended(Ending.GAVE_UP, worker.gave_up or "no update came of it")
 
 
 class _Watch:
@@ -617,4 +713,7 @@ def _training_refusals(plan: TrainPlan, manifest: Manifest) -> tuple[tuple[bool,
 
 def _query_refusals(plan: QueryPlan, manifest: Manifest) -> tuple[tuple[bool, Ending, str], ...]:
     lacking = Readable(manifest).lacks(plan.query)
-    return ((bool(lacking), Ending.CANNOT_ANSWER, f"the bundle does not declare what the query reads: {lacking}"),)
+    return (
+        (plan.query.week is not None, Ending.CANNOT_ANSWER, "a query about journals is for a session that reports"),
+        (bool(lacking), Ending.CANNOT_ANSWER, f"the bundle does not declare what the query reads: {lacking}"),
+    )

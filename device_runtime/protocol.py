@@ -20,6 +20,7 @@ class Upload:
         expires_ms: after which nobody takes it.
         version: of the bundle that it was trained with.
         policy: the plan's, which holds for every attempt.
+        reports: whether it is of the device's journal, and sent by sessions that report alone.
     """
 
     plan: str
@@ -28,6 +29,7 @@ class Upload:
     expires_ms: int
     version: int
     policy: Policy = field(default_factory=Policy)
+    reports: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,19 @@ _HELD = """CREATE TABLE tokens (
     device INTEGER NOT NULL, scope TEXT NOT NULL, number INTEGER NOT NULL, asked BLOB NOT NULL,
     expires_ms INTEGER NOT NULL, token BLOB, PRIMARY KEY (device, scope)
 ) STRICT"""
+_JOURNAL = """CREATE TABLE journal (
+    device INTEGER NOT NULL, week TEXT NOT NULL, version INTEGER NOT NULL, phases_left INTEGER NOT NULL, reason TEXT,
+    PRIMARY KEY (device, week, version)
+) STRICT, WITHOUT ROWID"""
+_REPORTS = """CREATE TABLE reports (
+    device INTEGER PRIMARY KEY, week TEXT NOT NULL, due_ms INTEGER NOT NULL, begun INTEGER NOT NULL
+) STRICT"""
+_ADDED = {"turns": _TURNS, "tokens": _HELD, "journal": _JOURNAL, "reports": _REPORTS}  # since the first release
+_COLUMNS = {
+    "version": "INTEGER NOT NULL DEFAULT 0",
+    "policy": "TEXT NOT NULL DEFAULT '{}'",  # of an update that waited before it kept its plan's: the strictest
+    "reports": "INTEGER NOT NULL DEFAULT 0",
+}  # the same, of updates that wait
 _TABLES = f"""
 CREATE TABLE events (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -36,11 +49,8 @@ CREATE TABLE participations (
     device INTEGER NOT NULL, plan TEXT NOT NULL, at_ms INTEGER NOT NULL, took_part INTEGER NOT NULL,
     PRIMARY KEY (device, plan)
 ) STRICT, WITHOUT ROWID;
-{_TURNS};
-{_HELD};
 CREATE TABLE uploads (
     device INTEGER NOT NULL, plan TEXT NOT NULL, upload TEXT NOT NULL, body BLOB NOT NULL, expires_ms INTEGER NOT NULL,
-    version INTEGER NOT NULL DEFAULT 0, policy TEXT NOT NULL DEFAULT '{{}}',
     PRIMARY KEY (device, plan)
 ) STRICT;
 CREATE TABLE halted (
@@ -65,18 +75,32 @@ def prepare(database: Database, manifest: Manifest, name: str) -> None:
     if model != manifest.model:
         raise StoreError(f"store {name!r} must be of model {manifest.model!r}, it is of {model!r}")
     _note_version(database, manifest)
-    if not database.all("SELECT 1 FROM pragma_table_info('uploads') WHERE name = 'policy'"):
-        with database.transaction():  # of before an update kept its plan's: the strictest policy then
-            database.all("ALTER TABLE uploads ADD COLUMN version INTEGER NOT NULL DEFAULT 0")
-            database.all("ALTER TABLE uploads ADD COLUMN policy TEXT NOT NULL DEFAULT '{}'")
-    for added, table in (("turns", _TURNS), ("tokens", _HELD)):
-        if not has(database, added):
-            with database.transaction():
-                database.all(table.replace("TABLE", "TABLE IF NOT EXISTS"))
+    complete(database)
     if columns(database) != feature_columns(manifest):
         with database.transaction():
             _migrate(database, feature_columns(manifest))
     rewrite(database)
+
+
+def complete(database: Database) -> None:
+    """Adds the tables and columns that came after the first release.
+
+    Raises:
+        StoreError: there is no space for them.
+    """
+    if not _lacking(database) and all(has(database, table) for table in _ADDED):
+        return
+    with database.transaction():
+        for table in _ADDED.values():
+            database.all(table.replace("TABLE", "TABLE IF NOT EXISTS"))
+        for name in _lacking(database):  # another process may have added some since
+            database.all(f"ALTER TABLE uploads ADD COLUMN {name} {_COLUMNS[name]}")
+
+
+def _lacking(database: Database) -> list[str]:
+    """Columns of updates that wait."""
+    here = {name for (name,) in database.all("SELECT name FROM pragma_table_info('uploads')")}
+    return [name for name in _COLUMNS if name not in here]
 
 
 def columns(database: Database) -> dict[str, str]:

@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 
 from device_runtime import retention, schema
 from device_runtime.encrypted import Database, Full
+from device_runtime.journal import Journal
 from device_runtime.protocol import Held, Upload
 from device_runtime.rows import DEVICE, REQUEST, Rows, feature_columns, quoted, values
 from hybrid.bundle import Manifest
 from hybrid.errors import ConfigError, StoreError
+from hybrid.journal import Phase
 from hybrid.plan import Policy, Turn
 from hybrid.query import LABEL, Query
 from hybrid.tokens import Pending
 
-_UPLOAD = "plan, upload, body, expires_ms, version, policy"  # as `Upload` has them
+_UPLOAD = "plan, upload, body, expires_ms, version, policy, reports"  # as `Upload` has them
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,9 @@ class Store(AbstractContextManager["Store"]):
                 schema.prepare(database, manifest, file.name)
             elif not schema.columns(database):
                 raise StoreError(f"store {file.name!r} is empty: no app has written to it")
+            else:
+                with suppress(Full):
+                    schema.complete(database)
             with suppress(Full):  # what is there can be read and forgotten all the same
                 store.enforce(_now() if now_ms is None else now_ms)
         except BaseException:
@@ -385,11 +390,12 @@ class Store(AbstractContextManager["Store"]):
     def forget(self, *, device: int | None = None, entity: str | None = None, now_ms: int | None = None) -> int:
         """Deletes for good: everything of a device, or of all; or its events about one entity. Returns how many events.
 
-        Updates that wait to be sent are deleted with it: they were trained with what is forgotten. Tokens go where
-        everything of a device does; the issuer gives no other of their windows. The ids of plans that a forgotten
-        device decided on are left, dated now: it waits as if it had just taken part in all of them, and takes part in
-        none again that is still open, else forgetting would let a person be counted more often; for the same reason
-        the steps stay at which its turn is in each training. Halted versions stay halted.
+        Updates that wait to be sent are deleted with it: they were trained with what is forgotten. Tokens and journal
+        go where everything of a device does; the issuer gives no other of their windows. The ids of plans that a
+        forgotten device decided on are left, dated now: it waits as if it had just taken part in all of them, and takes
+        part in none again that is still open, else forgetting would let a person be counted more often; for the same
+        reason the steps stay at which its turn is in each training, and the week that it reported. Halted versions
+        stay halted.
 
         Args:
             device: only this; None: all.
@@ -421,6 +427,8 @@ class Store(AbstractContextManager["Store"]):
             if now_ms is not None:
                 if schema.has(self._db, "tokens"):
                     self._db.run(f"DELETE FROM tokens WHERE {whose}", those)  # noqa: S608
+                if schema.has(self._db, "journal"):
+                    self._db.run(f"DELETE FROM journal WHERE {whose}", those)  # noqa: S608
                 self._db.run(f"UPDATE participations SET at_ms = ? WHERE {whose}", (now_ms, *those))  # noqa: S608
             schema.rewrite_later(self._db)
 
@@ -449,8 +457,19 @@ class Store(AbstractContextManager["Store"]):
             sql = f"SELECT device, training, next_step FROM turns WHERE {whose}"  # noqa: S608
             for number, training, step in self._db.all(sql, those):
                 yield {"kind": "turn", "device": number, "training": training, "next_step": step}
+        if schema.has(self._db, "reports"):
+            yield from self._export_journal(whose, those)
         for model, version, reason in self._db.all("SELECT model, version, reason FROM halted"):
             yield {"kind": "halt", "model": model, "version": version, "reason": reason}
+
+    def _export_journal(self, whose: str, those: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+        sql = f"SELECT device, week, version, phases_left, reason FROM journal WHERE {whose} ORDER BY week"  # noqa: S608
+        for number, week, version, left, reason in self._db.all(sql, those):
+            reached = {"phase": str(Phase.with_left(left)), "stopped": reason}
+            yield {"kind": "journal", "device": number, "week": week, "version": version, **reached}
+        sql = f"SELECT device, week, begun FROM reports WHERE {whose}"  # noqa: S608
+        for number, week, begun in self._db.all(sql, those):
+            yield {"kind": "report", "device": number, "week": week, "reported": bool(begun)}
 
     def _export_events(self, device: int | None) -> Iterator[dict[str, Any]]:
         features = schema.columns(self._db)
@@ -516,17 +535,20 @@ class Store(AbstractContextManager["Store"]):
     def keep_upload(self, upload: Upload, *, device: int = 0) -> None:
         """Keeps an update until it is sent; one of the same plan takes the other's place."""
         with self._db.transaction():
-            sql = f"INSERT OR REPLACE INTO uploads ({_UPLOAD}, device) VALUES ({_marks(7)})"  # noqa: S608
+            sql = f"INSERT OR REPLACE INTO uploads ({_UPLOAD}, device) VALUES ({_marks(8)})"  # noqa: S608
             row = (upload.plan, upload.upload, upload.body, upload.expires_ms, upload.version)
-            self._db.run(sql, (*row, upload.policy.model_dump_json(), device))
+            self._db.run(sql, (*row, upload.policy.model_dump_json(), upload.reports, device))
 
-    def pending(self, now_ms: int, *, device: int = 0) -> list[Upload]:
-        """The updates that wait to be sent and have not expired, the first to expire first."""
-        sql = f"SELECT {_UPLOAD} FROM uploads WHERE device = ? AND expires_ms >= ? ORDER BY expires_ms"  # noqa: S608
-        found = self._db.all(sql, (device, now_ms))
+    def pending(self, now_ms: int, *, device: int = 0, reports: bool = False) -> list[Upload]:
+        """The updates that wait to be sent and have not expired, the first to expire first; or such reports."""
+        sql = (
+            f"SELECT {_UPLOAD} FROM uploads WHERE device = ? AND expires_ms >= ? AND reports = ? "  # noqa: S608
+            "ORDER BY expires_ms"
+        )
+        found = self._db.all(sql, (device, now_ms, reports))
         return [
-            Upload(plan, upload, body, end_ms, version, Policy.model_validate_json(policy))
-            for plan, upload, body, end_ms, version, policy in found
+            Upload(plan, upload, body, end_ms, version, Policy.model_validate_json(policy), bool(reports))
+            for plan, upload, body, end_ms, version, policy, reports in found
         ]
 
     def uploaded(self, plan_id: str, *, device: int = 0) -> None:
@@ -534,6 +556,16 @@ class Store(AbstractContextManager["Store"]):
         with self._db.transaction():
             self._db.run("DELETE FROM uploads WHERE device = ? AND plan = ?", (device, plan_id))
             self._db.shrink()
+
+    def journal(self, device: int) -> Journal:
+        """How far a device came with each version, week by week."""
+        return Journal(device, self._db)
+
+    @property
+    def model(self) -> str:
+        """Whose store it is."""
+        (name,) = self._db.one("SELECT value FROM about WHERE name = 'model'")
+        return str(name)
 
     def held(self, scope: str, *, device: int = 0) -> Held | None:
         """The token of a scope, or what it was asked for with; None: there is none."""

@@ -51,6 +51,7 @@ MAX_PARAMETERS = (MAX_BYTES - MAX_JSON - 128) // 4
 MAX_PAYLOAD = 1 << 18  # numbers that a query brings along
 QUERY_RUNTIME = 2  # of the first devices that know a `QueryPlan`: others are given none
 TOKEN_RUNTIME = 3  # of the first devices that know a plan's `token`: others are given no plan that has one
+JOURNAL_RUNTIME = 4  # of the first devices that know a query's `week`
 SIGNATURE = 64
 _LENGTH = struct.Struct("<I")
 
@@ -286,12 +287,12 @@ class CheckIn(_Message):
     """What a device says when it asks for something to do: nothing that tells it from others with its version.
 
     Attributes:
-        model, version: of its bundle.
+        model, version: of its bundle. Without a version it comes to report what its journal says, whatever it has.
         runtime: `device_runtime.RUNTIME`.
     """
 
     model: Name
-    version: Count
+    version: Count | None = None
     runtime: Count
 
 
@@ -310,7 +311,7 @@ def sign(message: Plan | Halt, key: Ed25519PrivateKey, numbers: NDArray[np.float
     Raises:
         PlanError: the numbers are not the message's, or its JSON is too long: no device would take it.
     """
-    # Without what is None: a device that knows no turns, keep or tokens reads plans that have none.
+    # Without what is None: a device that knows no turns, keep, tokens or weeks reads plans that have none.
     text = message.model_dump_json(exclude_none=True).encode()
     values = np.zeros(0, np.float32) if numbers is None else numbers
     _check(message, len(text), values)

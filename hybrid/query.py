@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from hybrid.errors import ConfigError
 from hybrid.features import UNUSED, Categorical, Numeric, as_text, murmur3_32
+from hybrid.journal import TEXTS
+from hybrid.week import Week
 
 Floats = NDArray[np.float64]
 Cells = tuple[NDArray[np.int64], Floats]
@@ -463,9 +465,12 @@ class Query(BaseModel):
             scaled down. Lower is less noise, and a bias where people have more.
         spread: where it is not None, the query asks for squares in place of counts: see `squares`. One cap for each
             statistic, > 0.
+        week: where it is not None, the query is about devices' journals of that week (`hybrid.journal`), of which each
+            device has one row, and about nothing else.
 
     Raises:
-        ValueError: (pydantic's) a field is out of range, or there are more than 2^20 cells.
+        ValueError: (pydantic's) a field is out of range, there are more than 2^20 cells, or a query about journals
+            reads something else too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -476,11 +481,23 @@ class Query(BaseModel):
     by: By | None = None
     clip: Annotated[FiniteFloat, Field(gt=0)] | None = None
     spread: tuple[Annotated[FiniteFloat, Field(gt=0)], ...] | None = None
+    week: Week | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
         if self.counts > MOST_CELLS:
             raise ValueError(f"parts x groups must have at most {MOST_CELLS} cells, got {self.counts}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_journals_alone(self) -> Self:
+        if self.week is None:
+            return self
+        other = sorted(set(self.reads) - set(TEXTS))
+        if other:
+            raise ValueError(f"a query about journals must read {', '.join(TEXTS)} alone, got {other}")
+        if self.rows != 1 or self.spread is not None:
+            raise ValueError("a query about journals must have rows=1 and no spread: a device has one row")
         return self
 
     @property

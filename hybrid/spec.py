@@ -417,6 +417,18 @@ class Drift(Declared):
     periods: Annotated[int, Field(ge=1, le=1000)] = 2
 
 
+class Funnel(Declared):
+    """What telling where devices drop out may cost people, beside all else. It may change without training again.
+
+    Attributes:
+        epsilon: of what a device tells of one ISO week (UTC), once, at privacy.delta; > 0 and <= 100.
+        least: devices below which no number is shown, however little noise there is.
+    """
+
+    epsilon: Annotated[FiniteFloat, Field(gt=0, le=100)]
+    least: Annotated[int, Field(ge=1)] = 20
+
+
 Factory = Callable[[], Any]
 
 
@@ -444,6 +456,7 @@ class HybridModel(Declared):
         serving: how requests are answered.
         on_device: what devices keep, and what training may ask of them.
         drift: what `hybrid drift` may spend; None: nothing.
+        funnel: what `hybrid funnel` may; None: nothing.
 
     Raises:
         ConfigError: a field is wrong; the message names it, what it must be and what it got.
@@ -464,6 +477,7 @@ class HybridModel(Declared):
     serving: Serving = Serving()
     on_device: OnDevice = OnDevice()
     drift: Drift | None = None
+    funnel: Funnel | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -551,7 +565,7 @@ class HybridModel(Declared):
 
     def definition(self) -> dict[str, Any]:
         """What is trained, as JSON values: the declaration without the towers' code, and without how it is used."""
-        return self.model_dump(mode="json", exclude={"serving", "on_device", "drift"})
+        return self.model_dump(mode="json", exclude={"serving", "on_device", "drift", "funnel"})
 
 
 def definition_hash(definition: Mapping[str, Any]) -> str:

@@ -60,10 +60,10 @@ class Devices:
 
     def session(self, device: int, readings: list[Readings]) -> str:
         with Store.open(self.store, KEY, self.world.manifest) as kept:
-            host, asked = ScriptedHost(readings), Aggregator(self.url)
+            asks = {"host": ScriptedHost(readings), "aggregator": Aggregator(self.url), "trusted": self._trusted}
             # A clock that stands still: the host is asked when the session says, however slow this machine trains.
             about = {"device": device, "own": LAX, "clock": lambda: 0.0}
-            session = Participation(self._bundle, self._trainer, kept, host, asked, self._trusted, **about)
+            session = Participation(bundle=self._bundle, trainer=self._trainer, store=kept, **asks, **about)
             return str(asyncio.run(session.session()).ending)
 
     def train(self, *devices: int) -> None:

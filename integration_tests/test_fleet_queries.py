@@ -151,8 +151,9 @@ class Devices:
         with Store.open(self.file, KEY, self.drivers.manifest) as kept:
 
             async def one(device):
-                about = {"device": device, "answerer": answerer, "own": LAX}
-                return (await Participation(opened, None, kept, host, asked, trusted, **about).session()).ending
+                asks = {"store": kept, "host": host, "aggregator": asked, "trusted": trusted, "device": device}
+                about = {"bundle": opened, "trainer": None, "answerer": answerer, "own": LAX}
+                return (await Participation(**asks, **about).session()).ending
 
             return [str(asyncio.run(one(device))) for device in devices]
 

@@ -162,7 +162,8 @@ class World:
         with Store.open(store, KEY, self.manifest) as kept:
 
             async def one(device):
-                participation = Participation(bundle, trainer, kept, host, asked, trusted, device=device, own=LAX)
+                about = {"store": kept, "host": host, "aggregator": asked, "trusted": trusted, "device": device}
+                participation = Participation(bundle=bundle, trainer=trainer, own=LAX, **about)
                 return (await participation.session()).ending
 
             return [asyncio.run(one(device)) for device in devices]

@@ -189,12 +189,12 @@ class Person:
         asked = type("Watched", (), {"check_in": self.aggregator.check_in, "upload": staticmethod(upload)})()
         with Store.open(store, KEY, self.world.manifest) as kept:
             participation = Participation(
-                self.bundle,
-                self.trainer,
-                kept,
-                ScriptedHost([Readings(**GOOD)]),
-                asked,
-                trusted_key(self.world.trust),
+                bundle=self.bundle,
+                trainer=self.trainer,
+                store=kept,
+                host=ScriptedHost([Readings(**GOOD)]),
+                aggregator=asked,
+                trusted=trusted_key(self.world.trust),
                 credentials=self.credentials,
                 own=LAX,
                 toss=lambda: toss,

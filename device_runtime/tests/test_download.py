@@ -569,3 +569,16 @@ def test_a_rollout_that_is_none_is_refused_and_the_old_bundle_goes_on(
     assert (moved.outcome, moved.version, peer.asked) == ("refused", 2, [])
     assert why in (moved.reason or "")
     assert installed.record() == before
+
+
+def test_a_journal_notes_which_version_was_not_had_and_which_was(peer: Peer, installed: Installed, sign: Sign):
+    """The one that was offered, canary or default; nothing where the gateway did not say which."""
+    peer.files, peer.rollout = {0: sign(2), 3: b"none"}, rollout()
+    assert update(installed, peer.url, now_ms=NOW).noted == (2, "downloaded", "untried")
+    assert update(installed, peer.url, now_ms=NOW).noted == (2, "downloaded", "untried")
+    peer.rollout = rollout(canary=(3, 1.0))
+    assert update(installed, peer.url, now_ms=NOW).noted == (3, "checked", "refused")
+    peer.files[0], peer.rollout = b"none", rollout(default=4)
+    assert update(installed, peer.url, now_ms=NOW).noted == (4, "checked", "refused")
+    peer.rollout = b"<html>"
+    assert update(installed, peer.url, now_ms=NOW).noted is None

@@ -31,6 +31,7 @@ from hybrid import Clear, Numeric
 from hybrid.bundle import Bundle, Keeping, Manifest, Parameter, TrainProgram
 from hybrid.errors import ConfigError, StoreError
 from hybrid.features import Features
+from hybrid.journal import STOPS, Phase
 from hybrid.plan import Halt, Local, Policy, QueryPlan, TrainPlan, Turn, sign
 from hybrid.query import LABEL, Categories, Labels, Moments, Query
 from hybrid.tokens import TOKEN_BYTES, Pending, Window
@@ -107,6 +108,20 @@ class Asked:
 
 
 @dataclass
+class MemoryJournal:
+    """Keeps the latest line, and takes no word that is not of the closed list."""
+
+    lines: list = field(default_factory=list)
+
+    def note(self, version, phase, reason, now_ms):
+        assert reason is None if phase is Phase.UPLOADED else reason in STOPS[phase], (phase, reason)
+        self.lines.append((version, str(phase), reason))
+
+    def forget(self):
+        self.lines.clear()
+
+
+@dataclass
 class MemoryStore:
     """A device's store in memory; what it holds survives a session, as a file does.
 
@@ -125,6 +140,10 @@ class MemoryStore:
     kept: list = field(default_factory=list)
     turns: dict = field(default_factory=dict)
     tokens: dict = field(default_factory=dict)
+    noted: MemoryJournal = field(default_factory=MemoryJournal)
+
+    def journal(self, device):
+        return self.noted
 
     def held(self, scope, *, device=0):
         return self.tokens.get(scope)
@@ -180,8 +199,8 @@ class MemoryStore:
         self.waiting[kept.plan] = kept
         self.kept.append(kept.body)
 
-    def pending(self, now_ms, *, device=0):
-        return [kept for kept in self.waiting.values() if now_ms < kept.expires_ms]
+    def pending(self, now_ms, *, device=0, reports=False):
+        return [kept for kept in self.waiting.values() if now_ms < kept.expires_ms and kept.reports == reports]
 
     def uploaded(self, plan_id, *, device=0):
         self.waiting.pop(plan_id, None)
@@ -294,7 +313,7 @@ def test_a_check_in_says_model_version_and_runtime():
     """And takes no more than the largest plan: a signature, a length, 64 KiB of JSON, 1 MiB of a query's payload."""
     world = World()
     world.session()
-    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 3}, 64 + 4 + 65536 + (1 << 20))]
+    assert world.aggregator.asked == [({"model": "meals", "version": 7, "runtime": 4}, 64 + 4 + 65536 + (1 << 20))]
 
 
 def test_an_update_is_kept_before_it_is_sent():

@@ -6,7 +6,20 @@ questionnaire, never computed from people's rows.
 
 from datetime import timedelta
 
-from hybrid import Categorical, Clear, Entity, HybridModel, Label, Numeric, Privacy, Server, Serving, Training, View
+from hybrid import (
+    Categorical,
+    Clear,
+    Entity,
+    Funnel,
+    HybridModel,
+    Label,
+    Numeric,
+    Privacy,
+    Server,
+    Serving,
+    Training,
+    View,
+)
 
 HABIT = Categorical(vocabulary=("never", "less1", "1~3", "4~8", "gt8"))
 EMBEDDING = 16
@@ -96,5 +109,6 @@ model = HybridModel(
     merge="server",
     release=Clear(reason="a demonstration on a public survey, whose answers are published anyway"),
     serving=Serving(contribution=True),  # devices keep it, to train with
+    funnel=Funnel(epsilon=1),
     training=Training(rounds=200, sampling=0.5, local_lr=2.0, server_optimizer="Adam", server_lr=0.005),
 )

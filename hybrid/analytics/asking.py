@@ -20,13 +20,14 @@ from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import NoiseSource, PaidNoise, SeededNoise, SystemNoise, clip_and_sum
 from hybrid.query import Floats, Query, contributions
 
-ANALYZE, NORMALISE, PRIOR, RECALIBRATE, EVALUATE, DRIFT = PURPOSES = (
+ANALYZE, NORMALISE, PRIOR, RECALIBRATE, EVALUATE, DRIFT, FUNNEL = PURPOSES = (
     "analyze",
     "normalise",
     "label-prior",
     "recalibrate",
     "evaluate",
     "drift",
+    "funnel",
 )
 """Of the ledger's entries that pay for queries."""
 STREAM = 5  # of a seed; those below are a training's

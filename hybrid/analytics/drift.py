@@ -22,6 +22,7 @@ from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Log1p, Numeric, Transform
 from hybrid.files import write_whole
 from hybrid.query import MOST_VALUES, SCORE, AnyPart, Categories, Floats, Histogram, Query
+from hybrid.week import week_of
 
 SCORE_BINS = 20
 NUMBER_EDGES = np.linspace(-2.0, 2.0, 9)  # standard deviations around the declared mean: ten bins
@@ -217,17 +218,6 @@ def cells_of(part: AnyPart) -> tuple[str, ...]:
 
 
 # What is kept: runs/<model>-drift-<week>/, one folder and one ledger for each ISO week.
-
-
-def week_of(now: datetime) -> str:
-    """The ISO week.
-
-    >>> from datetime import UTC
-    >>> week_of(datetime(2027, 1, 3, tzinfo=UTC))
-    '2026-W53'
-    """
-    year, week, _ = now.isocalendar()
-    return f"{year}-W{week:02d}"
 
 
 def folder_of(runs: Path, model: str, week: str) -> Path:

@@ -22,6 +22,7 @@ from hybrid.cli import (
     evaluate,
     features,
     fleet,
+    funnel,
     models,
     page,
     population,
@@ -65,6 +66,7 @@ GROUPS = (
     dead_letters,
     skew,
     drift,
+    funnel,
 )
 
 

@@ -163,7 +163,7 @@ class _Week:
     @property
     def name(self) -> str:
         """The ISO week."""
-        from hybrid.analytics.drift import week_of
+        from hybrid.week import week_of
 
         return week_of(self.now)
 

@@ -259,6 +259,8 @@ def _no_versions(run: Mapping[str, Any]) -> str:
         return "none: a sweep's configuration"
     if run["kind"] == "drift":
         return "none: a week of watching for drift"
+    if run["kind"] == "funnel":
+        return "none: a week of what devices tell of themselves"
     trained = any(spend["purpose"] == "train" for spend in run.get("spent_on", ()))
     return "none: it goes on, or it failed" if trained or not run.get("spent_on") else "none: questions"
 

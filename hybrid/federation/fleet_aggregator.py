@@ -32,6 +32,7 @@ from hybrid.federation.horizon import Horizon
 from hybrid.federation.pace import MEMORY, Arrivals, wait_s
 from hybrid.federation.rounds import MOST_UPLOADS, Answer, OpenSum, Uploads
 from hybrid.plan import (
+    JOURNAL_RUNTIME,
     MAX_PARAMETERS,
     QUERY_RUNTIME,
     TOKEN_RUNTIME,
@@ -238,11 +239,22 @@ class _Version:
         return self.uploads.plan
 
     @property
+    def reports(self) -> bool:
+        """Whether it is for devices that come to report, of any version, and for no others."""
+        return isinstance(self.plan, QueryPlan) and self.plan.query.week is not None
+
+    @property
     def runtime(self) -> int:
         """Of devices that know such a plan, at least."""
+        if self.reports:
+            return JOURNAL_RUNTIME
         if self.plan.token is not None:
             return TOKEN_RUNTIME
         return QUERY_RUNTIME if isinstance(self.plan, QueryPlan) else 1
+
+    def is_for(self, said: CheckIn) -> bool:
+        """Whether a device that says this is given the plan."""
+        return said.runtime >= self.runtime and self.reports == (said.version is None)
 
 
 @dataclass(frozen=True)
@@ -579,10 +591,10 @@ class FleetAggregator:
         with self._lock:
             if said.model == task.model and said.version in self._halts:
                 return Reply(200, self._halts[said.version])
-            if (said.model, said.version) != (task.model, task.version):
+            if said.model != task.model or said.version not in (task.version, None):
                 return Reply(204, retry_after_s=IDLE_S)
             offer = self._offer
-            if offer is not None and said.runtime >= offer.version.runtime and self._may_send_off(offer, now_ms):
+            if offer is not None and offer.version.is_for(said) and self._may_send_off(offer, now_ms):
                 return Reply(200, offer.signed)  # and it rests as its policy says, which is not for us to pace
             wait = self._wait(now_ms, now_s)
             self._arrivals.add(now_s, wait)

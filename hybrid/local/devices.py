@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -149,6 +149,9 @@ class Opened:
         rest_s: no device stays away for longer than this.
         issuer: base URL of the issuer of tokens; None: there is none.
         accounts: of each device, in order, its account's key there.
+        reports: base URL of the aggregator to which devices report what they did last week, which is what they do now:
+            while they take part, their clocks are a week behind. None: they do not report.
+        not_charging: so many of the devices, the first ones, never are.
     """
 
     bundle: Path
@@ -157,6 +160,8 @@ class Opened:
     rest_s: float
     issuer: str | None = None
     accounts: Sequence[str] = field(default=(), repr=False)
+    reports: str | None = None
+    not_charging: int = 0
 
 
 class Processes:
@@ -224,6 +229,8 @@ def running(opened: Opened, people: People, folder: Path, *, processes: int) -> 
                 people.store(store, part, manifest.version)
             pipe = subprocess.PIPE
             words = command(opened, file, key_file, len(part))
+            if opened.reports is not None:
+                words += ["--reports", opened.reports, "--not-charging", str(max(0, opened.not_charging - part.start))]
             if opened.issuer is not None:
                 accounts = folder / f"devices-{number}.accounts"
                 _write_secret(accounts, "\n".join(opened.accounts[part.start : part.stop]))
@@ -261,6 +268,8 @@ def main() -> None:
     parser.add_argument("--rest-s", type=float, required=True, help="no device stays away for longer than this")
     parser.add_argument("--issuer", default=None, help="of tokens, for example http://127.0.0.1:8092")
     parser.add_argument("--accounts", type=Path, default=None, help="with each device's key there, one a line")
+    parser.add_argument("--reports", default=None, help="the aggregator to which they report what they did last week")
+    parser.add_argument("--not-charging", type=int, default=0, help="so many of them never are")
     arguments = parser.parse_args()
     print(json.dumps(asyncio.run(_run(**vars(arguments)))))
 
@@ -276,6 +285,8 @@ async def _run(
     rest_s: float,
     issuer: str | None,
     accounts: Path | None,
+    reports: str | None,
+    not_charging: int,
 ) -> dict[str, Any]:
     from device_runtime.aggregator import Aggregator
     from device_runtime.answering import Answerer
@@ -284,14 +295,18 @@ async def _run(
     from device_runtime.host import ScriptedHost
     from device_runtime.participation import Participation
     from device_runtime.program import open_bundle
+    from device_runtime.reporting import Report
     from device_runtime.secret import read_store_key
     from device_runtime.store import Store
     from device_runtime.trainer import Trainer
     from hybrid.bundle import trusted_key
     from hybrid.plan import Policy
+    from hybrid.week import WEEK_S
 
     opened, trusted, asked = open_bundle(bundle, trust), trusted_key(trust), Aggregator(aggregator)
-    host = ScriptedHost([Readings(**GOOD)])  # type: ignore[arg-type]
+    good = Readings(**GOOD)  # type: ignore[arg-type]
+    hosts = ScriptedHost([good]), ScriptedHost([replace(good, charging=False)])
+    behind_ms, told = (0, None) if reports is None else (int(WEEK_S * 1000), Aggregator(reports))
     # A round stands for a day here: a device takes part in each.
     own = Policy(separation_s=0, participations=1_000_000)
     shared, room = _InTurn(Trainer(opened), Answerer(opened)), asyncio.Semaphore(CONCURRENCY)
@@ -301,20 +316,26 @@ async def _run(
     with Store.open(store, read_store_key(key_file, {}), opened.manifest) as kept:
 
         async def session(device: int) -> Outcome:
-            account = None if credentials is None else credentials.of(keys[device])
+            whose: dict[str, Any] = {
+                "store": kept,
+                "host": hosts[device < not_charging],
+                "trusted": trusted,
+                "device": device,
+                "credentials": None if credentials is None else credentials.of(keys[device]),
+            }
             async with room:
-                return await Participation(
-                    opened,
-                    trainer,
-                    kept,
-                    host,
-                    asked,
-                    trusted,
-                    device=device,
+                outcome = await Participation(
+                    bundle=opened,
+                    trainer=trainer,
+                    aggregator=asked,
                     answerer=answerer,
-                    credentials=account,
                     own=own,
+                    now_ms=lambda: time.time_ns() // 1_000_000 - behind_ms,
+                    **whose,
                 ).session()
+                if told is not None:
+                    await Report(model=kept.model, aggregator=told, spread_s=0, **whose).session()
+                return outcome
 
         print(json.dumps({"ready": devices}), flush=True)
         endings = await _live(session, devices, rest_s, _input_ended())

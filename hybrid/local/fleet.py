@@ -587,6 +587,60 @@ def asking(
         started.finish()
 
 
+@contextmanager
+def reporting(
+    promoted: Promoted,
+    people: People,
+    ledger: Ledger,
+    keys: Path,
+    *,
+    round_s: float,
+    tokens: bool = False,
+    not_charging: int = 0,
+) -> Iterator[tuple[FleetAggregator, Callable[[], None]]]:
+    """Devices that take part last week, by their own clocks, and an aggregator, in this process, that asks how far.
+
+    What they train is summed as in any round, and given to nobody: there is nothing to pay for.
+
+    Args:
+        promoted: the version that devices have.
+        people: whose they are.
+        ledger: pays for what they report.
+        keys: folder of the control plane's signing key.
+        round_s: how long the training's round and the query are open.
+        tokens: whether an issuer gives each person one token, which their report needs.
+        not_charging: so many of the devices never are, and cannot train.
+
+    Yields:
+        The aggregator, and what lets the devices take part, to be called once before it asks.
+
+    Raises:
+        StackError: a process of devices failed.
+    """
+    with ExitStack() as stack:
+        folder, key = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybrid-fleet-"))), signing_key(keys)
+        issued = stack.enter_context(issuing(folder / "issuer", people.users)) if tokens else None
+        unpaid = Round(sampling=1.0, clip=promoted.network.model.privacy.clip, noise_multiplier=0.0, minimum=0)
+        training = FleetAggregator(promoted.task(round_s, devices=people.users), unpaid, None, key)
+        windows = None if issued is None else issued.windows
+        asking = FleetAggregator(promoted.audience(round_s, wanted=people.users), None, ledger, key, windows=windows)
+        urls = [f"http://127.0.0.1:{stack.enter_context(listening(each))}" for each in (training, asking)]
+        opened = Opened(promoted.bundle, promoted.trust, urls[0], round_s / 3)
+        opened = replace(opened, reports=urls[1], not_charging=not_charging)
+        if issued is not None:
+            opened = replace(opened, issuer=issued.url, accounts=issued.keys)
+        started = stack.enter_context(running(opened, people, folder, processes=PROCESSES))
+
+        def take_part() -> None:
+            started.wait_ready()
+            training.run_round(1, promoted.side.flat())
+
+        yield asking, take_part
+        for each in (training, asking):
+            each.stop("everything is asked")
+        started.finish()
+
+
 def train_over_flower(order: Order, ledger: Ledger | None, run_dir: Path, say: Callable[[str], None]) -> Outcome:
     """Runs the devices, and, each in a process of its own, two aggregators, their SuperNodes, and a SuperLink.
 

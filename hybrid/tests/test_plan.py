@@ -396,3 +396,12 @@ def test_a_plan_may_ask_for_a_token():
     query = ASKED.model_copy(update={"token": WINDOW})
     assert open_signed(sign(query, KEY), PUBLIC)[0] == query
     assert b"token" not in MESSAGE
+
+
+def test_a_query_may_be_about_a_week_s_journals():
+    """Without a week its bytes do not name one: older devices read them; and who comes to report names no version."""
+    query = Query(parts=(Histogram(column="left", edges=(0.5,)),), week="2026-W47")
+    asked = ASKED.model_copy(update={"query": query})
+    assert open_signed(sign(asked, KEY), PUBLIC)[0] == asked
+    assert b"week" not in sign(ASKED.model_copy(update={"query": Query(parts=query.parts)}), KEY)
+    assert CheckIn(model="coupon", runtime=4).model_dump_json(exclude_none=True) == '{"model":"coupon","runtime":4}'

@@ -223,3 +223,28 @@ def test_columns_are_checked():
         _vectors(Query(parts=(AGE,)), {"age": ["x"]}, [0, 1])
     with pytest.raises(ConfigError, match="payload"):
         _vectors(Query(parts=(Labels(),), spread=(1.0,)), {"label": [0]}, [0, 1], np.zeros(2))
+
+
+PHASES = Histogram(column="left", edges=(0.5, 1.5), cumulative=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"parts": (PHASES, AGE)}, r"read version, left, stopped alone, got \['age'\]"),
+        ({"parts": (PHASES, Labels())}, r"got \['label'\]"),
+        ({"by": By(column="city", values=("Bonn",))}, r"got \['city'\]"),
+        ({"rows": 2}, "rows=1 and no spread"),
+        ({"spread": (1.0,)}, "rows=1 and no spread"),
+        ({"week": "2026-W54"}, "week"),
+        ({"week": "W47"}, "week"),
+    ],
+    ids=str,
+)
+def test_a_query_about_journals_reads_nothing_of_a_person(fields, why):
+    """Neither beside them nor as groups; of other queries a column may be called as it likes."""
+    good = {"parts": (PHASES,), "by": By(column="version", values=("4",)), "week": "2026-W53"}
+    assert Query(**good).norm == pytest.approx(math.sqrt(1 + 1 / 4 + 9 / 64))
+    assert Query(parts=(PHASES, AGE)).week is None
+    with pytest.raises(ValidationError, match=why):
+        Query(**good | fields)

@@ -449,3 +449,14 @@ def test_settings_that_came_later_move_no_other_definition():
         "normalise_rows": 2,
     }
     assert Training(**changed.model_dump()) == changed
+
+
+def test_what_watching_may_cost_is_no_part_of_what_is_trained(tmp_path: Path):
+    """With budgets for drift and for the funnel, or other ones, a model is the same, and so are its versions."""
+    (tmp_path / "plain.py").write_text(FILE)
+    watched = FILE.replace("import Categorical,", "import Categorical, Drift, Funnel,")
+    watched = watched.replace('merge="server"', 'merge="server", drift=Drift(epsilon=1), funnel=Funnel(epsilon=2)')
+    (tmp_path / "watched.py").write_text(watched)
+    plain, both = (load_model(tmp_path / f"{name}.py") for name in ("plain", "watched"))
+    assert (both.funnel and both.funnel.least, plain.funnel) == (20, None)
+    assert definition_hash(plain.definition()) == definition_hash(both.definition())

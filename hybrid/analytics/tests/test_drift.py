@@ -16,11 +16,11 @@ from hybrid.analytics.drift import (
     kept,
     unwatched,
     watched,
-    week_of,
 )
 from hybrid.errors import ConfigError
 from hybrid.features import Bucketize, Categorical, Hash, Log1p, Numeric
 from hybrid.privacy.ledger import Ledger
+from hybrid.week import week_of
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 DEVICE = {"colour": Categorical(vocabulary=("red", "blue")), "age": Numeric(mean=40, std=10), "app": Hash(buckets=8)}

@@ -23,7 +23,7 @@ from hybrid.federation.fleet_aggregator import IDLE_S, Audience, FleetAggregator
 from hybrid.plan import CheckIn, Halt, Local, Policy, QueryPlan, TrainPlan, open_signed
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.matrix import optimised
-from hybrid.query import Labels, Query
+from hybrid.query import Histogram, Labels, Query
 from hybrid.update import head
 
 KEY = Ed25519PrivateKey.generate()
@@ -431,3 +431,22 @@ def test_one_device_moves_a_released_sum_by_its_bound_at_most(replies, clip):
             aggregator.upload(plan.id, name(2), reply)
     moved = np.linalg.norm(release.result().sum - [0, 0.125])
     assert moved <= query.norm * (1 + 1e-12)
+
+
+JOURNALS = Query(parts=(Histogram(column="left", edges=(0.5,)),), week="2026-W47")
+REPORTS = CheckIn(model="kiosk", runtime=4)
+
+
+def test_a_query_about_journals_is_for_who_comes_to_report_whatever_version_it_has():
+    """And no other plan is: neither a training's nor a query's; a device that knows no weeks is given none."""
+    aggregator, clock = built()
+    with clock.during(asking(aggregator, JOURNALS), ROUND_S):
+        plan, _ = open_signed(aggregator.check_in(REPORTS).body, TRUST)
+        assert plan.query == JOURNALS
+        for said in (SAID, NEW, NEW.model_copy(update={"runtime": 4}), REPORTS.model_copy(update={"runtime": 3})):
+            assert aggregator.check_in(said).status == 204
+        assert aggregator.check_in(REPORTS.model_copy(update={"model": "other"})).status == 204
+    for other in (asking(aggregator), lambda: aggregator.run_round(1, FLAT)):
+        with clock.during(other, ROUND_S):
+            assert aggregator.check_in(REPORTS).status == 204
+            assert aggregator.check_in(NEW).status == 200
