@@ -23,7 +23,7 @@ from hybrid.errors import ConfigError
 
 REQUESTS, SECONDS = "hybrid_gateway_requests_total", "hybrid_gateway_request_seconds_bucket"
 ROWS, FALLBACKS = "hybrid_merge_rows_total", "hybrid_fallbacks_total"
-PREDICTIONS = "hybrid_merge_prediction_bucket"
+PREDICTIONS, LAG = "hybrid_merge_prediction_bucket", "hybrid_worker_lag_records"
 LABELS = {REQUESTS: "code", SECONDS: "le", ROWS: "code", FALLBACKS: "kind", PREDICTIONS: "le"}
 OTHERS = frozenset({"ok", "update_required", "rate_limited", "cancelled"})  # codes that say nothing against a version
 CHANCE = 1e-6
@@ -122,15 +122,29 @@ def read(text: str, model: str) -> dict[Sample, float]:
     Raises:
         ConfigError: it is not such a text.
     """
+    return read_all(text)[0].get(model, {})
+
+
+def read_all(text: str) -> tuple[dict[str, dict[Sample, float]], float | None]:
+    """The same of every model; and how many records a worker has not polled yet, None where it is no worker's.
+
+    Raises:
+        ConfigError: it is not such a text.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
+    found: dict[str, dict[Sample, float]] = {}
+    lag = None
     try:
-        return {
-            (sample.name, sample.labels["version"], sample.labels[LABELS[sample.name]]): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name in LABELS and sample.labels["model"] == model
-        }
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == LAG:
+                    lag = sample.value
+                elif sample.name in LABELS:
+                    labels = sample.labels
+                    key = (sample.name, labels["version"], labels[LABELS[sample.name]])
+                    found.setdefault(labels["model"], {})[key] = sample.value
+        return found, lag
     except (ValueError, KeyError):
         raise ConfigError("metrics must be in Prometheus' text format, as gateway and worker show them") from None
 
@@ -197,7 +211,7 @@ def _slower(gates: Gates, canary: Counted, default: Counted) -> Verdict:
     if min(canary.requests, default.requests) < gates.least:
         counted = f"{canary.requests:,} and {default.requests:,}"
         return Verdict("slower", "waits", f"seconds: of {counted} requests of either, {gates.least:,} are needed")
-    bound = max(UNNOTICED_S, gates.slower * _quantile(default.seconds, 1 - SLOW))
+    bound = max(UNNOTICED_S, gates.slower * quantile(default.seconds, 1 - SLOW))
     edge = min((edge for edge in canary.seconds if edge >= bound), default=math.inf)
     timed = round(canary.seconds.get(math.inf, 0.0))
     slow = timed - round(canary.seconds.get(edge, timed))
@@ -216,8 +230,8 @@ def _drift(gates: Gates, canary: Counted, default: Counted) -> Verdict:
     return Verdict("drift", "fails" if found.low > gates.drift else "passes", said)
 
 
-def _quantile(buckets: Mapping[float, float], level: float) -> float:
-    """The upper end of the bucket that it is in."""
+def quantile(buckets: Mapping[float, float], level: float) -> float:
+    """The upper end of the bucket that it is in; of none, infinity."""
     wanted = level * buckets.get(math.inf, 0.0)
     return next((edge for edge, count in sorted(buckets.items()) if count >= wanted), math.inf)
 

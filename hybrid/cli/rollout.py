@@ -10,11 +10,12 @@ import typer
 
 from hybrid.cli.promote import OTHERWISE, wait_loaded
 from hybrid.cli.runs import CANARY, PRODUCTION, version_of
+from hybrid.deployment import anything
 from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.deployment import Deployment, Window
+    from hybrid.deployment import Check, Deployment, Window
     from hybrid.registry import Registry
     from hybrid.version import Version
 
@@ -41,29 +42,14 @@ def rollout(
 
     Example: hybrid rollout coupon 3 --canary 5%
     """
-    from hybrid.deployment import change
-    from hybrid.registry import Registry
-
-    share, workspace = _share(canary), Workspace.current()
-    registry = Registry(workspace)
-    found = version_of(registry, model, version, otherwise=OTHERWISE)
-    window = window_of(workspace, model)
-    window.check(found.number)
-    deployment = _served(window, found.number) or _exported(registry, found, workspace)
-    told = change(
-        workspace.deployments,
-        model,
-        lambda now: _there(now, model).try_out(deployment, share),
-        action="canary",
-        version=found.number,
-        share=share,
-    )
-    registry.set_alias(model, found.number, CANARY)
+    share = _share(canary)
+    told = try_out(Workspace.current(), model, version, share)
+    assert told.canary is not None
+    number = told.canary.version
     if as_json:
-        print(json.dumps({"model": model, "version": found.number, "share": share, "default": told.default.version}))
+        print(json.dumps({"model": model, "version": number, "share": share, "default": told.default.version}))
     else:
-        number, others = found.number, told.default.version
-        print(f"{model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {others}")
+        print(tried_out(told))
         print(f"Next: `hybrid rollout {model} {number} --canary SHARE` with a larger one,")
         print(f"  `hybrid promote {model} {number} production` for all, or `hybrid rollback {model}`.")
 
@@ -96,11 +82,70 @@ def rollback(
     if as_json:
         print(json.dumps({"model": model, "halted": number, "reason": reason, "default": default}))
     else:
-        print(f"{model}:{number} was taken back ({reason}); devices fetch {default}")
+        print(taken_back(model, number, reason, default))
 
 
-def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int:
+def try_out(workspace: Workspace, model: str, version: str | int, share: float, check: Check = anything) -> Window:
+    """Makes a version the canary, exported and loaded first where it is not served yet, and its alias too.
+
+    Args:
+        workspace: of the project.
+        model: whose.
+        version: a number, also as text, or an alias.
+        share: of devices, in (0, 1].
+        check: of what is served before.
+
+    Returns:
+        What is served after it.
+
+    Raises:
+        NotFound: there is no such version, or nothing is served of the model yet.
+        ConfigError: it cannot be exported, was taken back, or is the default.
+        StackError: the local stack's Triton does not load it.
+    """
+    from hybrid.deployment import change
+    from hybrid.registry import Registry
+
+    registry = Registry(workspace)
+    found = version_of(registry, model, version, otherwise=OTHERWISE)
+    window = window_of(workspace, model)
+    window.check(found.number)
+    deployment = _served(window, found.number) or _exported(registry, found, workspace)
+    told = change(
+        workspace.deployments,
+        model,
+        lambda now: _there(now, model, check).try_out(deployment, share),
+        action="canary",
+        version=found.number,
+        share=share,
+    )
+    registry.set_alias(model, found.number, CANARY)
+    return told
+
+
+def tried_out(told: Window) -> str:
+    """A canary, in words."""
+    assert told.canary is not None
+    number, share, default = told.canary.version, told.canary.share, told.default
+    return (
+        f"{default.model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {default.version}"
+    )
+
+
+def taken_back(model: str, number: int, reason: str, default: int) -> str:
+    """The same of a version that was taken back."""
+    return f"{model}:{number} was taken back ({reason}); devices fetch {default}"
+
+
+def take_back(workspace: Workspace, model: str, number: int, reason: str, check: Check = anything) -> int:
     """Halts a served version, moves the registry's aliases with it, and returns the default after it.
+
+    Args:
+        workspace: of the project.
+        model: whose.
+        number: of the version.
+        reason: for people and logs; what is beyond `MOST_REASON` is left out.
+        check: of what is served before.
 
     Raises:
         NotFound: it is not served.
@@ -120,7 +165,7 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
     told = change(
         workspace.deployments,
         model,
-        lambda now: _there(now, model).halt(halted),
+        lambda now: _there(now, model, check).halt(halted),
         action="halt",
         version=number,
         reason=reason,
@@ -133,8 +178,14 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
     return told.default.version
 
 
-def promote_served(workspace: Workspace, model: str, number: int) -> None:
+def promote_served(workspace: Workspace, model: str, number: int, check: Check = anything) -> None:
     """Makes a version that is served already the default: nothing is exported anew, and who has it has it.
+
+    Args:
+        workspace: of the project.
+        model: whose.
+        number: of the version.
+        check: of what is served before.
 
     Raises:
         NotFound: it is not served.
@@ -144,7 +195,7 @@ def promote_served(workspace: Workspace, model: str, number: int) -> None:
     deployment = _served(window_of(workspace, model), number)
     if deployment is None:
         raise NotFound(f"{model}:{number} is not served")
-    deployment.write(workspace.deployments)
+    deployment.write(workspace.deployments, check)
     registry = Registry(workspace)
     registry.set_alias(model, number, PRODUCTION)
     registry.drop_alias(model, CANARY)
@@ -198,7 +249,8 @@ def window_of(workspace: Workspace, model: str) -> Window:
     return _there(Window.read(file) if file.exists() else None, model)
 
 
-def _there(window: Window | None, model: str) -> Window:
+def _there(window: Window | None, model: str, check: Check = anything) -> Window:
+    check(window)
     if window is None:
         raise NotFound(f"nothing is served of {model} yet: `hybrid promote {model} VERSION production` comes first")
     return window

@@ -61,7 +61,7 @@ def watch(
     ends, pause = time.monotonic() + seconds_of(wait), seconds_of(every)
     workspace = Workspace.current()
     canary, default = _both(window_of(workspace, model), model)
-    urls = metrics or _local(workspace)
+    urls = metrics or local_metrics(workspace)
     before = _scraped(urls, model)
     while True:
         now = grown(before, _scraped(urls, model))
@@ -110,8 +110,12 @@ def _both(window: Window, model: str) -> tuple[int, int]:
     return window.canary.version, window.default.version
 
 
-def _local(workspace: Workspace) -> list[str]:
-    """Of the local stack's gateway and worker."""
+def local_metrics(workspace: Workspace) -> list[str]:
+    """Addresses of the metrics of the local stack's gateway and worker.
+
+    Raises:
+        StackError: it is not up.
+    """
     from hybrid.local import stack
 
     state = stack.status(workspace)

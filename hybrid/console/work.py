@@ -1,0 +1,91 @@
+"""What the console does for its people, one thing at a time, while the page stays there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from types import TracebackType
+
+from hybrid.console.actions import Action, Seen
+from hybrid.console.sessions import Refused
+from hybrid.errors import HybridError
+
+QUICK_S = 2.0  # that an answer waits for what may be done at once
+
+log = logging.getLogger(__name__)
+Perform = Callable[[Action, Seen], str]
+"""Does an action to the rollout that was seen, and to no other, and says what it did; raises a HybridError that says
+why it did not."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One action, while it is at work and after.
+
+    Attributes:
+        action: that it is.
+        began, ended: in UTC; None: it is at work.
+        said: what it did, or why it did not.
+        failed: whether it did not.
+    """
+
+    action: Action
+    began: datetime
+    ended: datetime | None = None
+    said: str = ""
+    failed: bool = False
+
+
+class Desk(AbstractContextManager["Desk"]):
+    """Does one action at a time, in a thread of its own; the end of the block waits for it.
+
+    Args:
+        perform: does it.
+        now: in UTC.
+    """
+
+    def __init__(self, perform: Perform, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._perform, self._now, self._alone = perform, now, threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "console-work")
+        self._works: dict[str, Work] = {}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown()
+
+    def begin(self, action: Action, seen: Seen) -> None:
+        """Begins an action, and gives it a moment to be done.
+
+        Raises:
+            Refused: another is at work.
+        """
+        with self._alone:
+            for other in self._works.values():
+                if other.ended is None:
+                    raise Refused(409, f"“{other.action.title}” is at work: one thing at a time. Nothing was done")
+            self._works[action.model] = Work(action, self._now())
+        log.info("begins: %s", action.title)
+        wait([self._thread.submit(self._do, action, seen)], QUICK_S)
+
+    def latest(self, model: str) -> Work | None:
+        """What was done last to a model, or is at work, since the console began."""
+        with self._alone:
+            return self._works.get(model)
+
+    def _do(self, action: Action, seen: Seen) -> None:
+        failed = True
+        try:
+            said, failed = self._perform(action, seen), False
+        except HybridError as error:
+            said = str(error)
+        except Exception as error:  # its text may name what no page should
+            said = f"an error that nobody foresaw ({type(error).__name__}): see the console's log, and the history"
+            log.exception("%s failed", action.title)
+        log.info("%s: %s", "failed" if failed else "done", action.title)
+        with self._alone:
+            done = self._works[action.model]
+            self._works[action.model] = replace(done, ended=self._now(), said=said, failed=failed)
