@@ -18,10 +18,10 @@ from hybrid.errors import ConfigError, HybridError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.console.actions import Action, Seen
     from hybrid.console.health import Pulse
     from hybrid.console.pages import Model
     from hybrid.console.server import Place
+    from hybrid.console.steps import Seen, Step
     from hybrid.console.work import Desk
     from hybrid.deployment import Window
     from hybrid.http import Certificate
@@ -81,7 +81,7 @@ def console(
     place, called = _place(host, name or (), tls=chain is not None)
     ended = told_to_end()
     sessions, pulse = Sessions(password), Pulse(lambda: metrics or local_metrics(workspace))
-    with pulse, Desk(lambda action, seen: perform(workspace, action, seen)) as desk:
+    with pulse, Desk(lambda step, seen: perform(workspace, step, seen)) as desk:
         shown = _Shown(workspace, pulse, desk)
         served = application(Console(shown.models, shown.model, shown.seen, desk, sessions), place)
         options = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": CONNECTIONS}
@@ -92,7 +92,7 @@ def console(
     typer.echo("The console is closed.")
 
 
-def perform(workspace: Workspace, action: Action, seen: Seen) -> str:
+def perform(workspace: Workspace, step: Step, seen: Seen) -> str:
     """Does to a rollout what the command of that name does, if it is as it was seen, and says what it did.
 
     Raises:
@@ -103,17 +103,17 @@ def perform(workspace: Workspace, action: Action, seen: Seen) -> str:
     from hybrid.cli.runs import PRODUCTION
     from hybrid.registry import Registry
 
-    model, version = action.model, action.version
-    if action.kind == "canary":
-        return tried_out(try_out(workspace, model, version, action.share, seen.check))
-    if action.kind == "halt":
-        default = take_back(workspace, model, version, action.reason, seen.check)
-        return taken_back(model, version, action.reason, default)
+    model, version = step.model, step.version
+    if step.kind == "canary":
+        return tried_out(try_out(workspace, model, version, step.share, seen.check))
+    if step.kind == "halt":
+        default = take_back(workspace, model, version, step.reason, seen.check)
+        return taken_back(model, version, step.reason, default)
     if version in seen.served:
         promote_served(workspace, model, version, seen.check)
     else:
         export_to(workspace, Registry(workspace).load_model(model), version, PRODUCTION, seen.check)
-    return f"{action.name} is the default: all devices fetch it"
+    return f"{step.name} is the default: all devices fetch it"
 
 
 class _Shown:
@@ -140,7 +140,7 @@ class _Shown:
 
     def seen(self, name: str) -> Seen:
         """Its rollout. Raises: NotFound: none is registered under the name."""
-        from hybrid.console.actions import Seen
+        from hybrid.console.steps import Seen
 
         return Seen.of(self._window(name))
 

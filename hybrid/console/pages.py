@@ -8,13 +8,13 @@ from datetime import datetime
 from importlib.resources import files
 from xml.etree.ElementTree import Element
 
-from hybrid.console.actions import Action, Question, Seen
 from hybrid.console.health import Health
+from hybrid.console.steps import Question, Seen, Step
 from hybrid.console.work import Work
 from hybrid.deployment import Change, Window
 from hybrid.gates import Counted, quantile
 from hybrid.report import page as report
-from hybrid.report.elements import NONE, Child, Children, badge, e, marked, missing, name, table, text
+from hybrid.report.elements import NONE, Child, Children, badge, e, missing, name, table, text
 from hybrid.report.facts import Facts
 
 ICON = (
@@ -24,6 +24,7 @@ ICON = (
 SHOWN = ("versions", "quality", "comparison", "curves", "funnel", "drift", "privacy")  # of the report's sections
 STEPS = (1, 5, 10, 25, 50, 100)  # %, that are proposed
 SLOW_LEVEL = 0.95
+MANY = 0.01  # of requests without an answer, or rows by a fallback
 MOST_CHANGES = 20  # of a history
 SAID = {"promote": "promoted", "halt": "taken back"}  # of a history's actions
 
@@ -97,7 +98,8 @@ def overview(models: Sequence[Model], csrf: str, now: datetime) -> str:
     if not models:
         listed = missing("No model is registered.", "hybrid register FILE")
     main = e("main", e("h1", "Models"), _when(now, "/"), listed)
-    return _document("Models", _top(csrf), main)
+    counts = e("footer", e("p", badge("public"), " Numbers on this page are known to the server anyway."))
+    return _document("Models", _top(csrf), main, counts)
 
 
 def model_page(model: Model, csrf: str, now: datetime) -> str:
@@ -129,13 +131,13 @@ def model_page(model: Model, csrf: str, now: datetime) -> str:
     return _document(model.name, _top(csrf, model.name), body, footer)
 
 
-def confirm(action: Action, asked: Question, seen: Seen, token: str, csrf: str) -> str:
+def confirm(step: Step, asked: Question, seen: Seen, token: str, csrf: str) -> str:
     """The second question."""
-    back = f"/models/{action.model}"
+    back = f"/models/{step.model}"
     main = e(
         "main",
         e("h1", asked.title),
-        e("p", "Now, ", e("bdi", seen.line(), data_mark="public"), ".", class_="when"),
+        e("p", "Now: ", e("bdi", seen.line(), data_mark="public"), ".", class_="when"),
         e("h2", "What happens"),
         e("ul", *(e("li", e("bdi", each)) for each in asked.will), data_mark="public"),
         e("h2", "What cannot be undone"),
@@ -143,7 +145,7 @@ def confirm(action: Action, asked: Question, seen: Seen, token: str, csrf: str) 
         e(
             "form",
             _hidden(csrf=csrf, token=token),
-            e("button", asked.yes, type="submit", class_="danger" if action.kind == "halt" else "main"),
+            e("button", asked.yes, type="submit", class_="danger" if step.kind == "halt" else "main"),
             e("a", "No, go back", href=back, class_="button"),
             method="post",
             action=f"{back}/confirm",
@@ -151,7 +153,7 @@ def confirm(action: Action, asked: Question, seen: Seen, token: str, csrf: str) 
         ),
         class_="narrow",
     )
-    return _document(asked.title, _top(csrf, action.model), main)
+    return _document(asked.title, _top(csrf, step.model), main)
 
 
 def refused(title: str, said: str, csrf: str | None, back: str = "/") -> str:
@@ -202,14 +204,14 @@ def _work(work: Work | None) -> Iterator[Element]:
     if work.ended is None:
         said: Children = [
             e("b", "… At work: "),
-            e("bdi", work.action.title),
+            e("bdi", work.step.title),
             ", since ",
             time,
             ". This page follows it.",
         ]
         yield e("p", *said, class_="busy", role="status")
     elif work.failed:
-        why: Children = [e("b", "✕ Not done: "), e("bdi", work.action.title), ". ", e("bdi", work.said), ". ", time]
+        why: Children = [e("b", "✕ Not done: "), e("bdi", work.step.title), ". ", e("bdi", work.said), ". ", time]
         yield e("p", *why, class_="bad", role="alert")
     else:
         yield e("p", e("b", "✓ Done: "), e("bdi", work.said), ". ", time, class_="good", role="status")
@@ -220,18 +222,19 @@ def _line(model: Model) -> Element:
     seen = model.seen
     served: Children = ["nothing is served yet"]
     if seen.default is not None:
-        served = ["version ", marked("public", str(seen.default))]
+        served = [f"version {seen.default}"]
     canary: Children = ["none"]
     if seen.canary is not None:
-        canary = ["version ", marked("public", str(seen.canary)), ", ", marked("public", _percent(seen.share))]
+        canary = [f"version {seen.canary}, {_percent(seen.share)}"]
     busy = model.work is not None and model.work.ended is None
     return e(
         "li",
         e("h2", e("a", name(model.name), href=f"/models/{model.name}")),
         e("p", e("b", "Default "), *served),
         e("p", e("b", "Canary "), *canary),
-        e("p", *_pulse(model.health)),
+        e("p", e("b", "Serving "), *_pulse(model.health)),
         e("p", e("b", "… at work"), class_="busy") if busy else None,
+        data_mark="public",
     )
 
 
@@ -246,11 +249,8 @@ def _pulse(health: Health) -> Children:
     requests, failed = sum(one.requests for one in every), sum(one.failed for one in every)
     slowest = max(quantile(one.seconds, SLOW_LEVEL) for one in every)
     return [
-        marked("public", f"{requests / health.seconds:,.3g} requests/s"),
-        ", ",
-        marked("public", f"{failed / requests:.2%} without an answer"),
-        ", 95 % within ",
-        marked("public", _seconds(slowest)),
+        f"{requests / health.seconds:,.3g} requests/s, {100 * failed / requests:.2f} % without an answer, ",
+        f"95 % within {_seconds(slowest)}",
     ]
 
 
@@ -276,15 +276,15 @@ def _rollout(model: Model, csrf: str) -> Iterator[Element]:
 def _stages(window: Window, seen: Seen) -> Iterator[Element]:
     """Default, canary, and what devices may still have."""
     share = 1 - seen.share
-    yield _stage("Default", window.default.version, f"{_percent(share)} of devices fetch it", share)
+    yield _stage("Default", window.default.version, f"{_percent(share)} of devices fetch it", share, 0)
     if seen.canary is not None:
-        yield _stage("Canary", seen.canary, f"{_percent(seen.share)} of devices fetch it", seen.share)
+        yield _stage("Canary", seen.canary, f"{_percent(seen.share)} of devices fetch it", seen.share, 1)
     for version in seen.served:
         if version not in (seen.default, seen.canary):
-            yield _stage("Still answered", version, "for devices that have it", 0.0)
+            yield _stage("Still answered", version, "for devices that have it", 0.0, 2)
 
 
-def _stage(title: str, version: int, said: str, share: float) -> Element:
+def _stage(title: str, version: int, said: str, share: float, place: int) -> Element:
     part = e("rect", class_="bar", x=0.0, y=0.0, width=100 * share, height=6.0)
     drawing = e(
         "svg",
@@ -293,7 +293,7 @@ def _stage(title: str, version: int, said: str, share: float) -> Element:
         viewBox="0 0 100 6",
         preserveAspectRatio="none",
         aria_hidden="true",
-        class_="share",
+        class_=f"share s{place}",
     )
     return e(
         "div", e("p", title), e("p", f"version {version}", class_="big"), drawing, e("p", said), data_mark="public"
@@ -385,15 +385,15 @@ def _history(changes: Sequence[Change]) -> Element:
         [
             e("time", f"{change.at:%Y-%m-%d %H:%M:%S}"),
             SAID.get(change.action, change.action),
-            marked("public", str(change.version)),
-            marked("public", _whom(change)),
-            marked("public", str(change.default)),
+            str(change.version),
+            _whom(change),
+            str(change.default),
             name(change.reason) if change.reason else NONE,
         ]
         for change in list(reversed(changes))[:MOST_CHANGES]
     ]
     head = ("when (UTC)", "what", "version", "devices", "default after it", "why")
-    return table("History, the latest first", head, rows)
+    return e("div", table("History, the latest first", head, rows, "public"), data_mark="public", class_="history")
 
 
 def _whom(change: Change) -> str:
@@ -406,44 +406,36 @@ def _health(health: Health) -> Iterator[Element]:
     for each in health.unread:
         yield e("p", e("b", "✕ Not read: "), e("bdi", each), class_="bad", role="alert")
     if not health.read:
-        yield missing("No gateway or worker is read.", "hybrid up", "hybrid console --metrics URL --metrics URL")
         return
-    lag: Children = (
-        [] if health.lag is None else [" Records that wait for workers: ", marked("public", f"{health.lag:,.0f}"), "."]
-    )
-    yield e(
-        "p",
-        badge("public"),
-        f" Counted by gateways and workers ({health.read}) in the last {_span(health.seconds)}.",
-        *lag,
-        data_mark="public",
-    )
+    lag = "" if health.lag is None else f" Records that wait for workers: {health.lag:,.0f}."
+    said = f" Counted by gateways and workers ({health.read}) in the last {_span(health.seconds)}.{lag}"
+    yield e("p", badge("public"), said, data_mark="public")
     counted = {version: one for version, one in health.versions.items() if one.requests or one.rows}
     if not counted:
         yield e("p", "Nobody asked for a prediction meanwhile.")
         return
     head = ("version", "requests/s", "without an answer", "95 % within", "rows/s", "by a fallback")
     rows = [_counted(version, one, health.seconds) for version, one in sorted(counted.items(), reverse=True)]
-    yield table("By version", head, rows, "public")
+    yield e("div", table("By version", head, rows), data_mark="public")
 
 
 def _counted(version: int, one: Counted, seconds: float) -> list[Child]:
     slow = _seconds(quantile(one.seconds, SLOW_LEVEL)) if one.requests else NONE
+    requests_s, rows_s = (f"{count / seconds:,.3g}" for count in (one.requests, one.rows))
     return [
-        marked("public", str(version)),
-        marked("public", f"{one.requests / seconds:,.3g}"),
+        str(version),
+        requests_s,
         _share_of(one.failed, one.requests),
-        marked("public", slow),
-        marked("public", f"{one.rows / seconds:,.3g}"),
+        slow,
+        rows_s,
         _share_of(one.fallen, one.rows),
     ]
 
 
-def _share_of(part: int, whole: int) -> Element:
-    if not whole:
-        return e("span", NONE)
-    said = marked("public", f"{part / whole:.2%}")
-    return e("span", e("b", "! "), said, class_="bad") if part else said
+def _share_of(part: int, whole: int) -> Child:
+    """Of requests or rows; many are said to be."""
+    said = f"{100 * part / whole:.2f} %" if whole else NONE
+    return e("span", e("b", "! "), said, class_="bad") if part > MANY * whole else said
 
 
 def _hidden(**values: str) -> Element:

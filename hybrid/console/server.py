@@ -32,8 +32,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.console import pages
-from hybrid.console.actions import Action, Changed, Seen, question
 from hybrid.console.sessions import SESSION_S, Refused, Session, Sessions
+from hybrid.console.steps import Changed, Seen, Step, question
 from hybrid.console.work import Desk
 from hybrid.errors import HybridError, NotFound
 from hybrid.report.page import source_of
@@ -192,23 +192,23 @@ class _App:
         """The first button: nothing is done yet."""
         form = await _form(request)
         session.check_form(form.get("csrf", ""))
-        action = Action.of(kind, request.path_params["name"], form)
-        seen = await asyncio.to_thread(self._console.seen, action.model)
-        asked = question(action, seen)
-        token = self._console.sessions.ask(session, action, seen)
-        return HTMLResponse(pages.confirm(action, asked, seen, token, session.csrf))
+        step = Step.of(kind, request.path_params["name"], form)
+        seen = await asyncio.to_thread(self._console.seen, step.model)
+        asked = question(step, seen)
+        token = self._console.sessions.ask(session, step, seen)
+        return HTMLResponse(pages.confirm(step, asked, seen, token, session.csrf))
 
     async def confirm(self, request: Request, session: Session) -> Response:
         """The second one."""
         form = await _form(request)
         session.check_form(form.get("csrf", ""))
         asked = self._console.sessions.confirmed(session, form.get("token", ""))
-        model = asked.action.model
+        model = asked.step.model
         if model != request.path_params["name"]:
             raise Refused(409, "this yes is to another model's question. Nothing was done")
         now = await asyncio.to_thread(self._console.seen, model)
         asked.seen.check_seen(now)
-        await asyncio.to_thread(self._console.desk.begin, asked.action, asked.seen)
+        await asyncio.to_thread(self._console.desk.begin, asked.step, asked.seen)
         return RedirectResponse(f"/models/{model}", 303)
 
 

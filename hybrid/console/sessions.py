@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid.console.actions import Action, Seen
+from hybrid.console.steps import Seen, Step
 from hybrid.errors import ConfigError, HybridError
 from hybrid.files import write_whole
 
@@ -46,12 +46,12 @@ class Asked:
     """What was asked once, and waits for a yes.
 
     Attributes:
-        action: that it is.
+        step: that it is.
         seen: the rollout that was shown beside the question.
         ends: by the clock.
     """
 
-    action: Action
+    step: Step
     seen: Seen
     ends: float
 
@@ -122,12 +122,12 @@ class Sessions:
         with self._alone:
             self._sessions.pop(_digest(identity or ""), None)
 
-    def ask(self, session: Session, action: Action, seen: Seen) -> str:
+    def ask(self, session: Session, step: Step, seen: Seen) -> str:
         """A token with which the session may say yes to this, once."""
         token = secrets.token_urlsafe(32)
         with self._alone:
             _make_room(session.asked, MOST_ASKED)
-            session.asked[token] = Asked(action, seen, self._clock() + CONFIRM_S)
+            session.asked[token] = Asked(step, seen, self._clock() + CONFIRM_S)
         return token
 
     def confirmed(self, session: Session, token: str) -> Asked:

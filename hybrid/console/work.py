@@ -11,30 +11,30 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 
-from hybrid.console.actions import Action, Seen
 from hybrid.console.sessions import Refused
+from hybrid.console.steps import Seen, Step
 from hybrid.errors import HybridError
 
 QUICK_S = 2.0  # that an answer waits for what may be done at once
 
 log = logging.getLogger(__name__)
-Perform = Callable[[Action, Seen], str]
-"""Does an action to the rollout that was seen, and to no other, and says what it did; raises a HybridError that says
+Perform = Callable[[Step, Seen], str]
+"""Does a step to the rollout that was seen, and to no other, and says what it did; raises a HybridError that says
 why it did not."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One action, while it is at work and after.
+    """One step, while it is at work and after.
 
     Attributes:
-        action: that it is.
+        step: that it is.
         began, ended: in UTC; None: it is at work.
         said: what it did, or why it did not.
         failed: whether it did not.
     """
 
-    action: Action
+    step: Step
     began: datetime
     ended: datetime | None = None
     said: str = ""
@@ -42,7 +42,7 @@ class Work:
 
 
 class Desk(AbstractContextManager["Desk"]):
-    """Does one action at a time, in a thread of its own; the end of the block waits for it.
+    """Does one step at a time, in a thread of its own; the end of the block waits for it.
 
     Args:
         perform: does it.
@@ -57,8 +57,8 @@ class Desk(AbstractContextManager["Desk"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._thread.shutdown()
 
-    def begin(self, action: Action, seen: Seen) -> None:
-        """Begins an action, and gives it a moment to be done.
+    def begin(self, step: Step, seen: Seen) -> None:
+        """Begins a step, and gives it a moment to be done.
 
         Raises:
             Refused: another is at work.
@@ -66,26 +66,26 @@ class Desk(AbstractContextManager["Desk"]):
         with self._alone:
             for other in self._works.values():
                 if other.ended is None:
-                    raise Refused(409, f"“{other.action.title}” is at work: one thing at a time. Nothing was done")
-            self._works[action.model] = Work(action, self._now())
-        log.info("begins: %s", action.title)
-        wait([self._thread.submit(self._do, action, seen)], QUICK_S)
+                    raise Refused(409, f"“{other.step.title}” is at work: one thing at a time. Nothing was done")
+            self._works[step.model] = Work(step, self._now())
+        log.info("begins: %s", step.title)
+        wait([self._thread.submit(self._do, step, seen)], QUICK_S)
 
     def latest(self, model: str) -> Work | None:
         """What was done last to a model, or is at work, since the console began."""
         with self._alone:
             return self._works.get(model)
 
-    def _do(self, action: Action, seen: Seen) -> None:
+    def _do(self, step: Step, seen: Seen) -> None:
         failed = True
         try:
-            said, failed = self._perform(action, seen), False
+            said, failed = self._perform(step, seen), False
         except HybridError as error:
             said = str(error)
         except Exception as error:  # its text may name what no page should
             said = f"an error that nobody foresaw ({type(error).__name__}): see the console's log, and the history"
-            log.exception("%s failed", action.title)
-        log.info("%s: %s", "failed" if failed else "done", action.title)
+            log.exception("%s failed", step.title)
+        log.info("%s: %s", "failed" if failed else "done", step.title)
         with self._alone:
-            done = self._works[action.model]
-            self._works[action.model] = replace(done, ended=self._now(), said=said, failed=failed)
+            done = self._works[step.model]
+            self._works[step.model] = replace(done, ended=self._now(), said=said, failed=failed)

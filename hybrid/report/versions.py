@@ -80,8 +80,8 @@ def _row(facts: Facts, version: int, record: TrainingRecord, evaluation: Mapping
     made = facts.created.get(version)
     spent: Children = [e("span", "none"), NONE, NONE]
     if record.epsilon is not None:
-        whose = None if record.protects is None else e("span", f"{record.protects}, per {record.unit}")
-        spent = [number(record.epsilon, "public", ".3f"), number(record.delta, "public"), whose or NONE]
+        whose = NONE if record.protects is None else f"{record.protects}, per {record.unit}"
+        spent = [number(record.epsilon, "public", ".3f"), number(record.delta, "public"), whose]
     return [
         marked("public", str(version)),
         name(aliases) if aliases else NONE,

@@ -19,7 +19,7 @@ class Changed(HybridError):
 
 
 @dataclass(frozen=True)
-class Action:
+class Step:
     """One step of a rollout.
 
     Attributes:
@@ -48,7 +48,7 @@ class Action:
             return cls("promote", model, _version(form))
         if kind == "halt":
             return cls("halt", model, _version(form), reason=_reason(form))
-        raise ConfigError(f"an action must be canary, promote or halt, got {kind!r}")
+        raise ConfigError(f"a step must be canary, promote or halt, got {kind!r}")
 
     @property
     def name(self) -> str:
@@ -99,7 +99,7 @@ class Seen:
         """Raises: Changed: another was seen."""
         if now != self:
             raise Changed(
-                f"the rollout was changed meanwhile. When you were asked {self.line()}; now {now.line()}. "
+                f"the rollout was changed meanwhile. When you were asked: {self.line()}; now: {now.line()}. "
                 "Nothing was done: look again, and decide anew"
             )
 
@@ -111,13 +111,10 @@ class Seen:
     def line(self) -> str:
         """In words."""
         if self.default is None:
-            return "nothing was served"
+            return "nothing is served"
+        canary = "no canary" if self.canary is None else f"canary {self.canary} on {100 * self.share:.4g} % of devices"
         rest = [str(one) for one in self.served if one not in (self.default, self.canary)]
-        served = f", and {', '.join(rest)} is still answered" if rest else ""
-        if self.canary is None:
-            return f"version {self.default} was the default, without a canary{served}"
-        share = f"{100 * self.share:.4g} % of devices"
-        return f"version {self.default} was the default and {self.canary} the canary of {share}{served}"
+        return ", ".join((f"default {self.default}", canary, *(f"{one} still answered" for one in rest)))
 
 
 @dataclass(frozen=True)
@@ -137,77 +134,75 @@ class Question:
     yes: str
 
 
-def question(action: Action, seen: Seen) -> Question:
-    """What an action does to a rollout, and what of it stays.
+def question(step: Step, seen: Seen) -> Question:
+    """What a step does to a rollout, and what of it stays.
 
     Raises:
         ConfigError: it cannot be done to it.
     """
-    return {"canary": _canary, "promote": _promote, "halt": _halt}[action.kind](action, seen)
+    return {"canary": _canary, "promote": _promote, "halt": _halt}[step.kind](step, seen)
 
 
-def _canary(action: Action, seen: Seen) -> Question:
+def _canary(step: Step, seen: Seen) -> Question:
     if seen.default is None:
-        raise ConfigError(f"nothing is served of {action.model} yet: promote a version first")
-    if action.version == seen.default:
-        raise ConfigError(f"{action.name} is the default already: all devices fetch it")
-    share = f"{100 * action.share:.4g} %"
-    if action.version == seen.canary:
-        if action.share <= seen.share:
+        raise ConfigError(f"nothing is served of {step.model} yet: promote a version first")
+    if step.version == seen.default:
+        raise ConfigError(f"{step.name} is the default already: all devices fetch it")
+    share = f"{100 * step.share:.4g} %"
+    if step.version == seen.canary:
+        if step.share <= seen.share:
             raise ConfigError(
                 f"the share must be above {100 * seen.share:.4g} %, got {share}: of devices that have a canary none "
                 "leaves it, but where it is taken back"
             )
-        grows = f"From {100 * seen.share:.4g} % to {share} of devices fetch {action.name}, the others {seen.default}."
-        return Question(
-            f"Let more devices fetch {action.name}?", (grows, _DRAWS), (_KEEPS,), f"Yes, {share} of devices"
-        )
-    will = [f"{share} of devices fetch {action.name} in place of {seen.default}, the default.", _DRAWS]
-    if action.version not in seen.served:
+        grows = f"From {100 * seen.share:.4g} % to {share} of devices fetch {step.name}, the others {seen.default}."
+        return Question(f"Let more devices fetch {step.name}?", (grows, _DRAWS), (_KEEPS,), f"Yes, {share} of devices")
+    will = [f"{share} of devices fetch {step.name} in place of {seen.default}, the default.", _DRAWS]
+    if step.version not in seen.served:
         will.append(_EXPORTS)
     final = [_KEEPS]
     if seen.canary is not None:
         will.append(f"{seen.canary} is the canary no longer; devices that have it keep it, and are answered by it.")
     return Question(
-        f"Start {action.name} as a canary?", tuple(will), tuple(final), f"Yes, start it with {share} of devices"
+        f"Start {step.name} as a canary?", tuple(will), tuple(final), f"Yes, start it with {share} of devices"
     )
 
 
-def _promote(action: Action, seen: Seen) -> Question:
-    if action.version == seen.default:
-        raise ConfigError(f"{action.name} is the default already: all devices fetch it")
-    will = [f"All devices fetch {action.name} from now on; requests that name no version are answered by it."]
+def _promote(step: Step, seen: Seen) -> Question:
+    if step.version == seen.default:
+        raise ConfigError(f"{step.name} is the default already: all devices fetch it")
+    will = [f"All devices fetch {step.name} from now on; requests that name no version are answered by it."]
     if seen.default is not None:
         will.append(
             f"{seen.default}, the default now, is still answered for devices that have it, as long as the model's "
             "declaration says."
         )
-    if action.version not in seen.served:
+    if step.version not in seen.served:
         will.append(_EXPORTS)
-    if seen.canary not in (None, action.version):
+    if seen.canary not in (None, step.version):
         will.append(f"{seen.canary} stays the canary of {100 * seen.share:.4g} % of devices.")
     final = "Devices that fetched it go back to an older version only where it is taken back, which is for good."
-    return Question(f"Make {action.name} the default of all devices?", tuple(will), (final,), "Yes, promote it to all")
+    return Question(f"Make {step.name} the default of all devices?", tuple(will), (final,), "Yes, promote it to all")
 
 
-def _halt(action: Action, seen: Seen) -> Question:
-    if action.version not in seen.served:
-        raise ConfigError(f"{action.name} is not served")
-    after = seen.after(action.version)
+def _halt(step: Step, seen: Seen) -> Question:
+    if step.version not in seen.served:
+        raise ConfigError(f"{step.name} is not served")
+    after = seen.after(step.version)
     if after is None:
-        raise ConfigError(f"{action.name} is the only version to go back to: promote another first")
-    which = "the canary" if action.version == seen.canary else "the default"
-    which = which if action.version in (seen.canary, seen.default) else "an older version that devices may still have"
+        raise ConfigError(f"{step.name} is the only version to go back to: promote another first")
+    which = "the canary" if step.version == seen.canary else "the default"
+    which = which if step.version in (seen.canary, seen.default) else "an older version that devices may still have"
     will = (
-        f"{action.name}, {which}, is served to nobody any more: a request that names it is told to update.",
+        f"{step.name}, {which}, is served to nobody any more: a request that names it is told to update.",
         f"Devices that have it are told with their next update, and go to {after}.",
-        f"The reason goes with it, to the history and to devices: “{action.reason}”.",
+        f"The reason goes with it, to the history and to devices: “{step.reason}”.",
     )
     final = (
         "The message to devices is signed with the control plane's key; they take this version from nobody any more.",
-        f"Version {action.version} is used up: its weights can only come again as another version.",
+        f"Version {step.version} is used up: its weights can only come again as another version.",
     )
-    return Question(f"Take {action.name} back?", will, final, f"Yes, take {action.name} back for good")
+    return Question(f"Take {step.name} back?", will, final, f"Yes, take {step.name} back for good")
 
 
 _DRAWS = "Each device draws for itself, and tells nobody: it is not known who has the canary."
