@@ -6,9 +6,12 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 PASSWORD = "HYBRID_CONSOLE_PASSWORD"  # noqa: S105  its name
 PASSWORD_FILE = "console-password"  # noqa: S105  among the keys
 CONNECTIONS = 64  # at once
+PATIENCE_S = 3.0  # that a page waits for what takes longer only at first
 app = typer.Typer()
 
 
@@ -72,6 +76,7 @@ def console(
     from hybrid.console.sessions import Sessions
     from hybrid.console.work import Desk
     from hybrid.http import TimedHttp, listening, told_to_end
+    from hybrid.registry import Registry
 
     workspace = Workspace.current()
     chain = _certificate(host, certificate, key)
@@ -81,13 +86,15 @@ def console(
     place, called = _place(host, name or (), tls=chain is not None)
     ended = told_to_end()
     sessions, pulse = Sessions(password), Pulse(lambda: metrics or local_metrics(workspace))
-    with pulse, Desk(lambda step, seen: perform(workspace, step, seen)) as desk:
-        shown = _Shown(workspace, pulse, desk)
+    with pulse, _Reading(workspace) as reading, Desk(lambda step, seen: perform(workspace, step, seen)) as desk:
+        shown = _Shown(workspace, pulse, desk, reading)
         served = application(Console(shown.models, shown.model, shown.seen, desk, sessions), place)
         options = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": CONNECTIONS}
         with listening(served, host, port, name="console", certificate=chain, **options) as bound:
             typer.echo(f"The console: {place.scheme}://{called}:{bound}/   (Ctrl-C ends it)")
             typer.echo(f"Its password is {where}.")
+            for model in Registry(workspace).names():
+                reading.facts(model, 0.0)  # begins, so that who comes later need not wait
             ended.wait()
     typer.echo("The console is closed.")
 
@@ -117,12 +124,10 @@ def perform(workspace: Workspace, step: Step, seen: Seen) -> str:
 
 
 class _Shown:
-    """What the pages show, read anew each time; what a report says of a model only where files of it changed."""
+    """What the pages show, read anew each time."""
 
-    def __init__(self, workspace: Workspace, pulse: Pulse, desk: Desk) -> None:
-        self._workspace, self._pulse, self._desk = workspace, pulse, desk
-        self._alone = threading.Lock()  # composing a ledger takes a second: not twice at once
-        self._facts: dict[str, tuple[object, Facts]] = {}
+    def __init__(self, workspace: Workspace, pulse: Pulse, desk: Desk, reading: _Reading) -> None:
+        self._workspace, self._pulse, self._desk, self._reading = workspace, pulse, desk, reading
 
     def models(self) -> list[Model]:
         """All that are registered, without facts."""
@@ -132,11 +137,9 @@ class _Shown:
         """One, with them. Raises: NotFound: none is registered under the name."""
         found = self._model(name)
         try:
-            with self._alone:
-                facts = self._of(name)
+            return replace(found, facts=self._reading.facts(name))
         except HybridError as error:
             return replace(found, why=str(error))
-        return replace(found, facts=facts)
 
     def seen(self, name: str) -> Seen:
         """Its rollout. Raises: NotFound: none is registered under the name."""
@@ -164,15 +167,39 @@ class _Shown:
         file = self._workspace.deployments / f"{name}.json"
         return Window.read(file) if file.exists() else None
 
-    def _of(self, name: str) -> Facts:
+
+class _Reading(AbstractContextManager["_Reading"]):
+    """What a report says of each model: read in a thread of its own, and kept until a file of it changes.
+
+    At first that takes seconds, for libraries and for ledgers that are composed; taking a version back waits for none.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._alone = workspace, threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "console-reading")
+        self._kept: dict[str, tuple[object, Future[Facts]]] = {}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def facts(self, name: str, patience_s: float = PATIENCE_S) -> Facts | None:
+        """Of a model; None: they are being read.
+
+        Raises:
+            HybridError: they cannot be.
+        """
         from hybrid.cli.report import facts_of
 
         state = _state(self._workspace)
-        kept = self._facts.get(name)
-        if kept is None or kept[0] != state:
-            kept = state, facts_of(name, None, self._workspace, datetime.now(UTC))
-            self._facts[name] = kept
-        return kept[1]
+        with self._alone:
+            kept = self._kept.get(name)
+            if kept is None or (kept[0] != state and kept[1].done()):
+                kept = state, self._thread.submit(facts_of, name, None, self._workspace, datetime.now(UTC))
+                self._kept[name] = kept
+        try:
+            return kept[1].result(patience_s)
+        except TimeoutError:
+            return None
 
 
 def _state(workspace: Workspace) -> object:

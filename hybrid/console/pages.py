@@ -39,8 +39,8 @@ class Model:
         changes: its history, the oldest first.
         health: of its serving.
         work: what the console did to it last.
-        facts: what a report says of it; None where that cannot be read.
-        why: then why not.
+        facts: what a report says of it; None: that is being read, or cannot be.
+        why: why it cannot be.
     """
 
     name: str
@@ -110,8 +110,7 @@ def model_page(model: Model, csrf: str, now: datetime) -> str:
     ]
     facts = model.facts
     if facts is None:
-        problem = e("p", e("b", "✕ It cannot be read: "), e("bdi", model.why), class_="bad", role="alert")
-        shown.append(("more", "What is known of the model", [problem]))
+        shown.append(("more", "What is known of the model", [_unread(model.why)]))
     else:
         sections = {anchor: (title, section) for anchor, title, section in report.SECTIONS}
         shown += [(anchor, sections[anchor][0], list(sections[anchor][1](facts))) for anchor in SHOWN]
@@ -215,6 +214,12 @@ def _work(work: Work | None) -> Iterator[Element]:
         yield e("p", *why, class_="bad", role="alert")
     else:
         yield e("p", e("b", "✓ Done: "), e("bdi", work.said), ". ", time, class_="good", role="status")
+
+
+def _unread(why: str) -> Element:
+    if why:
+        return e("p", e("b", "✕ It cannot be read: "), e("bdi", why), class_="bad", role="alert")
+    return e("p", e("b", "… "), "It is being read, which takes a while at first: look again.", class_="busy")
 
 
 def _line(model: Model) -> Element:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -82,9 +83,10 @@ class Desk(AbstractContextManager["Desk"]):
             said, failed = self._perform(step, seen), False
         except HybridError as error:
             said = str(error)
-        except Exception as error:  # its text may name what no page should
-            said = f"an error that nobody foresaw ({type(error).__name__}): see the console's log, and the history"
-            log.exception("%s failed", step.title)
+        except Exception as error:  # its text may name what no page and no log should
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"an error that nobody foresaw ({type(error).__name__}): the console's log says where, not why"
+            log.error("%s in %s, line %s", type(error).__name__, at.filename, at.lineno)
         log.info("%s: %s", "failed" if failed else "done", step.title)
         with self._alone:
             done = self._works[step.model]

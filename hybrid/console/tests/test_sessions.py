@@ -131,7 +131,7 @@ def test_a_password_file_that_cannot_be_read_is_a_sentence(tmp_path, content):
     """Gone, or no text."""
     if content is not None:
         (tmp_path / "f").write_bytes(content)
-    with pytest.raises(ConfigError, match="password file .* cannot be read: (FileNotFound|UnicodeDecode)Error"):
+    with pytest.raises(ConfigError, match=r"password file .* cannot be read: (FileNotFound|UnicodeDecode)Error"):
         password_in(tmp_path / "f")
 
 
