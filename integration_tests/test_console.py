@@ -13,11 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 from playwright.sync_api import BrowserContext, Page
-from typer.testing import CliRunner
 
 from hybrid.bundle import trusted_key
-from hybrid.cli import app
 from hybrid.deployment import Window, history
+from hybrid.export.promote import deployment_of
 from hybrid.local.process import free_ports
 from hybrid.network import Network
 from hybrid.registry import Registry
@@ -27,7 +26,7 @@ from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
 
 ACCESSIBILITY = Path(__file__).with_name("accessibility.js").read_text()
-MODEL = Path(__file__).with_name("stall_model.py").read_text()
+MODEL = Path(__file__).with_name("stall_model.py").read_text().partition("    serving=")[0] + ")\n"  # without fallbacks
 WIDTHS = {"phone": (360, 800), "desk": (1280, 800)}
 PASSWORD = "correct horse battery"
 REASON = 'recall <b>fell</b> & "more"'
@@ -68,8 +67,10 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         registry.register(model, network.description(), folder / "stall.py")
         trained = {"weights": network.weights(), "training": TRAINED, "curves": {"oracle_auc": [(1, 0.7), (2, 0.76)]}}
         registry.create_version("stall", **trained, expected_hash=registry.definition_hash("stall"))
-    done = CliRunner().invoke(app, ["promote", "stall", "1", "production"], env=environment)
-    assert done.exit_code == 0, done.output
+    first = Network.build(model, seed=1)  # served without an export, which nobody would load
+    names = ("stall_server_tower", "stall_head")
+    deployment_of(first, 1, registry.definition_hash("stall"), names).write(workspace.deployments)
+    registry.set_alias("stall", 1, "production")
     (silent,) = free_ports(1)
     command = [sys.executable, "-m", "hybrid", "console", "--port", "0"]
     command += ["--metrics", f"http://127.0.0.1:{silent}/metrics"]
@@ -161,7 +162,7 @@ def test_a_canary_is_started_and_taken_back_with_buttons_that_ask_twice(console:
         page.get_by_role("button", name="Start a canary").click()
         page.get_by_text("It is exported first").wait_for()
         page.get_by_role("button", name="Yes, start it with 5 % of devices").click()
-        page.get_by_text("✓ Done").wait_for(timeout=300_000)  # the page follows what is at work
+        page.get_by_text("✓ Done").wait_for(timeout=600_000)  # the page follows what is at work
         assert "stall:2 is the canary: 5% of devices fetch it, the others 1" in page.inner_text("main")
         everybody_can_read(page, "canary", screenshots)
         page.get_by_label("Share of devices, %").fill("20")

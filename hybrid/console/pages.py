@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from importlib.resources import files
 from xml.etree.ElementTree import Element
 
@@ -65,8 +66,9 @@ class Model:
         return sorted(set(found) - halted - {self.seen.default}, reverse=True)
 
 
+@cache
 def style() -> str:
-    """Of every page."""
+    """Of every page: the same as long as the process lasts, since its digest is allowed with each."""
     return report.style() + files(__package__).joinpath("console.css").read_text()
 
 

@@ -23,7 +23,7 @@ SECTIONS: tuple[tuple[str, str, Section], ...] = (
     ("funnel", "Funnel", funnel.funnel),
     ("drift", "Drift", people.drift),
     ("leakage", "What an embedding gives away", privacy.leakage),
-    ("privacy", "Privacy spent", privacy.spent),
+    ("privacy", "Privacy spent, and left", privacy.spent),
 )
 
 

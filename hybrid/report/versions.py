@@ -80,7 +80,8 @@ def _row(facts: Facts, version: int, record: TrainingRecord, evaluation: Mapping
     made = facts.created.get(version)
     spent: Children = [e("span", "none"), NONE, NONE]
     if record.epsilon is not None:
-        whose = NONE if record.protects is None else f"{record.protects}, per {record.unit}"
+        said = NONE if record.protects is None else f"{record.protects}, per {record.unit}"
+        whose = e("span", said, class_="whole")
         spent = [number(record.epsilon, "public", ".3f"), number(record.delta, "public"), whose]
     return [
         marked("public", str(version)),
