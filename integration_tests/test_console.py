@@ -171,7 +171,7 @@ def test_a_canary_is_started_and_taken_back_with_buttons_that_ask_twice(console:
         page.get_by_text("✓ Done").wait_for()
         assert Registry(workspace).model("stall").aliases == {"production": 1, "canary": 2}
         page.get_by_label("Why (people and devices are told)").fill(REASON)
-        page.get_by_role("button", name="Take the canary back").click()
+        page.get_by_role("button", name="Take a version back").click()
         page.get_by_text("Version 2 is used up").wait_for()
         assert Window.read(workspace.deployments / "stall.json").canary.share == 0.2, "nothing before the second yes"
         page.get_by_role("button", name="Yes, take stall:2 back for good").click()

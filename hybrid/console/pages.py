@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from importlib.resources import files
 from xml.etree.ElementTree import Element
 
 from hybrid.console.health import Health
-from hybrid.console.steps import Question, Seen, Step
+from hybrid.console.steps import MOST_REASON, Question, Seen, Step
 from hybrid.console.work import Work
 from hybrid.deployment import Change, Window
 from hybrid.gates import Counted, quantile
@@ -26,6 +26,7 @@ SHOWN = ("versions", "quality", "comparison", "curves", "funnel", "drift", "priv
 STEPS = (1, 5, 10, 25, 50, 100)  # %, that are proposed
 SLOW_LEVEL = 0.95
 MANY = 0.01  # of requests without an answer, or rows by a fallback
+RECENT = timedelta(hours=1)
 MOST_CHANGES = 20  # of a history
 SAID = {"promote": "promoted", "halt": "taken back"}  # of a history's actions
 
@@ -56,6 +57,11 @@ class Model:
     def seen(self) -> Seen:
         """Its rollout."""
         return Seen.of(self.window)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is at work on it."""
+        return self.work is not None and self.work.ended is None
 
     @property
     def launchable(self) -> list[int]:
@@ -120,7 +126,7 @@ def model_page(model: Model, csrf: str, now: datetime) -> str:
         "main",
         e("h1", name(model.name)),
         _when(now, f"/models/{model.name}"),
-        *_work(model.work),
+        *_work(model.work, now),
         report.navigation(anchor for anchor, _, _ in shown),
         *(report.section(*one) for one in shown),
         *report.legend(),
@@ -196,9 +202,9 @@ def _problem(said: str) -> list[Element]:
     return [e("p", e("b", "✕ "), e("bdi", said), class_="bad", role="alert")] if said else []
 
 
-def _work(work: Work | None) -> Iterator[Element]:
-    """What the console did last, or does now."""
-    if work is None:
+def _work(work: Work | None, now: datetime) -> Iterator[Element]:
+    """What the console did last, not long ago, or does now."""
+    if work is None or (work.ended is not None and now - work.ended > RECENT):
         return
     at = work.ended or work.began
     time = e("time", f"{at:%Y-%m-%d %H:%M:%S} UTC")
@@ -233,14 +239,13 @@ def _line(model: Model) -> Element:
     canary: Children = ["none"]
     if seen.canary is not None:
         canary = [f"version {seen.canary}, {_percent(seen.share)}"]
-    busy = model.work is not None and model.work.ended is None
     return e(
         "li",
         e("h2", e("a", name(model.name), href=f"/models/{model.name}")),
         e("p", e("b", "Default "), *served),
         e("p", e("b", "Canary "), *canary),
         e("p", e("b", "Serving "), *_pulse(model.health)),
-        e("p", e("b", "… at work"), class_="busy") if busy else None,
+        e("p", e("b", "… at work"), class_="busy") if model.busy else None,
         data_mark="public",
     )
 
@@ -268,14 +273,10 @@ def _rollout(model: Model, csrf: str) -> Iterator[Element]:
         yield e("p", "Nothing is served yet: the first version that is promoted is the default of all devices.")
     else:
         yield e("div", *_stages(model.window, seen), class_="stages")
-    busy = model.work is not None and model.work.ended is None
-    if busy:
+    if model.busy:
         yield e("p", "Nothing can be changed while something is at work.")
     else:
         yield e("div", *_forms(model, seen, csrf), class_="actions")
-    for halted in model.window.halted if model.window else ():
-        said = (name(f"{model.name}:{halted.version}"), " was taken back: ", e("bdi", halted.reason))
-        yield e("p", *said, class_="note", data_mark="public")
     if model.changes:
         yield _history(model.changes)
 
@@ -309,25 +310,21 @@ def _stage(title: str, version: int, said: str, share: float, place: int) -> Ele
 
 def _forms(model: Model, seen: Seen, csrf: str) -> Iterator[Element]:
     """One for each step that can be taken; each is asked about again before anything happens."""
-    ask = _Forms(model, csrf)
+    ask, others = _Forms(model, csrf), model.launchable
     if seen.canary is not None:
+        about = f"version {seen.canary}"
         if seen.share < 1:
-            yield ask.form(
-                "canary", "Let more devices in", f"version {seen.canary}", ask.share(seen.share), seen.canary
-            )
-        yield ask.form("promote", "Promote the canary", f"version {seen.canary}, to all devices", [], seen.canary)
-        yield ask.form("halt", "Take the canary back", f"version {seen.canary}, for good", ask.reason("c"), seen.canary)
-    others = [version for version in model.launchable if version != seen.canary]
-    if others and seen.default is not None and seen.canary is None:
-        yield ask.form("canary", "Start a canary", "on some devices", [*ask.version("s", others), *ask.share(0.0)])
-    if others and seen.canary is None:
-        yield ask.form("promote", "Promote a version", "to all devices at once", ask.version("p", others))
-    stable = [version for version in seen.served if version != seen.canary and seen.after(version) is not None]
-    if stable and seen.canary is None:
-        fields = [*ask.version("h", stable), *ask.reason("d")]
+            yield ask.form("canary", "Let more devices in", about, ask.share(seen.share), seen.canary)
+        yield ask.form("promote", "Promote the canary", f"{about}, to all devices", [], seen.canary)
+    elif others:
+        if seen.default is not None:
+            fields = [*ask.version("canary", others), *ask.share(0.0)]
+            yield ask.form("canary", "Start a canary", "on some devices", fields)
+        yield ask.form("promote", "Promote a version", "to all devices at once", ask.version("promote", others))
+    back = sorted((one for one in seen.served if seen.after(one) is not None), key=lambda one: one != seen.canary)
+    if back:
+        fields = [*ask.version("halt", back), *ask.reason()]
         yield ask.form("halt", "Take a version back", "for good; devices go to the one before", fields)
-    if seen.default is not None and not others and seen.canary is None and not stable:
-        yield missing("No other version can be launched.", f"hybrid train {model.name}")
 
 
 @dataclass(frozen=True)
@@ -352,9 +349,9 @@ class _Forms:
             class_="card",
         )
 
-    def version(self, prefix: str, versions: Sequence[int]) -> list[Element]:
+    def version(self, kind: str, versions: Sequence[int]) -> list[Element]:
         """A choice of them."""
-        chosen = f"{prefix}-version"
+        chosen = f"{kind}-version"
         options = (e("option", self._said(version), value=str(version)) for version in versions)
         return [e("label", "Version", for_=chosen), e("select", *options, id=chosen, name="version")]
 
@@ -375,16 +372,17 @@ class _Forms:
         )
         return [e("label", "Share of devices, %", for_="share"), field]
 
-    def reason(self, prefix: str) -> list[Element]:
+    def reason(self) -> list[Element]:
         """Why, for people and devices."""
-        chosen = f"{prefix}-reason"
-        field = e("input", id=chosen, name="reason", required="", maxlength="500", autocomplete="off")
-        return [e("label", "Why (people and devices are told)", for_=chosen), field]
+        field = e("input", id="reason", name="reason", required="", maxlength=str(MOST_REASON), autocomplete="off")
+        return [e("label", "Why (people and devices are told)", for_="reason"), field]
 
     def _said(self, version: int) -> str:
-        record = None if self.model.facts is None else self.model.facts.trainings.get(version)
+        seen, facts = self.model.seen, self.model.facts
+        record = None if facts is None else facts.trainings.get(version)
+        roles = {seen.canary: ", the canary", seen.default: ", the default"}
         spent = "" if record is None or record.epsilon is None else f", ε {record.epsilon:.3g}"
-        return f"{version}{spent}"
+        return f"{version}{roles.get(version, '')}{spent}"
 
 
 def _history(changes: Sequence[Change]) -> Element:

@@ -184,8 +184,7 @@ class _App:
 
     async def model(self, request: Request, session: Session) -> Response:
         model = await asyncio.to_thread(self._console.model, request.path_params["name"])
-        busy = model.work is not None and model.work.ended is None
-        headers = {"Refresh": str(FOLLOW_S)} if busy else {}
+        headers = {"Refresh": str(FOLLOW_S)} if model.busy else {}
         return HTMLResponse(pages.model_page(model, session.csrf, datetime.now(UTC)), headers=headers)
 
     async def ask(self, kind: str, request: Request, session: Session) -> Response:

@@ -179,6 +179,8 @@ def _promote(step: Step, seen: Seen) -> Question:
         )
     if step.version not in seen.served:
         will.append(_EXPORTS)
+    if seen.default is not None and step.version < seen.default:
+        will.append(f"Devices that have a version after {step.version} keep it: a promotion brings none back.")
     if seen.canary not in (None, step.version):
         will.append(f"{seen.canary} stays the canary of {100 * seen.share:.4g} % of devices.")
     final = "Devices that fetched it go back to an older version only where it is taken back, which is for good."

@@ -70,6 +70,7 @@ def test_a_form_that_is_no_step_is_a_sentence(kind, form, said):
         (Step("canary", "shop", 4, share=0.5), "From 5 % to 50 % of devices fetch shop:4, the others 2", "keeps it"),
         (Step("promote", "shop", 4), "All devices fetch shop:4 from now on", "only where it is taken back"),
         (Step("promote", "shop", 3), "4 stays the canary of 5 % of devices", "only where"),
+        (Step("promote", "shop", 1), "Devices that have a version after 1 keep it", "only where"),
         (Step("halt", "shop", 4, reason="r"), "told with their next update, and go to 2", "4 is"),
         (Step("halt", "shop", 2, reason="r"), "shop:2, the default, is served to nobody", "used up"),
         (Step("halt", "shop", 2, reason="r"), "and go to 1.", "used up"),
