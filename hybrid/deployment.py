@@ -21,6 +21,15 @@ BESIDE = ("canary", "shadow")  # the default
 MOST_HALTED = 16  # that are told of: devices have long had another of those before
 
 
+Check = Callable[["Window | None"], None]
+"""Looks at the window that is there, None where none is, while nobody else changes it; what it raises leaves all as it
+was: so that what was decided by one window is not done to another."""
+
+
+def anything(_window: Window | None) -> None:
+    """A check that every window passes."""
+
+
 class Deployment(BaseModel):
     """One served version: all that serving needs to know, and no torch.
 
@@ -82,14 +91,19 @@ class Deployment(BaseModel):
         gives = self.serving.contribution and self.contributes == "slots"
         return len(self.server) + len(self.request) if gives else 0
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, check: Check = anything) -> Path:
         """Makes it the default of its model, in one step; see `Window.promote`.
+
+        Args:
+            folder: of the deployments.
+            check: of what is there before.
 
         Raises:
             ConfigError: the model's file is there and cannot be read, or the version was halted.
         """
 
         def to(window: Window | None) -> Window:
+            check(window)
             return Window(versions=(self,)) if window is None else window.promote(self)
 
         change(folder, self.model, to, action="promote", version=self.version)

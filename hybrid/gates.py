@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from hybrid.analytics.psi import Noised, psi
 from hybrid.errors import ConfigError
 
+LAG = "hybrid_worker_lag_records"
 OTHERS = frozenset({"ok", "update_required", "rate_limited", "cancelled", "dropped"})  # say nothing against a version
 
 
@@ -163,15 +164,29 @@ def read(text: str, model: str) -> dict[Sample, float]:
     Raises:
         ConfigError: it is not such a text.
     """
+    return read_all(text)[0].get(model, {})
+
+
+def read_all(text: str) -> tuple[dict[str, dict[Sample, float]], float | None]:
+    """The same of every model; and how many records a worker has not polled yet, None where it is no worker's.
+
+    Raises:
+        ConfigError: it is not such a text.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
+    found: dict[str, dict[Sample, float]] = {}
+    lag = None
     try:
-        return {
-            (sample.name, sample.labels["version"], sample.labels[LABELS[sample.name]]): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name in LABELS and sample.labels["model"] == model
-        }
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == LAG:
+                    lag = sample.value
+                elif sample.name in LABELS:
+                    labels = sample.labels
+                    key = (sample.name, labels["version"], labels[LABELS[sample.name]])
+                    found.setdefault(labels["model"], {})[key] = sample.value
+        return found, lag
     except (ValueError, KeyError):
         raise ConfigError("metrics must be in Prometheus' text format, as gateway and worker show them") from None
 
@@ -286,7 +301,7 @@ def _later(gates: Gates, what: str, canary: Mapping[float, float], default: Mapp
     timed, others = (round(seconds.get(math.inf, 0.0)) for seconds in (canary, default))
     if min(timed, others) < gates.least:
         return Verdict("slower", "waits", f"seconds: of {timed:,} and {others:,} {what}, {gates.least:,} are needed")
-    bound = max(UNNOTICED_S, gates.slower * _quantile(default, 1 - SLOW))
+    bound = max(UNNOTICED_S, gates.slower * quantile(default, 1 - SLOW))
     edge = min((edge for edge in canary if edge >= bound), default=math.inf)
     slow = timed - round(canary.get(edge, timed))
     said = f"{what} that took longer than {edge:g} s: {slow / timed:.2%} of {timed:,}; {SLOW:.0%} are allowed"
@@ -304,8 +319,8 @@ def _drift(gates: Gates, canary: Counted, default: Counted) -> Verdict:
     return Verdict("drift", "fails" if found.low > gates.drift else "passes", said)
 
 
-def _quantile(buckets: Mapping[float, float], level: float) -> float:
-    """The upper end of the bucket that it is in."""
+def quantile(buckets: Mapping[float, float], level: float) -> float:
+    """The upper end of the bucket that it is in; of none, infinity."""
     wanted = level * buckets.get(math.inf, 0.0)
     return next((edge for edge, count in sorted(buckets.items()) if count >= wanted), math.inf)
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ class Registry:
 
     def models(self) -> list[Registered]:
         """Every registered model, by name."""
-        return [self.model(name) for name in self._names()]
+        return [self.model(name) for name in self.names()]
 
     def model(self, name: str) -> Registered:
         """One registered model.
@@ -244,6 +245,18 @@ class Registry:
             number: TrainingRecord.model_validate_json(self._artifact(run, TRAINING)) for number, run in runs.items()
         }
 
+    def created(self, name: str) -> dict[int, datetime]:
+        """When each version of a model was added, in UTC, by number.
+
+        Raises:
+            NotFound: no model of that name is registered.
+        """
+        self._record(name)
+        if not self._database.exists():
+            return {}
+        found = self._client.search_model_versions(f"name = '{name}'")
+        return {int(one.version): datetime.fromtimestamp(one.creation_timestamp / 1000, UTC) for one in found}
+
     def curves(self, name: str, number: int) -> dict[str, list[tuple[int, float]]]:
         """How a version's metrics went while it was trained: metric -> (round or epoch, value) points, ascending.
 
@@ -281,21 +294,22 @@ class Registry:
 
     def _record(self, name: str) -> dict[str, Any]:
         # Names first: a name from a command line must not become a path.
-        if name not in self._names():
+        if name not in self.names():
             raise NotFound(f"no model {name!r} is registered; {self._what_there_is(name)}")
         record: dict[str, Any] = json.loads((self._definitions / name / DEFINITION).read_text())
         return record
 
     def _what_there_is(self, name: str) -> str:
         """In place of a name that nothing is registered under."""
-        names = self._names()
+        names = self.names()
         if not names:
             return f"nothing is, in {self._definitions.parent}: `hybrid register FILE` registers one"
         bare = re.split("[:@]", name)[0]
         hint = f"; here its name is enough, without a version: {bare}" if bare != name and bare in names else ""
         return f"registered: {', '.join(names)}{hint}"
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Of every registered model."""
         return sorted(file.parent.name for file in self._definitions.glob(f"*/{DEFINITION}"))
 
     def _resolve(self, name: str, selector: str | int) -> int:

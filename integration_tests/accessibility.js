@@ -4,7 +4,7 @@
     const seen = (element) => element.checkVisibility({ visibilityProperty: true }) && element.getClientRects().length;
     const ids = [...document.querySelectorAll("[id]")].map(({ id }) => id);
     wrong.push(...ids.filter((id, place) => ids.indexOf(id) !== place).map((id) => `two elements are #${id}`));
-    for (const control of document.querySelectorAll("input, select, textarea")) {
+    for (const control of document.querySelectorAll("input:not([type=hidden]), select, textarea")) {
         if (!control.labels.length && !control.ariaLabel) wrong.push(`#${control.id} has no label`);
     }
     for (const button of document.querySelectorAll("button")) {

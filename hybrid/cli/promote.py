@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid.cli.runs import CANARY, PRODUCTION, SHADOW, version_of
+from hybrid.deployment import anything
 from hybrid.errors import StackError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.deployment import Deployment
+    from hybrid.deployment import Check, Deployment
     from hybrid.export.promote import Exported
     from hybrid.spec import HybridModel
 
@@ -38,26 +39,51 @@ def promote(
 
     Example: hybrid promote coupon 1 production
     """
-    from hybrid.export.promote import export_version
     from hybrid.registry import Registry
 
     workspace = Workspace.current()
-    registry = Registry(workspace)
-    declared = registry.load_model(model)
-    found = version_of(registry, model, version, otherwise=OTHERWISE)
-    exported = export_version(found, declared, workspace)
-    if alias == PRODUCTION:
-        wait_loaded(exported.deployment, workspace)
-    registry.set_alias(model, found.number, alias)
-    served = None
-    if alias == PRODUCTION:
-        served = exported.deployment.write(workspace.deployments)
-        for beside in {CANARY, SHADOW} & {*found.aliases}:  # it is the default now
-            registry.drop_alias(model, beside)
+    declared = Registry(workspace).load_model(model)
+    exported, served = export_to(workspace, declared, version, alias)
     if as_json:
         print(json.dumps(_json(exported, declared, alias, served)))
     else:
         _show(exported, declared, alias, served)
+
+
+def export_to(
+    workspace: Workspace, declared: HybridModel, version: str | int, alias: str, check: Check = anything
+) -> tuple[Exported, Path | None]:
+    """Exports a version and points an alias at it; in production it is served from now on, by whoever has it loaded.
+
+    Args:
+        workspace: of the project.
+        declared: the model, as it is registered.
+        version: a number, also as text, or an alias.
+        alias: what points at it.
+        check: of what is served before, where that changes.
+
+    Returns:
+        What was exported; and the deployment's file, None where serving is as it was.
+
+    Raises:
+        NotFound: there is no such version.
+        ConfigError: it cannot be exported, or was taken back.
+        StackError: the local stack's Triton does not load it.
+    """
+    from hybrid.export.promote import export_version
+    from hybrid.registry import Registry
+
+    registry = Registry(workspace)
+    found = version_of(registry, declared.name, version, otherwise=OTHERWISE)
+    exported = export_version(found, declared, workspace)
+    served = None
+    if alias == PRODUCTION:
+        wait_loaded(exported.deployment, workspace)
+        served = exported.deployment.write(workspace.deployments, check)
+        for beside in {CANARY, SHADOW} & {*found.aliases}:  # it is the default now
+            registry.drop_alias(declared.name, beside)
+    registry.set_alias(declared.name, found.number, alias)
+    return exported, served
 
 
 def wait_loaded(deployment: Deployment, workspace: Workspace) -> None:

@@ -107,6 +107,7 @@ def facts_of(model: str, run: str | None, workspace: Workspace, now: datetime) -
         budget=(privacy["epsilon"], privacy["delta"], privacy["unit"]),
         aliases=registry.model(model).aliases,
         trainings=trainings,
+        created=registry.created(model),
         curves=_curves(registry, model, trainings),
         results=results,
         unpaid=unpaid,

@@ -10,15 +10,17 @@ import typer
 
 from hybrid.cli.promote import OTHERWISE, wait_loaded
 from hybrid.cli.runs import CANARY, PRODUCTION, SHADOW, version_of
+from hybrid.deployment import anything
 from hybrid.errors import ConfigError, NotFound
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
-    from hybrid.deployment import Deployment, Window
+    from hybrid.deployment import Check, Deployment, Window
     from hybrid.registry import Registry
     from hybrid.version import Version
 
 MOST_REASON = 500
+Beside = Literal["canary", "shadow"]
 app = typer.Typer()
 
 
@@ -53,45 +55,21 @@ def rollout(
 
     Example: hybrid rollout coupon 3 --canary 5%
     """
-    from hybrid.deployment import Window, change
-    from hybrid.registry import Registry
-
     if (canary is None) == (shadow is None):
         raise ConfigError("--canary or --shadow must be given, and not both")
-    what: Literal["canary", "shadow"] = CANARY if shadow is None else SHADOW
-    share, workspace = _share(what, canary or shadow or ""), Workspace.current()
-    registry = Registry(workspace)
-    found = version_of(registry, model, version, otherwise=OTHERWISE)
-    window = window_of(workspace, model)
-    window.check(found.number)
-    deployment = _served(window, found.number) or _exported(registry, found, workspace)
-    to = Window.try_out if what == CANARY else Window.shade
-    told = change(
-        workspace.deployments,
-        model,
-        lambda now: to(_there(now, model), deployment, share),
-        action=what,
-        version=found.number,
-        share=share,
-    )
-    registry.set_alias(model, found.number, what)
-    if what == CANARY and window.shadow is not None and window.shadow.version == found.number:
-        registry.drop_alias(model, SHADOW)
+    what: Beside = CANARY if shadow is None else SHADOW
+    share = _share(what, canary or shadow or "")
+    told = try_out(Workspace.current(), model, version, share, what=what)
+    tried, default = getattr(told, what), told.default.version
     if as_json:
-        shown = {"model": model, "version": found.number, "as": what, "share": share, "default": told.default.version}
-        print(json.dumps(shown))
-    else:
-        _print_next(model, found.number, what, share, told.default.version)
-
-
-def _print_next(model: str, number: int, what: str, share: float, default: int) -> None:
+        print(json.dumps({"model": model, "version": tried.version, "as": what, "share": share, "default": default}))
+        return
+    print(tried_out(told, what))
     if what == CANARY:
-        print(f"{model}:{number} is the canary: {100 * share:.4g}% of devices fetch it, the others {default}")
-        print(f"Next: `hybrid rollout {model} {number} --canary SHARE` with a larger one,")
-        print(f"  `hybrid promote {model} {number} production` for all, or `hybrid rollback {model}`.")
+        print(f"Next: `hybrid rollout {model} {tried.version} --canary SHARE` with a larger one,")
+        print(f"  `hybrid promote {model} {tried.version} production` for all, or `hybrid rollback {model}`.")
     else:
-        print(f"{model}:{number} is the shadow: it runs on {100 * share:.4g}% of the batches of {default}")
-        print(f"Next: `hybrid watch {model}`, then `hybrid rollout {model} {number} --canary 5%`,")
+        print(f"Next: `hybrid watch {model}`, then `hybrid rollout {model} {tried.version} --canary 5%`,")
         print(f"  or `hybrid rollback {model}`.")
 
 
@@ -123,11 +101,82 @@ def rollback(
     if as_json:
         print(json.dumps({"model": model, "halted": number, "reason": reason, "default": default}))
     else:
-        print(f"{model}:{number} was taken back ({reason}); devices fetch {default}")
+        print(taken_back(model, number, reason, default))
 
 
-def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int:
+def try_out(
+    workspace: Workspace,
+    model: str,
+    version: str | int,
+    share: float,
+    check: Check = anything,
+    *,
+    what: Beside = CANARY,
+) -> Window:
+    """Makes a version the canary, or the shadow, exported and loaded first where it is not served yet; its alias too.
+
+    Args:
+        workspace: of the project.
+        model: whose.
+        version: a number, also as text, or an alias.
+        share: in (0, 1]: of devices that fetch a canary, of batches on which a shadow runs.
+        check: of what is served before.
+        what: "canary" or "shadow".
+
+    Returns:
+        What is served after it.
+
+    Raises:
+        NotFound: there is no such version, or nothing is served of the model yet.
+        ConfigError: it cannot be exported, was taken back, or is the default.
+        StackError: the local stack's Triton does not load it.
+    """
+    from hybrid.deployment import Window, change
+    from hybrid.registry import Registry
+
+    registry = Registry(workspace)
+    found = version_of(registry, model, version, otherwise=OTHERWISE)
+    window = window_of(workspace, model)
+    window.check(found.number)
+    deployment = _served(window, found.number) or _exported(registry, found, workspace)
+    to = Window.try_out if what == CANARY else Window.shade
+    told = change(
+        workspace.deployments,
+        model,
+        lambda now: to(_there(now, model, check), deployment, share),
+        action=what,
+        version=found.number,
+        share=share,
+    )
+    registry.set_alias(model, found.number, what)
+    if what == CANARY and window.shadow is not None and window.shadow.version == found.number:
+        registry.drop_alias(model, SHADOW)
+    return told
+
+
+def tried_out(told: Window, what: Beside = CANARY) -> str:
+    """A canary, or a shadow, in words."""
+    tried, default = getattr(told, what), told.default
+    name, share = f"{default.model}:{tried.version}", f"{100 * tried.share:.4g}%"
+    if what == CANARY:
+        return f"{name} is the canary: {share} of devices fetch it, the others {default.version}"
+    return f"{name} is the shadow: it runs on {share} of the batches of {default.version}"
+
+
+def taken_back(model: str, number: int, reason: str, default: int) -> str:
+    """The same of a version that was taken back."""
+    return f"{model}:{number} was taken back ({reason}); devices fetch {default}"
+
+
+def take_back(workspace: Workspace, model: str, number: int, reason: str, check: Check = anything) -> int:
     """Halts a served version, moves the registry's aliases with it, and returns the default after it.
+
+    Args:
+        workspace: of the project.
+        model: whose.
+        number: of the version.
+        reason: for people and logs; what is beyond `MOST_REASON` is left out.
+        check: of what is served before.
 
     Raises:
         NotFound: it is not served.
@@ -147,7 +196,7 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
     told = change(
         workspace.deployments,
         model,
-        lambda now: _there(now, model).halt(halted),
+        lambda now: _there(now, model, check).halt(halted),
         action="halt",
         version=number,
         reason=reason,
@@ -155,28 +204,40 @@ def take_back(workspace: Workspace, model: str, number: int, reason: str) -> int
     registry = Registry(workspace)
     if number == window.default.version:
         registry.set_alias(model, told.default.version, PRODUCTION)
-    for alias in (CANARY, SHADOW):
-        beside = getattr(window, alias)
-        if beside is not None and number == beside.version:
-            registry.drop_alias(model, alias)
+    _drop_beside(registry, window, number)
     return told.default.version
 
 
-def promote_served(workspace: Workspace, model: str, number: int) -> None:
+def promote_served(workspace: Workspace, model: str, number: int, check: Check = anything) -> None:
     """Makes a version that is served already the default: nothing is exported anew, and who has it has it.
+
+    Args:
+        workspace: of the project.
+        model: whose.
+        number: of the version.
+        check: of what is served before.
 
     Raises:
         NotFound: it is not served.
     """
     from hybrid.registry import Registry
 
-    deployment = _served(window_of(workspace, model), number)
+    window = window_of(workspace, model)
+    deployment = _served(window, number)
     if deployment is None:
         raise NotFound(f"{model}:{number} is not served")
-    deployment.write(workspace.deployments)
+    deployment.write(workspace.deployments, check)
     registry = Registry(workspace)
     registry.set_alias(model, number, PRODUCTION)
-    registry.drop_alias(model, CANARY)
+    _drop_beside(registry, window, number)
+
+
+def _drop_beside(registry: Registry, window: Window, number: int) -> None:
+    """Of a version that was beside the default."""
+    for alias in (CANARY, SHADOW):
+        beside = getattr(window, alias)
+        if beside is not None and number == beside.version:
+            registry.drop_alias(window.default.model, alias)
 
 
 @app.command()
@@ -227,7 +288,8 @@ def window_of(workspace: Workspace, model: str) -> Window:
     return _there(Window.read(file) if file.exists() else None, model)
 
 
-def _there(window: Window | None, model: str) -> Window:
+def _there(window: Window | None, model: str, check: Check = anything) -> Window:
+    check(window)
     if window is None:
         raise NotFound(f"nothing is served of {model} yet: `hybrid promote {model} VERSION production` comes first")
     return window

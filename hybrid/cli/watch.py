@@ -83,7 +83,7 @@ def watch(
         raise ConfigError("--promote must be left out for a shadow: make it a canary first (`hybrid rollout --canary`)")
     kept = {kind: Kept(workspace.runs, model, kind) for kind in ("evaluate", "inversion")}
     spent = [_budget(workspace, model, tried.version)] if budget else []
-    with _Processes(metrics or _local(workspace), model) as processes:
+    with _Processes(metrics or local_metrics(workspace), model) as processes:
         while True:
             counted = processes.look()
             verdicts = [*tried.judge(gates, counted), judge_auc(gates, _difference(kept["evaluate"], tried)), *spent]
@@ -226,8 +226,12 @@ def _tried(window: Window, model: str) -> _Tried:
     )
 
 
-def _local(workspace: Workspace) -> list[str]:
-    """Of the local stack's gateway and worker."""
+def local_metrics(workspace: Workspace) -> list[str]:
+    """Addresses of the metrics of the local stack's gateway and worker.
+
+    Raises:
+        StackError: it is not up.
+    """
     from hybrid.local import stack
 
     state = stack.status(workspace)

@@ -29,6 +29,7 @@ class Facts:
         budget: epsilon, delta and unit, as declared.
         aliases: alias -> version.
         trainings: version -> record.
+        created: version -> when it was, in UTC.
         curves: version -> its curves, of the latest ones.
         results: (run, answer), the oldest first.
         unpaid: answers that are not shown, since no ledger holds what they say they cost.
@@ -49,6 +50,7 @@ class Facts:
     only: str | None = None
     aliases: Mapping[str, int] = field(default_factory=dict)
     trainings: dict[int, TrainingRecord] = field(default_factory=dict)
+    created: Mapping[int, datetime] = field(default_factory=dict)
     curves: Mapping[int, Curves] = field(default_factory=dict)
     results: Sequence[tuple[str, Result]] = ()
     unpaid: Sequence[str] = ()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from xml.etree.ElementTree import Element
 
-from hybrid.report import people, privacy, versions
+from hybrid.report import funnel, people, privacy, versions
 from hybrid.report.elements import MEANINGS, Children, badge, e, marked, name, number, text
 from hybrid.report.facts import Facts
 
@@ -20,17 +20,17 @@ SECTIONS: tuple[tuple[str, str, Section], ...] = (
     ("curves", "Training curves", versions.curves),
     ("quality", "Quality, measured on devices", versions.quality),
     ("comparison", "Two versions compared", versions.comparison),
+    ("funnel", "Funnel", funnel.funnel),
     ("drift", "Drift", people.drift),
     ("leakage", "What an embedding gives away", privacy.leakage),
-    ("privacy", "Privacy spent", privacy.spent),
+    ("privacy", "Privacy spent, and left", privacy.spent),
 )
 
 
 def page(facts: Facts) -> str:
     """The whole page as HTML: one file, no script, nothing fetched, and all text in it escaped."""
-    style = files(__package__).joinpath("page.css").read_text()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    sheet = style()
+    policy = f"default-src 'none'; style-src '{source_of(sheet)}'; base-uri 'none'; form-action 'none'"
     head = e(
         "head",
         e("meta", charset="utf-8"),
@@ -38,15 +38,14 @@ def page(facts: Facts) -> str:
         e("meta", name="viewport", content="width=device-width, initial-scale=1"),
         e("meta", name="referrer", content="no-referrer"),
         e("title", f"{facts.model}: report"),
-        e("style", style),
+        e("style", sheet),
     )
     built = [(anchor, title, list(section(facts))) for anchor, title, section in SECTIONS]
-    links = e("ul", *(e("li", e("a", anchor.capitalize(), href=f"#{anchor}")) for anchor, _, _ in built))
     body = e(
         "body",
         e("header", e("h1", name(facts.model)), *_lead(facts)),
-        e("nav", links, aria_label="Sections"),
-        e("main", *_legend(), *(_section(*one) for one in built)),
+        navigation(anchor for anchor, _, _ in built),
+        e("main", *legend(), *(section(*one) for one in built)),
         e(
             "footer",
             e("p", "Written by hybrid report. It spent nothing: what is noised was paid for when it was asked."),
@@ -55,7 +54,24 @@ def page(facts: Facts) -> str:
     return "<!doctype html>\n" + text(e("html", head, body, lang="en")) + "\n"
 
 
-def _section(anchor: str, title: str, content: list[Element]) -> Element:
+def style() -> str:
+    """Of every page that shows such sections."""
+    return files(__package__).joinpath("page.css").read_text()
+
+
+def source_of(sheet: str) -> str:
+    """What a content security policy calls a style that is in the page, to allow it alone."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()}"
+
+
+def navigation(anchors: Iterable[str]) -> Element:
+    """A link to each section."""
+    links = (e("li", e("a", anchor.capitalize(), href=f"#{anchor}")) for anchor in anchors)
+    return e("nav", e("ul", *links), aria_label="Sections")
+
+
+def section(anchor: str, title: str, content: Iterable[Element]) -> Element:
+    """One of a page, with its heading."""
     return e("section", e("h2", title, id=f"{anchor}-title"), *content, id=anchor, aria_labelledby=f"{anchor}-title")
 
 
@@ -88,7 +104,7 @@ def _lead(facts: Facts) -> Iterator[Element]:
     yield e("div", *tiles, class_="lead")
 
 
-def _legend() -> Iterator[Element]:
+def legend() -> Iterator[Element]:
     """How numbers are to be read."""
     marks = [e("li", badge(mark), f" {meaning}") for mark, meaning in MEANINGS.items()]
     yield e(

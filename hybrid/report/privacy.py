@@ -174,7 +174,7 @@ def spent(facts: Facts) -> Iterator[Element]:
         yield missing("No privacy was spent yet.", f"hybrid train {facts.model} --epsilon 4 --fold 1/5")
         return
     yield e("div", *map(_over_time, facts.spending), class_="cards")
-    head = ("run", "ε spent", "of", "used", "versions", "spent on", "protects")
+    head = ("run", "ε spent", "of", "ε left", "used", "versions", "spent on", "protects")
     yield table("Runs and their budgets", head, [_run_row(run) for run in facts.runs], "public")
     doubts = [e("li", name(run["run"]), ": ", run["doubt"]) for run in facts.runs if run["doubt"]]
     if doubts:
@@ -217,7 +217,7 @@ def _run_row(run: Mapping[str, Any]) -> Children:
     versions = marked("public", ", ".join(map(str, run["versions"]))) if run["versions"] else e("span", NONE)
     protects = run["protects"] or "said by a version"
     if "epsilon" not in run:
-        return [name(run["run"]), "ledger missing", NONE, NONE, versions, NONE, protects]
+        return [name(run["run"]), "ledger missing", NONE, NONE, NONE, versions, NONE, protects]
     ratio = f"{run['epsilon'] / run['budget_epsilon']:.0%} of the budget is spent"
     purposes: dict[str, int] = {}
     for each in run["spent_on"]:
@@ -227,6 +227,7 @@ def _run_row(run: Mapping[str, Any]) -> Children:
         name(run["run"]),
         number(run["epsilon"], "public", ".3f"),
         number(run["budget_epsilon"], "public", "g"),
+        number(run["left"], "public", ".3f"),
         e("span", meter(ratio, run["epsilon"], run["budget_epsilon"])),
         versions,
         marked("public", used_for),

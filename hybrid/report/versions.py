@@ -50,7 +50,8 @@ def overview(facts: Facts) -> Iterator[Element]:
         yield missing("Nothing was trained yet.", f"hybrid train {facts.model} --epsilon 4 --fold 1/5")
         return
     measured = {version: result for version, result, _ in reversed(list(_evaluations(facts)))}
-    head = ("version", "alias", "trained", "people", "ε", "AUC, noised", "AUC", "without server", "without device")
+    oracles = ("AUC", "without server", "without device")
+    head = ("version", "alias", "made (UTC)", "trained", "people", "ε", "δ", "protects", "AUC, noised", *oracles)
     rows = [
         _row(facts, version, record, measured.get(version)) for version, record in reversed(facts.trainings.items())
     ]
@@ -76,13 +77,19 @@ def _row(facts: Facts, version: int, record: TrainingRecord, evaluation: Mapping
     oracle = (
         number(record.oracle.get(key), "oracle", ".3f") for key in ("auc", "auc_without_server", "auc_without_device")
     )
-    spent = e("span", "none") if record.epsilon is None else number(record.epsilon, "public", ".3f")
+    made = facts.created.get(version)
+    spent: Children = [e("span", "none"), NONE, NONE]
+    if record.epsilon is not None:
+        said = NONE if record.protects is None else f"{record.protects}, per {record.unit}"
+        whose = e("span", said, class_="whole")
+        spent = [number(record.epsilon, "public", ".3f"), number(record.delta, "public"), whose]
     return [
         marked("public", str(version)),
         name(aliases) if aliases else NONE,
+        NONE if made is None else e("time", f"{made:%Y-%m-%d}"),
         record.kind,
         number(record.users, "public", ",d"),
-        spent,
+        *spent,
         auc,
         *oracle,
     ]

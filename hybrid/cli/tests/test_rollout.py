@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -117,6 +118,19 @@ def test_the_history_says_what_was_done_when_and_why(workspace: Workspace, alias
     printed = run("history", "shop")
     assert "p99 [rose]" in printed
     assert "5%" in printed
+
+
+@pytest.mark.parametrize(("version", "left"), [(3, {"production": 3}), (4, {"production": 4, "canary": 3})])
+def test_a_promoted_canary_is_the_canary_no_longer(workspace: Workspace, aliases: Aliases, monkeypatch, version, left):
+    """Also where it is exported anew, as `hybrid promote` does; another version leaves the canary where it is."""
+    from hybrid.cli import promote
+
+    tried_out(workspace)
+    exported = SimpleNamespace(deployment=deployment(version))
+    monkeypatch.setattr(promote, "version_of", lambda *_, **__: SimpleNamespace(number=version))
+    monkeypatch.setattr("hybrid.export.promote.export_version", lambda *_: exported)
+    assert promote.export_to(workspace, SimpleNamespace(name="shop"), version, "production")[0] is exported
+    assert aliases.found == left
 
 
 @pytest.mark.parametrize("share", ["0", "0%", "101%", "1.01", "-5%", "five", "nan", ""])

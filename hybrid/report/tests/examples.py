@@ -111,6 +111,25 @@ def drifted():
     return Result(kind="drift", model="shop", time=NOW, mark="noised", spend=SPEND | {"purpose": "drift"}, shown=shown)
 
 
+def noisy(value):
+    return {"value": value, "low": value - 55.0, "high": value + 55.0}
+
+
+def funnelled():
+    phases = {"checked": 3900.0, "downloaded": 3650.0, "installed": 3600.0, "predicted": 3100.0}
+    stopped = [{"phase": "downloaded", "reason": "too_large", **noisy(210.0)}]
+    hidden = {"name": "trained", "value": None, "low": None, "high": None}
+    version = {
+        "version": 2,
+        "devices": noisy(4000.0),
+        "phases": [*({"name": phase, **noisy(value)} for phase, value in phases.items()), hidden],
+        "stopped": stopped,
+    }
+    shown = {"model": "shop", "week": "2026-W47", "people": 5000, "threshold": 40.0, "versions": [version]}
+    paid = SPEND | {"purpose": "funnel"}
+    return Result(kind="funnel", model="shop", time=NOW, mark="noised", spend=paid, shown=shown)
+
+
 def record(run, epsilon):
     oracle = {"auc": 0.7376, "log_loss": 0.61, "auc_without_server": 0.62, "auc_without_device": 0.716}
     private = {"epsilon": epsilon, "delta": 9e-4, "unit": "user", "protects": "device features", "rounds": 3}
@@ -170,10 +189,11 @@ EMPTY = Facts(
 
 def facts(*results, **changed):
     """A model with two versions and a reference, and these answers of run monday; by default one of each kind."""
-    found = results or (numbers(), words("calm", "cross"), labels(), evaluated(), drifted(), attacked())
+    found = results or (numbers(), words("calm", "cross"), labels(), evaluated(), funnelled(), drifted(), attacked())
     whole = {
         "aliases": {"production": 1, "canary": 2},
         "trainings": {1: record("monday", 1.2), 2: record("monday", 1.9), 3: record("tuesday", None)},
+        "created": {1: NOW - timedelta(days=9), 2: NOW - timedelta(days=2), 3: NOW},
         "curves": {2: curves(2e-4), 1: curves(1e-4)},
         "results": [("monday", result) for result in found],
         "runs": [run_json()],

@@ -7,7 +7,19 @@ import pytest
 
 from hybrid.features import UNUSED, Categorical
 from hybrid.report.page import SECTIONS, page
-from hybrid.report.tests.examples import EMPTY, EVIL, asked, attacked, evaluated, facts, group, numbers, record, words
+from hybrid.report.tests.examples import (
+    EMPTY,
+    EVIL,
+    asked,
+    attacked,
+    evaluated,
+    facts,
+    funnelled,
+    group,
+    numbers,
+    record,
+    words,
+)
 from hybrid.version import Learned
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -117,6 +129,7 @@ def test_a_model_without_anything_says_which_commands_fill_its_page():
         "hybrid analyze shop label --epsilon",
         "hybrid evaluate shop:1 --epsilon",
         "hybrid evaluate shop:2 --against 1",
+        "hybrid funnel shop",
         "hybrid drift shop",
         "hybrid audit inversion shop",
     ):
@@ -148,6 +161,22 @@ def test_differences_and_attacks_are_said_in_words():
     content = page(facts(evaluated(), attacked()))
     assert "Version 2 ranks better than version 1" in content
     assert "From a clear embedding 2 of 2 features" in content
+
+
+def test_a_funnel_says_how_many_devices_came_how_far_and_where_the_others_stopped():
+    """3,600 with their interval installed, 210 found it too large; the phase below the threshold has no number."""
+    content = page(facts(funnelled()))
+    for said in ("2026-W47", "3,600", "3,545 to 3,655", "downloaded: too large", "210"):
+        assert said in content, said
+    row = re.search(r"<bdi>trained</bdi></th>(.*?)</tr>", content)[1]
+    assert not re.search(r"\d", row)
+
+
+def test_versions_say_when_they_were_made_and_whom_their_epsilon_protects():
+    """Of version 2, two days before; a reference has no epsilon to say it of."""
+    overview = page(facts()).partition("Training records")[0]
+    assert "2026-11-27" in overview
+    assert overview.count("device features, per user") == 2
 
 
 def test_what_a_version_learned_and_what_balance_did_is_shown():
