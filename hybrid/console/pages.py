@@ -287,9 +287,10 @@ def _stages(window: Window, seen: Seen) -> Iterator[Element]:
     yield _stage("Default", window.default.version, f"{_percent(share)} of devices fetch it", share, 0)
     if seen.canary is not None:
         yield _stage("Canary", seen.canary, f"{_percent(seen.share)} of devices fetch it", seen.share, 1)
-    for version in seen.served:
-        if version not in (seen.default, seen.canary):
-            yield _stage("Still answered", version, "for devices that have it", 0.0, 2)
+    if seen.shadow is not None:
+        yield _stage("Shadow", seen.shadow, f"runs on {_percent(seen.batches)} of batches, for nobody", seen.batches, 2)
+    for version in seen.stays:
+        yield _stage("Still answered", version, "for devices that have it", 0.0, 2)
 
 
 def _stage(title: str, version: int, said: str, share: float, place: int) -> Element:
@@ -380,7 +381,7 @@ class _Forms:
     def _said(self, version: int) -> str:
         seen, facts = self.model.seen, self.model.facts
         record = None if facts is None else facts.trainings.get(version)
-        roles = {seen.canary: ", the canary", seen.default: ", the default"}
+        roles = {seen.canary: ", the canary", seen.shadow: ", the shadow", seen.default: ", the default"}
         spent = "" if record is None or record.epsilon is None else f", ε {record.epsilon:.3g}"
         return f"{version}{roles.get(version, '')}{spent}"
 
@@ -403,6 +404,8 @@ def _history(changes: Sequence[Change]) -> Element:
 
 def _whom(change: Change) -> str:
     """Of devices, that fetch a version after a change of it."""
+    if change.action == "shadow":
+        return f"none: {_percent(change.share or 0.0)} of batches"
     return {"promote": "all", "halt": "none"}.get(change.action) or _percent(change.share or 0.0)
 
 

@@ -73,12 +73,16 @@ class Seen:
         default: version; None: nothing is served yet.
         canary: version; None: there is none.
         share: of the canary.
+        shadow: version that runs beside the default, for nobody; None: there is none.
+        batches: share of the default's batches on which it does.
         served: all versions that are, the default first.
     """
 
     default: int | None = None
     canary: int | None = None
     share: float = 0.0
+    shadow: int | None = None
+    batches: float = 0.0
     served: tuple[int, ...] = ()
 
     @classmethod
@@ -86,10 +90,9 @@ class Seen:
         """A window's."""
         if window is None:
             return cls()
-        served = tuple(one.version for one in window.versions)
-        if window.canary is None:
-            return cls(default=window.default.version, served=served)
-        return cls(window.default.version, window.canary.version, window.canary.share, served)
+        canary = (None, 0.0) if window.canary is None else (window.canary.version, window.canary.share)
+        shadow = (None, 0.0) if window.shadow is None else (window.shadow.version, window.shadow.share)
+        return cls(window.default.version, *canary, *shadow, tuple(one.version for one in window.versions))
 
     def check(self, window: Window | None) -> None:
         """Raises: Changed: a window is another than was seen."""
@@ -105,7 +108,7 @@ class Seen:
 
     def after(self, version: int) -> int | None:
         """The default once a version is taken back; None: there would be none."""
-        stable = [one for one in self.served if one not in (version, self.canary)]
+        stable = [one for one in self.served if one not in (version, self.canary, self.shadow)]
         return self.default if version != self.default else next(iter(stable), None)
 
     def line(self) -> str:
@@ -113,8 +116,14 @@ class Seen:
         if self.default is None:
             return "nothing is served"
         canary = "no canary" if self.canary is None else f"canary {self.canary} on {100 * self.share:.4g} % of devices"
-        rest = [str(one) for one in self.served if one not in (self.default, self.canary)]
-        return ", ".join((f"default {self.default}", canary, *(f"{one} still answered" for one in rest)))
+        shadow = [] if self.shadow is None else [f"shadow {self.shadow} on {100 * self.batches:.4g} % of batches"]
+        rest = [f"{one} still answered" for one in self.stays]
+        return ", ".join((f"default {self.default}", canary, *shadow, *rest))
+
+    @property
+    def stays(self) -> list[int]:
+        """Versions that devices may still have, though none is to fetch them."""
+        return [one for one in self.served if one not in (self.default, self.canary, self.shadow)]
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,9 @@ def _canary(step: Step, seen: Seen) -> Question:
         grows = f"From {100 * seen.share:.4g} % to {share} of devices fetch {step.name}, the others {seen.default}."
         return Question(f"Let more devices fetch {step.name}?", (grows, _DRAWS), (_KEEPS,), f"Yes, {share} of devices")
     will = [f"{share} of devices fetch {step.name} in place of {seen.default}, the default.", _DRAWS]
-    if step.version not in seen.served:
+    if step.version == seen.shadow:
+        will.append("It is the shadow no longer.")
+    elif step.version not in seen.served:
         will.append(_EXPORTS)
     final = [_KEEPS]
     if seen.canary is not None:
@@ -193,11 +204,13 @@ def _halt(step: Step, seen: Seen) -> Question:
     after = seen.after(step.version)
     if after is None:
         raise ConfigError(f"{step.name} is the only version to go back to: promote another first")
-    which = "the canary" if step.version == seen.canary else "the default"
-    which = which if step.version in (seen.canary, seen.default) else "an older version that devices may still have"
+    known = {seen.canary: "the canary", seen.shadow: "the shadow", seen.default: "the default"}
+    which = known.get(step.version, "an older version that devices may still have")
     will = (
         f"{step.name}, {which}, is served to nobody any more: a request that names it is told to update.",
-        f"Devices that have it are told with their next update, and go to {after}.",
+        "No device has it as a shadow: it stops to run beside the default."
+        if step.version == seen.shadow
+        else f"Devices that have it are told with their next update, and go to {after}.",
         f"The reason goes with it, to the history and to devices: “{step.reason}”.",
     )
     final = (

@@ -127,7 +127,8 @@ def test_a_promoted_canary_is_the_canary_no_longer(workspace: Workspace, aliases
 
     tried_out(workspace)
     exported = SimpleNamespace(deployment=deployment(version))
-    monkeypatch.setattr(promote, "version_of", lambda *_, **__: SimpleNamespace(number=version))
+    found = SimpleNamespace(number=version, aliases=("canary",) if version == 3 else ())
+    monkeypatch.setattr(promote, "version_of", lambda *_, **__: found)
     monkeypatch.setattr("hybrid.export.promote.export_version", lambda *_: exported)
     assert promote.export_to(workspace, SimpleNamespace(name="shop"), version, "production")[0] is exported
     assert aliases.found == left

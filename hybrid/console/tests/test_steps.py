@@ -16,6 +16,17 @@ def test_what_is_seen_of_a_window():
     assert SEEN.line() == "default 2, canary 4 on 5 % of devices, 1 still answered"
 
 
+def test_no_device_goes_to_a_shadow():
+    """Beside default 2 runs 5, for nobody: where 2 is taken back, devices go to 1; where 5 is, none has it."""
+    seen = Seen.of(Window(versions=(deployment(1),)).promote(deployment(2)).shade(deployment(5), 0.1))
+    assert seen.line() == "default 2, no canary, shadow 5 on 10 % of batches, 1 still answered"
+    assert (seen.after(2), seen.after(5)) == (1, 2)
+    asked = question(Step("halt", "shop", 5, reason="slow"), seen)
+    assert asked.will[0].startswith("shop:5, the shadow, is served to nobody any more")
+    assert "No device has it" in asked.will[1]
+    assert "It is the shadow no longer." in question(Step("canary", "shop", 5, share=0.05), seen).will
+
+
 def test_a_rollout_that_was_changed_is_refused_with_what_changed():
     """The canary grew: both are told. The same window passes."""
     SEEN.check(WINDOW)
@@ -100,7 +111,7 @@ def test_only_what_is_not_served_yet_is_exported():
         (Step("canary", "shop", 4, share=0.05), SEEN, "the share must be above 5 %, got 5 %"),
         (Step("promote", "shop", 2), SEEN, "shop:2 is the default already"),
         (Step("halt", "shop", 7, reason="r"), SEEN, "shop:7 is not served"),
-        (Step("halt", "shop", 2, reason="r"), Seen(2, 4, 0.05, (2, 4)), "only version to go back to"),
+        (Step("halt", "shop", 2, reason="r"), Seen(2, 4, 0.05, served=(2, 4)), "only version to go back to"),
         (Step("halt", "shop", 2, reason="r"), Seen(2, served=(2,)), "promote another first"),
     ],
 )
