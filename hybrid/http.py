@@ -11,6 +11,8 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ MAX_HEAD_BYTES = 64 << 10  # of a request's line and headers; h11's default too
 HEAD_S = 20.0  # for a request's line and headers to come, from the connection, or the answer before them, on
 BODY_S = 30.0  # for a body to come
 READ_S = 60.0  # in which a peer that is slow to read must take what lies ready for it
+LOOKED_AT = 32  # connections, for the one to cut where there is no room
 FILES = 512  # descriptors of a process beside its connections
 CONNECTION_S = 60.0  # of a `TimedHttp`, from its first to its last byte
 BACKLOG = 2048  # connections that wait to be accepted; the system may allow less
@@ -45,7 +48,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     It is cut where a head is not there within `HEAD_S`, or what is ready is not read within `READ_S`. uvicorn counts
     connections that say nothing among the most that it has (`limit_concurrency`), and would wait for ever: so few
-    peers without a key could keep all others out. Where there is no room the one that waits longest gives way.
+    peers without a key could keep all others out. Where there is no room one that waited long gives way.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -109,9 +112,11 @@ class BoundedHttp(HttpToolsProtocol):
             self._wait(HEAD_S + self.timeout_keep_alive)
 
     def _make_room(self) -> None:
-        """Cuts the connection whose peer has said nothing for longest: who asks does so as it connects."""
-        silent = [each for each in self.connections if isinstance(each, BoundedHttp) and each._waiting is not None]
-        for longest in sorted(silent, key=lambda each: each._waiting.when())[:1]:  # type: ignore[union-attr]
+        """Cuts a connection whose peer has said nothing for longest, of some: who asks does so as it connects."""
+        timers = ((each._waiting, each) for each in self.connections if isinstance(each, BoundedHttp))
+        silent = ((timer.when(), each) for timer, each in timers if timer is not None)
+        _, longest = min(islice(silent, LOOKED_AT), key=itemgetter(0), default=(0.0, None))
+        if longest is not None:
             longest._heard()
             longest.transport.abort()
 

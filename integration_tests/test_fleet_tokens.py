@@ -36,6 +36,7 @@ from hybrid.federation.clock import ManualClock
 from hybrid.federation.fleet_aggregator import FleetAggregator
 from hybrid.federation.issuer import RemoteIssuer
 from hybrid.federation.remote import RemoteAggregator
+from hybrid.files import write_whole
 from hybrid.local.devices import GOOD, Opened, running
 from hybrid.local.fleet import Order, issuing, service, train
 from hybrid.local.process import free_ports
@@ -112,7 +113,7 @@ def test_an_aggregators_process_asks_for_tokens_of_its_issuer(world, tmp_path):
         told = service(world.task(round_s=30), QUIET, 1, None)
         tokens = Tokens(name="issuer.example", url=issued.windows.url, scope="kiosk")
         (own / "settings.json").write_text(told.model_copy(update={"tokens": tokens}).model_dump_json())
-        (own / "issuer.token").write_text(issued.windows.token)
+        write_whole(own / "issuer.token", issued.windows.token.encode(), private=True)
         options = {"settings": own / "settings.json", "folder": own, "keys": world.folder / "keys", "port": 0}
         options |= {"token": own / "token", "issuer-token": own / "issuer.token", "control-port": 0}
         control, words = new_token(own / "token"), [f"--{name}={value}" for name, value in options.items()]
@@ -319,7 +320,7 @@ def test_kill_9_of_issuer_and_devices_counts_no_account_twice(world, tmp_path):
     """
     issued = [ApiKey.issue(name) for name in ("ann", "bob")]
     (tmp_path / "api-keys").write_text("\n".join(str(line) for line, _ in issued))
-    (tmp_path / "token").write_text("c" * 40)
+    write_whole(tmp_path / "token", b"c" * 40, private=True)
     ports = free_ports(2)
     words = ["--folder", tmp_path / "issuer", "--api-keys", tmp_path / "api-keys", "--token", tmp_path / "token"]
     words += ["--port", ports[0], "--control-port", ports[1]]

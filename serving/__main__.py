@@ -144,6 +144,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
             http=BoundedHttp,
             proxy_headers=False,  # nothing here asks for a caller's address
             ws="none",
+            server_header=False,
             limit_concurrency=CONNECTIONS,
             access_log=False,
             log_config=None,

@@ -33,6 +33,7 @@ _PASSED = {
     "GET": re.compile(r"/v2/(?:health/ready|models/[a-z0-9_]+/(?:rollout|(?:versions/\d+/)?bundle))", re.ASCII),
     "POST": re.compile(r"/v2/models/[a-z0-9_]+/versions/\d+/infer", re.ASCII),
 }
+_LENGTH = re.compile(r"\d{1,9}", re.ASCII)
 _ASKED = ("Content-Type", "Inference-Header-Content-Length", "If-None-Match", "Range", "If-Range", "Authorization")
 _ANSWERED = ("Content-Type", "ETag", "Content-Range", "Retry-After", "WWW-Authenticate")
 _OFF = (
@@ -126,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._own():
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdecimal() or int(length) > MAX_BODY:
+        if not _LENGTH.fullmatch(length) or int(length) > MAX_BODY:
             self.close_connection = True  # what would follow is not read
             self._refuse(413, "body_too_large", f"a request must have at most {MAX_BODY} bytes, and say how many")
             return

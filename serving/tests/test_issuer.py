@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from hybrid.errors import ConfigError, IssuerError
 from hybrid.federation.issuer import RemoteIssuer
+from hybrid.files import write_whole
 from hybrid.plan import Turn
 from hybrid.tokens import TOKENS, WINDOWS, Opening, TokenRequest, Window
 from serving import issuer as module
@@ -439,7 +440,7 @@ def test_nothing_is_logged_of_accounts_and_requests(tmp_path, caplog, monkeypatc
 
 
 def test_the_process_serves_both_sides_until_it_is_told_to_end(tmp_path):
-    (tmp_path / "token").write_text(CONTROL)
+    write_whole(tmp_path / "token", CONTROL.encode(), private=True)
     line, key = ApiKey.issue("ann")
     (tmp_path / "api-keys").write_text(str(line))
     words = ["--folder", tmp_path / "issuer", "--api-keys", tmp_path / "api-keys", "--token", tmp_path / "token"]

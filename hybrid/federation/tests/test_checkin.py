@@ -23,6 +23,7 @@ from hybrid.federation.fleet_aggregator import Refused
 from hybrid.federation.issuer import RemoteIssuer
 from hybrid.federation.remote import RemoteAggregator
 from hybrid.federation.tests.test_fleet_aggregator import FLAT, ROUND_S, SAID, body, built, name, plan_of, task
+from hybrid.files import write_whole
 from hybrid.plan import CHECK_IN, UPDATE, Halt, open_signed
 from hybrid.privacy.accountant import GaussianEvent
 from hybrid.privacy.ledger import Ledger
@@ -227,7 +228,7 @@ def process(tmp_path, port=0, **changes):
     """An aggregator's process, its devices' port, and a ClientApp's way to it."""
     settings, token = tmp_path / "settings.json", tmp_path / "token"
     settings.write_text(json.dumps(SERVICE | changes))
-    token.write_text(TOKEN)
+    write_whole(token, TOKEN.encode(), private=True)
     words = [sys.executable, "-m", "hybrid.federation.checkin", "--settings", settings, "--token", token]
     words += ["--folder", tmp_path / "run", "--keys", tmp_path / "keys", "--port", "0", "--control-port", port]
     pipe = subprocess.PIPE

@@ -39,6 +39,21 @@ def test_a_path_that_the_gateway_would_read_as_another_is_not_passed_on(tmp_path
     assert asked == []
 
 
+@pytest.mark.parametrize("length", ["", "-1", "+5", "1048577", "9" * 5000])
+def test_a_body_that_is_too_long_or_does_not_say_so_is_not_read(
+    tmp_path: Path, length: str, capfd: pytest.CaptureFixture[str]
+):
+    """Also of a length that Python turns into no number; nothing is on the person's terminal."""
+    with serving(tmp_path, lambda: None) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        connection.putrequest("POST", "/gateway/v2/models/a/versions/1/infer")
+        connection.putheader("Content-Length", length)
+        connection.endheaders()
+        assert connection.getresponse().status == 413
+        connection.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_connection_that_breaks_is_not_told_on_the_persons_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
