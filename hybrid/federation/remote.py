@@ -66,7 +66,8 @@ if TYPE_CHECKING:
     from hybrid.http import Certificate
 
 LONGEST_WAIT_S = 30.0  # of one request
-RETRY_S, LONGEST_RETRY_S = 0.5, 8.0  # from a connection that failed to the next; twice as long each time
+RETRY_S = 0.5  # from a connection that failed to the next
+LONGEST_RETRY_S = 4.0  # where it answers that it runs no round: each time twice as long, up to this
 WEIGHTS_S = 300.0  # for a round's weights to come
 CONNECTIONS = 128  # at once
 MAX_HALT = 64 << 10  # bytes of its body
@@ -521,7 +522,10 @@ class RemoteAggregator:
             while time.monotonic() < deadline:
                 try:
                     found = self._asked(client, path, flat, deadline)
-                except (httpx.TransportError, _Ends):
+                except httpx.TransportError:
+                    time.sleep(RETRY_S)
+                    continue
+                except _Ends:
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_RETRY_S)
                     continue
