@@ -107,7 +107,10 @@ def funnel(answer: Answer, least: int) -> Funnel:
     for version, counts in zip(query.by.values, answer.counts, strict=True):
         sums = zip(weights @ counts, noise, strict=True)
         told = [
-            Estimate.of(float(value), float(sd)).within(0.0, answer.people) if value >= threshold else None
+            # Around what there can be at most: an interval beyond it would be cut to nothing.
+            Estimate.of(min(float(value), answer.people), float(sd)).within(0.0, answer.people)
+            if value >= threshold
+            else None
             for value, sd in sums
         ]
         if told[0] is not None:  # the first phase: all of the version's devices

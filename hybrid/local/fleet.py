@@ -625,7 +625,7 @@ def reporting(
         windows = None if issued is None else issued.windows
         asking = FleetAggregator(promoted.audience(round_s, wanted=people.users), None, ledger, key, windows=windows)
         urls = [f"http://127.0.0.1:{stack.enter_context(listening(each))}" for each in (training, asking)]
-        opened = Opened(promoted.bundle, promoted.trust, urls[0], round_s / 3)
+        opened = Opened(promoted.bundle, promoted.trust, urls[0], round_s / 10)
         opened = replace(opened, reports=urls[1], not_charging=not_charging)
         if issued is not None:
             opened = replace(opened, issuer=issued.url, accounts=issued.keys)

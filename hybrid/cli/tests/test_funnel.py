@@ -142,6 +142,17 @@ def test_the_threshold_is_three_standard_deviations_where_that_is_more(exact):
     assert checked.noise.high - checked.noise.low == pytest.approx(2 * 1.959964 * sd * roots)
 
 
+def test_more_devices_than_answered_are_none_and_the_interval_keeps_its_lower_half(exact):
+    """Noise that adds 3 standard deviations to 5,000 devices of one version: 5,000, and down to 1.96 of them below."""
+    query = query_of(WEEK, [4])
+    counts = np.zeros(query.counts)
+    counts[0] = 5000.0  # all uploaded
+    total, sd = query.encode(counts[None])[0], 10.0
+    total[0] += 3 * sd  # which every running sum begins with
+    checked = funnel(Answer(query, total, sd, 5000), LEAST).versions[0].phases[Phase.UPLOADED]
+    assert (checked.value, checked.noise.low, checked.noise.high) == (5000, pytest.approx(5000 - 19.6, abs=0.01), 5000)
+
+
 def test_it_is_paid_for_and_the_newest_versions_are_asked_about(people, tmp_path):
     with Ledger.open(tmp_path, budget_epsilon=1, delta=DELTA) as ledger:
         answer = Simulated(people, ledger, purpose=FUNNEL, epsilon=EPSILON, seed=None)(QUERY)
