@@ -147,7 +147,8 @@ class _App:
             except NotFound as error:
                 title, status, said, back = "Not found", 404, str(error), "/"
             except HybridError as error:
-                title, status, said = "Not done", 400, str(error)
+                title = "Not done" if request.method == "POST" else "It cannot be shown"
+                status, said = 400, str(error)
             return HTMLResponse(pages.refused(title, said, session.csrf, back), status)
 
         return answered
