@@ -267,8 +267,6 @@ class _Guarded:
             "Cache-Control": "no-store",
             "Connection": "close",  # each connection has its bounded time: see `TimedHttp`
         }
-        if place.tls:
-            self._headers["Strict-Transport-Security"] = "max-age=31536000"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:
