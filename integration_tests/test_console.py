@@ -102,8 +102,9 @@ def logged_in(context: BrowserContext, console: Served) -> Page:
 def model_page(page: Page) -> None:
     """Once all of it is read, which takes a while at first."""
     page.get_by_role("link", name="stall").first.click()
+    page.get_by_role("heading", name="stall", level=1, exact=True).wait_for()
     while page.get_by_text("It is being read").count():
-        page.get_by_role("link", name="Look again").click()
+        page.reload()
 
 
 def everybody_can_read(page: Page, name: str, folder: Path) -> None:

@@ -94,7 +94,7 @@ def console(
             typer.echo(f"The console: {place.scheme}://{called}:{bound}/   (Ctrl-C ends it)")
             typer.echo(f"Its password is {where}.")
             for model in Registry(workspace).names():
-                reading.facts(model, 0.0)  # begins, so that who comes later need not wait
+                reading.begin(model)  # so that who comes later need not wait
             ended.wait()
     typer.echo("The console is closed.")
 
@@ -182,12 +182,19 @@ class _Reading(AbstractContextManager["_Reading"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def facts(self, name: str, patience_s: float = PATIENCE_S) -> Facts | None:
+    def facts(self, name: str) -> Facts | None:
         """Of a model; None: they are being read.
 
         Raises:
             HybridError: they cannot be.
         """
+        try:
+            return self.begin(name).result(PATIENCE_S)
+        except TimeoutError:
+            return None
+
+    def begin(self, name: str) -> Future[Facts]:
+        """Reads them, unless that was done since a file changed, or is being done."""
         from hybrid.cli.report import facts_of
 
         state = _state(self._workspace)
@@ -196,10 +203,7 @@ class _Reading(AbstractContextManager["_Reading"]):
             if kept is None or (kept[0] != state and kept[1].done()):
                 kept = state, self._thread.submit(facts_of, name, None, self._workspace, datetime.now(UTC))
                 self._kept[name] = kept
-        try:
-            return kept[1].result(patience_s)
-        except TimeoutError:
-            return None
+        return kept[1]
 
 
 def _state(workspace: Workspace) -> object:

@@ -147,7 +147,8 @@ class _App:
             except NotFound as error:
                 title, status, said, back = "Not found", 404, str(error), "/"
             except HybridError as error:
-                title, status, said = "Not done", 400, str(error)
+                title = "Not done" if request.method == "POST" else "It cannot be shown"
+                status, said = 400, str(error)
             return HTMLResponse(pages.refused(title, said, session.csrf, back), status)
 
         return answered
@@ -266,8 +267,6 @@ class _Guarded:
             "Cache-Control": "no-store",
             "Connection": "close",  # each connection has its bounded time: see `TimedHttp`
         }
-        if place.tls:
-            self._headers["Strict-Transport-Security"] = "max-age=31536000"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:

@@ -31,9 +31,11 @@ def funnel(facts: Facts) -> Iterator[Element]:
     """The phases of the latest week that was asked about, of each version."""
     found = facts.of("funnel")
     if not found:
-        yield missing("Nobody asked devices how far they come with a version.", f"hybrid funnel {facts.model}")
+        yield missing(
+            "Nobody asked devices how far they come with a version.", f"hybrid funnel {facts.model} --devices 60"
+        )
         return
-    run, result = found[0]
+    run, result = max(found, key=lambda one: str(one[1].shown["week"]))  # of its answers the latest
     shown = result.shown
     yield e(
         "p",
@@ -46,6 +48,9 @@ def funnel(facts: Facts) -> Iterator[Element]:
         " could be noise alone, and is not shown.",
         *paid(run, result),
     )
+    if not shown["versions"]:
+        yield e("p", "No version has as many devices, as far as the noise lets it be seen.")
+        return
     rows = [
         _estimate(row) for one in shown["versions"] for row in (one["devices"], *one["phases"], *one["stopped"]) if row
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,12 @@ def test_how_versions_were_trained_is_told_without_their_weights(trained: Regist
     assert trained.trainings("taxi")[1] == TRAINING
     with pytest.raises(NotFound, match="no model 'bus' is registered"):
         trained.trainings("bus")
+
+
+def test_it_is_known_when_a_version_was_added(trained: Registry, tmp_path: Path):
+    """In the last ten minutes, in UTC; of a model that was never trained nothing is."""
+    assert datetime.now(UTC) - trained.created("taxi")[1] < timedelta(minutes=10)
+    assert registered(tmp_path)[0].created("taxi") == {}
 
 
 def test_models_are_listed_with_versions_and_aliases(trained: Registry):

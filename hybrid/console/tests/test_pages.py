@@ -53,7 +53,7 @@ def test_references_and_what_was_taken_back_cannot_be_launched():
 
 
 def test_a_version_can_be_taken_back_whatever_cannot_be_read():
-    """Ledgers, answers, serving: without facts the buttons that need none are there, and the page says what is wrong."""
+    """Without facts the buttons that need none are there, and the page says what is wrong."""
     broken = replace(SHOP, facts=None, why="a ledger is damaged", health=Health(unread=("gateway-1 cannot be read",)))
     assert forms(broken) == ["Take a version back"]
     for said in ("a ledger is damaged", "gateway-1 cannot be read", "✕"):

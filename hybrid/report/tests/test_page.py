@@ -172,6 +172,14 @@ def test_a_funnel_says_how_many_devices_came_how_far_and_where_the_others_stoppe
     assert not re.search(r"\d", row)
 
 
+def test_the_funnel_is_of_the_latest_week_whenever_it_was_told():
+    """Week 46 told after week 47 does not hide it; of a week in which no version is seen that is said."""
+    late = funnelled()
+    early = late.model_copy(update={"shown": late.shown | {"week": "2026-W46", "versions": []}})
+    assert "3,600" in page(facts(late, early))
+    assert "No version has as many devices" in page(facts(early))
+
+
 def test_versions_say_when_they_were_made_and_whom_their_epsilon_protects():
     """Of version 2, two days before; a reference has no epsilon to say it of."""
     overview = page(facts()).partition("Training records")[0]
