@@ -90,9 +90,15 @@ class Seen:
         """A window's."""
         if window is None:
             return cls()
-        canary = (None, 0.0) if window.canary is None else (window.canary.version, window.canary.share)
-        shadow = (None, 0.0) if window.shadow is None else (window.shadow.version, window.shadow.share)
-        return cls(window.default.version, *canary, *shadow, tuple(one.version for one in window.versions))
+        canary, shadow = window.canary, window.shadow
+        return cls(
+            default=window.default.version,
+            canary=canary.version if canary else None,
+            share=canary.share if canary else 0.0,
+            shadow=shadow.version if shadow else None,
+            batches=shadow.share if shadow else 0.0,
+            served=tuple(one.version for one in window.versions),
+        )
 
     def check(self, window: Window | None) -> None:
         """Raises: Changed: a window is another than was seen."""
