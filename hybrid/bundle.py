@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from hybrid.errors import BundleError, ConfigError
 from hybrid.features import Features
+from hybrid.files import check_private
 from hybrid.plan import MAX_PARAMETERS, Count, Name
 from hybrid.protocol import CONSTANT, DEVICE_ONLY
 from hybrid.spec import Clear, Noised
@@ -416,8 +417,7 @@ def signing_key(folder: Path) -> Ed25519PrivateKey:
         no_password = serialization.NoEncryption()
         made = Ed25519PrivateKey.generate()
         _create(file, made.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password), 0o600)
-    if file.stat().st_mode & 0o077:
-        raise ConfigError(f"{file.name} must be readable by its owner only (chmod 600)")
+    check_private(file.stat(), file.name)
     key = serialization.load_pem_private_key(file.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{file.name} must hold an Ed25519 key")

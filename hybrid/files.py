@@ -33,8 +33,24 @@ def write_whole(file: Path, content: bytes | memoryview, *, private: bool = Fals
         os.close(descriptor)
 
 
+def check_private(status: os.stat_result, name: str) -> None:
+    """Raises: ConfigError: others can read the file.
+
+    Another's file may be read by the group where that other is root: so Kubernetes gives a secret to a pod that is not.
+    It is PostgreSQL's rule for `server.key` (its manual, "Secure TCP/IP Connections with SSL", basic setup).
+
+    Args:
+        status: of the file.
+        name: for the error.
+    """
+    given = status.st_uid == 0 and os.geteuid() != 0
+    others = 0o037 if given else 0o077
+    if status.st_mode & others:
+        raise ConfigError(f"{name} must be readable by its owner only (chmod 600)")
+
+
 def read_private(file: Path, what: str, longest: int) -> str:
-    """The text of a file that its owner alone may read, without white space around it.
+    """The text of a file that its owner alone may read, without white space around it; see `check_private`.
 
     Args:
         file: with the secret.
@@ -46,8 +62,7 @@ def read_private(file: Path, what: str, longest: int) -> str:
     """
     try:
         with file.open("rb") as handle:
-            if os.fstat(handle.fileno()).st_mode & 0o077:
-                raise ConfigError(f"the {what}'s file {file.name} must be readable by its owner only (chmod 600)")
+            check_private(os.fstat(handle.fileno()), f"the {what}'s file {file.name}")
             text = handle.read(longest + 2)
     except OSError as error:
         raise ConfigError(f"the {what}'s file {str(file)!r} cannot be read: {type(error).__name__}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid.errors import ConfigError, HybridError
+from hybrid.files import check_private
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -81,8 +82,7 @@ class OpeningKey:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         try:
-            if file.stat().st_mode & 0o077:
-                raise ConfigError(f"{file.name} must be readable by its owner only (chmod 600)")
+            check_private(file.stat(), file.name)
             key = load_pem_private_key(file.read_bytes(), password=None)
         except FileNotFoundError:
             raise ConfigError(f"{file} does not exist; `hybrid dead-letters keygen` makes a pair of keys") from None

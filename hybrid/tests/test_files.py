@@ -1,6 +1,9 @@
+import os
+
 import pytest
 
-from hybrid.files import write_whole
+from hybrid.errors import ConfigError
+from hybrid.files import check_private, write_whole
 
 
 def test_what_is_private_is_read_by_its_owner_alone_whatever_was_there(tmp_path):
@@ -24,3 +27,18 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError, match="kept"):
         write_whole(tmp_path / "kept", b"new")
     assert (tmp_path / "kept").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "refused"),
+    [(7, 0o600, False), (7, 0o640, True), (0, 0o440, False), (0, 0o640, False), (0, 0o660, True), (0, 0o444, True)],
+)
+def test_a_secret_is_its_owners_alone_or_a_mounted_one_its_groups(monkeypatch, owner, mode, refused):
+    """User 7's own file, and one that root gives it by its group, as Kubernetes does: read, and never written."""
+    monkeypatch.setattr(os, "geteuid", lambda: 7)
+    status = os.stat_result((0o100000 | mode, 0, 0, 1, owner, 7, 0, 0, 0, 0))
+    if not refused:
+        check_private(status, "token")
+        return
+    with pytest.raises(ConfigError, match="token must be readable by its owner only"):
+        check_private(status, "token")
