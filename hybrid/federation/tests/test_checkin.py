@@ -335,7 +335,7 @@ def test_a_halt_ends_the_open_round_reaches_devices_and_survives_kill_9(tmp_path
             coming.result(20)
         killed.kill()
     with process(tmp_path, **NOISELESS) as (started, port, client):
-        with pytest.raises(Halted, match="no round is opened any more: version 4 was halted"):
+        with pytest.raises(Halted, match="no round is opened now: version 4 was halted"):
             client.run_round(1, FLAT)
         assert open_signed(checked_in(port).content, trusted_key(trust))[0] == halt
         end(started)
