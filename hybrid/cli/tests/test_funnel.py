@@ -1,6 +1,7 @@
 """Devices that drop out where a test says so, by real journals, and what `hybrid funnel` makes of them."""
 
 import json
+import re
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,7 +21,7 @@ from hybrid.errors import ConfigError, NotFound
 from hybrid.features import Features
 from hybrid.journal import LEFT, STOPPED, UNTRIED, VERSION, Phase
 from hybrid.plan import QueryPlan
-from hybrid.privacy.accountant import noise_multiplier_for
+from hybrid.privacy.accountant import GaussianEvent, noise_multiplier_for
 from hybrid.privacy.ledger import Ledger
 from hybrid.privacy.mechanisms import SeededNoise
 
@@ -206,14 +207,21 @@ def test_what_is_kept_is_shown_again_for_nothing(project, exact, tmp_path):
     """The latest week, or the one that is asked for; without a declaration, or devices, nothing is asked."""
     with pytest.raises(NotFound, match="hybrid funnel taxi --devices N"):
         invoke("taxi")
-    spend = {"epsilon": 1.0, "delta": DELTA, "purpose": FUNNEL, "releases": 1, "run": "r"}
     for week in (WEEK, "2026-W45"):
+        folder = folder_of(tmp_path / "runs", "taxi", week)
+        with Ledger.open(folder, budget_epsilon=1, delta=DELTA) as ledger:
+            ledger.spend(GaussianEvent(4.0), purpose=FUNNEL, clip=QUERY.norm, round_number=1)
+            spend = {"epsilon": ledger.spent().epsilon, "delta": DELTA, "purpose": FUNNEL, "releases": 1}
         kept = json.loads(json.dumps(shown(exact) | {"week": week}))
-        keep(folder_of(tmp_path / "runs", "taxi", week), "funnel", kept, mark="noised", spend=spend)
+        keep(folder, "funnel", kept, mark="noised", spend=spend | {"run": folder.name})
     assert json.loads(invoke("taxi", "--json").stdout)["week"] == WEEK
     assert json.loads(invoke("taxi", "--week", "2026-W45", "--json").stdout)["week"] == "2026-W45"
     assert "week 2026-W47" in invoke("taxi", "--plot", "funnel.svg").stdout
     assert (tmp_path / "funnel.svg").read_text().startswith("<?xml")
+    CliRunner().invoke(app, ["report", "taxi"], catch_exceptions=False)
+    page = re.sub("<[^>]+>", " ", (tmp_path / "taxi.html").read_text())
+    for said in ("2026-W47", "Version 4", "3,000", "downloaded: not charging", "900", "Version 5"):
+        assert said in page, said
     with pytest.raises(ConfigError, match="--epsilon must be left out without --devices"):
         invoke("taxi", "--epsilon", "1")
     with pytest.raises(ConfigError, match="add funnel=Funnel"):
