@@ -11,7 +11,7 @@ import { committed, openDatabase, reply } from "./idb.ts";
 export const MAX_BYTES = 32 << 20;
 const MAX_MANIFEST = 4 << 20;
 /** What this package can run, as `device_runtime.RUNTIME` counts: a bundle says the least that it needs. */
-export const RUNTIME = 3;
+export const RUNTIME = 4;
 const FORMAT = 2;
 const MOST_REMEMBERED = 1000; // versions that were taken back
 const UTF8 = 0x800; // a zip's flag for a name in UTF-8, the only one that a bundle's may have
