@@ -1,0 +1,60 @@
+"""Asks about a row a second time, with the bundle of a shadow, once the default's answer is there.
+
+What gateway and worker count of the shadow's requests is all that it is for: its answers are thrown away. Nobody waits
+for it: it has a thread of its own, which asks about one row at a time; a row that comes meanwhile is dropped. Where
+the server merges, the row's embedding is released a second time, by the shadow's tower and as its signed manifest
+declares; so a shadow is here only where the host app lets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Self
+
+from device_runtime.answers import Answer
+from device_runtime.client import InferenceClient
+from device_runtime.rows import Rows
+
+BUSY = 429  # and above: the gateway has too much to do, or something fails, and is not asked twice
+LEAVE_S = 1.0  # for the row that it is at, when the context ends
+
+
+class Shadow:
+    """Asks about rows again, and tells nobody what comes of it.
+
+    Args:
+        client: of the shadow's bundle; of nobody else, and entered and closed here.
+    """
+
+    def __init__(self, client: InferenceClient) -> None:
+        self._client, self._offered, self._free = client, SimpleQueue[Rows | None](), threading.Semaphore()
+        # A daemon: a shadow that hangs keeps no process from its end.
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._work()), name="shadow", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._offered.put(None)
+        self._thread.join(LEAVE_S)
+
+    def offer(self, row: Rows, answer: Answer) -> None:
+        """Asks about a row, if it is free; returns at once.
+
+        Args:
+            row: one.
+            answer: of the default.
+        """
+        if 0 < answer.http_status < BUSY and self._free.acquire(blocking=False):
+            self._offered.put(row)
+
+    async def _work(self) -> None:
+        async with self._client:
+            while (row := self._offered.get()) is not None:  # nothing else is to be done in this thread's loop
+                with suppress(Exception):  # the server has counted it
+                    await self._client.run(iter([row]), lambda _: None, concurrency=1)
+                self._free.release()
