@@ -339,15 +339,15 @@ async def _infer(
             if shadow is not None:
                 installed = Installed(shadow, manifest.model, trusted_key(trust)).shadow
                 beside = _shadow(installed, manifest, kept, engine, gateway, timeout_s=timeout, api_key=api_key)
-            # The shadow ends last: what it waits for then, results and store do not.
-            with beside or nullcontext(), Results(out) as results, Recording(kept, manifest) as recording:
+            async with beside or nullcontext():  # it ends last: what it waits for then, results and store do not
+                with Results(out) as results, Recording(kept, manifest) as recording:
 
-                def take(answer: Answer) -> None:
-                    results.add(answer)
-                    recording.add(answer)
+                    def take(answer: Answer) -> None:
+                        results.add(answer)
+                        recording.add(answer)
 
-                then = None if beside is None else beside.offer
-                await client.run(kept.rows(devices), take, concurrency=concurrency, then=then)
+                    then = None if beside is None else beside.offer
+                    await client.run(kept.rows(devices), take, concurrency=concurrency, then=then)
     return results.summary()
 
 
@@ -361,11 +361,11 @@ def _shadow(
 
     try:
         bundle = installed.open(halted=_halted(kept))
-        if bundle.manifest.version == live.version:  # it became the default meanwhile
-            return None
-        return Shadow(InferenceClient(bundle.manifest, program_of(bundle, engine), gateway, **asking))
     except HybridError:
         return None
+    if bundle.manifest.version == live.version:  # it became the default meanwhile
+        return None
+    return Shadow(lambda: InferenceClient(bundle.manifest, program_of(bundle, engine), gateway, **asking))
 
 
 async def _train(

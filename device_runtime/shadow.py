@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Self
@@ -17,6 +18,7 @@ from typing import Self
 from device_runtime.answers import Answer
 from device_runtime.client import InferenceClient
 from device_runtime.rows import Rows
+from hybrid.errors import HybridError
 
 BUSY = 429  # and above: the gateway has too much to do, or something fails, and is not asked twice
 LEAVE_S = 1.0  # for the row that it is at, when the context ends
@@ -26,21 +28,21 @@ class Shadow:
     """Asks about rows again, and tells nobody what comes of it.
 
     Args:
-        client: of the shadow's bundle; of nobody else, and entered and closed here.
+        client: -> one of the shadow's bundle. Called in the thread, which may take long or fail.
     """
 
-    def __init__(self, client: InferenceClient) -> None:
+    def __init__(self, client: Callable[[], InferenceClient]) -> None:
         self._client, self._offered, self._free = client, SimpleQueue[Rows | None](), threading.Semaphore()
         # A daemon: a shadow that hangs keeps no process from its end.
         self._thread = threading.Thread(target=lambda: asyncio.run(self._work()), name="shadow", daemon=True)
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._offered.put(None)
-        self._thread.join(LEAVE_S)
+        await asyncio.to_thread(self._thread.join, LEAVE_S)
 
     def offer(self, row: Rows, answer: Answer) -> None:
         """Asks about a row, if it is free; returns at once.
@@ -53,8 +55,9 @@ class Shadow:
             self._offered.put(row)
 
     async def _work(self) -> None:
-        async with self._client:
-            while (row := self._offered.get()) is not None:  # nothing else is to be done in this thread's loop
-                with suppress(Exception):  # the server has counted it
-                    await self._client.run(iter([row]), lambda _: None, concurrency=1)
-                self._free.release()
+        with suppress(HybridError):  # without a client nothing is asked
+            async with self._client() as client:
+                while (row := self._offered.get()) is not None:  # nothing else is to be done in this thread's loop
+                    with suppress(Exception):  # the server has counted it
+                        await client.run(iter([row]), lambda _: None, concurrency=1)
+                    self._free.release()

@@ -1,7 +1,6 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -56,17 +55,16 @@ def shadowed(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"version": 8})
 
 
-def first(rows: Rows, n: int) -> Iterator[Rows]:
-    return (rows.one(place) for place in range(n))
-
-
 async def asked(gateway: Both, manifest: Manifest, shadowed: Manifest, program: EmbedProgram, rows: Rows) -> list:
     """The answers that are shown, while a shadow is asked too; returns once it was."""
     shown: list[Answer] = []
-    async with gateway, InferenceClient(manifest, program, gateway.url) as client:
-        with Shadow(InferenceClient(shadowed, program, gateway.url)) as shadow:
-            await client.run(iter([rows]), shown.append, concurrency=1, then=shadow.offer)
-            await asyncio.wait_for(gateway.asked.wait(), WAIT_S)
+    async with (
+        gateway,
+        InferenceClient(manifest, program, gateway.url) as client,
+        Shadow(lambda: InferenceClient(shadowed, program, gateway.url)) as shadow,
+    ):
+        await client.run(iter([rows]), shown.append, concurrency=1, then=shadow.offer)
+        await asyncio.wait_for(gateway.asked.wait(), WAIT_S)
     return shown
 
 
@@ -129,13 +127,37 @@ def test_a_shadow_whose_program_fails_is_asked_about_the_next_row_all_the_same(
     shadowed: Manifest, bundle: Bundle, rows: Rows
 ):
     """Its thread goes on: three rows, three failures, and none that is seen."""
-    broken, deadline = Broken(bundle), time.monotonic() + WAIT_S
-    with Shadow(InferenceClient(shadowed, broken, "http://127.0.0.1:1")) as shadow:
-        for row in first(rows, 3):
-            shadow.offer(row, Answer(4, 0, "ok", http_status=200))
-            while not broken.ran.acquire(timeout=0.01):  # while it is at the one before, rows are dropped
-                shadow.offer(row, Answer(4, 0, "ok", http_status=200))
-                assert time.monotonic() < deadline
+    broken, answered = Broken(bundle), Answer(4, 0, "ok", http_status=200)
+
+    async def session() -> None:
+        deadline = time.monotonic() + WAIT_S
+        async with Shadow(lambda: InferenceClient(shadowed, broken, "http://127.0.0.1:1")) as shadow:
+            for place in range(3):
+                shadow.offer(rows.one(place), answered)
+                while not broken.ran.acquire(timeout=0.01):  # while it is at the one before, rows are dropped
+                    shadow.offer(rows.one(place), answered)
+                    assert time.monotonic() < deadline
+
+    asyncio.run(session())
+
+
+def test_a_shadow_whose_program_cannot_be_loaded_asks_nothing(manifest: Manifest, program: EmbedProgram, rows: Rows):
+    """Nor does a thread say so to the person, or the loading delay an answer: it is done by the thread."""
+    loading = threading.Event()
+
+    def load() -> InferenceClient:
+        assert loading.wait(WAIT_S)
+        raise BundleError("it does not load")
+
+    async def session() -> list[Answer]:
+        shown: list[Answer] = []
+        gateway = Both()
+        async with gateway, InferenceClient(manifest, program, gateway.url) as client, Shadow(load) as shadow:
+            await client.run(iter([rows]), shown.append, then=shadow.offer)
+            loading.set()
+        return shown
+
+    assert [one.status for one in asyncio.run(session())] == ["ok"] * 3
 
 
 class Noted:
@@ -156,16 +178,22 @@ class Noted:
         self.entities += [entity for rows in batches for entity in rows.entity]
 
 
-def test_a_gateway_that_is_silent_or_busy_is_not_asked_twice(rows: Rows, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("status", "entities"), [(0, []), (429, []), (503, []), (200, ["shop-2"]), (404, ["shop-2"])])
+def test_a_gateway_that_is_silent_or_busy_is_not_asked_twice(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch, status: int, entities: list[str]
+):
     """An outage is not doubled. What it says of a row that it will not answer, it is asked of both."""
     monkeypatch.setattr(module, "LEAVE_S", WAIT_S)
-    for status, entities in ((0, []), (429, []), (503, []), (200, ["shop-2"]), (404, ["shop-2"])):
-        client = Noted()
-        with Shadow(client) as shadow:
+    client = Noted()
+
+    async def session() -> None:
+        async with Shadow(lambda: client) as shadow:
             shadow.offer(rows.one(1), Answer(4, 1, "?", http_status=status))
-        assert client.entities == entities, status
-        assert threading.get_ident() not in client.threads, "it has a thread of its own"
-        assert len(client.threads) == 1
+
+    asyncio.run(session())
+    assert client.entities == entities
+    assert threading.get_ident() not in client.threads, "it has a thread of its own"
+    assert len(client.threads) == 1
 
 
 @pytest.fixture
@@ -192,6 +220,7 @@ def test_infer_asks_the_shadow_of_a_folder_and_keeps_nothing_of_it(
     pem = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     (tmp_path / "trust.pem").write_bytes(pem)
     monkeypatch.setenv("HYBRID_STORE_KEY", KEY.hex())
+    monkeypatch.setattr(module, "LEAVE_S", WAIT_S)
     with Store.open(tmp_path / "store", KEY, manifest) as store:
         store.write(rows, time.time_ns() // 1_000_000)
     gateway = Both()
