@@ -3,7 +3,7 @@
 What gateway and worker count of the shadow's requests is all that it is for: its answers are thrown away. Nobody waits
 for it: it has a thread of its own, which asks about one row at a time; a row that comes meanwhile is dropped. Where
 the server merges, the row's embedding is released a second time, by the shadow's tower and as its signed manifest
-declares; so a shadow is here only where the host app lets it.
+declares; so a shadow is here only where the host app lets it, and one that is served no more is asked no more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Self
 from device_runtime.answers import Answer
 from device_runtime.client import InferenceClient
 from device_runtime.rows import Rows
-from hybrid.errors import HybridError
+from hybrid.errors import HybridError, UpdateRequired
 
 BUSY = 429  # and above: the gateway has too much to do, or something fails, and is not asked twice
 LEAVE_S = 1.0  # for the row that it is at, when the context ends
@@ -55,9 +55,16 @@ class Shadow:
             self._offered.put(row)
 
     async def _work(self) -> None:
+        gone = False
+
+        def look(answer: Answer) -> None:  # at nothing but this
+            nonlocal gone
+            gone = answer.http_status == UpdateRequired.status
+
         with suppress(HybridError):  # without a client nothing is asked
             async with self._client() as client:
-                while (row := self._offered.get()) is not None:  # nothing else is to be done in this thread's loop
+                # The loop is this thread's own, and has nothing else to do while it waits for a row.
+                while not gone and (row := self._offered.get()) is not None:
                     with suppress(Exception):  # the server has counted it
-                        await client.run(iter([row]), lambda _: None, concurrency=1)
+                        await client.run(iter([row]), look, concurrency=1)
                     self._free.release()

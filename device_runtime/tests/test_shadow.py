@@ -111,6 +111,26 @@ def test_a_shadow_that_is_answered_badly_fails_nothing(
     assert [(one.status, one.version) for one in shown] == [("ok", 7)] * 3
 
 
+def test_a_shadow_that_is_served_no_more_is_asked_no_more(
+    manifest: Manifest, shadowed: Manifest, program: EmbedProgram, rows: Rows
+):
+    """Until the device's next update removes it, it would release each row for nothing."""
+    gateway = Both(error(410, "update_required"))
+
+    async def session() -> None:
+        async with (
+            gateway,
+            InferenceClient(manifest, program, gateway.url) as client,
+            Shadow(lambda: InferenceClient(shadowed, program, gateway.url)) as shadow,
+        ):
+            for _ in range(20):
+                await client.run(iter([rows]), lambda _: None, concurrency=1, then=shadow.offer)
+            await asyncio.wait_for(gateway.asked.wait(), WAIT_S)
+
+    asyncio.run(session())
+    assert sorted(gateway.paths()) == ["7"] * 60 + ["8"]
+
+
 class Broken(EmbedProgram):
     """A tower that gives nothing, and counts how often it was to."""
 
