@@ -615,7 +615,7 @@ def test_a_device_draws_for_a_shadow_apart_from_a_canary(
 ):
     """Once for a version; so that who is among the first with one is not so with the other."""
     peer.files = {0: sign(2), 3: sign(3), 4: sign(4)}
-    devices = [Installed(tmp_path / f"device-{i}", "meals", key.public_key(), engine="onnx") for i in range(12)]
+    devices = [Installed(tmp_path / f"device-{i}", "meals", key.public_key(), engine="onnx") for i in range(6)]
     have: list[list[int | None]] = []
     for share in (0.5, 0.5, 1.0):
         peer.rollout = rollout(canary=(3, 0.001), shadow=(4, share))
@@ -623,7 +623,7 @@ def test_a_device_draws_for_a_shadow_apart_from_a_canary(
         draws = [device.shadow.record().draw for device in devices]
         assert have[-1] == [4 if draw is not None and draw[1] < share else None for draw in draws]
     assert have[0] == have[1]
-    assert have[2] == [4] * 12
+    assert have[2] == [4] * 6
     assert [device.record().draw[1] for device in devices] != [draw[1] for draw in draws]
 
 
