@@ -19,12 +19,14 @@ from hybrid.tracing import from_environment
 
 if TYPE_CHECKING:
     from device_runtime.answers import Answer
+    from device_runtime.bundles import Installed
     from device_runtime.credentials import Credentials
     from device_runtime.host import Host
     from device_runtime.journal import Journal
     from device_runtime.program import Engine
+    from device_runtime.shadow import Shadow
     from device_runtime.store import Store
-    from hybrid.bundle import Bundle
+    from hybrid.bundle import Bundle, Manifest
     from hybrid.trust import Trusted
 
 API_KEY_VARIABLE = "HYBRID_API_KEY"
@@ -72,6 +74,15 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument("--out", type=Path, required=True, help="Parquet file for the results; replaced")
     infer.add_argument("--devices", type=_range, default=None, metavar="A:B", help="only devices A to B - 1")
     infer.add_argument("--concurrency", type=int, default=32, help="requests in flight at once (default 32)")
+    infer.add_argument(
+        "--shadow",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="of `update --shadow`: once a row is answered, ask about it a second time with the shadow that lies "
+        "there, if one does, and throw the answer away: the server counts it. Where the server merges, a second "
+        "embedding of the row is released",
+    )
     _add_engine(infer, "what runs the bundle's programs (default ExecuTorch where it is there with torch, else ONNX)")
     infer.add_argument("--timeout", type=float, default=10.0, help="seconds for one attempt (default 10)")
     infer.add_argument(
@@ -191,7 +202,7 @@ def _add_update(commands: Any) -> None:
         "programs, and makes it the current one; the one before it is kept. Prints as JSON what became of it "
         "('installed', 'unchanged', 'refused', 'interrupted'), the version that is installed now, the bytes received, "
         "and why. Where it is refused or interrupted the old one goes on, what came is kept for the next attempt, and "
-        "the exit status is 1.",
+        "the exit status is 1. With --shadow a version that is tried beside it, for nobody, may be fetched too.",
     )
     update.add_argument("--folder", type=Path, required=True, help="of the model's installed bundles; made if absent")
     update.add_argument("--model", required=True, help="whose bundle")
@@ -206,6 +217,12 @@ def _add_update(commands: Any) -> None:
         default=None,
         metavar="FILE",
         help="exists as long as the person agrees that the store's journal says what became of it",
+    )
+    update.add_argument(
+        "--shadow",
+        action="store_true",
+        help="let the gateway try a shadow here: if this device's number is below its share, it is installed below "
+        "--folder, for `infer --shadow`. Without it none is, and one that is there is removed",
     )
     _add_key_file(update)
     _add_api_key_file(update)
@@ -282,6 +299,7 @@ async def _infer(
     out: Path,
     devices: range | None,
     concurrency: int,
+    shadow: Path | None,
     engine: Engine | None,
     timeout: float,
     trace: float,
@@ -289,11 +307,13 @@ async def _infer(
     api_key_file: Path | None,
 ) -> dict[str, Any]:
     from device_runtime.answers import Results
+    from device_runtime.bundles import Installed
     from device_runtime.client import InferenceClient
     from device_runtime.program import open_bundle, program_of
     from device_runtime.recording import Recording
     from device_runtime.secret import read_store_key
     from device_runtime.store import Store
+    from hybrid.bundle import trusted_key
 
     api_key = _api_key(api_key_file)
     verified = open_bundle(bundle, trust)
@@ -315,14 +335,37 @@ async def _infer(
             contribution=contribution,
             api_key=api_key,
         ) as client:
-            with Results(out) as results, Recording(kept, manifest) as recording:
+            beside = None
+            if shadow is not None:
+                installed = Installed(shadow, manifest.model, trusted_key(trust)).shadow
+                beside = _shadow(installed, manifest, kept, engine, gateway, timeout_s=timeout, api_key=api_key)
+            async with beside or nullcontext():  # it ends last: what it waits for then, results and store do not
+                with Results(out) as results, Recording(kept, manifest) as recording:
 
-                def take(answer: Answer) -> None:
-                    results.add(answer)
-                    recording.add(answer)
+                    def take(answer: Answer) -> None:
+                        results.add(answer)
+                        recording.add(answer)
 
-                await client.run(kept.rows(devices), take, concurrency=concurrency)
+                    then = None if beside is None else beside.offer
+                    await client.run(kept.rows(devices), take, concurrency=concurrency, then=then)
     return results.summary()
+
+
+def _shadow(
+    installed: Installed, live: Manifest, kept: Store, engine: Engine | None, gateway: str, **asking: Any
+) -> Shadow | None:
+    """What asks a shadow; None: there is none, or it cannot be used, which is nothing to those who wait for answers."""
+    from device_runtime.client import InferenceClient
+    from device_runtime.program import program_of
+    from device_runtime.shadow import Shadow
+
+    try:
+        bundle = installed.open(halted=_halted(kept))
+    except HybridError:
+        return None
+    if bundle.manifest.version == live.version:  # it became the default meanwhile
+        return None
+    return Shadow(lambda: InferenceClient(bundle.manifest, program_of(bundle, engine), gateway, **asking))
 
 
 async def _train(
@@ -446,6 +489,7 @@ async def _update(
     model: str,
     trust: Path,
     gateway: str,
+    shadow: bool,
     timeout: float,
     engine: Engine | None,
     store: Path | None,
@@ -476,6 +520,7 @@ async def _update(
             gateway,
             now_ms=time.time_ns() // 1_000_000,
             halted=halted,
+            shadows=shadow,
             api_key=api_key,
             timeout_s=timeout,
         )

@@ -3,6 +3,7 @@
     installed.json     which is current, which came before it, and the newest there ever was
     SHA256.bundle      the files of those two, by the hash of their bytes
     download, ...      what `device_runtime.download` has so far of the next
+    shadow/            the same of a version that is tried beside the current one, where the host app lets it
 
 A file is whole before its name is there, and the record names it only then: a device that dies at any moment has the
 bundle of before or the one of after. The record outlives the bundles, so that an old one, rightly signed once, is not
@@ -18,7 +19,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +31,7 @@ from hybrid.bundle import MAX_BYTES, Bundle, Manifest, read_bundle
 from hybrid.errors import BundleError, ConfigError
 from hybrid.trust import Trusted
 
-RECORD = "installed.json"
+RECORD, SHADOW = "installed.json", "shadow"
 MOST_REMEMBERED = 64  # halted versions
 _DRAFT = ".draft-"
 
@@ -65,8 +66,8 @@ class Record(BaseModel):
         newest: (version, created_ms) of the newest that was ever installed; nothing older is again.
         left: (version, created_ms) of the bundle that `Installed.rollback` left; it is not installed again.
         halted: versions that the control plane took back, the latest last; none of them is installed or run again.
-        draw: (version, number in [0, 1)) of the latest canary that was offered: below its share it is fetched. In
-            thousandths: who offers many shares to learn it learns little that tells devices apart.
+        draw: (version, number in [0, 1)) of the latest canary, or shadow, that was offered: below its share it is
+            fetched. In thousandths: who offers many shares to learn it learns little that tells devices apart.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,6 +99,11 @@ class Installed:
     model: str
     trusted: Trusted
     engine: Engine | None = None
+
+    @property
+    def shadow(self) -> Installed:
+        """The bundles of a version that is asked too and answers nobody: whatever becomes of them, these go on."""
+        return replace(self, folder=self.folder / SHADOW)
 
     def record(self) -> Record:
         """What is installed, as the folder says.
@@ -244,8 +250,21 @@ class Installed:
         self._publish(RECORD, after.model_dump_json().encode())
         self._clean(after)
 
+    def empty_alone(self) -> None:
+        """Removes the bundles, for a caller that is `alone`; what keeps an old or halted one out stays known.
+
+        Raises:
+            BundleError: the record cannot be written; the bundles are gone all the same.
+            ConfigError: the folder cannot be used.
+        """
+        before = self.record()
+        after = before.model_copy(update={"current": None, "previous": None})
+        self._clean(after)
+        if after != before:
+            self._publish(RECORD, after.model_dump_json().encode())
+
     def drawn_alone(self, version: int) -> float:
-        """This device's number in [0, 1) for a canary, drawn when it is first asked for; for a caller that is `alone`.
+        """This device's number in [0, 1) for a canary or shadow, drawn at first; for a caller that is `alone`.
 
         Raises:
             ConfigError: the folder cannot be used.

@@ -153,13 +153,21 @@ class InferenceClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def run(self, batches: Iterator[Rows], take: Callable[[Answer], None], *, concurrency: int = 32) -> None:
+    async def run(
+        self,
+        batches: Iterator[Rows],
+        take: Callable[[Answer], None],
+        *,
+        concurrency: int = 32,
+        then: Callable[[Rows, Answer], None] | None = None,
+    ) -> None:
         """Asks once for every row, at most `concurrency` at a time; every row gets one answer.
 
         Args:
             batches: of the store.
             take: called with each answer as it comes, in no order.
             concurrency: >= 1.
+            then: called after it, with the row too; it must return at once, see `device_runtime.shadow`.
 
         Raises:
             ConfigError: the store or a setting is wrong.
@@ -173,7 +181,10 @@ class InferenceClient:
 
         async def worker() -> None:
             for ask in requests:  # shared: each takes the next row when it is free
-                take(await self._answer(ask))
+                answer = await self._answer(ask)
+                take(answer)
+                if then is not None:
+                    then(ask.rows.one(ask.place), answer)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -194,7 +205,7 @@ class InferenceClient:
             inputs = self._program.inputs(rows.features)
             for i in range(len(rows)):
                 request = {name: values[i] for name, values in rows.request.items()}
-                yield _Ask(int(rows.device[i]), int(rows.row[i]), rows.entity[i], request, inputs[i : i + 1])
+                yield _Ask(int(rows.device[i]), int(rows.row[i]), rows.entity[i], request, inputs[i : i + 1], rows, i)
 
     async def _answer(self, ask: _Ask) -> Answer:
         started = time.perf_counter()
@@ -265,6 +276,8 @@ class _Ask:
     entity: str
     request: Mapping[str, Any]
     inputs: NDArray[np.float32]
+    rows: Rows  # that it is of,
+    place: int  # and where
 
 
 def outputs_with_contribution(manifest: Manifest) -> tuple[str, ...]:

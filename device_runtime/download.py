@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from device_runtime import RUNTIME
 from device_runtime.access import authorization, refused
 from device_runtime.bundles import Installed, none_halted
 from hybrid.bundle import MAX_BYTES, Head, head_size, read_head
+from hybrid.deployment import Canary
 from hybrid.errors import BundleError, ConfigError, PlanError, Unauthenticated
 from hybrid.journal import UNTRIED, Phase
 from hybrid.rollout import MAX_BYTES as ROLLOUT_BYTES
@@ -55,6 +56,7 @@ class Update:
         bytes: of answers' bodies that were received.
         reason: why it was refused or interrupted.
         offered: version that was refused, or did not come whole; None: none was, or it was not said which.
+        shadow: version that is installed as the shadow; None: none is.
     """
 
     outcome: Outcome
@@ -62,6 +64,7 @@ class Update:
     bytes: int
     reason: str | None = None
     offered: int | None = None
+    shadow: int | None = None
 
     @property
     def noted(self) -> tuple[int, Phase, str] | None:
@@ -77,6 +80,7 @@ def update(
     *,
     now_ms: int,
     halted: Callable[[int], bool] = none_halted,
+    shadows: bool = False,
     api_key: str | None = None,
     timeout_s: float = 10.0,
     deadline_s: float = 600.0,
@@ -88,6 +92,8 @@ def update(
         gateway: base URL.
         now_ms: Unix time in UTC.
         halted: whether a version was, by the kill switch.
+        shadows: whether this device may be asked to compute a shadow, for which it releases a second time; without it
+            none is left here. Whether one could be had changes nothing of the rest.
         api_key: see `device_runtime.client.InferenceClient`.
         timeout_s: for each wait on the network, > 0.
         deadline_s: for all of it, > 0.
@@ -104,14 +110,17 @@ def update(
         installed.alone(),
         _Source.of(gateway, installed.model, api_key, timeout_s=timeout_s, deadline_s=deadline_s) as source,
     ):
+        if not shadows:
+            _leave(installed.shadow)
         before = installed.record().current
         outcome, why, offered = _attempt(_Download(installed, source, now_ms, halted))
+        shadow = _shade(_Download(installed.shadow, source, now_ms, halted)) if shadows else None
         after = installed.record().current
         if outcome == "installed" and before and after and before.sha256 == after.sha256:
             outcome = "unchanged"  # the server calls the same bytes something else
         elif outcome == "unchanged" and before != after:
             outcome = "installed"  # the one before, of a version that was taken back
-        return Update(outcome, after.version if after else None, source.received, why, offered)
+        return Update(outcome, after.version if after else None, source.received, why, offered, shadow)
 
 
 def _wanted(installed: Installed, told: Rollout | None) -> int | None:
@@ -120,10 +129,43 @@ def _wanted(installed: Installed, told: Rollout | None) -> int | None:
         return None
     if halts := told.halts(installed.trusted):
         installed.halt_alone(halts)
-    canary = told.canary
-    if canary is None or canary.version in installed.record().halted:
+    return _drawn(installed, told.canary)
+
+
+def _drawn(installed: Installed, tried: Canary | None) -> int | None:
+    """The version of a canary, or a shadow, where this device is to have it."""
+    if tried is None or tried.version in installed.record().halted:
         return None
-    return canary.version if installed.drawn_alone(canary.version) < canary.share else None
+    return tried.version if installed.drawn_alone(tried.version) < tried.share else None
+
+
+def _leave(shadow: Installed) -> None:
+    """Empties the folder, also where nothing can be written."""
+    if shadow.folder.exists():
+        with shadow.alone(), suppress(BundleError):
+            _discard(shadow.folder)
+            shadow.empty_alone()
+
+
+def _shade(download: _Download) -> int | None:
+    """Installs the shadow that the gateway told of, or leaves it; returns which is there then.
+
+    Whatever is with it, the default goes on.
+    """
+    shadow, source = download.installed, download.source
+    with shadow.alone(), suppress(BundleError, _Interrupted):
+        if source.told is not None:  # else nobody says that it is another than before
+            shadow.halt_alone(source.told.halts(shadow.trusted))
+            source.version = _drawn(shadow, source.told.shadow)
+            current = shadow.record().current
+            if current is not None and current.version != source.version:
+                shadow.empty_alone()
+            if source.version is None:
+                _discard(shadow.folder)
+            else:
+                _install(download)
+    after = shadow.record().current
+    return after.version if after else None
 
 
 def _attempt(download: _Download) -> tuple[Outcome, str | None, int | None]:
@@ -134,21 +176,26 @@ def _attempt(download: _Download) -> tuple[Outcome, str | None, int | None]:
         told = source.rollout()
         source.version = _wanted(installed, told)
         offered = told.default if told is not None and source.version is None else source.version
-        fetched = download.fetch()
-        if fetched is None:
-            return "unchanged", None, None
-        try:
-            data, tag = fetched
-            # A tag of another kind could be this device's own, and tell it apart at each update from now on.
-            own = tag if tag == f'"{hashlib.sha256(data).hexdigest()}"' else None
-            installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=own)
-        finally:
-            _discard(installed.folder)
+        return _install(download), None, None
     except BundleError as error:
         return "refused", str(error), offered
     except _Interrupted as error:
         return "interrupted", str(error), offered
-    return "installed", None, None
+
+
+def _install(download: _Download) -> Literal["installed", "unchanged"]:
+    """Fetches what the source has, and makes it current."""
+    installed, fetched = download.installed, download.fetch()
+    if fetched is None:
+        return "unchanged"
+    try:
+        data, tag = fetched
+        # A tag of another kind could be this device's own, and tell it apart at each update from now on.
+        own = tag if tag == f'"{hashlib.sha256(data).hexdigest()}"' else None
+        installed.install_alone(data, now_ms=download.now_ms, halted=download.halted, tag=own)
+    finally:
+        _discard(installed.folder)
+    return "installed"
 
 
 class _Interrupted(Exception):
@@ -170,6 +217,7 @@ class _Source:
     deadline_s: float  # by the monotonic clock
     version: int | None = None  # None: the default
     received: int = 0
+    told: Rollout | None = None  # once the gateway said it
 
     @classmethod
     @contextmanager
@@ -208,9 +256,10 @@ class _Source:
                 return None
             data = b"".join(self.read(response, ROLLOUT_BYTES))
         try:
-            return Rollout.read(data, self.model)
+            self.told = Rollout.read(data, self.model)
         except PlanError as error:
             raise BundleError(str(error)) from None
+        return self.told
 
     def bundle(self, headers: dict[str, str]) -> AbstractContextManager[httpx.Response]:
         """The answer to a request for the bundle, of which nothing was read but its head."""

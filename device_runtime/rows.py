@@ -38,6 +38,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.device)
 
+    def one(self, place: int) -> Rows:
+        """One of them, by its place."""
+        at = slice(place, place + 1)
+        request, features = (
+            {name: values[at] for name, values in columns.items()} for columns in (self.request, self.features)
+        )
+        return Rows(self.device[at], self.row[at], self.entity[at], request, features)
+
 
 def feature_columns(manifest: Manifest) -> dict[str, str]:
     """Feature, as "request.NAME" or "device.NAME" -> SQLite type."""

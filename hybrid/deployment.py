@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -129,13 +129,15 @@ class Shadow(BaseModel):
 
     Attributes:
         version: which.
-        share: of the default's batches, in (0, 1], that it runs on too.
+        share: of the default's batches, in (0, 1], that it runs on too; and of devices, where they compute it.
+        devices: whether devices that let it compute the whole pair too, once they had the default's answer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Annotated[int, Field(ge=1)]
     share: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    devices: bool = False
 
 
 class Halted(BaseModel):
@@ -161,7 +163,7 @@ class Window(BaseModel):
         versions: the default first, which answers a request that names none and is what devices fetch; then a
             canary and a shadow, and those that devices may still hold, the latest first.
         canary: what some devices fetch in its place; None: all fetch the default.
-        shadow: what runs beside the default, and is fetched by nobody.
+        shadow: what runs beside the default, and answers nobody.
         halted: versions that were taken back, the latest last. None of them is served.
     """
 
@@ -227,12 +229,13 @@ class Window(BaseModel):
         canary = Canary(version=deployment.version, share=share)
         return self._beside(deployment, canary=canary)
 
-    def shade(self, deployment: Deployment, share: float) -> Window:
+    def shade(self, deployment: Deployment, share: float, *, devices: bool = False) -> Window:
         """With this version as the shadow, in place of any before it; it may be no canary any more.
 
         Args:
             deployment: which.
             share: see `Shadow`.
+            devices: see `Shadow`.
 
         Raises:
             ConfigError: the version was halted, is the default or the canary, or its tower reads other features than
@@ -248,7 +251,7 @@ class Window(BaseModel):
             )
         if default.serving.transport != "kafka":
             raise ConfigError(f"serving.transport of {default.model} must be 'kafka': only a merge worker has shadows")
-        return self._beside(deployment, shadow=Shadow(version=deployment.version, share=share))
+        return self._beside(deployment, shadow=Shadow(version=deployment.version, share=share, devices=devices))
 
     def halt(self, halted: Halted) -> Window:
         """Without a version: of the default, what came before it is the default again.
@@ -389,7 +392,9 @@ def change(
             history.flush()
             os.fsync(history.fileno())
         # Without what is empty: serving of before there were rollouts reads a window that has none.
-        empty = {name for name in (*BESIDE, "halted") if not getattr(window, name)}
+        empty: dict[str, Any] = {name: True for name in (*BESIDE, "halted") if not getattr(window, name)}
+        if window.shadow is not None and not window.shadow.devices:
+            empty["shadow"] = {"devices"}
         write_whole(target, window.model_dump_json(indent=2, exclude=empty).encode())
     return window
 

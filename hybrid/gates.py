@@ -233,6 +233,17 @@ def judge_shadow(gates: Gates, shadow: Counted, default: Counted) -> list[Verdic
     ]
 
 
+def judge_pair(served: Iterable[Verdict], shadowed: Iterable[Verdict]) -> list[Verdict]:
+    """Of a shadow that devices compute too: what they were answered is judged, and batches may only speak against it.
+
+    Args:
+        served: of `judge`: by what devices asked of both.
+        shadowed: of `judge_shadow`: by batches of the worker.
+    """
+    worse = {one.gate: one for one in shadowed if one.outcome == "fails"}
+    return [worse.get(one.gate, one) for one in served]
+
+
 def judge_auc(gates: Gates, difference: Mapping[str, list[float] | None] | None) -> Verdict:
     """By the latest comparison of the two on people's devices: `hybrid evaluate MODEL@canary --against production`.
 

@@ -3,6 +3,7 @@
 `GET ROLLOUT` answers the same to all of them, so that nobody needs to know who asks. A device that finds a canary draws
 a number for it, once, and keeps it to itself: below the canary's share it fetches that version, else the default. Who
 has a version that was taken back goes to the one before it, if the control plane's key says so: a gateway alone cannot.
+A shadow is told of where devices are to compute it beside the default; those whose host app lets them draw likewise.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Rollout(BaseModel):
         model: whose.
         default: version that devices fetch.
         canary: what some fetch in its place.
+        shadow: what some of those that let it fetch too, and ask about each row after the default; None: nobody does.
         halted: signed `hybrid.plan.Halt`s in base64, of versions that were taken back.
     """
 
@@ -38,14 +40,21 @@ class Rollout(BaseModel):
     model: Name
     default: Count
     canary: Canary | None = None
+    shadow: Canary | None = None
     halted: Annotated[tuple[str, ...], Field(max_length=MOST_HALTED)] = ()
 
     @classmethod
     def of(cls, window: Window) -> Rollout:
         """As a gateway says it."""
         signed = tuple(halted.signed for halted in window.halted)
-        default = window.default
-        return cls(model=default.model, default=default.version, canary=window.canary, halted=signed)
+        default, shadow = window.default, window.shadow
+        return cls(
+            model=default.model,
+            default=default.version,
+            canary=window.canary,
+            shadow=Canary(version=shadow.version, share=shadow.share) if shadow and shadow.devices else None,
+            halted=signed,
+        )
 
     @classmethod
     def read(cls, data: bytes, model: str) -> Rollout:

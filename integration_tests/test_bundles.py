@@ -204,7 +204,7 @@ def test_a_device_follows_promotions_and_fetches_what_it_lacks(served: Served, t
     assert (fetched["outcome"], fetched["version"]) == ("installed", 1)
     assert PROGRAM < fetched["bytes"] < PROGRAM + 40_000
     told = len(httpx.get(f"{gateway}/v2/models/shop/rollout").content)
-    unchanged = {"model": "shop", "outcome": "unchanged", "version": 1, "reason": None, "offered": None}
+    unchanged = {"model": "shop", "outcome": "unchanged", "version": 1, "reason": None, "offered": None, "shadow": None}
     assert served.update(device) == unchanged | {"bytes": told}
 
     served.write(small | {"table.bin": first}, created_ms=2, version=2)

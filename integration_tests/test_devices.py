@@ -33,8 +33,10 @@ from device_runtime.store import Store
 from feature_store.materialize import apply, materialize
 from hybrid.bundle import read_bundle, signing_key, trusted_key
 from hybrid.cli import app
+from hybrid.cli.watch import local_metrics
 from hybrid.deployment import Deployment, Window
 from hybrid.errors import ConfigError
+from hybrid.gates import read
 from hybrid.network import Network
 from hybrid.registry import Registry
 from hybrid.spec import load_model
@@ -334,6 +336,59 @@ def test_a_canary_is_launched_and_taken_back_under_load_and_no_request_is_lost(
     assert actions[-2:] == [("canary", 2), ("halt", 2)]
     refused = CliRunner().invoke(app, ["promote", "coupon", "2", "production"], env=project.environment)
     assert "coupon:2 was taken back (worse)" in str(refused.exception)
+
+
+def test_a_device_that_lets_it_asks_a_shadow_too_and_keeps_the_default_s_answers_alone(
+    project: Project, gateway: str, store: Path, tmp_path: Path
+):
+    """Gateway and worker count requests of both versions; once it is taken back the device has none."""
+    registry, workspace, network = Registry(project.workspace), project.workspace, project.network
+    digest = registry.definition_hash("coupon")
+    number = registry.create_version(
+        "coupon", weights=network.weights(), training=TRAINING, curves={}, expected_hash=digest
+    )
+    words = ["rollout", "coupon", str(number), "--shadow", "100%", "--on-devices", "--json"]
+    done = CliRunner().invoke(app, words, env=project.environment)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["devices"] is True
+
+    def until(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def told() -> dict | None:
+        return httpx.get(f"{gateway}/v2/models/coupon/rollout").json().get("shadow")
+
+    def counted(version: int) -> bool:
+        """By gateway and worker both."""
+        found = [read(httpx.get(url).text, "coupon") for url in local_metrics(workspace)]
+        metrics = ("hybrid_gateway_requests_total", "hybrid_merge_rows_total")
+        return all(sum(each.get((metric, str(version), "ok"), 0.0) for each in found) > 0 for metric in metrics)
+
+    def update_shadow() -> tuple[int, int | None]:
+        trust = ("--trust", workspace.keys / "bundle-signing.pub")
+        asked = ("--folder", tmp_path / "phone", "--model", "coupon", "--gateway", gateway, "--shadow")
+        status, output, error = project.run("device_runtime", "update", *asked, *trust, "--engine", "onnx")
+        assert status == 0, error
+        shown = json.loads(output)
+        return shown["version"], shown["shadow"]
+
+    until(lambda: told() == {"version": number, "share": 1.0})
+    assert update_shadow() == (1, number)
+    more = ("--shadow", tmp_path / "phone", "--devices", "0:5", "--concurrency", 1, "--engine", "onnx")
+    with project.infer(store, tmp_path / "out.parquet", gateway, *more) as process:
+        output, error = process.communicate(timeout=150)
+    assert (process.returncode, json.loads(output)["statuses"]) == (0, {"ok": 10}), error
+    assert set(pq.read_table(tmp_path / "out.parquet").column("version").to_pylist()) == {1}
+    with Store.open(store, STORE_KEY) as kept:
+        assert {event["inference"]["version"] for event in kept.export() if "inference" in event} == {1}
+    until(lambda: counted(1) and counted(number))
+    assert CliRunner().invoke(app, ["rollback", "coupon"], env=project.environment).exit_code == 0
+    until(lambda: told() is None)
+    assert update_shadow() == (1, None)
+    assert not list((tmp_path / "phone" / "shadow").glob("*.bundle"))
 
 
 @dataclass(frozen=True)

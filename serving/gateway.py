@@ -142,7 +142,8 @@ class Gateway:
     async def rollout(self, request: Request) -> Response:
         """What devices are to fetch: the same for all, which decide for themselves whether a canary is for them."""
         told = Rollout.of(self.deployments.window(**request.path_params))
-        return Response(told.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-cache"})
+        said = told.model_dump_json(exclude={"shadow"} if told.shadow is None else None)
+        return Response(said, media_type="application/json", headers={"Cache-Control": "no-cache"})
 
     async def infer(self, request: Request) -> Response:
         """Predictions for the rows of one request, or the error of the first row that has none; or a ticket for it."""

@@ -57,6 +57,13 @@ SCHEMAS: dict[str, Any] = {
                 "required": ["version", "share"],
                 "properties": {"version": {"type": "integer"}, "share": {"type": "number"}},
             },
+            "shadow": {
+                "type": "object",
+                "description": "What a device fetches too whose host app lets it and whose own number in [0, 1) is "
+                "below `share`: it asks about each row once more, after the default's answer.",
+                "required": ["version", "share"],
+                "properties": {"version": {"type": "integer"}, "share": {"type": "number"}},
+            },
             "halted": {
                 "type": "array",
                 "description": "Versions that were taken back, each as a message that the control plane signed.",

@@ -470,13 +470,18 @@ def test_a_process_that_is_killed_while_it_fetches_is_gone_on_from(
 
 
 def rollout(
-    *halts: bytes, default: int = 2, canary: tuple[int, float] | None = None, model: str = "meals", **more: object
+    *halts: bytes,
+    default: int = 2,
+    canary: tuple[int, float] | None = None,
+    shadow: tuple[int, float] | None = None,
+    model: str = "meals",
+    **more: object,
 ) -> bytes:
     """As a gateway tells it."""
     told = {"model": model, "default": default, "halted": [base64.b64encode(halt).decode() for halt in halts], **more}
-    return json.dumps(
-        told | ({"canary": dict(zip(("version", "share"), canary, strict=True))} if canary else {})
-    ).encode()
+    beside = {name: one for name, one in (("canary", canary), ("shadow", shadow)) if one}
+    tried = {name: dict(zip(("version", "share"), one, strict=True)) for name, one in beside.items()}
+    return json.dumps(told | tried).encode()
 
 
 def test_a_device_below_the_share_has_the_canary_and_the_others_the_default(
@@ -582,3 +587,79 @@ def test_a_journal_notes_which_version_was_not_had_and_which_was(peer: Peer, ins
     assert update(installed, peer.url, now_ms=NOW).noted == (4, "checked", "refused")
     peer.rollout = b"<html>"
     assert update(installed, peer.url, now_ms=NOW).noted is None
+
+
+def test_a_shadow_is_installed_below_the_default_where_the_host_app_lets_it(
+    peer: Peer, installed: Installed, sign: Sign
+):
+    """By default a device takes no part: nothing of it is asked for, and who takes part no more has none any more."""
+    peer.files, peer.rollout = {0: sign(2), 3: sign(3)}, rollout(shadow=(3, 1.0))
+    moved = update(installed, peer.url, now_ms=NOW)
+    assert (moved.outcome, moved.version, moved.shadow) == ("installed", 2, None)
+    assert peer.file == peer.files[0], "nothing else was asked for"
+    assert not installed.shadow.folder.exists()
+    moved = update(installed, peer.url, now_ms=NOW, shadows=True)
+    assert (moved.outcome, moved.version, moved.shadow) == ("unchanged", 2, 3)
+    assert moved.noted == (2, "downloaded", "untried"), "a shadow is no version that the device was offered"
+    assert (installed.open().manifest.version, installed.shadow.open().manifest.version) == (2, 3)
+    assert update(installed, peer.url, now_ms=NOW, shadows=True).bytes == len(peer.rollout), "it comes once"
+    peer.status = 503  # it is removed whatever the gateway says
+    assert update(installed, peer.url, now_ms=NOW).shadow is None
+    assert [file.name for file in installed.shadow.folder.iterdir()] == ["installed.json"]
+    with pytest.raises(BundleError, match="no bundle of 'meals' is installed"):
+        installed.shadow.open()
+
+
+def test_a_device_draws_for_a_shadow_apart_from_a_canary(
+    peer: Peer, tmp_path: Path, key: Ed25519PrivateKey, sign: Sign
+):
+    """Once for a version; so that who is among the first with one is not so with the other."""
+    peer.files = {0: sign(2), 3: sign(3), 4: sign(4)}
+    devices = [Installed(tmp_path / f"device-{i}", "meals", key.public_key(), engine="onnx") for i in range(6)]
+    have: list[list[int | None]] = []
+    for share in (0.5, 0.5, 1.0):
+        peer.rollout = rollout(canary=(3, 0.001), shadow=(4, share))
+        have.append([update(device, peer.url, now_ms=NOW, shadows=True).shadow for device in devices])
+        draws = [device.shadow.record().draw for device in devices]
+        assert have[-1] == [4 if draw is not None and draw[1] < share else None for draw in draws]
+    assert have[0] == have[1]
+    assert have[2] == [4] * 6
+    assert [device.record().draw[1] for device in devices] != [draw[1] for draw in draws]
+
+
+def test_a_shadow_that_is_none_any_more_is_left_and_one_that_was_taken_back_for_good(
+    peer: Peer, installed: Installed, key: Ed25519PrivateKey, sign: Sign
+):
+    """Its bundle goes where there is none, or another; what was taken back comes from nobody again."""
+
+    def shadow(told: bytes) -> int | None:
+        peer.rollout = told
+        moved = update(installed, peer.url, now_ms=NOW, shadows=True)
+        assert moved.version == 2
+        return moved.shadow
+
+    peer.files = {0: sign(2), 3: sign(3), 4: b"none", 5: sign(5)}
+    assert shadow(rollout(shadow=(3, 1.0))) == 3
+    assert shadow(rollout()) is None
+    assert shadow(rollout(shadow=(3, 1.0))) == 3
+    assert shadow(rollout(shadow=(4, 1.0))) is None, "another that cannot be had"
+    assert shadow(rollout(shadow=(5, 1.0))) == 5
+    assert shadow(rollout(shadow=(3, 1.0))) is None, "it is older"
+    taken_back = sign_message(Halt(model="meals", versions=(5,), reason="worse"), key)
+    assert shadow(rollout(taken_back)) is None
+    assert shadow(rollout(shadow=(5, 1.0))) is None
+    assert not list(installed.shadow.folder.glob("*.bundle"))
+
+
+def test_a_shadow_that_fails_leaves_the_default_as_it_is(peer: Peer, installed: Installed, tmp_path: Path, sign: Sign):
+    """Signed by another, broken off, or where the gateway's rollout cannot be read: the default is what it was."""
+    mine = sign(3)
+    write_bundle(tmp_path / "other", read_head(mine, installed.trusted).manifest, {}, Ed25519PrivateKey.generate())
+    peer.files, peer.rollout = {0: sign(2), 3: (tmp_path / "other").read_bytes()}, rollout(shadow=(3, 1.0))
+    moved = update(installed, peer.url, now_ms=NOW, shadows=True)
+    assert (moved.outcome, moved.version, moved.reason, moved.shadow) == ("installed", 2, None, None)
+    peer.files[3] = mine
+    assert update(installed, peer.url, now_ms=NOW, shadows=True).shadow == 3
+    peer.rollout = b"<html>"
+    moved = update(installed, peer.url, now_ms=NOW, shadows=True)
+    assert (moved.outcome, moved.version, moved.shadow) == ("refused", 2, 3), "nobody said that it is another"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -35,6 +36,13 @@ def rollout(
     shadow: Annotated[
         str | None, typer.Option(metavar="SHARE", help="In its place: of batches on which its server tower runs too.")
     ] = None,
+    on_devices: Annotated[
+        bool,
+        typer.Option(
+            "--on-devices",
+            help="With --shadow: so large a share of devices whose host apps let them ask it too, after the default.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Has some devices fetch a version in place of the default: its canary; or runs it beside, for nobody: its shadow.
@@ -48,21 +56,31 @@ def rollout(
     tower on what the server knows of the same rows, and counts errors, seconds and
     predictions without a device, beside the default's. With --canary it leaves the shadow.
 
+    With --on-devices devices do learn of it. One whose host app lets it draws a number, as
+    for a canary, and below the share it fetches the shadow too: once it has the default's
+    answer about a row it asks once more, as the shadow's bundle declares, and throws the
+    answer away. That releases a second embedding of the row, where the server merges.
+
     `hybrid promote MODEL VERSION production` makes it the default; `hybrid rollback
     MODEL` takes it back; `hybrid watch MODEL` does either by itself.
 
     Example: hybrid rollout coupon 3 --shadow 10%
 
+    Example: hybrid rollout coupon 3 --shadow 10% --on-devices
+
     Example: hybrid rollout coupon 3 --canary 5%
     """
     if (canary is None) == (shadow is None):
         raise ConfigError("--canary or --shadow must be given, and not both")
+    if on_devices and shadow is None:
+        raise ConfigError("--on-devices needs --shadow: a canary is fetched by devices anyway")
     what: Beside = CANARY if shadow is None else SHADOW
     share = _share(what, canary or shadow or "")
-    told = try_out(Workspace.current(), model, version, share, what=what)
+    told = try_out(Workspace.current(), model, version, share, what=what, devices=on_devices)
     tried, default = getattr(told, what), told.default.version
     if as_json:
-        print(json.dumps({"model": model, "version": tried.version, "as": what, "share": share, "default": default}))
+        shown = {"model": model, "version": tried.version, "as": what, "share": share, "default": default}
+        print(json.dumps(shown | ({"devices": on_devices} if what == SHADOW else {})))
         return
     print(tried_out(told, what))
     if what == CANARY:
@@ -112,6 +130,7 @@ def try_out(
     check: Check = anything,
     *,
     what: Beside = CANARY,
+    devices: bool = False,
 ) -> Window:
     """Makes a version the canary, or the shadow, exported and loaded first where it is not served yet; its alias too.
 
@@ -122,6 +141,7 @@ def try_out(
         share: in (0, 1]: of devices that fetch a canary, of batches on which a shadow runs.
         check: of what is served before.
         what: "canary" or "shadow".
+        devices: of a shadow: whether devices compute it too, see `hybrid.deployment.Shadow`.
 
     Returns:
         What is served after it.
@@ -139,7 +159,7 @@ def try_out(
     window = window_of(workspace, model)
     window.check(found.number)
     deployment = _served(window, found.number) or _exported(registry, found, workspace)
-    to = Window.try_out if what == CANARY else Window.shade
+    to = Window.try_out if what == CANARY else partial(Window.shade, devices=devices)
     told = change(
         workspace.deployments,
         model,
@@ -160,7 +180,8 @@ def tried_out(told: Window, what: Beside = CANARY) -> str:
     name, share = f"{default.model}:{tried.version}", f"{100 * tried.share:.4g}%"
     if what == CANARY:
         return f"{name} is the canary: {share} of devices fetch it, the others {default.version}"
-    return f"{name} is the shadow: it runs on {share} of the batches of {default.version}"
+    said = f"{name} is the shadow: it runs on {share} of the batches of {default.version}"
+    return f"{said}, and on as large a share of the devices that let it" if tried.devices else said
 
 
 def taken_back(model: str, number: int, reason: str, default: int) -> str:

@@ -67,7 +67,8 @@ def watch(
     `hybrid audit inversion` of the version. A gate that waits has too little to say
     anything. Ends at once where it takes the canary back, with exit status 3; also where
     it could not read a process's metrics for --blind, since nobody watched it. Of a
-    shadow, batches, seconds and predictions without a device are compared.
+    shadow, batches, seconds and predictions without a device are compared; of one that
+    devices compute too, what they asked is judged as a canary's.
 
     Example: hybrid watch coupon --for 1h --promote
     """
@@ -202,25 +203,35 @@ class _Tried(NamedTuple):
         what: "canary" or "shadow".
         version: which.
         default: beside which.
+        devices: of a shadow: whether devices ask it too, so that gateways and workers count what it serves.
     """
 
     what: str
     version: int
     default: int
+    devices: bool = False
 
     def judge(self, gates: Gates, counted: Mapping[Sample, float]) -> list[Verdict]:
         """By what was counted of both."""
-        from hybrid.gates import SERVED, SHADOWED, Counted, judge, judge_shadow
+        from hybrid.gates import SERVED, SHADOWED, Counted, judge, judge_pair, judge_shadow
 
-        by, metrics = (judge_shadow, SHADOWED) if self.what == SHADOW else (judge, SERVED)
-        return by(gates, *(Counted.of(counted, version, metrics) for version in (self.version, self.default)))
+        served, shadowed = (
+            [Counted.of(counted, version, metrics) for version in (self.version, self.default)]
+            for metrics in (SERVED, SHADOWED)
+        )
+        if self.what != SHADOW:
+            return judge(gates, *served)
+        batches = judge_shadow(gates, *shadowed)
+        return judge_pair(judge(gates, *served), batches) if self.devices else batches
 
 
 def _tried(window: Window, model: str) -> _Tried:
     """The canary; without one the shadow."""
-    for what, found in ((CANARY, window.canary), (SHADOW, window.shadow)):
-        if found is not None:
-            return _Tried(what, found.version, window.default.version)
+    default, canary, shadow = window.default.version, window.canary, window.shadow
+    if canary is not None:
+        return _Tried(CANARY, canary.version, default)
+    if shadow is not None:
+        return _Tried(SHADOW, shadow.version, default, shadow.devices)
     raise NotFound(
         f"{model} has no canary and no shadow: `hybrid rollout {model} VERSION --canary 5%`, or --shadow, starts one"
     )
@@ -244,7 +255,7 @@ def local_metrics(workspace: Workspace) -> list[str]:
 def _difference(compared: Kept, tried: _Tried) -> dict[str, Any] | None:
     """Of AUC, as it was released last."""
     for shown in (result.shown for result in reversed(compared.all())):
-        if [one["version"] for one in shown["versions"]] == [*tried[1:]] and shown["differences"]:
+        if [one["version"] for one in shown["versions"]] == [tried.version, tried.default] and shown["differences"]:
             auc: dict[str, Any] = shown["differences"]["auc"]
             return auc
     return None

@@ -214,7 +214,7 @@ def _halt(step: Step, seen: Seen) -> Question:
     which = known.get(step.version, "an older version that devices may still have")
     will = (
         f"{step.name}, {which}, is served to nobody any more: a request that names it is told to update.",
-        "No device has it as a shadow: it stops to run beside the default."
+        "It is a shadow, which answers nobody: it stops to run beside the default."
         if step.version == seen.shadow
         else f"Devices that have it are told with their next update, and go to {after}.",
         f"The reason goes with it, to the history and to devices: “{step.reason}”.",

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_a_shadow_is_served_beside_the_window_until_it_is_a_canary():
         canary.shade(deployment(3), 0.1)
     promoted = window.promote(deployment(3))
     assert (numbers(promoted), promoted.shadow) == ([3, 2], None)
+
+
+def test_a_shadow_on_devices_is_kept_and_one_that_is_not_is_written_as_ever(tmp_path: Path):
+    """A worker of before there were any reads a file without the field, and a file without it is one without."""
+    deployment(2).write(tmp_path)
+    for devices in (False, True):
+        to = partial(Window.shade, deployment=deployment(3), share=0.1, devices=devices)
+        change(tmp_path, "shop", to, action="shadow", version=3, share=0.1)
+        written = json.loads((tmp_path / "shop.json").read_text())["shadow"]
+        assert written == {"version": 3, "share": 0.1} | ({"devices": True} if devices else {})
+        assert Window.read(tmp_path / "shop.json").shadow == Shadow(version=3, share=0.1, devices=devices)
 
 
 def test_a_shadow_reads_what_the_default_reads():

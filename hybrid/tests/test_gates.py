@@ -17,6 +17,7 @@ from hybrid.gates import (
     judge_auc,
     judge_budget,
     judge_inversion,
+    judge_pair,
     judge_shadow,
     read,
 )
@@ -169,3 +170,20 @@ def test_a_shadow_is_judged_by_its_own_metrics():
     found = {one.gate: one.outcome for one in judge_shadow(GATES, shadow, default)}
     assert found == {"errors": "fails", "slower": "passes", "drift": "waits"}
     assert Counted.of(counts, 3) == Counted(), "it served nobody"
+
+
+def test_of_a_pair_what_devices_asked_is_judged_and_batches_may_only_speak_against_it():
+    """Slow batches fail a pair that answers well; good batches pass none of which too little was asked."""
+    good, few, slow = counted(), counted(requests=9), counted(slow=120)
+
+    def outcomes(served: Counted, shadowed: Counted) -> list[tuple[str, str]]:
+        found = judge_pair(judge(GATES, served, good), judge_shadow(GATES, shadowed, good))
+        return [(one.gate, one.outcome) for one in found]
+
+    gates = ("errors", "fallbacks", "slower", "drift")
+    assert outcomes(good, Counted()) == [(gate, "passes") for gate in gates]
+    assert outcomes(few, good) == [(gate, "waits") for gate in gates]
+    assert outcomes(good, slow) == [(gate, "fails" if gate == "slower" else "passes") for gate in gates]
+    assert outcomes(counted(failed=60, high=500), good) == [
+        (gate, "fails" if gate in ("errors", "drift") else "passes") for gate in gates
+    ]

@@ -1,11 +1,13 @@
 import base64
+import json
 import re
+from functools import partial
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.testclient import TestClient
 
-from hybrid.deployment import Halted, change
+from hybrid.deployment import Canary, Halted, Window, change
 from hybrid.errors import ConfigError, UnknownModel, UpdateRequired
 from hybrid.plan import Halt, sign
 from hybrid.rollout import Rollout
@@ -146,3 +148,19 @@ def test_all_devices_are_told_the_same_of_a_rollout(tmp_path):
     assert (read.default, read.canary, read.halts(key.public_key())) == (2, None, {3: "worse"})
     assert read.halts(Ed25519PrivateKey.generate().public_key()) == {}
     assert client.get("/v2/models/other/rollout").status_code == 404
+
+
+def test_devices_are_told_of_a_shadow_only_where_they_are_to_compute_it(tmp_path):
+    """Its version and share, and no more; who knows of no shadows reads the rest."""
+    deployment(2).write(tmp_path)
+    gateway = Gateway(Deployments(tmp_path), None, lambda: True)
+    client = TestClient(application(gateway), raise_server_exceptions=False)
+    for devices in (False, True):
+        to = partial(Window.shade, deployment=deployment(3), share=0.1, devices=devices)
+        change(tmp_path, "shop", to, action="shadow", version=3, share=0.1)
+        gateway.deployments.refresh()
+        told = client.get("/v2/models/shop/rollout").json()
+        assert told.get("shadow") == ({"version": 3, "share": 0.1} if devices else None)
+        assert told | {"shadow": None} == {"model": "shop", "default": 2, "canary": None, "halted": [], "shadow": None}
+    assert Rollout.read(json.dumps(told).encode(), "shop").shadow == Canary(version=3, share=0.1)
+    assert Rollout.read(json.dumps(told | {"later": {"x": 1}}).encode(), "shop").default == 2

@@ -146,6 +146,7 @@ def test_a_share_is_above_0_and_at_most_1(share: str):
     [
         (("rollout", "shop", "3"), ConfigError, "--canary or --shadow must be given, and not both"),
         (("rollout", "shop", "3", "--shadow", "2"), ConfigError, "--shadow must be a share above 0%, .* got '2'"),
+        (("rollout", "shop", "3", "--canary", "5%", "--on-devices"), ConfigError, "--on-devices needs --shadow"),
         (("rollback", "shop", "--version", "7"), NotFound, "shop:7 is not served; served are: 2, 1"),
         (("rollback", "other"), NotFound, "nothing is served of other yet: `hybrid promote other VERSION production`"),
         (("rollback", "shop", "--reason", ""), ConfigError, "--reason must have 1 to 500 characters, got 0"),

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -13,7 +14,7 @@ from hybrid.analytics.results import keep
 from hybrid.cli import app
 from hybrid.cli.tests.test_rollout import Aliases, aliases, served, tried_out, workspace  # noqa: F401
 from hybrid.cli.watch import seconds_of
-from hybrid.deployment import change
+from hybrid.deployment import Window, change
 from hybrid.errors import ConfigError, StackError
 from hybrid.workspace import Workspace
 from serving.testing import deployment
@@ -110,6 +111,26 @@ hybrid_shadow_batches_total{{code="unavailable",model="shop",version="3"}} {}
     shown = json.loads(done.stdout)
     assert (done.exit_code, shown["shadow"], shown["default"], shown["outcome"]) == (3, 3, 2, "taken back")
     assert served(workspace).shadow is None
+
+
+def test_a_shadow_that_devices_ask_is_taken_back_where_their_requests_fail(
+    workspace: Workspace,  # noqa: F811
+    aliases: Aliases,  # noqa: F811
+):
+    """As a canary is; of one that none asks, requests say nothing."""
+    counts = """
+# TYPE hybrid_gateway_requests counter
+hybrid_gateway_requests_total{{code="unavailable",model="shop",version="3"}} {}
+"""
+    shade = {"action": "shadow", "version": 3, "share": 0.1}
+    for devices, outcome in ((False, "went on"), (True, "taken back")):
+        to = partial(Window.shade, deployment=deployment(3), share=0.1, devices=devices)
+        change(workspace.deployments, "shop", to, **shade)
+        with gateway([counts.format(0), counts.format(9)]) as url:
+            shown = json.loads(watch("--for", "0.2s", "--metrics", url, "--json").stdout)
+        assert (shown["shadow"], shown["outcome"]) == (3, outcome)
+        assert ("fallbacks" in {one["gate"] for one in shown["gates"]}) == devices
+    assert served(workspace).halted[0].reason.startswith("gate errors: requests without an answer")
 
 
 def test_the_latest_audit_of_the_version_is_asked_where_it_is_wanted(workspace: Workspace, aliases: Aliases):  # noqa: F811
