@@ -143,9 +143,9 @@ def package(cache: Path) -> Path:
     return web.install(cache)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The machine's own Chromium."""
+    """The machine's own Chromium, for one file: as long as it is there an event loop runs, and no other may."""
     executable = web.chromium()
     if executable is None:
         why = f"none of {', '.join(web.CHROMIUMS)} is on the PATH; on Debian: apt-get install chromium"
