@@ -1,7 +1,6 @@
 """From a trained version to predictions: `hybrid promote`, the local stack, devices in processes of their own."""
 
 import copy
-import itertools
 import json
 import os
 import shutil
@@ -243,7 +242,11 @@ def test_a_device_refuses_a_bundle_that_its_host_app_did_not_sign(
 
 @dataclass
 class Load:
-    """Requests that never cease, for a version, about `MANY` offers in turn; what became of every one is counted."""
+    """Requests that never cease, for a version, each about one of `MANY` offers; what became of every one is counted.
+
+    Drawn, since gates compare what is counted of two loads: neighbouring offers are alike, so in turn each load would be
+    at other ones, and a good version would seem to have drifted.
+    """
 
     url: str
     body: dict
@@ -254,8 +257,9 @@ class Load:
 
     def run(self) -> None:
         with httpx.Client(timeout=30) as client:
-            for number in itertools.takewhile(lambda _: not self.ended.is_set(), itertools.count()):
-                self.body["inputs"][0]["data"] = [f"Bar/{number % MANY}"]
+            draw = random.Random(self.version)
+            while not self.ended.is_set():
+                self.body["inputs"][0]["data"] = [f"Bar/{draw.randrange(MANY)}"]
                 begun = time.monotonic()
                 answer = client.post(f"{self.url}/v2/models/coupon/versions/{self.version}/infer", json=self.body)
                 self.latest_s = time.monotonic() - begun
