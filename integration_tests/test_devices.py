@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -244,8 +245,8 @@ def test_a_device_refuses_a_bundle_that_its_host_app_did_not_sign(
 class Load:
     """Requests that never cease, for a version, each about one of `MANY` offers; what became of every one is counted.
 
-    Drawn, since gates compare what is counted of two loads: neighbouring offers are alike, so in turn each load would be
-    at other ones, and a good version would seem to have drifted.
+    Drawn, since gates compare what is counted of two loads: neighbouring offers are alike, so in turn each load would
+    be at other ones, and a good version would seem to have drifted.
     """
 
     url: str
