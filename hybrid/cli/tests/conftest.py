@@ -6,6 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid.cli import app
+from hybrid.registry import Registry
+from hybrid.workspace import Workspace
+from serving.testing import deployment
 
 FILE = """
 from datetime import timedelta
@@ -78,3 +81,23 @@ def project(tmp_path, monkeypatch, begun):
     monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
     monkeypatch.chdir(tmp_path)
     return begun(tmp_path)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """Of a shop that is served: version 2 is the default, version 1 came before it. Its folder is the current one."""
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
+    monkeypatch.chdir(tmp_path)
+    workspace = Workspace.current()
+    for version in (1, 2):
+        deployment(version).write(workspace.deployments)
+    return workspace
+
+
+@pytest.fixture
+def aliases(monkeypatch):
+    """Of a registry that knows nothing else: what the commands do with a served version needs no more."""
+    found = {"production": 2, "canary": 3}
+    monkeypatch.setattr(Registry, "set_alias", lambda _, name, number, alias: found.update({alias: number}))
+    monkeypatch.setattr(Registry, "drop_alias", lambda _, name, alias: found.pop(alias, None))
+    return found

@@ -20,22 +20,8 @@ from serving.testing import deployment
 
 
 @pytest.fixture
-def aliases(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """A registry that knows aliases only, as those of a rollout of served versions need no more."""
-    found = {"production": 2, "canary": 3}
-    monkeypatch.setattr(Registry, "set_alias", lambda _, name, number, alias: found.update({alias: number}))
-    monkeypatch.setattr(Registry, "drop_alias", lambda _, name, alias: found.pop(alias, None))
-    return found
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """Version 2 is the default, 3 the canary, and 1 came before."""
-    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
-    monkeypatch.chdir(tmp_path)
-    workspace = Workspace.current()
-    for version in (1, 2):
-        deployment(version).write(workspace.deployments)
+def workspace(workspace: Workspace) -> Workspace:
+    """Version 3 is the canary besides."""
     options = {"action": "canary", "version": 3, "share": 0.05}
     change(workspace.deployments, "shop", lambda window: window.try_out(deployment(3), 0.05), **options)
     return workspace

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,42 +8,9 @@ from hybrid.bundle import trusted_key
 from hybrid.cli import app
 from hybrid.deployment import Window
 from hybrid.errors import ConfigError, NotFound
-from hybrid.registry import Registry
 from hybrid.rollout import Rollout
 from hybrid.workspace import Workspace
 from serving.testing import deployment
-
-
-class Aliases:
-    """A registry that knows aliases only: what the commands do with a served version needs no more."""
-
-    def __init__(self) -> None:
-        self.found = {"production": 2, "canary": 3}
-
-    def set_alias(self, name: str, number: int, alias: str) -> None:
-        self.found[alias] = number
-
-    def drop_alias(self, name: str, alias: str) -> None:
-        self.found.pop(alias, None)
-
-
-@pytest.fixture
-def aliases(monkeypatch: pytest.MonkeyPatch) -> Aliases:
-    aliases = Aliases()
-    monkeypatch.setattr(Registry, "set_alias", lambda _, *words: aliases.set_alias(*words))
-    monkeypatch.setattr(Registry, "drop_alias", lambda _, *words: aliases.drop_alias(*words))
-    return aliases
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """Version 2 is the default, version 1 came before it."""
-    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
-    monkeypatch.chdir(tmp_path)
-    workspace = Workspace.current()
-    for version in (1, 2):
-        deployment(version).write(workspace.deployments)
-    return workspace
 
 
 def run(*words: str) -> str:
@@ -68,41 +34,41 @@ def tried_out(workspace: Workspace) -> None:
     )
 
 
-def test_a_rollback_takes_the_canary_back_and_devices_believe_it(workspace: Workspace, aliases: Aliases):
+def test_a_rollback_takes_the_canary_back_and_devices_believe_it(workspace: Workspace, aliases: dict[str, int]):
     """By the workspace's own key; its alias goes, and the default stays as it was."""
     tried_out(workspace)
     assert "shop:3 was taken back (recall fell); devices fetch 2" in run("rollback", "shop", "--reason", "recall fell")
     window = served(workspace)
     assert (window.default.version, window.canary, [one.version for one in window.halted]) == (2, None, [3])
     assert Rollout.of(window).halts(trusted_key(workspace.keys / "bundle-signing.pub")) == {3: "recall fell"}
-    assert aliases.found == {"production": 2}
+    assert aliases == {"production": 2}
 
 
-def test_a_shadow_is_taken_back_before_the_default(workspace: Workspace, aliases: Aliases):
+def test_a_shadow_is_taken_back_before_the_default(workspace: Workspace, aliases: dict[str, int]):
     """Its alias goes; the history says what it was, and a file without one is as before there were shadows."""
     from hybrid.deployment import change
 
-    aliases.found["shadow"] = 3
+    aliases["shadow"] = 3
     shade = {"action": "shadow", "version": 3, "share": 0.1}
     change(workspace.deployments, "shop", lambda window: window.shade(deployment(3), 0.1), **shade)
     assert "shop:3 was taken back (rolled back); devices fetch 2" in run("rollback", "shop")
-    assert aliases.found == {"production": 2, "canary": 3}
+    assert aliases == {"production": 2, "canary": 3}
     found = [(one["action"], one.get("shadow")) for one in json.loads(run("history", "shop", "--json"))]
     assert found[-2:] == [("shadow", 3), ("halt", None)]
     assert "shadow" not in json.loads((workspace.deployments / "shop.json").read_text())
 
 
-def test_without_a_canary_it_is_the_default_that_is_taken_back(workspace: Workspace, aliases: Aliases):
+def test_without_a_canary_it_is_the_default_that_is_taken_back(workspace: Workspace, aliases: dict[str, int]):
     """What came before it is in production again; of it there is nothing to go back to."""
     shown = json.loads(run("rollback", "shop", "--json"))
     assert shown == {"model": "shop", "halted": 2, "reason": "rolled back", "default": 1}
-    assert aliases.found == {"production": 1, "canary": 3}
+    assert aliases == {"production": 1, "canary": 3}
     with pytest.raises(ConfigError, match="shop:1 is the only version that is served"):
         run("rollback", "shop")
     assert served(workspace).default.version == 1
 
 
-def test_the_history_says_what_was_done_when_and_why(workspace: Workspace, aliases: Aliases):
+def test_the_history_says_what_was_done_when_and_why(workspace: Workspace, aliases: dict[str, int]):
     """In the order in which it was done."""
     tried_out(workspace)
     run("rollback", "shop", "--reason", "p99 [rose]")
@@ -121,7 +87,9 @@ def test_the_history_says_what_was_done_when_and_why(workspace: Workspace, alias
 
 
 @pytest.mark.parametrize(("version", "left"), [(3, {"production": 3}), (4, {"production": 4, "canary": 3})])
-def test_a_promoted_canary_is_the_canary_no_longer(workspace: Workspace, aliases: Aliases, monkeypatch, version, left):
+def test_a_promoted_canary_is_the_canary_no_longer(
+    workspace: Workspace, aliases: dict[str, int], monkeypatch, version, left
+):
     """Also where it is exported anew, as `hybrid promote` does; another version leaves the canary where it is."""
     from hybrid.cli import promote
 
@@ -131,7 +99,7 @@ def test_a_promoted_canary_is_the_canary_no_longer(workspace: Workspace, aliases
     monkeypatch.setattr(promote, "version_of", lambda *_, **__: found)
     monkeypatch.setattr("hybrid.export.promote.export_version", lambda *_: exported)
     assert promote.export_to(workspace, SimpleNamespace(name="shop"), version, "production")[0] is exported
-    assert aliases.found == left
+    assert aliases == left
 
 
 @pytest.mark.parametrize("share", ["0", "0%", "101%", "1.01", "-5%", "five", "nan", ""])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hybrid.analytics.results import keep
 from hybrid.cli import app
-from hybrid.cli.tests.test_rollout import Aliases, aliases, served, tried_out, workspace  # noqa: F401
+from hybrid.cli.tests.test_rollout import served, tried_out
 from hybrid.cli.watch import seconds_of
 from hybrid.deployment import Window, change
 from hybrid.errors import ConfigError, StackError
@@ -54,7 +54,7 @@ def watch(*words: str) -> Result:
     return CliRunner().invoke(app, ["watch", "shop", "--every", "0.01s", *words])
 
 
-def test_a_canary_that_nobody_sees_is_taken_back(workspace: Workspace, aliases: Aliases):  # noqa: F811
+def test_a_canary_that_nobody_sees_is_taken_back(workspace: Workspace, aliases: dict[str, int]):
     """Metrics that cannot be read are tried again, and then are a reason, which names no process to devices."""
     tried_out(workspace)
     with gateway([COUNTED.format(default=5, canary=5), None]) as url:
@@ -65,7 +65,7 @@ def test_a_canary_that_nobody_sees_is_taken_back(workspace: Workspace, aliases: 
     assert halted.reason == "gate metrics: metrics of 1 of 1 processes could not be read for 0.05 s"
 
 
-def test_metrics_that_come_back_are_counted_on(workspace: Workspace, aliases: Aliases):  # noqa: F811
+def test_metrics_that_come_back_are_counted_on(workspace: Workspace, aliases: dict[str, int]):
     """What was counted meanwhile too, and what a process counted before it was started anew."""
     tried_out(workspace)
     looks = [
@@ -86,7 +86,7 @@ def test_metrics_that_come_back_are_counted_on(workspace: Workspace, aliases: Al
     assert served(workspace).canary is not None
 
 
-def test_what_cannot_be_read_at_first_is_an_error(workspace: Workspace, aliases: Aliases):  # noqa: F811
+def test_what_cannot_be_read_at_first_is_an_error(workspace: Workspace, aliases: dict[str, int]):
     """Before anything is watched: the canary goes on."""
     tried_out(workspace)
     with gateway([None]) as url:
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_at_first_is_an_error(workspace: Workspace, aliases:
     assert served(workspace).canary is not None
 
 
-def test_a_shadow_is_watched_where_there_is_no_canary(workspace: Workspace, aliases: Aliases):  # noqa: F811
+def test_a_shadow_is_watched_where_there_is_no_canary(workspace: Workspace, aliases: dict[str, int]):
     """Taken back where its batches fail; it cannot be promoted past being a canary."""
     shade = {"action": "shadow", "version": 3, "share": 0.1}
     change(workspace.deployments, "shop", lambda window: window.shade(deployment(3), 0.1), **shade)
@@ -114,8 +114,8 @@ hybrid_shadow_batches_total{{code="unavailable",model="shop",version="3"}} {}
 
 
 def test_a_shadow_that_devices_ask_is_taken_back_where_their_requests_fail(
-    workspace: Workspace,  # noqa: F811
-    aliases: Aliases,  # noqa: F811
+    workspace: Workspace,
+    aliases: dict[str, int],
 ):
     """As a canary is; of one that none asks, requests say nothing."""
     counts = """
@@ -133,7 +133,7 @@ hybrid_gateway_requests_total{{code="unavailable",model="shop",version="3"}} {}
     assert served(workspace).halted[0].reason.startswith("gate errors: requests without an answer")
 
 
-def test_the_latest_audit_of_the_version_is_asked_where_it_is_wanted(workspace: Workspace, aliases: Aliases):  # noqa: F811
+def test_the_latest_audit_of_the_version_is_asked_where_it_is_wanted(workspace: Workspace, aliases: dict[str, int]):
     """Of version 3, not the earlier one, nor one of another version; without --inversion nobody asks."""
     tried_out(workspace)
 
