@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from hybrid.analytics.psi import Noised, psi
 from hybrid.errors import ConfigError
 
+if TYPE_CHECKING:
+    import httpx
+
+MOST_BYTES = 16 << 20  # of one process's metrics
 LAG = "hybrid_worker_lag_records"
 OTHERS = frozenset({"ok", "update_required", "rate_limited", "cancelled", "dropped"})  # say nothing against a version
 
@@ -152,6 +156,27 @@ class Counted:
             forward=buckets(metrics.forward),
             predictions=buckets(metrics.predictions),
         )
+
+
+def fetched(client: httpx.Client, url: str) -> str:
+    """A process's metrics, as Prometheus reads them.
+
+    Args:
+        client: with a time limit.
+        url: of them.
+
+    Raises:
+        httpx.HTTPError, httpx.InvalidURL: it does not answer, or with an error.
+        ConfigError: they have more than `MOST_BYTES`.
+    """
+    text = bytearray()
+    with client.stream("GET", url) as answer:
+        answer.raise_for_status()
+        for part in answer.iter_bytes():
+            text += part
+            if len(text) > MOST_BYTES:
+                raise ConfigError(f"its metrics have more than {MOST_BYTES} bytes")
+    return text.decode("utf-8", "replace")
 
 
 def read(text: str, model: str) -> dict[Sample, float]:

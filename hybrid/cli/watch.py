@@ -174,12 +174,10 @@ class _Processes:
     def _read(self, url: str) -> dict[Sample, float]:
         import httpx
 
-        from hybrid.gates import read
+        from hybrid.gates import fetched, read
 
         try:
-            answer = self._client.get(url)
-            answer.raise_for_status()
-            return read(answer.text, self._model)
+            return read(fetched(self._client, url), self._model)
         except (httpx.HTTPError, httpx.InvalidURL, ConfigError) as error:
             raise StackError(f"metrics {url!r} cannot be read: {type(error).__name__}; the canary goes on") from None
 

@@ -15,12 +15,11 @@ from types import TracebackType
 import httpx
 
 from hybrid.errors import ConfigError, HybridError
-from hybrid.gates import Counted, Sample, grown, read_all
+from hybrid.gates import Counted, Sample, fetched, grown, read_all
 
 EVERY_S = 5.0
 LAST_S = 300.0  # that numbers are of
 TIMEOUT_S = 5.0
-MOST_BYTES = 16 << 20  # of one process's metrics
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +69,7 @@ class Pulse(AbstractContextManager["Pulse"]):
         every_s: float = EVERY_S,
     ) -> None:
         self._processes, self._clock, self._every_s = processes, clock, every_s
+        self._client = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
         self._alone, self._over = threading.Lock(), threading.Event()
         self._looks: dict[str, deque[_Look]] = {}
         self._unread: dict[str, str] = {}
@@ -82,6 +82,7 @@ class Pulse(AbstractContextManager["Pulse"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
+        self._client.close()
 
     def look(self) -> None:
         """At each process, once."""
@@ -125,14 +126,8 @@ class Pulse(AbstractContextManager["Pulse"]):
                 return
 
     def _read(self, url: str) -> _Look:
-        text = bytearray()
-        with httpx.stream("GET", url, timeout=TIMEOUT_S) as answer:
-            answer.raise_for_status()
-            for part in answer.iter_bytes():
-                text += part
-                if len(text) > MOST_BYTES:
-                    raise ConfigError(f"its metrics have more than {MOST_BYTES} bytes")
-        return _Look(self._clock(), *read_all(text.decode("utf-8", "replace")))
+        text = fetched(self._client, url)
+        return _Look(self._clock(), *read_all(text))
 
     def _keep(self, found: Mapping[str, _Look], unread: Mapping[str, str]) -> None:
         with self._alone:

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from hybrid.console import health
+from hybrid import gates
 from hybrid.console.health import LAST_S, Pulse
 from hybrid.errors import StackError
 
@@ -109,7 +109,7 @@ def test_lags_of_workers_are_added(process: Process):
 )
 def test_what_is_no_process_is_said_in_words(process: Process, monkeypatch, text, said):
     """With its address; its numbers are not shown any more."""
-    monkeypatch.setattr(health, "MOST_BYTES", 100)
+    monkeypatch.setattr(gates, "MOST_BYTES", 100)
     pulse = Pulse(lambda: [process.url])
     process.text = text
     pulse.look()
