@@ -40,7 +40,7 @@ unit: .venv/installed
 	$(RUN)pytest --doctest-modules --ignore-glob='*/tests/*' --ignore=hybrid/export/triton_onnx_model.py $(PACKAGES) -p no:cacheprovider
 
 integration: servers
-	$(RUN)pytest integration_tests
+	$(RUN)pytest -n 2 --dist loadfile integration_tests
 
 benchmarks: servers
 	@mkdir -p build
