@@ -133,7 +133,7 @@ def _sentence(where: str, code: str, text: str) -> str:
 
 
 def _check_reached(uri: str, where: str) -> None:
-    """Raises: RegistryError: nothing answers at its port. MLflow would find out in seconds, of a database in minutes."""
+    """Raises: RegistryError: nothing answers at its port. MLflow may try for minutes."""
     parts = urlsplit(uri)
     port = parts.port or (SERVERS | DATABASES).get(_scheme(uri))
     behind_proxy = is_server(uri) and getproxies() and not proxy_bypass(parts.hostname or "")

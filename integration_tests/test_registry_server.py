@@ -106,7 +106,7 @@ def test_two_workspaces_have_the_same_versions(server, tmp_path, monkeypatch):
     theirs.drop_alias("taxi", "canary")
     assert ours.model("taxi").aliases == {"production": 2}
     printed = subprocess.run(
-        [sys.executable, "-P", "-m", "hybrid.cli", "models", "--json"],
+        [sys.executable, "-P", "-m", "hybrid", "models", "--json"],
         cwd=tmp_path / "ours",
         check=True,
         capture_output=True,
