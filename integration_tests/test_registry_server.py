@@ -1,7 +1,5 @@
 """Versions on a real MLflow server, which two workspaces share."""
 
-import json
-import subprocess
 import sys
 
 import numpy as np
@@ -63,7 +61,8 @@ def server(tmp_path_factory):
         *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
     ]
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running(Service("mlflow", command, http_ok(f"{url}/health"), environment=environment), folder):
+    service = Service("mlflow", command, http_ok(f"{url}/health"), environment=environment, start_timeout_s=180)
+    with running(service, folder):
         yield url, folder
 
 
@@ -105,14 +104,6 @@ def test_two_workspaces_have_the_same_versions(server, tmp_path, monkeypatch):
     theirs.set_alias("taxi", 1, "canary")
     theirs.drop_alias("taxi", "canary")
     assert ours.model("taxi").aliases == {"production": 2}
-    printed = subprocess.run(
-        [sys.executable, "-P", "-m", "hybrid", "models", "--json"],
-        cwd=tmp_path / "ours",
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert [(m["versions"], m["aliases"]) for m in json.loads(printed)] == [([1, 2], {"production": 2})]
 
 
 def test_artifacts_that_are_gone_are_a_sentence(server, tmp_path, monkeypatch):
