@@ -69,7 +69,7 @@ class Broker:
     @property
     def addresses(self) -> list[tuple[str, int]]:
         """(host, port) of each. Raises: ConfigError: one is none."""
-        return [_address("--kafka", each.strip()) for each in self.bootstrap.split(",")]
+        return [_address("--kafka", each) for each in self.bootstrap.split(",")]
 
     @property
     def private(self) -> bool:
@@ -127,8 +127,8 @@ class TritonAddress:
 
     def __post_init__(self) -> None:
         _check_tls("--triton", tls=self.tls, ca=self.ca, certificate=self.certificate, key=self.key)
-        _address("--triton", self.address)
-        if self.token_file is not None and not self.private:
+        private = self.private
+        if self.token_file is not None and not private:
             raise ConfigError(
                 f"--triton-token-file sends the token with each call, so --triton {self.address} needs --triton-tls"
             )
@@ -136,7 +136,12 @@ class TritonAddress:
     @property
     def private(self) -> bool:
         """Whether nobody between here and there can read along: by TLS, or since it is this machine."""
-        return self.tls or is_loopback(_address("--triton", self.address)[0])
+        return self.tls or is_loopback(self.place[0])
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """(host, port). Raises: ConfigError: the address is none."""
+        return _address("--triton", self.address)
 
     def settings(self) -> dict[str, Any]:
         """Arguments of tritonclient's gRPC client.
@@ -146,9 +151,13 @@ class TritonAddress:
         """
         if not self.tls:
             return {"url": self.address}
-        _context("--triton", self.ca, self.certificate, self.key)
+        self.context()  # are they what they must be?
         files = {"root_certificates": self.ca, "private_key": self.key, "certificate_chain": self.certificate}
         return {"url": self.address, "ssl": True, **{name: str(f) for name, f in files.items() if f is not None}}
+
+    def context(self) -> ssl.SSLContext:
+        """What its connections are encrypted with. Raises: ConfigError: see `settings`."""
+        return _context("--triton", self.ca, self.certificate, self.key)
 
 
 class Token:
@@ -259,7 +268,7 @@ def _check_tls(option: str, *, tls: bool, ca: Path | None, certificate: Path | N
 def _address(option: str, text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("dns:///").removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+    if not colon or not host or any(map(str.isspace, text)) or not port.isdecimal() or not 1 <= int(port) <= 65_535:
         raise ConfigError(f"{option} must be HOST:PORT, such as 127.0.0.1:9092, got {text!r}")
     return host, int(port)
 
