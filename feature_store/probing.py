@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from feature_store.definitions import OLDEST_MS, OnlineStore, packed_file, secret_of
 from feature_store.materialize import reader
@@ -109,7 +110,8 @@ def ask_redis(online: OnlineStore) -> RedisFound:
         client.ping()
         answer_ms = (time.monotonic() - began) * 1000
         try:
-            policy = client.config_get("maxmemory-policy").get("maxmemory-policy")
+            said: Any = client.config_get("maxmemory-policy")
+            policy = said.get("maxmemory-policy")
         except redis.ResponseError:  # a hosted one lets nobody ask
             policy = None
     except redis.RedisError as error:

@@ -16,7 +16,9 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from hybrid.errors import Unavailable
 from serving.connection import Broker, Token, TritonAddress
-from serving.kafka import DEAD_CONFIG, GROUP, PARTITIONS, REPLAYS, TOPIC_CONFIG
+from serving.kafka import GROUP
+from serving.reach import check_triton
+from serving.topics import DEAD_CONFIG, PARTITIONS, REPLAYS, TOPIC_CONFIG, admin_of
 
 DOCTOR = "hybrid.doctor.v1"  # for `round_trip` alone; the broker's clock is in its records
 DOCTOR_CONFIG = {"retention.ms": "3600000", "message.timestamp.type": "LogAppendTime"}
@@ -69,7 +71,7 @@ def topics(broker: Broker) -> dict[str, Topic | None]:
 
     Raises:
         Unavailable: Kafka does not answer, or refuses.
-        ConfigError: a file of the broker's options cannot be used.
+        ConfigError: what is shown to the broker is not right.
     """
     with _admin(broker) as admin:
         there = sorted(set(PARTITIONS) & set(admin.list_topics()))
@@ -118,8 +120,9 @@ def loaded(address: TritonAddress, models: Sequence[tuple[str, int]]) -> tuple[b
 
     Raises:
         Unavailable: it does not answer.
-        ConfigError: a file of its options cannot be used.
+        ConfigError: what is shown to it is not right.
     """
+    check_triton(address)
     headers = Token(address.token_file).headers() if address.token_file else None
     call = {"headers": headers, "client_timeout": CALL_MS / 1000}
     try:
@@ -132,7 +135,7 @@ def loaded(address: TritonAddress, models: Sequence[tuple[str, int]]) -> tuple[b
 
 @contextmanager
 def _admin(broker: Broker) -> Iterator[Any]:
-    with _told(), closing(kafka.KafkaAdminClient(**broker.settings(), **CLIENT, request_timeout_ms=CALL_MS)) as admin:
+    with _told(), closing(admin_of(broker, within_s=0)) as admin:
         yield admin
 
 

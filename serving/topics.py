@@ -13,7 +13,7 @@ from kafka.errors import BrokerResponseError, KafkaError, TopicAlreadyExistsErro
 from hybrid.errors import ConfigError, Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from serving.connection import Broker
-from serving.reach import check_kafka
+from serving.reach import REACH_S, check_kafka
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def create_topics(broker: Broker, requests: int | None = None) -> dict[str, int]
     wanted = dict(PARTITIONS)
     if requests is not None:
         wanted |= {DeviceEmbeddings.TOPIC: requests, Predictions.TOPIC: max(requests, PARTITIONS[Predictions.TOPIC])}
-    with closing(_admin(broker)) as admin:
+    with closing(admin_of(broker)) as admin:
         try:
             found = _created(admin, wanted)
         except KafkaError as error:
@@ -73,11 +73,21 @@ def _created(admin: Any, wanted: Mapping[str, int]) -> Mapping[str, int | None]:
 
 def check_access(broker: Broker) -> None:
     """Returns once the broker has taken all that is shown to it, the password too; raises what `create_topics` does."""
-    _admin(broker).close()
+    admin_of(broker).close()
 
 
-def _admin(broker: Broker) -> Any:
-    check_kafka(broker)
+def admin_of(broker: Broker, within_s: float = REACH_S) -> Any:
+    """kafka-python's client for topics and groups.
+
+    Args:
+        broker: where.
+        within_s: for it to be there; it may be starting.
+
+    Raises:
+        ConfigError: what is shown to the broker is not right.
+        Unavailable: it does not answer.
+    """
+    check_kafka(broker, within_s)
     try:
         return kafka.KafkaAdminClient(bootstrap_timeout_ms=BOOTSTRAP_MS, **broker.settings())
     except KafkaError as error:

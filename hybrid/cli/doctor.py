@@ -339,7 +339,7 @@ def _kafka(broker: Broker | None) -> Iterator[Finding]:
 
 
 def _topic(name: str, topic: Topic) -> Iterator[Finding]:
-    from serving.kafka import PARTITIONS
+    from serving.topics import PARTITIONS
 
     if topic.partitions < PARTITIONS[name]:
         text = f"{name} has {topic.partitions} partitions, at least {PARTITIONS[name]} are counted on"
@@ -361,12 +361,12 @@ def _workers(found: Mapping[str, Topic | None], count: int | None) -> Iterator[F
     if count == 0:
         text = "no merge worker is in the group: nobody answers requests that go through Kafka"
         yield _finding("kafka", "warn", text, "start `python -m serving worker`, or look into its log")
-    elif count > requests.partitions:
-        text = f"{count} merge workers share {requests.partitions} partitions: {count - requests.partitions} do nothing"
+    elif (idle := count - requests.partitions) > 0:
+        text = f"{count} merge workers for {requests.partitions} partitions of requests: {idle} do nothing"
         fix = f"kafka-topics --alter --topic {DeviceEmbeddings.TOPIC} --partitions {count}, or start fewer"
         yield _finding("kafka", "warn", text, fix)
     else:
-        text = f"{count} merge worker{'s' * (count > 1)} share {requests.partitions} partitions of requests"
+        text = f"{count} merge worker{'s' * (count > 1)} for {requests.partitions} partitions of requests"
         yield _finding("kafka", "ok", text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -145,7 +146,7 @@ def _features(workspace: Workspace, dry_run: bool) -> Iterator[Step]:
     if not names:
         yield Step("features", "already", "no model is registered")
     for name in names:
-        yield from _told(f"features of {name}", lambda name=name: _applied(workspace, name, dry_run))
+        yield from _told(f"features of {name}", partial(_applied, workspace, name, dry_run))
 
 
 def _applied(workspace: Workspace, name: str, dry_run: bool) -> Iterator[Step]:
@@ -168,8 +169,8 @@ def _topics(broker: Broker | None, dry_run: bool) -> Iterator[Step]:
     if broker is None:
         yield Step("topics", "skipped", "--kafka says where they are to be made")
         return
-    from serving.kafka import create_topics
     from serving.probing import topics
+    from serving.topics import create_topics
 
     absent = [name for name, topic in topics(broker).items() if topic is None]
     if not absent:

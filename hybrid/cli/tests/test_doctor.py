@@ -11,11 +11,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from hybrid.cli import app
+from hybrid.cli import app, doctor
 from hybrid.errors import ConfigError
 from hybrid.local.process import free_ports, started
 from hybrid.local.supervisor import Server, State
+from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.workspace import Workspace
+from serving.probing import Topic
+from serving.topics import TOPIC_CONFIG
 
 
 def examined(*words):
@@ -137,6 +140,43 @@ def test_a_local_stack_that_died_fails(project):
     code, found = examined("--only", "stack", "--only", "kafka")
     assert (code, found["stack"]) == (1, [("fail", "the local stack is failed: kafka was killed")])
     assert found["kafka"][0][0] == "skipped"
+
+
+REQUESTS, ANSWERS = DeviceEmbeddings.TOPIC, Predictions.TOPIC
+
+
+@pytest.mark.parametrize(
+    ("topic", "expected"),
+    [
+        (Topic(8, 3, 0, dict(TOPIC_CONFIG)), []),
+        (Topic(2, 3, 0, dict(TOPIC_CONFIG)), [("fail", f"{ANSWERS} has 2 partitions, at least 8 are counted on")]),
+        (Topic(8, 3, 1, {}), [("warn", f"{ANSWERS}: replicas of 1 of 8 partitions are not in sync")]),
+        (
+            Topic(8, 3, 0, TOPIC_CONFIG | {"segment.ms": "604800000"}),
+            [("warn", f"{ANSWERS}: segment.ms is 604800000, serving makes it with 600000")],
+        ),
+    ],
+)
+def test_a_topic_that_is_not_as_serving_needs_it_is_told(topic, expected):
+    """Too few partitions fail: gateways wait at those that are not there; the rest is to watch, with a command."""
+    found = list(doctor._topic(ANSWERS, topic))
+    assert [(finding.status, finding.found) for finding in found] == expected
+    assert all(finding.fix for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        (0, [("warn", "no merge worker is in the group: nobody answers requests that go through Kafka")]),
+        (4, [("ok", "4 merge workers for 4 partitions of requests")]),
+        (6, [("warn", "6 merge workers for 4 partitions of requests: 2 do nothing")]),
+        (None, []),  # the broker lets this client not ask
+    ],
+)
+def test_workers_are_held_against_the_partitions_that_they_share(workers, expected):
+    """One partition is read by one of them."""
+    found = doctor._workers({REQUESTS: Topic(4, 1, 0, {})}, workers)
+    assert [(finding.status, finding.found) for finding in found] == expected
 
 
 def test_what_is_asked_wrongly_is_refused(project):
