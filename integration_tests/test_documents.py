@@ -1,5 +1,6 @@
 """What the documents tell a reader to type is typed here."""
 
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,11 @@ ANALYTICS = ROOT / "docs" / "analytics.md"
 BALANCE = ROOT / "docs" / "balance.md"
 DRIFT = ROOT / "docs" / "drift.md"
 REPORT = ROOT / "docs" / "report.md"
-RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, ROLLOUT, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, BALANCE, DRIFT, REPORT)
+DOCTOR = ROOT / "docs" / "doctor.md"
+RUN = (
+    *(WALKTHROUGH, OPERATING, FLEET, FLOWER, ROLLOUT, STUDY_COACH, AUDIT, LEAKAGE),
+    *(ANALYTICS, BALANCE, DRIFT, REPORT, DOCTOR),
+)
 
 
 def commands(document: Path) -> list[str]:
@@ -126,6 +131,15 @@ def test_the_report_is_written_and_costs_nothing(type_commands, tmp_path):
     page = (tmp_path / "coupon.html").read_text()
     for said in ("<bdi>temperature</bdi>", "ROC", "analyze: ", "evaluate: ", "train: "):
         assert said in page, said
+
+
+def test_a_new_workspace_is_brought_to_this_version_and_is_well(type_commands):
+    """What is shown first is what is done; then nothing fails, nor has to be watched."""
+    printed = type_commands("\n".join(commands(DOCTOR)))
+    assert printed.count("│ would") == printed.count("│ done") > 5, printed
+    assert re.search(r"^[1-9] ok, 0 to watch, 0 failed", printed, re.MULTILINE), printed
+    (found,) = re.findall(r'^{"ok": true, "findings": (.*)}$', printed, re.MULTILINE)
+    assert [(each["check"], each["status"]) for each in json.loads(found)] == [("registry", "ok")]
 
 
 def on_free_ports(blocks: list[str]) -> str:
