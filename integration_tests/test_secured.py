@@ -21,6 +21,7 @@ from kafka.admin import (
     ACL,
     ACLOperation,
     ACLPermissionType,
+    ACLResourcePatternType,
     ResourcePattern,
     ResourceType,
     ScramMechanism,
@@ -43,7 +44,7 @@ from serving.topics import create_topics
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 PASSWORD, WRONG = "correct-horse-battery", "wrong-horse"
-READ, WRITE, DESCRIBE = ACLOperation.READ, ACLOperation.WRITE, ACLOperation.DESCRIBE
+READ, WRITE = ACLOperation.READ, ACLOperation.WRITE
 ASKED, ANSWERED, REPLAYS = "hybrid.device-embeddings.v1", "hybrid.predictions.v1", "hybrid.dead-letter-replays.v1"
 # docs/operating.md says the same: all that each needs.
 RIGHTS = {
@@ -129,6 +130,8 @@ def allow(admin: kafka_python.KafkaAdminClient) -> None:
         return ACL(principal, "*", operation, ACLPermissionType.ALLOW, ResourcePattern(kind, name))
 
     acls = [acl(user, op, ResourceType.TOPIC, name) for user, rights in RIGHTS.items() for op, name in rights]
+    own = ResourcePattern(ResourceType.TRANSACTIONAL_ID, f"{GROUP}-", ACLResourcePatternType.PREFIXED)
+    acls.append(ACL("User:CN=worker", "*", WRITE, ACLPermissionType.ALLOW, own))
     admin.create_acls([*acls, acl("User:CN=worker", READ, ResourceType.GROUP, GROUP)])
     for user in ("gateway", "operator"):
         kind = ScramMechanism.SCRAM_SHA_512
@@ -258,6 +261,12 @@ def test_a_request_is_answered_over_tls_and_no_secret_is_logged(secured, gateway
     assert (listed.returncode, listed.stdout) == (0, ""), listed.stderr
 
 
+def test_exactly_once_needs_rights_on_transactions_alone(gateway, worker) -> None:
+    """Those whose ids begin with the group's name."""
+    worker("--exactly-once", "--instance", "worker-0")
+    assert gateway().status_code == 200
+
+
 def test_a_worker_that_is_told_to_end_leaves_its_group_and_nothing_is_lost(secured, gateway, worker) -> None:
     """Requests go on while one of two is ended by SIGTERM: all are answered, and the group knows of one member."""
     first, _ = worker(), worker()
@@ -323,6 +332,10 @@ REFUSED = {
     "another certificate for the broker": (
         lambda s: [*s.by_certificate("other"), *s.to_triton()],
         "--kafka-cert and --kafka-key must be a certificate that the other side takes",
+    ),
+    "a gateway's rights for a worker": (
+        lambda s: [*s.by_password("gateway"), *s.to_triton()],
+        "Kafka's user must have the rights of a worker (GroupAuthorizationFailedError): read hybrid.device-embeddings.v1",
     ),
     "another authority of Triton": (
         lambda s: [*s.by_certificate(), *s.to_triton(authority="other")],
