@@ -335,7 +335,7 @@ REFUSED = {
     ),
     "a gateway's rights for a worker": (
         lambda s: [*s.by_password("gateway"), *s.to_triton()],
-        "Kafka's user must have the rights of a worker (GroupAuthorizationFailedError): read hybrid.device-embeddings.v1",
+        f"Kafka's user must have the rights of a worker (GroupAuthorizationFailedError): read {ASKED} and the group",
     ),
     "another authority of Triton": (
         lambda s: [*s.by_certificate(), *s.to_triton(authority="other")],
