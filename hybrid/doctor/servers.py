@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hybrid.doctor.findings import Finding
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, HybridError
 
 CALL_S = 5.0
 MOST_BYTES = 1 << 16  # that are read of an answer
@@ -136,7 +136,7 @@ def clocks(
 
     Args:
         urls: asked for the `Date` of their answer; those without one, and those that are away, are passed over.
-        others: each gives a server's name and its clock less ours, in seconds.
+        others: each gives a server's name and its clock less ours, in seconds; a HybridError passes it over.
         ca: see `ask`.
     """
     seen: dict[str, float] = {}
@@ -146,8 +146,9 @@ def clocks(
             if skew is not None:
                 seen[f"the Date of {urlsplit(url).netloc}"] = skew
     for other in others:
-        name, skew = other()
-        seen[name] = skew
+        with suppress(HybridError):
+            name, skew = other()
+            seen[name] = skew
     if not seen:
         yield Finding(CLOCKS, "skipped", "nothing that was asked tells the time (a gateway, MLflow's server, Kafka do)")
     for name, skew in seen.items():
