@@ -151,6 +151,7 @@ def _checks(workspace: Workspace, servers: Servers, state: State | None) -> list
     bases = {"gateway": servers.gateway, "issuer": servers.issuer}
     healths = {name: [base] if base else [] for name, base in bases.items()} | {"aggregators": [*servers.aggregators]}
     urls = [_endpoint(name, base) for name, found in healths.items() for base in found]
+    urls += [f"https://{servers.superlink}/health"] if servers.superlink else []
     tell_time = [_kafka_clock(servers.kafka)] if servers.kafka else []
     mlflow = os.environ.get("MLFLOW_TRACKING_URI", "")
     look: dict[str, tuple[Callable[[], Iterable[Finding]], str]] = {
