@@ -163,6 +163,9 @@ def _registry(registry: Registry) -> Iterator[Finding]:
     if not registry.is_own_file and own:
         text = f"MLFLOW_TRACKING_URI is set: versions in the workspace's own {registry.database.name} are not seen"
         yield _finding(name, "warn", text, "unset it to use those; if they are not needed, move the file away")
+    if registry.is_plaintext:
+        text = f"{registry.where} is spoken to in plaintext: weights and passwords can be read on the way, and changed"
+        yield _finding(name, "warn", text, "https:// in MLFLOW_TRACKING_URI, or a service mesh that encrypts")
     registry.check()
     names = registry.names()
     yield _finding(name, "ok", f"{registry.where} answers; {len(names)} registered: {', '.join(names) or 'nothing'}")

@@ -12,12 +12,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from hybrid.doctor.findings import Finding
 from hybrid.errors import ConfigError, HybridError
+from hybrid.protocol import is_loopback
 from hybrid.tracking import without_credentials
 
 CALL_S = 5.0
@@ -225,9 +225,8 @@ def certificate(name: str, where: str, expires_s: float | None) -> Iterator[Find
 
 
 def _plaintext(name: str, address: str, host: str) -> Finding:
-    with suppress(ValueError):
-        if ip_address(host).is_loopback:
-            return Finding(name, "ok", f"{address} answers, in plaintext, on this machine alone")
+    if is_loopback(host):
+        return Finding(name, "ok", f"{address} answers, in plaintext, on this machine alone")
     fix = "start it with --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile: weights and sums travel there"
     return Finding(name, "warn", f"{address} answers, but not by TLS", fix)
 

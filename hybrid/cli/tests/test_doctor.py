@@ -95,6 +95,14 @@ def test_versions_that_another_registry_hides_are_told(project, monkeypatch):
     assert "hunter2" not in str(found)
 
 
+def test_a_registry_in_plaintext_is_told(project, monkeypatch):
+    """Of another machine, whose name nobody knows here: that it is away is what fails."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.invalid:5000")
+    code, found = only("registry")
+    assert (code, [status for status, _ in found]) == (1, ["warn", "fail"])
+    assert found[0][1].startswith("http://mlflow.invalid:5000 is spoken to in plaintext")
+
+
 def test_a_registry_that_is_no_database_fails(project):
     """Half a copy of it, say."""
     database = Workspace.current().mlflow / "mlflow.db"
