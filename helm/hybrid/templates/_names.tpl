@@ -40,12 +40,12 @@ helm.sh/chart: {{ printf "%s-%s" $top.Chart.Name $top.Chart.Version | replace "+
 {{- end }}
 {{- end }}
 
-{{/* (list $ "gateway"): metadata of a component's object of that name. */}}
+{{/* (list $ "gateway"): metadata of a component's object of that name; (list $ "migrate-1a2b" "migrate") of one among several. */}}
 {{- define "hybrid.metadata" -}}
 name: {{ include "hybrid.at" . }}
 namespace: {{ (index . 0).Release.Namespace }}
 labels:
-  {{- include "hybrid.labels" . | nindent 2 }}
+  {{- include "hybrid.labels" (list (index . 0) (last .)) | nindent 2 }}
 {{- end }}
 
 {{/* (list $ "serving"): the image of a role; a digest, where one is given, in place of the tag. */}}
@@ -86,6 +86,11 @@ labels:
 {{- else -}}
 {{ .Values.mlflow.uri }}
 {{- end -}}
+{{- end }}
+
+{{/* The address in front of a port: "::" needs brackets there. */}}
+{{- define "hybrid.listen" -}}
+{{- if contains ":" .Values.listen }}[{{ .Values.listen }}]{{ else }}{{ .Values.listen }}{{ end -}}
 {{- end }}
 
 {{- define "hybrid.kafka" -}}

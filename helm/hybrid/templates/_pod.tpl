@@ -153,6 +153,23 @@ lifecycle:
     {{- end }}
 {{- end }}
 
+{{/* (list "deployments" "ro"): one folder of the workspace, and nothing beside it: people's data are there, too. */}}
+{{- define "hybrid.folder" -}}
+- {name: workspace, mountPath: /workspace/{{ index . 0 }}, subPath: {{ index . 0 }}{{ if eq (index . 1) "ro" }}, readOnly: true{{ end }}}
+{{- end }}
+
+{{/* (list $ values "a" "b"): makes folders of the workspace that are not there; else a kubelet makes them, as root's. */}}
+{{- define "hybrid.folders" -}}
+{{- $top := index . 0 -}}
+- name: folders
+  {{- include "hybrid.container" (dict "top" $top "values" (dict "resources" (dict "requests" (dict "cpu" "10m" "memory" "16Mi") "limits" (dict "memory" "64Mi"))) "role" "serving" "mounts" "- {name: workspace, mountPath: /workspace}") | nindent 2 }}
+  command: [mkdir, --parents]
+  args:
+    {{- range slice . 1 }}
+    - /workspace/{{ . }}
+    {{- end }}
+{{- end }}
+
 {{- define "hybrid.workspaceVolume" -}}
 - name: workspace
   persistentVolumeClaim:

@@ -25,7 +25,7 @@
     - --database=/data/superlink.db
     - --enable-supernode-auth
     - --disable-runtime-dependency-installation
-    - --health-server-address={{ .Values.listen }}:8096
+    - --health-server-address={{ include "hybrid.listen" . }}:8096
     {{- with $superlink.extraArgs }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -56,7 +56,7 @@
 
 {{- define "hybrid.superlink.mounts" -}}
 - {name: data, mountPath: /data}
-- {name: workspace, mountPath: /workspace}
+{{ include "hybrid.folder" (list "fleets" "rw") }}
 - {name: superlink-tls, mountPath: /etc/hybrid/superlink-tls, readOnly: true}
 - {name: superexec, mountPath: /etc/hybrid/superexec, readOnly: true}
 {{- end }}
@@ -113,7 +113,7 @@
     timeoutSeconds: 5
     failureThreshold: 6
 - name: supernode
-  {{- include "hybrid.container" (dict "top" . "values" $aggregator "resources" $aggregator.supernode.resources "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.aggregator.mounts" .)) | nindent 2 }}
+  {{- include "hybrid.container" (dict "top" . "values" $aggregator "resources" $aggregator.supernode.resources "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.supernode.mounts" .)) | nindent 2 }}
   command: [flower-supernode]
   args:
     - --superlink={{ $aggregator.superlink | default (printf "%s:8095" (include "hybrid.at" (list . "superlink"))) }}
@@ -127,7 +127,7 @@
     - --isolation=process
     - --superexec-auth-secret-file=/etc/hybrid/aggregators/superexec
     - --node-config=aggregator="http://127.0.0.1:8091" token="/etc/hybrid/aggregators/token-$(INDEX)"
-    - --health-server-address={{ .Values.listen }}:8098
+    - --health-server-address={{ include "hybrid.listen" . }}:8098
   ports:
     - {name: health, containerPort: 8098}
   startupProbe:
@@ -140,7 +140,7 @@
     timeoutSeconds: 5
     failureThreshold: 6
 - name: apps # starts a ClientApp for each message
-  {{- include "hybrid.container" (dict "top" . "values" $aggregator "resources" $aggregator.apps.resources "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.aggregator.mounts" .)) | nindent 2 }}
+  {{- include "hybrid.container" (dict "top" . "values" $aggregator "resources" $aggregator.apps.resources "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.supernode.mounts" .)) | nindent 2 }}
   command: [python, -m, hybrid.local, superexec]
   args:
     - --runtime-api-address=127.0.0.1:8097
@@ -150,16 +150,21 @@
 
 {{- define "hybrid.aggregator.mounts" -}}
 - {name: data, mountPath: /data}
-- {name: workspace, mountPath: /workspace, readOnly: true}
+{{ include "hybrid.folder" (list "fleets" "ro") }}
 - {name: keys, mountPath: /etc/hybrid/keys, readOnly: true}
 - {name: aggregators, mountPath: /etc/hybrid/aggregators, readOnly: true}
-- {name: superlink-ca, mountPath: /etc/hybrid/superlink-ca, readOnly: true}
 {{- if .Values.aggregator.tls.existingSecret }}
 - {name: tls, mountPath: /etc/hybrid/tls, readOnly: true}
 {{- end }}
 {{- if .Values.aggregator.issuerToken.existingSecret }}
 - {name: issuer, mountPath: /etc/hybrid/issuer, readOnly: true}
 {{- end }}
+{{- end }}
+
+{{/* Of what speaks to Flower: neither the signing key nor a ledger. */}}
+{{- define "hybrid.supernode.mounts" -}}
+- {name: aggregators, mountPath: /etc/hybrid/aggregators, readOnly: true}
+- {name: superlink-ca, mountPath: /etc/hybrid/superlink-ca, readOnly: true}
 {{- end }}
 
 {{- define "hybrid.aggregator.volumes" -}}

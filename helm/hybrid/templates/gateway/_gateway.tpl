@@ -13,9 +13,14 @@ httpGet: {path: /v2/health/{{ .path }}, port: http{{ if .gateway.tls.existingSec
 {{- end }}
 
 {{- define "hybrid.gateway.mounts" -}}
-- name: workspace
-  mountPath: /workspace
-  readOnly: {{ not .Values.gateway.results.enabled }}
+{{ include "hybrid.folder" (list ".hybrid/deployments" "ro") }}
+{{ include "hybrid.folder" (list ".hybrid/bundles" "ro") }}
+{{- if .Values.gateway.direct }}
+{{ include "hybrid.folder" (list ".hybrid/feast" (include "hybrid.redis" . | empty | ternary "rw" "ro")) }}
+{{- end }}
+{{- if .Values.gateway.results.enabled }}
+{{ include "hybrid.folder" (list ".hybrid/results" "rw") }}
+{{- end }}
 {{- if .Values.gateway.auth.apiKeys.existingSecret }}
 - name: api-keys
   mountPath: /etc/hybrid/api-keys

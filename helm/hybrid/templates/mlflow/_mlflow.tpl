@@ -2,7 +2,7 @@
 {{- $mlflow := .Values.mlflow -}}
 {{- $at := include "hybrid.at" (list . "mlflow") -}}
 - name: mlflow
-  {{- include "hybrid.container" (dict "top" . "values" $mlflow "role" "control" "env" (include "hybrid.mlflow.env" .) "mounts" "- {name: workspace, mountPath: /workspace}") | nindent 2 }}
+  {{- include "hybrid.container" (dict "top" . "values" $mlflow "role" "control" "env" (include "hybrid.mlflow.env" .) "mounts" (include "hybrid.folder" (list ".hybrid/mlflow" "rw"))) | nindent 2 }}
   command: [mlflow, server]
   args:
     - --host={{ .Values.listen }}

@@ -61,7 +61,7 @@
   volumeMounts:
     - {name: tmp, mountPath: /tmp}
     {{- if not $triton.repository.url }}
-    - {name: workspace, mountPath: /models, subPath: .hybrid/triton, readOnly: true}
+    - {name: workspace, mountPath: /models, subPath: .hybrid/triton, readOnly: true} # models alone
     {{- end }}
     {{- if $triton.tls.enabled }}
     - {name: tls, mountPath: /etc/hybrid/tls, readOnly: true}

@@ -1,7 +1,9 @@
 {{- define "hybrid.worker.mounts" -}}
-- name: workspace
-  mountPath: /workspace
-  readOnly: {{ and (ne (include "hybrid.redis" .) "") (not .Values.worker.logSample) }}
+{{ include "hybrid.folder" (list ".hybrid/deployments" "ro") }}
+{{ include "hybrid.folder" (list ".hybrid/feast" (include "hybrid.redis" . | empty | ternary "rw" "ro")) }}
+{{- if .Values.worker.logSample }}
+{{ include "hybrid.folder" (list ".hybrid/request-log" "rw") }}
+{{- end }}
 {{- if .Values.serving.deadLetters.existingSecret }}
 - name: dead-letters
   mountPath: /etc/hybrid/dead-letters
