@@ -125,7 +125,6 @@ def main() -> None:
         "--node", type=Path, action="append", default=[], metavar="FILE", help="a SuperNode's public key"
     )
     parser.add_argument("--job", type=Path, required=True, help="folder, where the ServerApp runs")
-    parser.add_argument("--attempt", type=int, default=1, help="told apart by who starts this; it changes nothing here")
     parser.add_argument("--patience-s", type=float, default=300.0, help="for the SuperLink (default %(default)g)")
     arguments = parser.parse_args()
     superlink = SuperLink(arguments.superlink, arguments.authority, arguments.patience_s)

@@ -5,7 +5,6 @@
   args:
     - --superlink={{ include "hybrid.at" (list . "superlink") }}:8095
     - --authority=/etc/hybrid/superlink-ca/ca.crt
-    - --attempt={{ .Values.aggregator.attempt }}
     - --job=/workspace/fleets/{{ .Values.aggregator.fleet }}/job
     {{- range $index := until (int .Values.aggregator.replicas) }}
     - --node=/etc/hybrid/nodes/node-{{ $index }}.pub
