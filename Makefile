@@ -2,6 +2,8 @@
 # make page    a person's device in a browser, with the demo's model: what it predicts, and every byte that leaves it
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
+# make chart   what the Helm chart promises, without a cluster; builds Helm and what looks at charts the first time (needs Go)
+# make chart-cluster   the chart on a real Kubernetes API server: installed, upgraded, rolled back, removed
 # make benchmarks   how fast training, serving and devices are, and how good: about 50 minutes
 # make clean   removes everything these made
 #
@@ -16,7 +18,7 @@ PACKAGES := hybrid feature_store serving device_runtime
 # Without cached byte code every command would compile its libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo page test check static unit integration servers benchmarks clean
+.PHONY: demo page test check static unit integration servers chart chart-cluster benchmarks clean
 .DEFAULT_GOAL := demo
 
 demo: servers
@@ -41,6 +43,16 @@ unit: .venv/installed
 
 integration: servers
 	$(RUN)pytest -n 2 --dist loadfile integration_tests
+
+chart: .venv/installed
+	@$(RUN)python -m helm.tools.install
+	$(RUN)pytest helm/tools --ignore=helm/tools/tests/test_cluster.py
+	@$(RUN)python -m helm.tools.check --json build/chart.json
+
+chart-cluster: .venv/installed
+	@$(RUN)python -m helm.tools.install cluster
+	$(RUN)pytest helm/tools/tests/test_cluster.py
+	@$(RUN)python -m helm.tools.cluster --json build/chart-cluster.json
 
 benchmarks: servers
 	@mkdir -p build
