@@ -22,7 +22,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Chart:
         self.folder, self.cache, self.write = folder.resolve(), cache, write
         self.beside = self.folder.parent
         self._renders: dict[tuple[Path, Path, str], str] = {}
+        self._objects: dict[str, list[Manifest]] = {}
 
     @cached_property
     def values_files(self) -> list[Path]:
@@ -141,7 +142,10 @@ class Chart:
         Raises:
             ConfigError: Helm refuses, or what it renders is not what Kubernetes reads.
         """
-        return manifests.read(self.render(values, version))
+        text = self.render(values, version)
+        if text not in self._objects:
+            self._objects[text] = manifests.read(text)
+        return self._objects[text]
 
 
 Step = Callable[[Chart], tuple[str, list[Finding]]]
@@ -224,19 +228,21 @@ def check_unittest(chart: Chart) -> tuple[str, list[Finding]]:
 def check_valid(chart: Chart) -> tuple[str, list[Finding]]:
     """Every object is one that each Kubernetes version takes, fields included, and is there once."""
     found, seen = [], 0
+    refused: dict[Finding, list[str]] = {}
     for version in install.KUBERNETES:
         schemas = manifests.Schemas(install.schemas(chart.cache) / version, chart.custom)
         for values in chart.values_files:
             objects = chart.objects(values, version)
             seen += len(objects)
             names = [manifests.name_of(each) for each in objects]
-            twice = sorted({each for each in names if names.count(each) > 1})
-            found += [Finding(f"{_name(values)} {name}", "is rendered twice") for name in twice]
-            for each in objects:
-                where = f"{_name(values)} {manifests.name_of(each)}"
-                found += [Finding(where, f"Kubernetes {version}: {error}") for error in schemas.errors(each)]
-    versions = ", ".join(install.KUBERNETES)
-    return f"{seen} objects for Kubernetes {versions}", found
+            if version == install.KUBERNETES[0]:
+                twice = sorted({each for each in names if names.count(each) > 1})
+                found += [Finding(f"{_name(values)} {name}", "is rendered twice") for name in twice]
+            for each, name in zip(objects, names, strict=True):
+                for error in schemas.errors(each):
+                    refused.setdefault(Finding(f"{_name(values)} {name}", error), []).append(version)
+    found += [replace(each, what=f"Kubernetes {', '.join(by)}: {each.what}") for each, by in refused.items()]
+    return f"{seen} objects for Kubernetes {', '.join(install.KUBERNETES)}", found
 
 
 def check_restricted(chart: Chart) -> tuple[str, list[Finding]]:

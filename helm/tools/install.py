@@ -148,6 +148,7 @@ def _build(tool: Tool, cache: Path, say: Callable[[str], None]) -> None:
     folder, began = tool.folder(cache), time.monotonic()
     if (folder / tool.name).is_file():
         return
+    shutil.rmtree(folder, ignore_errors=True)
     go = shutil.which("go", path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/go/bin")
     if go is None:
         raise StackError(
@@ -157,15 +158,16 @@ def _build(tool: Tool, cache: Path, say: Callable[[str], None]) -> None:
     say(f"Building {tool.name} {tool.version} into {folder} ...")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        _compile(tool, go, Path(work))
-        (Path(work) / "go.mod").unlink()
-        (Path(work) / "go.sum").unlink()
-        shutil.copytree(work, folder, dirs_exist_ok=True)
+        module, done = Path(work) / "module", Path(work) / "done"
+        module.mkdir()
+        done.mkdir()
+        _compile(tool, go, module, done / tool.name)
+        done.rename(folder)  # in one step: a folder of that name is always whole
     say(f"  {time.monotonic() - began:.0f} s")
 
 
-def _compile(tool: Tool, go: str, work: Path) -> None:
-    """Leaves the program, `go.mod` and `go.sum` in `work`."""
+def _compile(tool: Tool, go: str, work: Path, program: Path) -> None:
+    """Builds the program by a module made in `work`."""
     variables = {"CGO_ENABLED": "0", "GOFLAGS": "-mod=mod", "GOWORK": "off"}
     (work / "go.mod").write_text(f"module tool\ngo {GO}\nrequire {tool.module} v{tool.version}\n")
     downloaded = _run([go, "mod", "download", "-json", f"{tool.module}@v{tool.version}"], work, variables)
@@ -173,7 +175,7 @@ def _compile(tool: Tool, go: str, work: Path) -> None:
     with (work / "go.mod").open("a") as file:
         file.writelines(f"{line}\n" for line in _replacements(described.get("Replace") or [], tool.published))
     linked = " ".join(f"-X {name}={text}" for name, text in tool.variables.items())
-    build = [go, "build", "-trimpath", f"-ldflags=-s -w {linked}", "-o", tool.name, tool.package]
+    build = [go, "build", "-trimpath", f"-ldflags=-s -w {linked}", "-o", str(program), tool.package]
     _run(build, work, variables)
 
 
