@@ -3,6 +3,8 @@
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
 # make images   the images of the chart (Docker): REGISTRY=... VERSION=...
+# make chart   what the Helm chart promises, without a cluster; builds Helm and what looks at charts the first time (needs Go)
+# make chart-cluster   the chart on a real Kubernetes API server: installed, upgraded, rolled back, removed
 # make benchmarks   how fast training, serving and devices are, and how good: about 50 minutes
 # make clean   removes everything these made
 #
@@ -18,7 +20,7 @@ PACKAGES := hybrid feature_store serving device_runtime
 # Without cached byte code every command would compile its libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo page test check static unit integration servers images benchmarks clean
+.PHONY: demo page test check static unit integration servers images chart chart-cluster benchmarks clean
 .DEFAULT_GOAL := demo
 
 demo: servers
@@ -56,6 +58,15 @@ images:
 	  echo "trivy image --exit-code 1 --severity HIGH,CRITICAL $(REGISTRY)/hybrid-towers-$$role:$(VERSION)"; \
 	  echo "docker push $(REGISTRY)/hybrid-towers-$$role:$(VERSION)"; \
 	done
+chart: .venv/installed
+	@$(RUN)python -m helm.tools.install
+	$(RUN)pytest helm/tools --ignore=helm/tools/tests/test_cluster.py
+	@$(RUN)python -m helm.tools.check --json build/chart.json
+
+chart-cluster: .venv/installed
+	@$(RUN)python -m helm.tools.install cluster
+	$(RUN)pytest helm/tools/tests/test_cluster.py
+	@$(RUN)python -m helm.tools.cluster --json build/chart-cluster.json
 
 benchmarks: servers
 	@mkdir -p build
