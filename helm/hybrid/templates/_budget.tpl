@@ -5,7 +5,7 @@
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
-  {{- include "hybrid.metadata" . | nindent 2 }}
+  {{- include "hybrid.metadata" (list (index . 0) (index . 1)) | nindent 2 }}
 spec:
   maxUnavailable: 1
   unhealthyPodEvictionPolicy: AlwaysAllow

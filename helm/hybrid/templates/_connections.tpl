@@ -1,7 +1,7 @@
 {{/* How processes reach Kafka, Redis and Triton: arguments, and the volumes with what they show. */}}
 
 {{- define "hybrid.kafkaArgs" -}}
-- --kafka={{ include "hybrid.kafka" . }}
+- "--kafka={{ include "hybrid.kafka" . }}"
 {{- with .Values.kafka.tls }}
 {{- if .enabled }}
 - --kafka-tls
@@ -18,15 +18,15 @@
 {{- end }}
 {{- with .Values.kafka.sasl }}
 {{- if .mechanism }}
-- --kafka-sasl={{ .mechanism }}
-- --kafka-username={{ .username }}
+- "--kafka-sasl={{ .mechanism }}"
+- "--kafka-username={{ .username }}"
 - --kafka-password-file=/etc/hybrid/kafka-sasl/password
 {{- end }}
 {{- end }}
 {{- end }}
 
 {{- define "hybrid.tritonArgs" -}}
-- --triton={{ include "hybrid.triton" . }}
+- "--triton={{ include "hybrid.triton" . }}"
 {{- with .Values.triton.tls }}
 {{- if .enabled }}
 - --triton-tls

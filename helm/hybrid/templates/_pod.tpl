@@ -77,7 +77,7 @@ spec:
     {{- end }}
   volumes:
     - name: tmp
-      emptyDir: {}
+      emptyDir: {sizeLimit: 1Gi}
     {{- with .volumes }}
     {{- . | nindent 4 }}
     {{- end }}

@@ -4,19 +4,19 @@
   {{- include "hybrid.container" (dict "top" . "values" $console "role" "control" "env" (include "hybrid.controlEnv" .) "mounts" (include "hybrid.console.mounts" . | trim)) | nindent 2 }}
   command: [hybrid, console]
   args:
-    - --host={{ .Values.listen }}
+    - "--host={{ .Values.listen }}"
     - --port=18010
     {{- range $console.names }}
-    - --name={{ . }}
+    - "--name={{ . }}"
     {{- end }}
     - --certificate=/etc/hybrid/tls/tls.crt
     - --key=/etc/hybrid/tls/tls.key
     - --password-file=/etc/hybrid/console/password
     {{- if .Values.gateway.enabled }}
-    - --metrics=http://{{ include "hybrid.at" (list . "gateway-pods") }}:18003/metrics
+    - "--metrics=http://{{ include "hybrid.at" (list . "gateway-pods") }}:18003/metrics"
     {{- end }}
     {{- if .Values.worker.enabled }}
-    - --metrics=http://{{ include "hybrid.at" (list . "worker-pods") }}:18004/metrics
+    - "--metrics=http://{{ include "hybrid.at" (list . "worker-pods") }}:18004/metrics"
     {{- end }}
     {{- with $console.extraArgs }}
     {{- toYaml . | nindent 4 }}

@@ -15,7 +15,7 @@
   {{- include "hybrid.container" (dict "top" . "values" $superlink "role" "training" "env" (include "hybrid.flower.env" .) "mounts" (include "hybrid.superlink.mounts" .)) | nindent 2 }}
   command: [flower-superlink]
   args:
-    - --host={{ .Values.listen }}
+    - "--host={{ .Values.listen }}"
     - --port=8095
     - --ssl-certfile=/etc/hybrid/superlink-tls/tls.crt
     - --ssl-keyfile=/etc/hybrid/superlink-tls/tls.key
@@ -25,7 +25,7 @@
     - --database=/data/superlink.db
     - --enable-supernode-auth
     - --disable-runtime-dependency-installation
-    - --health-server-address={{ include "hybrid.listen" . }}:8096
+    - "--health-server-address={{ include "hybrid.listen" . }}:8096"
     {{- with $superlink.extraArgs }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -49,7 +49,7 @@
   {{- include "hybrid.container" (dict "top" . "values" $superlink "resources" $superlink.apps.resources "role" "training" "env" (include "hybrid.flower.env" .) "mounts" (include "hybrid.superlink.mounts" .)) | nindent 2 }}
   command: [python, -m, hybrid.local, superexec]
   args:
-    - --runtime-api-address={{ include "hybrid.at" (list . "superlink") }}:8095
+    - "--runtime-api-address={{ include "hybrid.at" (list . "superlink") }}:8095"
     - --root-certificates=/etc/hybrid/superlink-tls/ca.crt
     - --superexec-auth-secret-file=/etc/hybrid/superexec/superlink
 {{- end }}
@@ -80,14 +80,14 @@
   {{- include "hybrid.container" (dict "top" . "values" $aggregator "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.aggregator.mounts" .)) | nindent 2 }}
   command: [python, -m, hybrid.federation.checkin]
   args:
-    - --settings={{ $fleet }}/aggregator.json
-    - --folder=/data/{{ .Values.aggregator.fleet }}
+    - "--settings={{ $fleet }}/aggregator.json"
+    - "--folder=/data/{{ .Values.aggregator.fleet }}"
     - --keys=/etc/hybrid/keys
     - --token=/etc/hybrid/aggregators/token-$(INDEX)
     {{- if $aggregator.issuerToken.existingSecret }}
     - --issuer-token=/etc/hybrid/issuer/token
     {{- end }}
-    - --host={{ .Values.listen }}
+    - "--host={{ .Values.listen }}"
     - --port=8090
     {{- if $aggregator.tls.existingSecret }}
     - --tls-cert=/etc/hybrid/tls/tls.crt
@@ -116,7 +116,7 @@
   {{- include "hybrid.container" (dict "top" . "values" $aggregator "resources" $aggregator.supernode.resources "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.supernode.mounts" .)) | nindent 2 }}
   command: [flower-supernode]
   args:
-    - --superlink={{ $aggregator.superlink | default (printf "%s:8095" (include "hybrid.at" (list . "superlink"))) }}
+    - "--superlink={{ $aggregator.superlink | default (printf "%s:8095" (include "hybrid.at" (list . "superlink"))) }}"
     - --root-certificates=/etc/hybrid/superlink-ca/ca.crt
     - --auth-supernode-private-key=/etc/hybrid/aggregators/node-$(INDEX)
     - --host=127.0.0.1
@@ -127,7 +127,7 @@
     - --isolation=process
     - --superexec-auth-secret-file=/etc/hybrid/aggregators/superexec
     - --node-config=aggregator="http://127.0.0.1:8091" token="/etc/hybrid/aggregators/token-$(INDEX)"
-    - --health-server-address={{ include "hybrid.listen" . }}:8098
+    - "--health-server-address={{ include "hybrid.listen" . }}:8098"
   ports:
     - {name: health, containerPort: 8098}
   startupProbe:

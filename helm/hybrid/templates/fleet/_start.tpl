@@ -3,11 +3,11 @@
   {{- include "hybrid.container" (dict "top" . "values" .Values.superlink "resources" .Values.superlink.apps.resources "role" "training" "env" (include "hybrid.flower.env" .) "mounts" (include "hybrid.start.mounts" .)) | nindent 2 }}
   command: [python, -m, hybrid.federation.start]
   args:
-    - --superlink={{ include "hybrid.at" (list . "superlink") }}:8095
+    - "--superlink={{ include "hybrid.at" (list . "superlink") }}:8095"
     - --authority=/etc/hybrid/superlink-ca/ca.crt
-    - --job=/workspace/fleets/{{ .Values.aggregator.fleet }}/job
+    - "--job=/workspace/fleets/{{ .Values.aggregator.fleet }}/job"
     {{- range $index := until (int .Values.aggregator.replicas) }}
-    - --node=/etc/hybrid/nodes/node-{{ $index }}.pub
+    - "--node=/etc/hybrid/nodes/node-{{ $index }}.pub"
     {{- end }}
 {{- end }}
 

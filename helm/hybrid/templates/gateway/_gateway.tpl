@@ -66,16 +66,16 @@ httpGet: {path: /v2/health/{{ .path }}, port: http{{ if .gateway.tls.existingSec
     - --deployments=/workspace/.hybrid/deployments
     - --bundles=/workspace/.hybrid/bundles
     {{- include "hybrid.kafkaArgs" . | trim | nindent 4 }}
-    - --host={{ .Values.listen }}
+    - "--host={{ .Values.listen }}"
     - --port=8080
     {{- if $gateway.grpc }}
     - --grpc-port=8081
     {{- end }}
-    - --metrics-host={{ .Values.listen }}
+    - "--metrics-host={{ .Values.listen }}"
     - --metrics-port=18003
     - --reply-partition=from-hostname
-    - --processes={{ $gateway.processes }}
-    - --deadline-s={{ .Values.serving.deadlineSeconds }}
+    - "--processes={{ $gateway.processes }}"
+    - "--deadline-s={{ .Values.serving.deadlineSeconds }}"
     {{- if .Values.serving.exactlyOnce }}
     - --exactly-once
     {{- end }}
@@ -88,28 +88,28 @@ httpGet: {path: /v2/health/{{ .path }}, port: http{{ if .gateway.tls.existingSec
     {{- end }}
     {{- if $gateway.results.enabled }}
     - --results=/workspace/.hybrid/results
-    - --results-s={{ $gateway.results.seconds }}
-    - --results-mb={{ $gateway.results.megabytes }}
+    - "--results-s={{ $gateway.results.seconds }}"
+    - "--results-mb={{ $gateway.results.megabytes }}"
     {{- end }}
     {{- with $gateway.auth }}
     {{- if .apiKeys.existingSecret }}
     - --api-keys=/etc/hybrid/api-keys/keys
     {{- end }}
     {{- if .jwt.issuer }}
-    - --jwt-issuer={{ .jwt.issuer }}
-    - --jwt-audience={{ .jwt.audience }}
-    - --jwt-keys={{ .jwt.keys }}
-    - --jwt-algorithms={{ join "," .jwt.algorithms }}
+    - "--jwt-issuer={{ .jwt.issuer }}"
+    - "--jwt-audience={{ .jwt.audience }}"
+    - "--jwt-keys={{ .jwt.keys }}"
+    - "--jwt-algorithms={{ join "," .jwt.algorithms }}"
     {{- with .jwt.scope }}
-    - --jwt-scope={{ . }}
+    - "--jwt-scope={{ . }}"
     {{- end }}
     {{- end }}
     {{- end }}
     {{- with $gateway.rates.requestsPerSecond }}
-    - --requests-per-s={{ . }}
+    - "--requests-per-s={{ . }}"
     {{- end }}
     {{- with $gateway.rates.rowsPerSecond }}
-    - --rows-per-s={{ . }}
+    - "--rows-per-s={{ . }}"
     {{- end }}
     {{- if $gateway.tls.existingSecret }}
     - --tls-cert=/etc/hybrid/tls/tls.crt

@@ -8,13 +8,13 @@
     - --api-keys=/etc/hybrid/api-keys/keys
     - --token=/etc/hybrid/control/token
     {{- with $issuer.requestsPerSecond }}
-    - --requests-per-s={{ . }}
+    - "--requests-per-s={{ . }}"
     {{- end }}
-    - --host={{ .Values.listen }}
+    - "--host={{ .Values.listen }}"
     - --port=8092
     - --tls-cert=/etc/hybrid/tls/tls.crt
     - --tls-key=/etc/hybrid/tls/tls.key
-    - --control-host={{ .Values.listen }}
+    - "--control-host={{ .Values.listen }}"
     - --control-port=8093
     - --control-tls-cert=/etc/hybrid/tls/tls.crt
     - --control-tls-key=/etc/hybrid/tls/tls.key

@@ -1,6 +1,6 @@
 {{- define "hybrid.migrate.args" -}}
 {{ include "hybrid.kafkaArgs" . | trim }}
-- --kafka-partitions={{ .Values.kafka.partitions }}
+- "--kafka-partitions={{ .Values.kafka.partitions }}"
 {{- end }}
 
 {{/* Says where the features that serving reads lie, before anything is applied to them. */}}

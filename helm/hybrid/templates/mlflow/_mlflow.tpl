@@ -5,12 +5,12 @@
   {{- include "hybrid.container" (dict "top" . "values" $mlflow "role" "control" "env" (include "hybrid.mlflow.env" .) "mounts" (include "hybrid.folder" (list ".hybrid/mlflow" "rw"))) | nindent 2 }}
   command: [mlflow, server]
   args:
-    - --host={{ .Values.listen }}
+    - "--host={{ .Values.listen }}"
     - --port=5000
-    - --workers={{ $mlflow.workers }}
-    - --allowed-hosts={{ $at }}:5000,{{ $at }}.{{ .Release.Namespace }}:5000,localhost:5000
+    - "--workers={{ $mlflow.workers }}"
+    - "--allowed-hosts={{ $at }}:5000,{{ $at }}.{{ .Release.Namespace }}:5000,localhost:5000"
     - --serve-artifacts
-    - --artifacts-destination={{ $mlflow.artifacts | default "/workspace/.hybrid/mlflow/artifacts" }}
+    - "--artifacts-destination={{ $mlflow.artifacts | default "/workspace/.hybrid/mlflow/artifacts" }}"
     {{- with $mlflow.extraArgs }}
     {{- toYaml . | nindent 4 }}
     {{- end }}

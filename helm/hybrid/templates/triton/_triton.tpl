@@ -7,9 +7,9 @@
     {{- toYaml .Values.containerSecurityContext | nindent 4 }}
   command: [tritonserver]
   args:
-    - --model-repository={{ $triton.repository.url | default "/models" }}
+    - "--model-repository={{ $triton.repository.url | default "/models" }}"
     - --model-control-mode=poll # what is promoted is served without a restart
-    - --repository-poll-secs={{ $triton.repository.pollSeconds }}
+    - "--repository-poll-secs={{ $triton.repository.pollSeconds }}"
     - --disable-auto-complete-config
     - --http-port=8000
     - --grpc-port=8001

@@ -32,11 +32,11 @@
     - --feast=/workspace/.hybrid/feast
     {{- include "hybrid.kafkaArgs" . | trim | nindent 4 }}
     {{- include "hybrid.tritonArgs" . | trim | nindent 4 }}
-    - --metrics-host={{ .Values.listen }}
+    - "--metrics-host={{ .Values.listen }}"
     - --metrics-port=18004
-    - --batch-ms={{ $worker.batchMilliseconds }}
-    - --cache-mb={{ $worker.cacheMegabytes }}
-    - --deadline-s={{ .Values.serving.deadlineSeconds }}
+    - "--batch-ms={{ $worker.batchMilliseconds }}"
+    - "--cache-mb={{ $worker.cacheMegabytes }}"
+    - "--deadline-s={{ .Values.serving.deadlineSeconds }}"
     {{- if .Values.serving.exactlyOnce }}
     - --exactly-once
     - --instance=$(POD_NAME)
@@ -45,7 +45,7 @@
     - --dead-letter-key=/etc/hybrid/dead-letters/dead-letters.pub
     {{- end }}
     {{- if $worker.logSample }}
-    - --log-sample={{ $worker.logSample }}
+    - "--log-sample={{ $worker.logSample }}"
     - --log=/workspace/.hybrid/request-log
     {{- end }}
     {{- with $worker.extraArgs }}
