@@ -66,6 +66,7 @@ httpGet: {path: /v2/health/{{ .path }}, port: http{{ if .gateway.tls.existingSec
     - --deployments=/workspace/.hybrid/deployments
     - --bundles=/workspace/.hybrid/bundles
     {{- include "hybrid.kafkaArgs" . | trim | nindent 4 }}
+    - "--kafka-partitions={{ .Values.kafka.partitions }}"
     - "--host={{ .Values.listen }}"
     - --port=8080
     {{- if $gateway.grpc }}

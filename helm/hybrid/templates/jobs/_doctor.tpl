@@ -15,6 +15,9 @@
 {{- if .Values.issuer.enabled }}
 - "--issuer=https://{{ include "hybrid.at" (list . "issuer") }}:8092"
 {{- end }}
+{{- if .Values.doctor.ca.existingSecret }}
+- --ca=/etc/hybrid/ca/ca.crt
+{{- end }}
 {{- with .Values.doctor.extraArgs }}
 {{ toYaml . }}
 {{- end }}

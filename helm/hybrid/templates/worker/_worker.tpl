@@ -31,6 +31,7 @@
     - --deployments=/workspace/.hybrid/deployments
     - --feast=/workspace/.hybrid/feast
     {{- include "hybrid.kafkaArgs" . | trim | nindent 4 }}
+    - "--kafka-partitions={{ .Values.kafka.partitions }}"
     {{- include "hybrid.tritonArgs" . | trim | nindent 4 }}
     - "--metrics-host={{ .Values.listen }}"
     - --metrics-port=18004
