@@ -273,11 +273,8 @@ def check_score(chart: Chart) -> tuple[str, list[Finding]]:
                 found.append(
                     Finding(f"{_name(values)} {name}", f"{check}: {comment}", "mend it, or say why not in lint.toml")
                 )
-    for each in exclusions:
-        if each not in used:
-            found.append(
-                Finding("lint.toml", f"nothing needs the exclusion of {each.check} for {each.object}", "remove it")
-            )
+    idle = [each for each in exclusions if each not in used]
+    found += [Finding("lint.toml", f"nothing needs {each.check} of {each.object}", "remove it") for each in idle]
     return _count(exclusions, "exclusion"), found
 
 
