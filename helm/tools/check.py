@@ -266,7 +266,7 @@ def check_score(chart: Chart) -> tuple[str, list[Finding]]:
     found, used = [], set()
     for values in chart.values_files:
         text = chart.render(values, install.KUBERNETES[-1])
-        for name, check, comment in _scores(chart, text):
+        for name, check, comment in sorted(_scores(chart, text)):  # it has no order of its own
             excluded = [each for each in exclusions if each.covers(name, check, comment)]
             used.update(excluded)
             if not excluded:
