@@ -39,7 +39,9 @@ from benchmarks import measure, world
 from hybrid.errors import StackError
 from hybrid.local.process import Process, free_ports
 from hybrid.messages import DeviceEmbeddings, Predictions
-from serving.kafka import GROUP, PARTITIONS, create_topics
+from serving.connection import Broker, TritonAddress
+from serving.kafka import GROUP
+from serving.topics import PARTITIONS, create_topics
 from serving.triton import Triton
 
 RATES = (50, 200, 500)
@@ -85,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         console.print("preparing a model, its features and the servers ...")
         with world.world(Path(folder)) as served:
-            create_topics(served.kafka)
+            create_topics(Broker(served.kafka))
             for name in arguments.only or PARTS:
                 console.print(f"{name} ...")
                 PARTS[name](served, QUICK if arguments.quick else Lengths(), rows, figures)
@@ -244,7 +246,7 @@ def _bare_triton(served: world.World, seconds: float, callers: int) -> float:
     device = np.zeros((BATCH, deployment.device_embedding), np.float32)
 
     def call(place: int) -> None:
-        with Triton(served.triton) as models:
+        with Triton(TritonAddress(served.triton)) as models:
             while time.perf_counter() < end:
                 server = models.infer(deployment.server_tower, deployment.version, {"slots": slots}, "embedding")
                 models.infer(deployment.head, deployment.version, {"server": server, "device": device}, "prediction")

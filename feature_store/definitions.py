@@ -133,7 +133,7 @@ class OnlineStore(BaseModel):
         }
         settings |= {"ssl": True} if self.tls else {}
         settings |= {"username": self.username} if self.username else {}
-        settings |= {"password": _secret(self.password_file)} if self.password_file else {}
+        settings |= {"password": secret_of(self.password_file)} if self.password_file else {}
         # Feast splits at commas first and reads each value as JSON, where a comma can be written otherwise.
         text = [f"{name}={json.dumps(value).replace(',', COMMA)}" for name, value in settings.items()]
         return {"type": NEWEST_REDIS, "connection_string": ",".join([self.address, *text])}
@@ -167,7 +167,8 @@ def open_store(folder: Path) -> FeatureStore:
     return FeatureStore(config=config)
 
 
-def _secret(file: Path) -> str:
+def secret_of(file: Path) -> str:
+    """The password in a file. Raises: ConfigError: the file cannot be read."""
     try:
         return file.read_text().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -69,6 +69,19 @@ def apply(model: HybridModel, folder: Path) -> list[str]:
     return [*(view.name for view in definitions.views), definitions.service.name, definitions.packed.name]
 
 
+def not_applied(model: HybridModel, folder: Path) -> list[str]:
+    """Names of a model's views and service that the store has not, or not as they are declared.
+
+    Raises:
+        ConfigError: a source is not as declared.
+    """
+    definitions = build(model, folder)
+    store = open_store(folder)
+    services = {service.name for service in store.list_feature_services()}
+    missing = [definitions.service.name] if definitions.service.name not in services else []
+    return [*_different(store, definitions), *missing]
+
+
 def materialize(model: HybridModel, folder: Path, now: datetime) -> Materialized:
     """Loads the newest row of each entity into the online store, raw and packed, and checks a sample.
 
@@ -135,13 +148,16 @@ def _check_not_taken(store: FeatureStore, definitions: Definitions) -> None:
 
 
 def _check_applied(store: FeatureStore, definitions: Definitions, model: HybridModel) -> None:
-    applied = {view.name: _content(view) for view in store.list_feature_views()}
-    declared = {view.name: _content(view) for view in (*definitions.views, definitions.packed)}
-    different = sorted(name for name, content in declared.items() if applied.get(name) != content)
-    if different:
+    if different := _different(store, definitions):
         raise ConfigError(
             f"views {different} are not in the feature store as declared; run `hybrid features apply {model.name}`"
         )
+
+
+def _different(store: FeatureStore, definitions: Definitions) -> list[str]:
+    applied = {view.name: _content(view) for view in store.list_feature_views()}
+    declared = {view.name: _content(view) for view in (*definitions.views, definitions.packed)}
+    return sorted(name for name, content in declared.items() if applied.get(name) != content)
 
 
 def _content(view: FeatureView) -> tuple[str, str, list[tuple[str, str]]]:

@@ -70,6 +70,18 @@ class StackError(HybridError):
     """A process of the local stack could not start, or died."""
 
 
+class RegistryError(HybridError):
+    """MLflow's server or database does not answer, or refuses what it is asked.
+
+    Attributes:
+        code: MLflow's, one word; "" where the failure has none.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class AggregatorError(HybridError):
     """An aggregator cannot be reached, or does not do what it is asked."""
 

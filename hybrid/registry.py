@@ -3,6 +3,10 @@
 A model is registered as its definition: the declaration, and the structure and
 operations of its network, under one hash. Each training adds a version bound to that hash.
 Versions never change; aliases (`production`) point at them.
+
+Definitions lie in the workspace, versions in an SQLite file and a folder beside them; or, where MLflow's own
+`MLFLOW_TRACKING_URI` is set, where that says: on an MLflow server, which keeps the artifacts too, or in a database,
+whose artifacts stay in the workspace. A server's credentials are MLflow's variables, as any client of it has them.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 import shlex
@@ -21,22 +24,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.errors import ConfigError, NotFound
+from hybrid.errors import ConfigError, NotFound, RegistryError
 from hybrid.spec import HybridModel, definition_hash, load_model
+from hybrid.tracking import TRACKING_URI, check_uri, connect, is_server, without_credentials
 from hybrid.version import TrainingRecord, Version
 from hybrid.workspace import Workspace
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 WEIGHTS, DEFINITION, TRAINING = "weights.npz", "definition.json", "training.json"
 METRICS_PER_CALL = 1000  # MLflow's limit
 FINAL = "oracle."  # before the names of metrics of the trained version, among its curves
+
+ALREADY = "RESOURCE_ALREADY_EXISTS"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -76,11 +79,44 @@ def parse_selector(text: str) -> tuple[str, str | int | None]:
 
 
 class Registry:
-    """The models of one workspace. MLflow is imported at first need: seconds."""
+    """The models of one workspace. MLflow is imported at first need: seconds.
 
-    def __init__(self, workspace: Workspace) -> None:
+    Any method that needs versions or aliases raises RegistryError where MLflow's server or database does not answer.
+
+    Args:
+        workspace: with the definitions.
+        uri: of MLflow's server or database; None: what `MLFLOW_TRACKING_URI` says, and without it a file of the
+            workspace.
+
+    Raises:
+        ConfigError: the URI is of a kind that is not supported.
+    """
+
+    def __init__(self, workspace: Workspace, uri: str | None = None) -> None:
         self._definitions, self._folder = workspace.definitions, workspace.mlflow
-        self._database = workspace.mlflow / "mlflow.db"
+        self.database = workspace.mlflow / "mlflow.db"
+        self._uri = uri or os.environ.get(TRACKING_URI) or None
+        if self._uri is not None:
+            check_uri(self._uri)
+
+    @property
+    def where(self) -> str:
+        """Where versions are kept, without credentials."""
+        return str(self.database) if self._uri is None else without_credentials(self._uri)
+
+    @property
+    def is_own_file(self) -> bool:
+        """Whether versions are kept in the workspace's own file, as they are unless told otherwise."""
+        return self._uri is None
+
+    def check(self) -> None:
+        """Asks for one thing that every MLflow has.
+
+        Raises:
+            RegistryError: it does not answer.
+        """
+        if not self._is_empty:
+            self._client.search_registered_models(max_results=1)
 
     def register(self, model: HybridModel, network_description: Mapping[str, Any], file: Path) -> str:
         """Stores a definition and where its file is; the newest is the one trained.
@@ -252,7 +288,7 @@ class Registry:
             NotFound: no model of that name is registered.
         """
         self._record(name)
-        if not self._database.exists():
+        if self._is_empty:
             return {}
         found = self._client.search_model_versions(f"name = '{name}'")
         return {int(one.version): datetime.fromtimestamp(one.creation_timestamp / 1000, UTC) for one in found}
@@ -332,13 +368,13 @@ class Registry:
         return selector
 
     def _numbers(self, name: str) -> tuple[int, ...]:
-        if not self._database.exists():  # nothing was trained yet: no need to make one
+        if self._is_empty:
             return ()
         found = self._client.search_model_versions(f"name = '{name}'")
         return tuple(sorted(int(version.version) for version in found))
 
     def _aliases(self, name: str) -> dict[str, int]:
-        if not self._database.exists():
+        if self._is_empty:
             return {}
         found = self._client.search_registered_models(f"name = '{name}'")
         return {alias: int(number) for model in found for alias, number in model.aliases.items()}
@@ -365,12 +401,10 @@ class Registry:
         return str(run)
 
     def _add_version(self, name: str, run: str, tags: dict[str, str]) -> int:
-        from mlflow.exceptions import MlflowException
-
         try:
             self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        except RegistryError as error:
+            if error.code != ALREADY:
                 raise
         source = self._client.get_run(run).info.artifact_uri
         return int(self._client.create_model_version(name, source=source, run_id=run, tags=tags).version)
@@ -379,22 +413,25 @@ class Registry:
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self._client.create_experiment(name, (self._folder / "artifacts" / name).as_uri()))
+        # A server says where its artifacts go; a database does not.
+        here = None if self._uri is not None and is_server(self._uri) else (self._folder / "artifacts" / name).as_uri()
+        return str(self._client.create_experiment(name, here))
 
     def _artifact(self, run: str, file: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:  # MLflow copies, and would leave the copy behind
             return Path(self._client.download_artifacts(run, file, folder)).read_bytes()
 
-    @cached_property
-    def _client(self) -> MlflowClient:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from mlflow import MlflowClient
+    @property
+    def _is_empty(self) -> bool:
+        """Whether nothing was trained yet, so that there is no need to make a file, nor to import MLflow."""
+        return self._uri is None and not self.database.exists()
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports that it makes its tables
-        self._folder.mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{self._database}"
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    @cached_property
+    def _client(self) -> Any:
+        """MLflow's, whose methods raise RegistryError."""
+        if self._uri is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return connect(self._uri or f"sqlite:///{self.database}", self.where)
 
 
 def _definition(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from hybrid.registry import Registry
 from hybrid.spec import Clear, Serving, Training, load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
+from serving.connection import Broker
 from serving.kafka import lying_in
 
 MODEL = Path(__file__).with_name("stall_model.py").read_text()
@@ -267,7 +268,7 @@ def test_the_device_predicts_what_torch_predicts_and_nothing_of_it_is_sent(
 
 
 def of_model(message_type, broker, name):
-    for record in lying_in(broker, message_type.TOPIC):
+    for record in lying_in(Broker(broker), message_type.TOPIC):
         with contextlib.suppress(BadMessage):  # another module's
             message = message_type.from_bytes(record.value)
             if message.model == name:

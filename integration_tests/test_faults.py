@@ -44,6 +44,7 @@ from hybrid.local.process import Process, Service, free_ports, http_ok, log_has
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.network import Network
 from hybrid.sealing import generate
+from serving.connection import Broker
 from serving.kafka import GROUP, lying_in
 
 SIZE = 4
@@ -223,7 +224,7 @@ class Plant:
 
     def records(self, topic):
         """All that lies in a topic."""
-        return list(lying_in(self.broker, topic))
+        return list(lying_in(Broker(self.broker), topic))
 
     def right(self, outcome):
         """Whether an answer is what torch says offline of the version it names, to 1e-4: its own and nobody else's."""

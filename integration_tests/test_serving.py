@@ -34,7 +34,8 @@ from hybrid.local import kafka as local_kafka
 from hybrid.local.process import Process, Service, free_ports, http_ok, log_has, running
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.network import Network
-from serving.kafka import GROUP, PARTITIONS
+from serving.kafka import GROUP
+from serving.topics import PARTITIONS
 
 SIZE = 4
 NO_HASH = "0" * 64  # nothing is registered here

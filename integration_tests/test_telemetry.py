@@ -39,6 +39,8 @@ from hybrid.spec import load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
 from serving import kafka as serving_kafka
+from serving.connection import Broker
+from serving.topics import PARTITIONS
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 OFFER = "Bar/1d"
@@ -237,7 +239,7 @@ def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):
     for _ in range(5):
         producer.send("lag", b"x").get(10)
     producer.close()
-    with serving_kafka.GroupInbox(kafka, "lag") as inbox:
+    with serving_kafka.GroupInbox(Broker(kafka), "lag") as inbox:
         assert inbox.lag is None
         seen, deadline = [], time.monotonic() + 30
         while sum(taken for taken, _ in seen) < 5:
@@ -246,7 +248,7 @@ def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):
                 seen.append((len(records), inbox.lag))
         inbox.commit({0: 5})
     assert seen == [(2, 3), (2, 1), (1, 0)]
-    with serving_kafka.GroupInbox(kafka, "lag") as inbox:
+    with serving_kafka.GroupInbox(Broker(kafka), "lag") as inbox:
         while inbox.lag is None:
             assert time.monotonic() < deadline + 30
             assert not inbox.poll(0.2, 2)
@@ -360,14 +362,14 @@ def test_logs_and_topics_hold_no_value_of_a_caller_but_where_it_is_asked_about(s
     questions, letters = DeviceEmbeddings.TOPIC, DeadLetter.topic_for(DeviceEmbeddings.TOPIC)
 
     def lies_in(topic):
-        return [record.value for record in serving_kafka.lying_in(kafka, topic)]
+        return [record.value for record in serving_kafka.lying_in(Broker(kafka), topic)]
 
     before, deadline = len(lies_in(letters)), time.monotonic() + 30
     with contextlib.closing(kafka_python.KafkaProducer(bootstrap_servers=kafka)) as producer:
         producer.send(questions, b"secret-offer at 6PM, in no schema").get(10)
     while len(lies_in(letters)) == before:
         assert time.monotonic() < deadline
-    topics = {topic: b"".join(lies_in(topic)) for topic in serving_kafka.PARTITIONS}
+    topics = {topic: b"".join(lies_in(topic)) for topic in PARTITIONS}
     assert b"secret-offer" in topics.pop(questions)
     logs = {file.name: file.read_bytes() for file in (serving.folder / "logs").iterdir()}
     assert {"gateway.log", "worker.log"} <= set(logs)

@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import ssl
@@ -29,6 +30,7 @@ from hybrid.sealing import SealingKey
 from hybrid.tracing import from_environment
 from serving import processes
 from serving.cache import CACHE_BYTES, REREAD_S
+from serving.connection import Broker, TritonAddress, add_kafka, add_triton, kafka_of, triton_of
 from serving.deployments import Deployments
 from serving.exchange import DEADLINE_S
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from serving.telemetry import Telemetry
 
 log = logging.getLogger("serving")
+FROM_HOSTNAME = "from-hostname"
 DRAIN_S = 10
 CONNECTIONS = 512  # at once; a process has 1,024 descriptors by default, and more connections get 503
 RESULTS_S, RESULTS_MB = 600.0, 256
@@ -65,15 +68,15 @@ def _log() -> None:
 
 def gateway(arguments: argparse.Namespace) -> None:
     """Serves HTTP, and gRPC, until a signal; then finishes what waits and exits with 0, or with 1 if Kafka was lost."""
-    from serving.kafka import PARTITIONS, create_topics
+    from serving.topics import create_topics
 
-    first, last = arguments.reply_partition, arguments.reply_partition + arguments.processes - 1
-    highest = PARTITIONS[Predictions.TOPIC] - 1
-    if arguments.processes < 1 or not 0 <= first <= last <= highest:
-        raise ConfigError(
-            f"--reply-partition and the {arguments.processes} of --processes must lie in 0 to {highest}, "
-            f"one partition each, got {first} to {last}"
-        )
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
+    if arguments.kafka_partitions is not None and arguments.kafka_partitions < 1:
+        raise ConfigError(f"--kafka-partitions must be at least 1, got {arguments.kafka_partitions}")
+    hostname = os.environ.get("HOSTNAME", "")
+    first = arguments.reply_partition = _first_partition(arguments.reply_partition, arguments.processes, hostname)
+    broker, triton = kafka_of(arguments), triton_of(arguments)
     _check_exposed(arguments)
     _access(arguments)  # is all as it must be? each process makes its own
     _certificate(arguments)
@@ -85,7 +88,9 @@ def gateway(arguments: argparse.Namespace) -> None:
     if arguments.metrics_port is not None:
         for number in range(arguments.processes):
             _check_free(arguments.metrics_host, arguments.metrics_port + number, "--metrics-port")
-    create_topics(arguments.kafka)
+    _warn_of_plaintext(broker, triton)
+    partitions = create_topics(broker, arguments.kafka_partitions)
+    _check_partitions(first, arguments.processes, partitions.get(Predictions.TOPIC))
     if arguments.processes == 1:
         serve(arguments, first)
     else:
@@ -122,7 +127,7 @@ def serve(arguments: argparse.Namespace, reply_partition: int) -> None:
         signal.signal(number, lambda *_: sys.exit("gateway: the connection to Kafka is lost" if lost.is_set() else 0))
     with _telemetry(arguments, deployments, reply_partition - arguments.reply_partition) as telemetry:
         app = over_kafka(
-            arguments.kafka,
+            kafka_of(arguments),
             reply_partition,
             deployments,
             _now_ms,
@@ -179,14 +184,17 @@ def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry)
     """The direct transport, where the gateway is told of a feature store and of Triton."""
     from serving.cache import CachedModels
     from serving.direct import Direct
+    from serving.reach import check_triton
     from serving.readers import Readers
     from serving.triton import Triton
 
-    if (arguments.feast is None) != (arguments.triton is None):
+    address = triton_of(arguments)
+    if (arguments.feast is None) != (address is None):
         raise ConfigError("--feast and --triton must be given both or neither: the direct transport needs both")
-    if arguments.feast is None:
+    if address is None:
         return None
-    models = CachedModels(Triton(arguments.triton), arguments.cache_mb << 20)
+    check_triton(address)
+    models = CachedModels(Triton(address), arguments.cache_mb << 20)
     telemetry.watch_cache("embeddings", models)
     return Direct(Readers(_reader_in(arguments, telemetry)), models, _now_ms, limits, telemetry)
 
@@ -195,9 +203,11 @@ def worker(arguments: argparse.Namespace) -> None:
     """Merges until a signal; then finishes its batch, commits, leaves the group and exits with 0."""
     from serving.cache import CachedModels
     from serving.exactly_once import ExactlyOnce
-    from serving.kafka import GroupInbox, Outbox, ProducerOutbox, create_topics
+    from serving.kafka import GroupInbox, Outbox, ProducerOutbox
+    from serving.reach import check_triton
     from serving.request_log import RequestLog
     from serving.shadow import Shadows
+    from serving.topics import PARTITIONS, create_topics
     from serving.triton import Triton
     from serving.worker import IN_FLIGHT, Pace, Worker
 
@@ -207,21 +217,23 @@ def worker(arguments: argparse.Namespace) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    create_topics(arguments.kafka)
+    broker, address = kafka_of(arguments), triton_of(arguments)
+    assert address is not None  # argparse asks for it
+    _warn_of_plaintext(broker, address)
+    partitions = PARTITIONS | create_topics(broker, arguments.kafka_partitions)
+    check_triton(address)
     deployments = Deployments(arguments.deployments)
     with ExitStack() as stack:
         telemetry = stack.enter_context(_telemetry(arguments, deployments))
-        triton = stack.enter_context(Triton(arguments.triton))
+        triton = stack.enter_context(Triton(address))
         inbox: GroupInbox | ExactlyOnce
         outbox: Outbox
         if arguments.exactly_once:
             instance = arguments.instance or uuid.uuid4().hex
-            inbox = outbox = stack.enter_context(ExactlyOnce(arguments.kafka, DeviceEmbeddings.TOPIC, instance))
+            inbox = outbox = stack.enter_context(ExactlyOnce(broker, DeviceEmbeddings.TOPIC, instance))
         else:
-            outbox = stack.enter_context(ProducerOutbox(arguments.kafka))
-            inbox = stack.enter_context(
-                GroupInbox(arguments.kafka, DeviceEmbeddings.TOPIC, instance=arguments.instance)
-            )
+            outbox = stack.enter_context(ProducerOutbox(broker))
+            inbox = stack.enter_context(GroupInbox(broker, DeviceEmbeddings.TOPIC, instance=arguments.instance))
         models = CachedModels(triton, arguments.cache_mb << 20)
         merging = Worker(
             inbox=inbox,
@@ -237,15 +249,21 @@ def worker(arguments: argparse.Namespace) -> None:
             telemetry=telemetry,
             sample=kept.sample,
             shadows=stack.enter_context(Shadows(triton, telemetry)),
+            reply_partitions=partitions[Predictions.TOPIC],
         )
         telemetry.watch("hybrid_worker_lag_records", lambda: inbox.lag)
         telemetry.watch_cache("embeddings", models)
+
+        def lacking() -> str | None:
+            return "no partitions" if not inbox.assigned else None if triton.ready else "triton"
+
+        telemetry.health.watch(lacking)
 
         def announce() -> None:
             gc.freeze()  # what is there by now stays: no collection need look at it again, and stop all for it
             print("ready", flush=True)
 
-        merging.run(stopping, lambda: inbox.assigned and triton.ready, announce)
+        merging.run(stopping, lambda: lacking() is None, announce)
 
 
 def _reader_in(arguments: argparse.Namespace, telemetry: Telemetry) -> Callable[[Deployment], Reader]:
@@ -356,6 +374,39 @@ def _check_exposed(arguments: argparse.Namespace) -> None:
         log.warning("what clients send, their keys too, is not encrypted: give --tls-cert, unless a proxy does it")
 
 
+def _warn_of_plaintext(broker: Broker, triton: TritonAddress | None) -> None:
+    for what, private in (("kafka", broker.private), ("triton", triton is None or triton.private)):
+        if not private:
+            log.warning(
+                "what crosses the network to --%s is not encrypted: give --%s-tls, unless a mesh does it", what, what
+            )
+
+
+def _first_partition(text: str, processes: int, hostname: str) -> int:
+    """Of the topic of answers, this gateway's first; raises ConfigError where --reply-partition names none."""
+    if text == FROM_HOSTNAME:
+        ordinal = re.search(r"-(0|[1-9][0-9]{0,8})$", hostname)
+        if ordinal is None:
+            raise ConfigError(
+                f"--reply-partition {FROM_HOSTNAME} needs a $HOSTNAME that ends in -NUMBER, as a StatefulSet's pods "
+                f"have, got {hostname!r}"
+            )
+        return int(ordinal[1]) * processes
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ConfigError(f"--reply-partition must be a number from 0 on, or {FROM_HOSTNAME}, got {text!r}")
+    return int(text)
+
+
+def _check_partitions(first: int, processes: int, partitions: int | None) -> None:
+    """Raises ConfigError where the topic of answers has not one for each process; None: nobody knows how many."""
+    last = first + processes - 1
+    if partitions is not None and last >= partitions:
+        raise ConfigError(
+            f"--reply-partition and --processes must lie in the {partitions} partitions of {Predictions.TOPIC}, one "
+            f"each, got {first} to {last}: give the topic more partitions, then restart workers and gateways"
+        )
+
+
 def _certificate(arguments: argparse.Namespace) -> tuple[tuple[bytes, bytes] | None, bytes | None]:
     """Key and chain, and the clients' CA, as PEM.
 
@@ -405,7 +456,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="process", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--deployments", type=Path, required=True, help="folder that `hybrid promote` writes")
-    common.add_argument("--kafka", required=True, metavar="HOST:PORT")
+    add_kafka(common)
+    common.add_argument(
+        "--kafka-partitions",
+        type=int,
+        metavar="N",
+        help="of the topic of requests, if it is created now: at most so many workers share it. The topic of answers "
+        "gets as many, and 8 at least",
+    )
     common.add_argument(
         "--deadline-s",
         type=_deadline,
@@ -446,12 +504,18 @@ def _parser() -> argparse.ArgumentParser:
     fronts.add_argument("--host", default="127.0.0.1")
     fronts.add_argument("--port", type=int, required=True, help="of HTTP")
     fronts.add_argument("--grpc-port", type=int, help="of gRPC; without it there is none")
-    fronts.add_argument("--reply-partition", type=int, default=0, help="of the predictions topic; one process each")
+    fronts.add_argument(
+        "--reply-partition",
+        default="0",
+        metavar="NUMBER",
+        help=f"of the predictions topic; one process each. {FROM_HOSTNAME}: the number at the end of $HOSTNAME, as a "
+        "StatefulSet's pods have it, times --processes",
+    )
     fronts.add_argument("--processes", type=int, default=1, help="on the same ports, from --reply-partition on")
     fronts.add_argument(
         "--feast", type=Path, help="folder of the feature store; for models declared transport='direct'"
     )
-    fronts.add_argument("--triton", metavar="HOST:PORT", help="Triton's gRPC endpoint; for the same")
+    add_triton(fronts, required=False)
     fronts.add_argument(
         "--bundles",
         type=Path,
@@ -472,7 +536,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_access(fronts)
     merging = commands.add_parser("worker", parents=[common], help=worker.__doc__)
     merging.add_argument("--feast", type=Path, required=True, help="folder of the feature store")
-    merging.add_argument("--triton", required=True, metavar="HOST:PORT", help="its gRPC endpoint")
+    add_triton(merging)
     merging.add_argument("--batch-ms", type=float, default=20.0, help="that a batch may take; under load it fills that")
     merging.add_argument(
         "--instance",

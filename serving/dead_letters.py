@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from hybrid.errors import Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.sealing import CannotOpen, OpeningKey
-from serving.kafka import REPLAYS, Outbox, lying_in
+from serving.connection import Broker
+from serving.kafka import Outbox, lying_in
+from serving.topics import REPLAYS
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Found:
     replayed_ms: int | None
 
 
-def find(bootstrap: str, wanted: Filter) -> Iterator[Found]:
+def find(broker: Broker, wanted: Filter) -> Iterator[Found]:
     """The letters that lie in Kafka when their topic is begun, oldest first within a topic; later ones are left out.
 
     What is in a dead topic and is no letter is passed over with a warning: anybody who may write there can put it.
@@ -86,12 +88,12 @@ def find(bootstrap: str, wanted: Filter) -> Iterator[Found]:
     Raises:
         Unavailable: Kafka does not answer.
     """
-    replays = _replays(bootstrap)
+    replays = _replays(broker)
     for topic in SOURCES:
         if wanted.topic not in (None, topic):
             continue
-        dead, partitions = DeadLetter.topic_for(topic), _partitions(bootstrap, topic)
-        for record in lying_in(bootstrap, dead):
+        dead, partitions = DeadLetter.topic_for(topic), _partitions(broker, topic)
+        for record in lying_in(broker, dead):
             letter, at_ms = _letter(record.value or b""), record.timestamp
             # One that names another place was not written by us, and must not choose where bytes go.
             if letter is None or letter.topic != topic or letter.partition not in partitions:
@@ -153,10 +155,10 @@ def replay(
             yield found, "replayed"
 
 
-def _replays(bootstrap: str) -> dict[tuple[str, str], int]:
+def _replays(broker: Broker) -> dict[tuple[str, str], int]:
     """(topic, sha256) -> when it was last replayed."""
     found = {}
-    for record in lying_in(bootstrap, REPLAYS):
+    for record in lying_in(broker, REPLAYS):
         try:
             note = Replay.model_validate_json(record.value or b"")
         except ValueError:
@@ -173,9 +175,9 @@ def _letter(value: bytes) -> DeadLetter | None:
         return None
 
 
-def _partitions(bootstrap: str, topic: str) -> set[int]:
+def _partitions(broker: Broker, topic: str) -> set[int]:
     try:
-        with closing(kafka.KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)) as consumer:
+        with closing(kafka.KafkaConsumer(enable_auto_commit=False, **broker.settings())) as consumer:
             return set(consumer.partitions_for_topic(topic) or ())
     except KafkaError as error:
         raise Unavailable(f"Kafka does not answer: {type(error).__name__}") from None

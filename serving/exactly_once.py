@@ -21,6 +21,7 @@ import kafka
 from kafka.errors import KafkaError
 
 from hybrid.errors import Unavailable
+from serving.connection import Broker
 from serving.kafka import GROUP, PRODUCER, SEND_TIMEOUT_MS, GroupInbox, Record, Upto
 
 log = logging.getLogger(__name__)
@@ -39,16 +40,16 @@ class ExactlyOnce:
     expired batch (3.0.12) it sends nothing ever again.
 
     Args:
-        bootstrap: the broker, HOST:PORT.
+        broker: where it is, and what is shown to it.
         topic: of the inbox.
         instance: name of this worker, no other's, and the same after a restart:
             then its successor ends at once what it left, else readers wait for
             the transaction's time limit, some 10 to 20 s.
     """
 
-    def __init__(self, bootstrap: str, topic: str, instance: str) -> None:
-        self._bootstrap, self._topic, self._name = bootstrap, topic, f"{GROUP}-{instance}"
-        self._inbox = GroupInbox(bootstrap, topic, instance=instance)
+    def __init__(self, broker: Broker, topic: str, instance: str) -> None:
+        self._broker, self._topic, self._name = broker, topic, f"{GROUP}-{instance}"
+        self._inbox = GroupInbox(broker, topic, instance=instance)
         self._producer: Any = None
         self._sent: list[Any] = []
         self._open = self._failed = self._paused = False
@@ -152,7 +153,7 @@ class ExactlyOnce:
         """
         self._close()
         producer = kafka.KafkaProducer(
-            bootstrap_servers=self._bootstrap,
+            **self._broker.settings(),
             transactional_id=self._name,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             retry_backoff_ms=RETRY_BACKOFF_MS,

@@ -34,6 +34,7 @@ from hybrid.tracing import TRACEPARENT
 from serving import oip, openapi
 from serving.access import Access, error_headers
 from serving.bundles import Bundles
+from serving.connection import Broker
 from serving.deployments import Deployments
 from serving.direct import Direct
 from serving.exchange import Exchange, Limits
@@ -252,7 +253,7 @@ class _Door:
 
 
 def over_kafka(
-    bootstrap: str,
+    broker: Broker,
     reply_partition: int,
     deployments: Deployments,
     now_ms: Callable[[], int],
@@ -273,7 +274,7 @@ def over_kafka(
     It connects while the application starts.
 
     Args:
-        bootstrap: the broker, HOST:PORT.
+        broker: where Kafka is, and what is shown to it.
         reply_partition: of the predictions topic; no other gateway may have it.
         deployments: what is served.
         now_ms: Unix time in milliseconds, UTC.
@@ -289,7 +290,7 @@ def over_kafka(
         exactly_once: whether answers are read once they are committed; as the workers'.
     """
     pa.array([""])  # looks for pandas, for a second that the first request would wait
-    outbox = ThreadedOutbox(bootstrap)
+    outbox = ThreadedOutbox(broker)
 
     def send(message: DeviceEmbeddings, traces: Sequence[str], on_failure: Callable[[], None]) -> None:
         outbox.send(message.TOPIC, message.to_bytes(), message.request_id[0].tobytes(), on_failure, traces)
@@ -299,7 +300,7 @@ def over_kafka(
         _receive(record, outbox, exchange, key, telemetry)
 
     exchange = Exchange(send, reply_partition, now_ms, limits)
-    tail = Tail(bootstrap, Predictions.TOPIC, reply_partition, receive, committed=exactly_once)
+    tail = Tail(broker, Predictions.TOPIC, reply_partition, receive, committed=exactly_once)
     telemetry.watch("hybrid_gateway_rows_in_flight", lambda: exchange.in_flight)
     telemetry.watch("hybrid_gateway_queue_rows", lambda: exchange.queued)
     telemetry.watch("hybrid_gateway_outbox_records", lambda: outbox.waiting)
@@ -314,6 +315,7 @@ def over_kafka(
     def ready() -> bool:
         return outbox.ready and tail.ready and (direct is None or direct.ready)
 
+    telemetry.health.watch(lambda: None if ready() else "kafka")
     gateway = Gateway(deployments, ask, ready, access or Access(), telemetry=telemetry, bundles=bundles, later=later)
 
     @asynccontextmanager

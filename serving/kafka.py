@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import kafka
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaError
 
 from hybrid.errors import Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.tracing import MAX_TRACES, TRACEPARENT
+from serving.connection import Broker
 
 if TYPE_CHECKING:
     from hybrid.sealing import SealingKey
@@ -30,18 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROUP = "hybrid-merge-worker"
-REPLAYS = "hybrid.dead-letter-replays.v1"  # what was sent again; see `serving.dead_letters`
-PARTITIONS = {
-    DeviceEmbeddings.TOPIC: 4,
-    Predictions.TOPIC: 8,
-    DeadLetter.topic_for(DeviceEmbeddings.TOPIC): 1,
-    DeadLetter.topic_for(Predictions.TOPIC): 1,
-    REPLAYS: 1,
-}
-# A topic is deleted by whole segments, so hourly retention needs segments shorter than an hour.
-TOPIC_CONFIG = {"retention.ms": "3600000", "segment.ms": "600000", "message.timestamp.type": "CreateTime"}
-# Letters wait for somebody to mend what was wrong, for a week; a flood of poison must not fill the disk meanwhile.
-DEAD_CONFIG = TOPIC_CONFIG | {"retention.ms": "604800000", "segment.ms": "86400000", "retention.bytes": str(1 << 30)}
 SEND_TIMEOUT_MS = 5_000
 LISTING_POLL_MS = 500
 COMMIT_S = 0.1  # between two commits; a killed worker's rows of that time are answered twice
@@ -115,22 +104,7 @@ class Outbox(Protocol):
         """
 
 
-def create_topics(bootstrap: str) -> None:
-    """Creates the topics of serving that are absent."""
-    admin = kafka.KafkaAdminClient(bootstrap_servers=bootstrap)
-    try:
-        for topic in sorted(set(PARTITIONS) - set(admin.list_topics())):
-            try:
-                configs = DEAD_CONFIG if topic == REPLAYS or topic.endswith(".dead") else TOPIC_CONFIG
-                settings = {"num_partitions": PARTITIONS[topic], "configs": configs}
-                admin.create_topics({topic: settings}, wait_for_metadata=True)
-            except TopicAlreadyExistsError:
-                log.info("topic %s was created meanwhile", topic)
-    finally:
-        admin.close()
-
-
-def lying_in(bootstrap: str, topic: str) -> Iterator[Any]:
+def lying_in(broker: Broker, topic: str) -> Iterator[Any]:
     """kafka-python's records that lie in a topic now, without those of transactions that are not committed.
 
     Yields nothing where there is no such topic.
@@ -140,7 +114,7 @@ def lying_in(bootstrap: str, topic: str) -> Iterator[Any]:
     """
     try:
         with closing(
-            kafka.KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed")
+            kafka.KafkaConsumer(enable_auto_commit=False, isolation_level="read_committed", **broker.settings())
         ) as consumer:
             partitions = [kafka.TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or ())]
             consumer.assign(partitions)
@@ -159,20 +133,21 @@ class GroupInbox:
     One thread uses it; kafka-python fetches ahead and keeps up the membership in another.
 
     Args:
-        bootstrap: the broker, HOST:PORT.
+        broker: where it is, and what is shown to it.
         topic: what to read.
         instance: names this worker and no other: one that restarts within 6 s under its name keeps its share.
     """
 
-    def __init__(self, bootstrap: str, topic: str, instance: str | None = None) -> None:
+    def __init__(self, broker: Broker, topic: str, instance: str | None = None) -> None:
         self._topic = topic
         self._lag: int | None = None
+        self._assigned = False
         self._next: dict[Any, int] = {}  # offset that the next poll may bring, of each partition
         self._done: dict[Any, Any] = {}  # not committed yet
         self._sent: dict[Any, Any] = {}  # the last commit of each partition, on its way or noted
         self._committed_s = 0.0
         self._consumer = kafka.KafkaConsumer(
-            bootstrap_servers=bootstrap,
+            **broker.settings(),
             group_id=GROUP,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -196,8 +171,8 @@ class GroupInbox:
 
     @property
     def assigned(self) -> bool:
-        """Whether the group gave this consumer a share."""
-        return bool(self._consumer.assignment())
+        """Whether the group had given this consumer a share when it polled last; threads may ask."""
+        return self._assigned
 
     def membership(self) -> Any:
         """What a transaction needs to know of this member of the group."""
@@ -219,6 +194,7 @@ class GroupInbox:
         """By what was polled; where nothing was, by the consumer's position, which it may have to ask for."""
         known = self._next | {kafka.TopicPartition(self._topic, r.partition): r.offset + 1 for r in found}
         share = self._consumer.assignment()
+        self._assigned = bool(share)
         for place in share - known.keys():
             with suppress(KafkaError):
                 if self._consumer.highwater(place) is not None:  # something was fetched, so there is a position
@@ -276,7 +252,7 @@ class GroupInbox:
         self._next.clear()
         try:
             for partition in self._consumer.assignment():
-                committed = self._consumer.committed(partition)
+                committed = self._consumer.committed(partition, timeout_ms=SEND_TIMEOUT_MS)
                 if committed is None:
                     self._consumer.seek_to_beginning(partition)
                 else:
@@ -288,8 +264,8 @@ class GroupInbox:
 class ProducerOutbox:
     """A producer that knows whether everything sent has arrived. Threads may share it."""
 
-    def __init__(self, bootstrap: str) -> None:
-        self._producer = _producer(bootstrap, Predictions.TOPIC)
+    def __init__(self, broker: Broker) -> None:
+        self._producer = _producer(broker, Predictions.TOPIC)
         self._sent: dict[int, list[Any]] = defaultdict(list)  # by thread
 
     def __enter__(self) -> Self:
@@ -329,12 +305,12 @@ class ThreadedOutbox:
     """Sends from a thread of its own, so that a slow broker never holds up the event loop.
 
     Args:
-        bootstrap: the broker, HOST:PORT.
+        broker: where it is, and what is shown to it.
         capacity: records that may wait; more are refused.
     """
 
-    def __init__(self, bootstrap: str, capacity: int = 10_000) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, broker: Broker, capacity: int = 10_000) -> None:
+        self._broker = broker
         self._waiting: queue.Queue[_Sending | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="kafka-outbox", daemon=True)
         self._connected = threading.Event()
@@ -394,7 +370,7 @@ class ThreadedOutbox:
                 item.on_failure()
 
     def _send_all(self) -> None:
-        producer = _producer(self._bootstrap, DeviceEmbeddings.TOPIC)
+        producer = _producer(self._broker, DeviceEmbeddings.TOPIC)
         self._connected.set()
         while (item := self._waiting.get()) is not None:
             headers = [(TRACEPARENT, trace.encode()) for trace in item.traces]
@@ -411,7 +387,7 @@ class Tail:
     """One partition read from its end on, in a thread of its own.
 
     Args:
-        bootstrap: the broker, HOST:PORT.
+        broker: where it is, and what is shown to it.
         topic, partition: what to read.
         on_record: called in that thread for each record.
         committed: leaves out what belongs to transactions that are not, or not yet, committed.
@@ -419,14 +395,14 @@ class Tail:
 
     def __init__(
         self,
-        bootstrap: str,
+        broker: Broker,
         topic: str,
         partition: int,
         on_record: Callable[[Record], None],
         *,
         committed: bool = False,
     ) -> None:
-        self._bootstrap = bootstrap
+        self._broker = broker
         self._isolation = "read_committed" if committed else "read_uncommitted"
         self._partition = kafka.TopicPartition(topic, partition)
         self._on_record = on_record
@@ -460,7 +436,7 @@ class Tail:
 
     def _read_all(self) -> None:
         consumer = kafka.KafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._broker.settings(),
             enable_auto_commit=False,
             isolation_level=self._isolation,
             metrics_enabled=False,
@@ -478,10 +454,10 @@ class Tail:
             consumer.close()
 
 
-def _producer(bootstrap: str, topic: str) -> Any:
+def _producer(broker: Broker, topic: str) -> Any:
     """A producer that knows where `topic` lies, so that its first record does not wait for that."""
     producer = kafka.KafkaProducer(
-        bootstrap_servers=bootstrap,
+        **broker.settings(),
         # Repeats are told by their request ids. kafka-python's own idempotence (3.0.12) sends nothing ever again
         # once a batch that was tried has expired, as it does in any outage longer than the time limit below.
         enable_idempotence=False,

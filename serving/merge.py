@@ -33,7 +33,8 @@ from hybrid.errors import (
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.protocol import CACHED, CONSTANT, DEVICE_ONLY, NONE, OK, SERVER_ONLY, answered
 from serving.exchange import DEADLINE_S, MAX_RECORD_BYTES
-from serving.kafka import PARTITIONS, Record
+from serving.kafka import Record
+from serving.topics import PARTITIONS
 from serving.triton import Models
 
 if TYPE_CHECKING:
@@ -185,20 +186,26 @@ class Merged:
 Sample = Callable[[Batch, Joined, NDArray[np.float32], int], None]  # batch, joined, predictions, when
 
 
-def decode(records: Sequence[Record], find: Find, key: SealingKey | None = None) -> Decoded:
+def decode(
+    records: Sequence[Record],
+    find: Find,
+    key: SealingKey | None = None,
+    reply_partitions: int = PARTITIONS[Predictions.TOPIC],
+) -> Decoded:
     """Bytes -> rows, merged by deployment; nothing is checked again after this but single values.
 
     Args:
         records: polled together.
         find: (model, version) -> the deployment that answers, if there is one.
         key: seals the bytes of records that cannot be read.
+        reply_partitions: of the topic of answers: a record that asks for another cannot be answered.
     """
     parts: dict[tuple[str, int], list[_Traced]] = defaultdict(list)
     refused: list[Predictions] = []
     dead: list[DeadLetter] = []
     for record in records:
         try:
-            message = _readable(record)
+            message = _readable(record, reply_partitions)
         except BadMessage as error:
             dead.append(record.dead_letter(error, key))
             continue
@@ -447,10 +454,10 @@ def refusals(message: DeviceEmbeddings, reason: str) -> list[Predictions]:
     ]
 
 
-def _readable(record: Record) -> DeviceEmbeddings:
+def _readable(record: Record, reply_partitions: int) -> DeviceEmbeddings:
     message = DeviceEmbeddings.from_bytes(record.value)
-    if not 0 <= message.reply_partition < PARTITIONS[Predictions.TOPIC]:
-        raise BadMessage(f"reply_partition must be below {PARTITIONS[Predictions.TOPIC]}", "bad_reply_partition")
+    if not 0 <= message.reply_partition < reply_partitions:
+        raise BadMessage(f"reply_partition must be below {reply_partitions}", "bad_reply_partition")
     if len(message.model.encode()) > MAX_NAME_BYTES:
         raise BadMessage(f"the model's name must have at most {MAX_NAME_BYTES} bytes", "name_too_long")
     return message

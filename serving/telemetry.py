@@ -28,6 +28,7 @@ from hybrid.http import TimedHttp, listening
 from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.protocol import NONE, OK
 from hybrid.tracing import Span, Tracer
+from serving.health import Health, with_health
 
 # Where Feast was imported first, it has asked for values that processes share in files; ours are one process's.
 values.ValueClass = values.MutexValue
@@ -163,12 +164,16 @@ class Telemetry:
     Args:
         tracer: None: no spans.
         served: -> the (model, version) pairs that are served now.
+
+    Attributes:
+        health: of the process, told where its metrics are.
     """
 
     def __init__(
         self, tracer: Tracer | None = None, served: Callable[[], Iterable[tuple[str, int]]] = lambda: ()
     ) -> None:
         self.registry = registry = CollectorRegistry()
+        self.health = Health()
         self._tracer = tracer
         self._live = _Live(served)
         registry.register(self._live)
@@ -306,7 +311,7 @@ class Telemetry:
 
     @contextmanager
     def exposed(self, port: int | None, host: str = "127.0.0.1") -> Iterator[int | None]:
-        """Answers `GET /metrics` there, from a thread of its own; does nothing where `port` is None.
+        """Answers `GET /metrics` there, and probes, from a thread of its own; does nothing where `port` is None.
 
         Yields:
             The port; another than 0.
@@ -321,7 +326,7 @@ class Telemetry:
         options: dict[str, Any] = {"http": TimedHttp, "lifespan": "off", "limit_concurrency": SCRAPERS}
         with ExitStack() as stack:
             try:
-                app = make_asgi_app(self.registry)
+                app = with_health(make_asgi_app(self.registry), self.health)
                 bound = stack.enter_context(listening(app, host, port, name="metrics", **options))
             except ConfigError as error:
                 raise ConfigError(f"--metrics-port must be a free port, got {port}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -12,7 +13,9 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 
 from hybrid.errors import Unavailable
+from serving.connection import Token, TritonAddress
 
+log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 FIRST_PAUSE_S = 0.02
 
@@ -41,15 +44,17 @@ class Triton:
     """A Triton server; Kafka's topics are at least once, so a repeated call does no harm.
 
     Args:
-        address: its gRPC endpoint, HOST:PORT.
+        address: its gRPC endpoint, and what is shown to it.
         timeout_s: of one call, all its retries included, at most.
     """
 
-    def __init__(self, address: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, address: TritonAddress, timeout_s: float = 2.0) -> None:
         self._timeout_s = timeout_s
+        self._token = None if address.token_file is None else Token(address.token_file)
+        self._lacking: str | None = None
         # Pings only while a call waits: Triton closes connections that ping when idle.
         keepalive = triton.KeepAliveOptions(keepalive_time_ms=30_000, keepalive_timeout_ms=5_000)
-        self._client = triton.InferenceServerClient(address, keepalive_options=keepalive)
+        self._client = triton.InferenceServerClient(keepalive_options=keepalive, **address.settings())
 
     def __enter__(self) -> Self:
         return self
@@ -59,11 +64,16 @@ class Triton:
 
     @property
     def ready(self) -> bool:
-        """Whether the server and all its models answer."""
+        """Whether the server and all its models answer; why not is logged once for each reason."""
         try:
-            return bool(self._client.is_server_ready(client_timeout=self._timeout_s))
-        except triton.InferenceServerException:
-            return False
+            ready = self._client.is_server_ready(headers=self._headers(), client_timeout=self._timeout_s)
+            lacking = None if ready else "not all models are loaded"
+        except triton.InferenceServerException as error:
+            lacking = str(error.status())
+        if lacking is not None and lacking != self._lacking:
+            log.warning("Triton is not ready: %s", lacking)
+        self._lacking = lacking
+        return lacking is None
 
     def infer(
         self, model: str, version: int, inputs: Mapping[str, Float32], output: str, until_s: float = math.inf
@@ -77,13 +87,18 @@ class Triton:
             if left_s <= 0:
                 raise Unavailable(f"Triton model {model!r} version {version} was not asked: no time is left")
             try:
-                answer = self._client.infer(model, tensors, str(version), outputs=wanted, client_timeout=left_s)
+                answer = self._client.infer(
+                    model, tensors, str(version), outputs=wanted, headers=self._headers(), client_timeout=left_s
+                )
                 return answer.as_numpy(output)  # type: ignore[no-any-return]
             except triton.InferenceServerException as error:
                 if error.status() != "StatusCode.UNAVAILABLE" or time.monotonic() + pause_s >= deadline:
                     raise Unavailable(f"Triton model {model!r} version {version} failed: {error.status()}") from None
             time.sleep(pause_s)
             pause_s *= 2
+
+    def _headers(self) -> dict[str, str] | None:
+        return None if self._token is None else self._token.headers()
 
 
 def _tensor(name: str, values: Float32) -> triton.InferInput:

@@ -25,6 +25,7 @@ from serving.merge import Batch, Joined, Reader, Sample, decode, merge, within_l
 from serving.readers import Readers
 from serving.shadow import Shadows
 from serving.telemetry import Step, Telemetry
+from serving.topics import PARTITIONS
 from serving.triton import Float32, Models
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Worker:
         telemetry: counts, times and traces.
         sample: called with each batch that was predicted.
         shadows: run beside the default; None: none does.
+        reply_partitions: of the topic of answers.
     """
 
     def __init__(
@@ -125,11 +127,13 @@ class Worker:
         telemetry: Telemetry | None = None,
         sample: Sample = lambda *_: None,
         shadows: Shadows | None = None,
+        reply_partitions: int = PARTITIONS[Predictions.TOPIC],
     ) -> None:
         self._inbox, self._outbox, self._deployments = inbox, outbox, deployments
         self._readers, self._models, self._now_ms = Readers(open_reader), models, now_ms
         self._deadline_s, self._key = deadline_s, key
         self._telemetry, self._sample, self._shadows = telemetry or Telemetry(), sample, shadows
+        self._reply_partitions = reply_partitions
         self._in_flight, self._pace = in_flight, pace or Pace()
         self._flights: deque[_Flight] = deque()
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="merge")
@@ -139,7 +143,8 @@ class Worker:
 
     def run(self, stopping: threading.Event, ready: Callable[[], bool], announce: Callable[[], None]) -> None:
         """Works until `stopping` is set, then finishes what it has taken; calls `announce` once `ready`."""
-        announced = False
+        announced, health = False, self._telemetry.health
+        health.begin()
         self._readers.warm_up(self._deployments.current, self._models, self._now_ms())
         while not stopping.is_set():
             try:
@@ -147,6 +152,7 @@ class Worker:
             except Unavailable as error:
                 log.error("%s; the records will be tried again", error)
                 stopping.wait(PAUSE_S)
+            health.beat()
             if not announced and ready():
                 announced = True
                 announce()
@@ -223,7 +229,7 @@ class Worker:
         """
         begun = time.perf_counter()
         with step.stage("decode"):
-            decoded = decode(records, self._find, self._key)
+            decoded = decode(records, self._find, self._key, self._reply_partitions)
         merged: list[tuple[Batch, Joined]] = []
         parts = (self._merge(batch, step, merged) for batch in decoded.batches)
         answers = [*decoded.refused, *(answer for part in parts for answer in part)]

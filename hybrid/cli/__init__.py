@@ -19,11 +19,13 @@ from hybrid.cli import (
     buffer,
     console,
     dead_letters,
+    doctor,
     drift,
     evaluate,
     features,
     fleet,
     funnel,
+    migrate,
     models,
     page,
     population,
@@ -69,6 +71,8 @@ GROUPS = (
     skew,
     drift,
     funnel,
+    doctor,
+    migrate,
 )
 
 

@@ -17,6 +17,7 @@ from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
+    from serving.connection import Broker
     from serving.dead_letters import Filter, Found
 
 app = typer.Typer()
@@ -33,6 +34,21 @@ PRIVATE, PUBLIC = "dead-letters.pem", "dead-letters.pub"
 
 Kafka = Annotated[
     str | None, typer.Option("--kafka", metavar="HOST:PORT", help="Default: $HYBRID_KAFKA, or the local stack's.")
+]
+Tls = Annotated[bool, typer.Option("--kafka-tls", help="Encrypt, and check the broker's certificate.")]
+Authority = Annotated[
+    Path | None, typer.Option("--kafka-ca", metavar="FILE", help="Of that certificate, PEM; else the usual ones.")
+]
+Certificate = Annotated[
+    Path | None, typer.Option("--kafka-cert", metavar="FILE", help="Chain shown to the broker, PEM.")
+]
+Key = Annotated[Path | None, typer.Option("--kafka-key", metavar="FILE", help="Its private key, PEM.")]
+Sasl = Annotated[
+    str | None, typer.Option("--kafka-sasl", metavar="MECHANISM", help="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.")
+]
+Username = Annotated[str | None, typer.Option("--kafka-username", metavar="NAME", help="For it.")]
+Password = Annotated[
+    Path | None, typer.Option("--kafka-password-file", metavar="FILE", help="For it; this user's alone.")
 ]
 Topic = Annotated[str | None, typer.Option(help="Only records of this topic, such as hybrid.device-embeddings.v1.")]
 Reason = Annotated[str | None, typer.Option(help="Only this reason code, such as unreadable.")]
@@ -67,6 +83,13 @@ def keygen(
 def list_letters(
     *,
     kafka: Kafka = None,
+    kafka_tls: Tls = False,
+    kafka_ca: Authority = None,
+    kafka_cert: Certificate = None,
+    kafka_key: Key = None,
+    kafka_sasl: Sasl = None,
+    kafka_username: Username = None,
+    kafka_password_file: Password = None,
     topic: Topic = None,
     reason: Reason = None,
     since: Since = None,
@@ -81,8 +104,13 @@ def list_letters(
     Example: hybrid dead-letters list --reason unreadable --since 2026-03-01
     """
     from serving.dead_letters import find
+    from serving.topics import check_access
 
-    letters = [_shown(found) for found in islice(find(_broker(kafka), _filter(topic, reason, since, until)), limit)]
+    shown = kafka_tls, kafka_ca, kafka_cert, kafka_key, kafka_sasl, kafka_username, kafka_password_file
+    broker, wanted = _broker(kafka, *shown), _filter(topic, reason, since, until)
+    check_access(broker)
+    found = find(broker, wanted)
+    letters = [_shown(each) for each in islice(found, limit)]
     _print(letters, as_json=as_json)
 
 
@@ -90,6 +118,13 @@ def list_letters(
 def replay(
     *,
     kafka: Kafka = None,
+    kafka_tls: Tls = False,
+    kafka_ca: Authority = None,
+    kafka_cert: Certificate = None,
+    kafka_key: Key = None,
+    kafka_sasl: Sasl = None,
+    kafka_username: Username = None,
+    kafka_password_file: Password = None,
     key: Annotated[
         Path | None,
         typer.Option(
@@ -117,10 +152,12 @@ def replay(
     """
     from hybrid.sealing import OpeningKey
     from serving import dead_letters
-    from serving.kafka import ProducerOutbox, create_topics
+    from serving.kafka import ProducerOutbox
+    from serving.topics import create_topics
 
     default = os.environ.get("HYBRID_DEAD_LETTER_PRIVATE_KEY") or Workspace.current().keys / PRIVATE
-    broker, wanted = _broker(kafka), _filter(topic, reason, since, until)
+    shown = kafka_tls, kafka_ca, kafka_cert, kafka_key, kafka_sasl, kafka_username, kafka_password_file
+    broker, wanted = _broker(kafka, *shown), _filter(topic, reason, since, until)
     opening = OpeningKey.read(key or Path(default))
     done: list[dict[str, Any]] = []
     create_topics(broker)
@@ -133,16 +170,18 @@ def replay(
         raise typer.Exit(1)
 
 
-def _broker(given: str | None) -> str:
+def _broker(given: str | None, *shown: Any) -> Broker:
+    """Where it is, with what is shown to it: the rest of a `Broker`."""
     from hybrid.local import stack
+    from serving.connection import Broker
 
-    if broker := given or os.environ.get("HYBRID_KAFKA"):
-        return broker
+    if bootstrap := given or os.environ.get("HYBRID_KAFKA"):
+        return Broker(bootstrap, *shown)
     state = stack.status(Workspace.current())
     ports = {use: port for server in state.servers for use, port in server.ports.items()} if state else {}
     if "kafka" not in ports:
         raise ConfigError("--kafka must name the broker as HOST:PORT: the local stack is not up")
-    return f"127.0.0.1:{ports['kafka']}"
+    return Broker(f"127.0.0.1:{ports['kafka']}", *shown)
 
 
 def _filter(topic: str | None, reason: str | None, since: datetime | None, until: datetime | None) -> Filter:

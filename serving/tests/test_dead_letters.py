@@ -7,9 +7,10 @@ from hybrid.errors import Unavailable
 from hybrid.messages import BadMessage, DeadLetter
 from hybrid.sealing import OpeningKey, SealingKey, generate
 from serving import dead_letters
+from serving.connection import Broker
 from serving.dead_letters import Filter, Found, Replay, find, replay
-from serving.kafka import REPLAYS
 from serving.testing import MemoryTopic
+from serving.topics import REPLAYS
 
 TOPIC = "hybrid.device-embeddings.v1"
 
@@ -110,6 +111,6 @@ def test_what_anybody_put_among_the_letters_is_passed_over(monkeypatch, caplog):
     lying = {topic: [SimpleNamespace(value=v, timestamp=5) for v in values] for topic, values in topics.items()}
     monkeypatch.setattr(dead_letters, "lying_in", lambda _, topic: lying.get(topic, []))
     monkeypatch.setattr(dead_letters, "_partitions", lambda *_: {0, 1, 2, 3})
-    assert list(find("127.0.0.1:1", Filter())) == [Found(good, 5, 9)]
+    assert list(find(Broker("127.0.0.1:1"), Filter())) == [Found(good, 5, 9)]
     assert caplog.text.count("is not a dead letter") == 4
     assert caplog.text.count("is not a replay") == 1

@@ -6,7 +6,7 @@ import pytest
 from kafka.errors import KafkaTimeoutError, ProducerFencedError
 
 from hybrid.errors import Unavailable
-from serving import exactly_once
+from serving import connection, exactly_once
 from serving.exactly_once import ExactlyOnce, within
 from serving.kafka import Record
 
@@ -85,7 +85,7 @@ def broker(monkeypatch):
 
 @pytest.fixture
 def ends(broker):
-    ends = ExactlyOnce("127.0.0.1:1", TOPIC, "w1")
+    ends = ExactlyOnce(connection.Broker("127.0.0.1:1"), TOPIC, "w1")
     ends._renew()
     return ends
 

@@ -9,6 +9,7 @@ from kafka.errors import KafkaConnectionError, TopicAuthorizationFailedError
 
 from hybrid.errors import Unavailable
 from serving import kafka
+from serving.connection import Broker
 from serving.gateway import _watch
 from serving.kafka import GroupInbox, ThreadedOutbox
 
@@ -23,7 +24,7 @@ def outbox(monkeypatch):
         raise RuntimeError("secret")
 
     monkeypatch.setattr(kafka, "_producer", producer)
-    outbox = ThreadedOutbox("127.0.0.1:1", capacity=1)
+    outbox = ThreadedOutbox(Broker("127.0.0.1:1"), capacity=1)
     outbox.die = die
     return outbox
 
@@ -91,7 +92,7 @@ class Consumer:
     def commit(self, offsets, timeout_ms):
         self.commit_async(offsets, None)
 
-    def committed(self, partition):
+    def committed(self, partition, timeout_ms):
         self.calls.append("committed")
         return 7
 
@@ -119,7 +120,7 @@ def inbox(monkeypatch, clock):
     """With partitions 0 and 1."""
     consumer = Consumer(0, 1)
     monkeypatch.setattr(kafka.kafka, "KafkaConsumer", lambda **_: consumer)
-    inbox = GroupInbox("127.0.0.1:1", "t")
+    inbox = GroupInbox(Broker("127.0.0.1:1"), "t")
     inbox.consumer = consumer
     return inbox
 

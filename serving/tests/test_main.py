@@ -9,6 +9,7 @@ import pytest
 from hybrid.errors import ConfigError
 from serving import __main__ as command_line
 from serving.access import ApiKeys, Tokens
+from serving.connection import Broker, TritonAddress
 
 KAFKA = "127.0.0.1:1"  # nobody listens; what is tested here is found before
 
@@ -88,10 +89,11 @@ def test_a_certificate_needs_its_key_and_both_must_be_there(wrong):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--processes", "9"], "must lie in 0 to 7, one partition each, got 0 to 8"),
-        (["--processes", "2", "--reply-partition", "7"], "got 7 to 8"),
-        (["--processes", "0"], "must lie in"),
-        (["--reply-partition", "-1"], "must lie in"),
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--reply-partition", "-1"], "--reply-partition must be a number from 0 on, or from-hostname, got '-1'"),
+        (["--kafka-ca", "ca"], "--kafka-ca needs --kafka-tls"),
+        (["--triton-ca", "ca"], "--triton-ca needs --triton HOST:PORT"),
+        (["--kafka-partitions", "0"], "--kafka-partitions must be at least 1, got 0"),
         (["--host", "0.0.0.0"], "clients must be known"),
         (["--bundles", "/nowhere"], "bundles' folder must be one that is there, got '/nowhere'"),
         (["--results", "/dev/null/nowhere"], "results' folder must be one that can be written"),
@@ -104,6 +106,36 @@ def test_what_cannot_be_is_said_before_anything_starts(arguments, message):
     """Partitions that are not there, an open door, and a second process whose metrics have no port."""
     with pytest.raises(ConfigError, match=message):
         command_line.gateway(parse(*arguments))
+
+
+def test_a_pod_of_a_stateful_set_has_the_partitions_of_its_ordinal():
+    """Three pods of two processes: 0 and 1, 2 and 3, 4 and 5. A Deployment's pod has no ordinal."""
+    first = command_line._first_partition
+    assert [first("from-hostname", 2, f"gateway-{ordinal}") for ordinal in range(3)] == [0, 2, 4]
+    assert first("7", 2, "") == 7
+    for name in ("", "gateway", "gateway-5f6c-x2k9p", "gateway-01", "gateway-1 "):
+        with pytest.raises(ConfigError, match=r"from-hostname needs a \$HOSTNAME that ends in -NUMBER"):
+            first("from-hostname", 1, name)
+
+
+def test_every_process_of_a_gateway_needs_a_partition_that_is_there():
+    """The topic says how many there are; where it may not be looked at, nobody knows."""
+    check = command_line._check_partitions
+    check(6, 2, 8)
+    check(100, 1, None)
+    with pytest.raises(ConfigError, match=r"lie in the 8 partitions of hybrid\.predictions\.v1, .* got 7 to 8"):
+        check(7, 2, 8)
+
+
+def test_what_crosses_a_network_in_plaintext_is_warned_of(caplog):
+    """A mesh may encrypt it, so it is no error."""
+    warn = command_line._warn_of_plaintext
+    warn(Broker("127.0.0.1:9092"), TritonAddress("localhost:8001"))
+    warn(Broker("kafka.example:9092", tls=True), TritonAddress("triton.example:8001", tls=True))
+    warn(Broker("kafka.example:9092", tls=True), None)
+    assert caplog.text == ""
+    warn(Broker("kafka.example:9092"), TritonAddress("triton.example:8001"))
+    assert ["give --kafka-tls" in caplog.text, "give --triton-tls" in caplog.text] == [True, True]
 
 
 def test_a_taken_port_is_said_also_where_processes_share_it():

@@ -8,6 +8,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from hybrid.errors import Unavailable
+from serving.connection import TritonAddress
 from serving.triton import Triton
 
 
@@ -49,7 +50,7 @@ def double(triton, until_s=math.inf):
 def test_a_call_gives_the_output_and_retries_only_what_is_unavailable(server):
     """UNAVAILABLE twice, then an answer: three calls."""
     server.failures = [grpc.StatusCode.UNAVAILABLE] * 2
-    with Triton(server.address) as triton:
+    with Triton(TritonAddress(server.address)) as triton:
         assert triton.ready
         assert double(triton) == [[2.0, 4.0]]
     assert server.calls == 3
@@ -58,7 +59,7 @@ def test_a_call_gives_the_output_and_retries_only_what_is_unavailable(server):
 def test_any_other_failure_is_not_tried_again(server):
     """INVALID_ARGUMENT would fail again."""
     server.failures = [grpc.StatusCode.INVALID_ARGUMENT] * 2
-    with Triton(server.address) as triton, pytest.raises(Unavailable, match="INVALID_ARGUMENT"):
+    with Triton(TritonAddress(server.address)) as triton, pytest.raises(Unavailable, match="INVALID_ARGUMENT"):
         double(triton)
     assert server.calls == 1
 
@@ -67,7 +68,7 @@ def test_all_retries_together_stay_within_the_time_limit(server):
     """A server that is always unavailable is given up after 0.2 s."""
     server.failures = [grpc.StatusCode.UNAVAILABLE] * 1000
     started = time.monotonic()
-    with Triton(server.address, timeout_s=0.2) as triton, pytest.raises(Unavailable):
+    with Triton(TritonAddress(server.address), timeout_s=0.2) as triton, pytest.raises(Unavailable):
         double(triton)
     assert time.monotonic() - started < 2
 
@@ -75,13 +76,16 @@ def test_all_retries_together_stay_within_the_time_limit(server):
 def test_a_server_that_does_not_answer_is_given_up(server):
     """Half a second is longer than 0.1 s."""
     server.delay_s = 0.5
-    with Triton(server.address, timeout_s=0.1) as triton, pytest.raises(Unavailable, match="DEADLINE_EXCEEDED"):
+    with (
+        Triton(TritonAddress(server.address), timeout_s=0.1) as triton,
+        pytest.raises(Unavailable, match="DEADLINE_EXCEEDED"),
+    ):
         double(triton)
 
 
 def test_a_call_ends_when_nobody_waits_for_it_any_more(server):
     """0.1 s are left of 30: a server that takes half a second is given up, one that is unavailable not tried on."""
-    with Triton(server.address, timeout_s=30) as triton:
+    with Triton(TritonAddress(server.address), timeout_s=30) as triton:
         assert double(triton, time.monotonic() + 30) == [[2.0, 4.0]]
         server.delay_s, started = 0.5, time.monotonic()
         with pytest.raises(Unavailable, match="DEADLINE_EXCEEDED"):
@@ -94,14 +98,14 @@ def test_a_call_ends_when_nobody_waits_for_it_any_more(server):
 
 def test_a_call_for_which_no_time_is_left_is_not_made(server):
     """The server is not asked at all."""
-    with Triton(server.address) as triton, pytest.raises(Unavailable, match="no time is left"):
+    with Triton(TritonAddress(server.address)) as triton, pytest.raises(Unavailable, match="no time is left"):
         double(triton, time.monotonic())
     assert server.calls == 0
 
 
 def test_a_server_that_is_not_there_is_not_ready():
     """Port 1 of the loopback listens to nobody."""
-    with Triton("127.0.0.1:1", timeout_s=0.5) as triton:
+    with Triton(TritonAddress("127.0.0.1:1"), timeout_s=0.5) as triton:
         assert not triton.ready
         with pytest.raises(Unavailable):
             double(triton)
