@@ -68,12 +68,11 @@ def _log() -> None:
 
 def gateway(arguments: argparse.Namespace) -> None:
     """Serves HTTP, and gRPC, until a signal; then finishes what waits and exits with 0, or with 1 if Kafka was lost."""
+    from serving.reach import check_triton
     from serving.topics import create_topics
 
     if arguments.processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
-    if arguments.kafka_partitions is not None and arguments.kafka_partitions < 1:
-        raise ConfigError(f"--kafka-partitions must be at least 1, got {arguments.kafka_partitions}")
     hostname = os.environ.get("HOSTNAME", "")
     first = arguments.reply_partition = _first_partition(arguments.reply_partition, arguments.processes, hostname)
     broker, triton = kafka_of(arguments), triton_of(arguments)
@@ -91,6 +90,8 @@ def gateway(arguments: argparse.Namespace) -> None:
     _warn_of_plaintext(broker, triton)
     partitions = create_topics(broker, arguments.kafka_partitions)
     _check_partitions(first, arguments.processes, partitions.get(Predictions.TOPIC))
+    if triton is not None:
+        check_triton(triton)
     if arguments.processes == 1:
         serve(arguments, first)
     else:
@@ -184,7 +185,6 @@ def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry)
     """The direct transport, where the gateway is told of a feature store and of Triton."""
     from serving.cache import CachedModels
     from serving.direct import Direct
-    from serving.reach import check_triton
     from serving.readers import Readers
     from serving.triton import Triton
 
@@ -193,7 +193,6 @@ def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry)
         raise ConfigError("--feast and --triton must be given both or neither: the direct transport needs both")
     if address is None:
         return None
-    check_triton(address)
     models = CachedModels(Triton(address), arguments.cache_mb << 20)
     telemetry.watch_cache("embeddings", models)
     return Direct(Readers(_reader_in(arguments, telemetry)), models, _now_ms, limits, telemetry)
@@ -459,7 +458,7 @@ def _parser() -> argparse.ArgumentParser:
     add_kafka(common)
     common.add_argument(
         "--kafka-partitions",
-        type=int,
+        type=_partitions,
         metavar="N",
         help="of the topic of requests, if it is created now: at most so many workers share it. The topic of answers "
         "gets as many, and 8 at least",
@@ -568,6 +567,12 @@ def _deadline(text: str) -> float:
     if not 0 < seconds <= 3_600:
         raise argparse.ArgumentTypeError(f"must be seconds above 0, at most 3600, got {text!r}")
     return seconds
+
+
+def _partitions(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _key(arguments: argparse.Namespace) -> SealingKey | None:
