@@ -2,6 +2,9 @@
 # make page    a person's device in a browser, with the demo's model: what it predicts, and every byte that leaves it
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
 # make check   format, lint, types, import rules, unit tests and doctests
+# make images   the images of the chart (Docker): REGISTRY=... VERSION=...
+# make chart   what the Helm chart promises, without a cluster; builds Helm and what looks at charts the first time (needs Go)
+# make chart-cluster   the chart on a real Kubernetes API server: installed, upgraded, rolled back, removed
 # make benchmarks   how fast training, serving and devices are, and how good: about 50 minutes
 # make clean   removes everything these made
 #
@@ -10,13 +13,14 @@
 PYTHON ?= python3
 UV_VERSION := 0.12.24
 UV := .cache/uv/bin/uv
+VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 RUN := .venv/bin/
 PACKAGES := hybrid feature_store serving device_runtime
 
 # Without cached byte code every command would compile its libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo page test check static unit integration servers benchmarks clean
+.PHONY: demo page test check static unit integration servers images chart chart-cluster benchmarks clean
 .DEFAULT_GOAL := demo
 
 demo: servers
@@ -41,6 +45,28 @@ unit: .venv/installed
 
 integration: servers
 	$(RUN)pytest -n 2 --dist loadfile integration_tests
+
+# Torch's CPU build unless TORCH_BACKEND says otherwise; BASE is the Python image. Scan before you push.
+images:
+	@test -n "$(REGISTRY)" || { echo "REGISTRY must be where the images are pushed to, such as registry.example/ml"; exit 2; }
+	for role in serving training control; do \
+	  docker build --file helm/Dockerfile --target $$role --tag $(REGISTRY)/hybrid-towers-$$role:$(VERSION) \
+	    --build-arg VERSION=$(VERSION) $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(TORCH_BACKEND),--build-arg TORCH_BACKEND=$(TORCH_BACKEND)) \
+	    $(if $(UV_DEFAULT_INDEX),--build-arg UV_DEFAULT_INDEX) $(if $(PIP_INDEX_URL),--build-arg PIP_INDEX_URL) . || exit; \
+	done
+	@for role in serving training control; do \
+	  echo "trivy image --exit-code 1 --severity HIGH,CRITICAL $(REGISTRY)/hybrid-towers-$$role:$(VERSION)"; \
+	  echo "docker push $(REGISTRY)/hybrid-towers-$$role:$(VERSION)"; \
+	done
+chart: .venv/installed
+	@$(RUN)python -m helm.tools.install
+	$(RUN)pytest helm/tools --ignore=helm/tools/tests/test_cluster.py
+	@$(RUN)python -m helm.tools.check --json build/chart.json
+
+chart-cluster: .venv/installed
+	@$(RUN)python -m helm.tools.install cluster
+	$(RUN)pytest helm/tools/tests/test_cluster.py
+	@$(RUN)python -m helm.tools.cluster --json build/chart-cluster.json
 
 benchmarks: servers
 	@mkdir -p build

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from hybrid.cli.runs import CANARY, PRODUCTION, SHADOW, version_of
 from hybrid.deployment import anything
-from hybrid.errors import StackError
+from hybrid.errors import ConfigError, StackError
 from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 OTHERWISE = "train a version of the registered one, or register the file it was trained from"
 LOAD_TIMEOUT_S = 60.0
+TRITON = "HYBRID_TRITON"  # in the environment: whose HTTP endpoint promotes wait for
 app = typer.Typer()
 
 
@@ -87,29 +91,53 @@ def export_to(
 
 
 def wait_loaded(deployment: Deployment, workspace: Workspace) -> None:
-    """Returns once the local stack's Triton, if it is up, has both models: serving would ask for them at once.
+    """Returns once every Triton that is known has both models: serving would ask for them at once.
+
+    Known are those behind `$HYBRID_TRITON`, else the local stack's, if it is up.
 
     Raises:
-        StackError: it does not load them.
+        ConfigError: `$HYBRID_TRITON` is no address.
+        StackError: one does not load them.
     """
-    from hybrid.local import stack
     from hybrid.local.process import http_ok
 
+    deadline = time.monotonic() + LOAD_TIMEOUT_S
+    for server, log in _tritons(workspace):
+        for name in (deployment.server_tower, deployment.head):
+            loaded = http_ok(f"{server}/v2/models/{name}/versions/{deployment.version}/ready")
+            while not loaded(Path()):
+                if time.monotonic() > deadline:
+                    raise StackError(
+                        f"Triton at {server} did not load {name} version {deployment.version} within "
+                        f"{LOAD_TIMEOUT_S:g} s: what is served stays as it was; {log} may say why"
+                    )
+                time.sleep(0.1)
+
+
+def _tritons(workspace: Workspace) -> list[tuple[str, str]]:
+    """URLs of their HTTP endpoints, of a name in `$HYBRID_TRITON` one for each address that it has; and their logs."""
+    from hybrid.local import stack
+
+    if told := os.environ.get(TRITON):
+        return [(url, "its log") for url in _addresses(told)]
     state = stack.status(workspace)
     if state is None or state.phase != "ready":
-        return
-    (triton,) = (server for server in state.servers if server.name == "triton")
-    models = f"http://127.0.0.1:{triton.ports['triton-http']}/v2/models"
-    deadline = time.monotonic() + LOAD_TIMEOUT_S
-    for name in (deployment.server_tower, deployment.head):
-        loaded = http_ok(f"{models}/{name}/versions/{deployment.version}/ready")
-        while not loaded(triton.log):
-            if time.monotonic() > deadline:
-                raise StackError(
-                    f"Triton did not load {name} version {deployment.version} within {LOAD_TIMEOUT_S:g} s: "
-                    f"what is served stays as it was; {triton.log} may say why"
-                )
-            time.sleep(0.1)
+        return []
+    return [(f"http://127.0.0.1:{s.ports['triton-http']}", str(s.log)) for s in state.servers if s.name == "triton"]
+
+
+def _addresses(url: str) -> list[str]:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"${TRITON} must be http://HOST:PORT of Triton's HTTP endpoint, got {url!r}") from None
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise StackError(f"${TRITON} names {parts.hostname}, which has no address: {error.strerror}") from None
+    return [f"http://[{host}]:{parts.port}" if ":" in host else f"http://{host}:{parts.port}" for host in sorted(found)]
 
 
 def _json(exported: Exported, model: HybridModel, alias: str, served: Path | None) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast, get_args
 
 from hybrid.bundle import Alone, Keeping, Manifest, TrainProgram, signing_key, write_bundle
 from hybrid.deployment import Deployment
@@ -18,6 +20,7 @@ from hybrid.spec import HybridModel
 from hybrid.version import TrainingRecord, Version
 from hybrid.workspace import Workspace
 
+BACKEND = "HYBRID_TRITON_BACKEND"  # in the environment, as the servers have it
 MINIMUM_RUNTIME = 1  # `device_runtime.RUNTIME` of the first that runs the programs below; older ones refuse the bundle
 
 
@@ -45,7 +48,7 @@ def export_version(
     model: HybridModel,
     workspace: Workspace,
     *,
-    backend: triton.Backend = "python",
+    backend: triton.Backend | None = None,
     created_ms: int | None = None,
 ) -> Exported:
     """Exports a trained version to `workspace.triton` and `workspace.bundles`; every export is checked against torch.
@@ -54,7 +57,8 @@ def export_version(
         version: trained from `model`'s definition.
         model: the declaration.
         workspace: its signing key signs the bundle.
-        backend: which Triton backend runs the ONNX files.
+        backend: which Triton backend runs the ONNX files; None: what `$HYBRID_TRITON_BACKEND` says, else the local
+            stack's.
         created_ms: Unix time in UTC that the bundle says it is from; None: now.
 
     Raises:
@@ -65,7 +69,7 @@ def export_version(
     network.check_registered(version.definition["network"])
     _check_fallbacks(network, f"{model.name}:{version.number}")
     programs, train, untrainable = _device_programs(network, version.training)
-    tower, head = triton.export(network, version.number, workspace.triton, backend=backend)
+    tower, head = triton.export(network, version.number, workspace.triton, backend=backend or _backend())
     bundle = workspace.bundles / f"{model.name}-{version.number}.bundle"
     created_ms = time.time_ns() // 1_000_000 if created_ms is None else created_ms
     unsigned = _manifest(version, network, train, created_ms)
@@ -75,6 +79,13 @@ def export_version(
     sizes |= {name: len(data) for name, data in programs.items()} | {"bundle": bundle.stat().st_size}
     deployment = deployment_of(network, version.number, version.definition_hash, (tower, head), train)
     return Exported(deployment, bundle, manifest, sizes, untrainable)
+
+
+def _backend() -> triton.Backend:
+    told = os.environ.get(BACKEND, "python")
+    if told not in get_args(triton.Backend):
+        raise ConfigError(f"${BACKEND} must be one of {', '.join(get_args(triton.Backend))}, got {told!r}")
+    return cast(triton.Backend, told)
 
 
 def deployment_of(

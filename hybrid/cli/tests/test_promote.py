@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybrid.cli import promote
-from hybrid.errors import StackError
+from hybrid.errors import ConfigError, StackError
 from hybrid.local.process import started
 from hybrid.local.supervisor import Server, State
 from hybrid.workspace import Workspace
@@ -76,3 +76,37 @@ def test_models_that_triton_does_not_load_are_not_waited_for_forever(
 def test_without_a_stack_nothing_is_waited_for(workspace: Workspace):
     """The first promotion comes before the first `hybrid up`."""
     promote.wait_loaded(DEPLOYMENT, workspace)
+
+
+def test_a_triton_of_the_environment_is_waited_for_in_place_of_the_local_stack_s(
+    workspace: Workspace, triton: Triton, monkeypatch: pytest.MonkeyPatch
+):
+    """Both models, at the address of `$HYBRID_TRITON`."""
+    with Triton() as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HYBRID_TRITON", f"http://127.0.0.1:{other.server_port}")
+        promote.wait_loaded(DEPLOYMENT, workspace)
+        other.shutdown()
+        thread.join()
+    assert len(other.paths) == 2
+    assert triton.paths == []
+
+
+def test_every_address_that_a_name_has_is_waited_for(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """In a cluster a headless Service has one for each pod, and each serves its share of the requests."""
+    told = [(None, None, None, "", (host, 8000)) for host in ("10.0.0.2", "10.0.0.1", "fd00::1")]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: told)
+    monkeypatch.setenv("HYBRID_TRITON", "http://triton-pods:8000")
+    asked = [url for url, _ in promote._tritons(workspace)]
+    assert asked == ["http://10.0.0.1:8000", "http://10.0.0.2:8000", "http://[fd00::1]:8000"]
+
+
+@pytest.mark.parametrize("told", ["triton:8000", "https://triton:8000", "http://triton", "http://triton:x"])
+def test_what_is_no_address_of_a_triton_is_refused_by_name(
+    workspace: Workspace, told: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is served that nobody looked for."""
+    monkeypatch.setenv("HYBRID_TRITON", told)
+    with pytest.raises(ConfigError, match=r"HYBRID_TRITON must be http://HOST:PORT"):
+        promote.wait_loaded(DEPLOYMENT, workspace)

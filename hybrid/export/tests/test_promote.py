@@ -56,6 +56,16 @@ def test_a_fallback_that_was_not_learned_is_refused(every, tmp_path: Path, servi
         export_version(every.version, model, Workspace(tmp_path))
 
 
+def test_the_environment_says_what_runs_onnx_there(every, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in a cluster, where every promote is for Triton's own image; another word is refused by name."""
+    monkeypatch.setenv("HYBRID_TRITON_BACKEND", "onnxruntime")
+    export_version(every.version, every.network.model, Workspace(tmp_path))
+    assert 'backend: "onnxruntime"' in (tmp_path / "triton" / "every_head" / "config.pbtxt").read_text()
+    monkeypatch.setenv("HYBRID_TRITON_BACKEND", "onnx")
+    with pytest.raises(ConfigError, match=r"HYBRID_TRITON_BACKEND must be one of python, onnxruntime, got 'onnx'"):
+        export_version(every.version, every.network.model, Workspace(tmp_path))
+
+
 def test_export_alone_changes_nothing_that_is_served(every):
     """The flip is `deployment.write`, after the alias points at the version."""
     assert (every.workspace.triton / "every_head" / "2" / "model.onnx").is_file()

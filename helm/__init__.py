@@ -1,0 +1,1 @@
+"""The chart, and beside it what checks it."""

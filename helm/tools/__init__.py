@@ -1,0 +1,1 @@
+"""What checks the chart: `install` builds the programs, `check` needs no cluster, `cluster` has a real API server."""
