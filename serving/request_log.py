@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,6 +21,11 @@ from serving.merge import Batch, Joined
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 20
+
+
+def _name() -> str:
+    """In containers every process may have the same id, and all of them one folder."""
+    return f"{socket.gethostname()}-{os.getpid()}{SUFFIX}"
 
 
 class RequestLog:
@@ -47,7 +53,7 @@ class RequestLog:
     ) -> None:
         if not 0 <= share <= 1:
             raise ConfigError(f"--log-sample must be in [0, 1], got {share}")
-        self._file, self._share, self._left = folder / f"{os.getpid()}{SUFFIX}", share, max_bytes
+        self._file, self._share, self._left = folder / _name(), share, max_bytes
         self._random, self._lock = random or np.random.default_rng(), Lock()
 
     def sample(self, batch: Batch, joined: Joined, prediction: NDArray[np.float32], now_ms: int) -> None:

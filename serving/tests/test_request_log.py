@@ -92,6 +92,15 @@ def test_nothing_is_kept_unless_a_share_is_declared(tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+def test_workers_in_containers_keep_files_of_their_own(tmp_path, monkeypatch):
+    """There each may have the process id 1, and one folder is theirs together."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    for host in ("worker-0", "worker-1"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        sampled(tmp_path, 1, "bakery")
+    assert {file.name for file in tmp_path.iterdir()} == {"worker-0-1.requests.jsonl", "worker-1-1.requests.jsonl"}
+
+
 def test_the_share_is_kept(tmp_path):
     """Of 20,000 rows at 0.1, 2,000 with a standard deviation of 42: within five of them."""
     kept = sampled(tmp_path, 0.1, *["bakery"] * 20_000, random=np.random.default_rng(1))
