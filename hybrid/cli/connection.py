@@ -13,7 +13,9 @@ from hybrid.errors import ConfigError
 if TYPE_CHECKING:
     from serving.connection import Broker, TritonAddress
 
-Kafka = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Brokers, several with commas.")]
+Kafka = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Brokers, several with commas; else $HYBRID_KAFKA.")
+]
 KafkaTls = Annotated[bool, typer.Option("--kafka-tls", help="Encrypt, and check the broker's certificate.")]
 KafkaCa = Annotated[Path | None, typer.Option(help="Of that certificate, PEM; else the usual ones.")]
 KafkaCert = Annotated[Path | None, typer.Option(help="Chain shown to the broker, PEM.")]

@@ -13,6 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid.cli.connection import (
+    Kafka,
+    KafkaCa,
+    KafkaCert,
+    KafkaKey,
+    KafkaPasswordFile,
+    KafkaSasl,
+    KafkaTls,
+    KafkaUsername,
+)
 from hybrid.errors import ConfigError
 from hybrid.workspace import Workspace
 
@@ -32,24 +42,6 @@ app.add_typer(group, name="dead-letters")
 
 PRIVATE, PUBLIC = "dead-letters.pem", "dead-letters.pub"
 
-Kafka = Annotated[
-    str | None, typer.Option("--kafka", metavar="HOST:PORT", help="Default: $HYBRID_KAFKA, or the local stack's.")
-]
-Tls = Annotated[bool, typer.Option("--kafka-tls", help="Encrypt, and check the broker's certificate.")]
-Authority = Annotated[
-    Path | None, typer.Option("--kafka-ca", metavar="FILE", help="Of that certificate, PEM; else the usual ones.")
-]
-Certificate = Annotated[
-    Path | None, typer.Option("--kafka-cert", metavar="FILE", help="Chain shown to the broker, PEM.")
-]
-Key = Annotated[Path | None, typer.Option("--kafka-key", metavar="FILE", help="Its private key, PEM.")]
-Sasl = Annotated[
-    str | None, typer.Option("--kafka-sasl", metavar="MECHANISM", help="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.")
-]
-Username = Annotated[str | None, typer.Option("--kafka-username", metavar="NAME", help="For it.")]
-Password = Annotated[
-    Path | None, typer.Option("--kafka-password-file", metavar="FILE", help="For it; this user's alone.")
-]
 Topic = Annotated[str | None, typer.Option(help="Only records of this topic, such as hybrid.device-embeddings.v1.")]
 Reason = Annotated[str | None, typer.Option(help="Only this reason code, such as unreadable.")]
 Since = Annotated[datetime | None, typer.Option(help="Only letters written from this time on, UTC.")]
@@ -83,13 +75,13 @@ def keygen(
 def list_letters(
     *,
     kafka: Kafka = None,
-    kafka_tls: Tls = False,
-    kafka_ca: Authority = None,
-    kafka_cert: Certificate = None,
-    kafka_key: Key = None,
-    kafka_sasl: Sasl = None,
-    kafka_username: Username = None,
-    kafka_password_file: Password = None,
+    kafka_tls: KafkaTls = False,
+    kafka_ca: KafkaCa = None,
+    kafka_cert: KafkaCert = None,
+    kafka_key: KafkaKey = None,
+    kafka_sasl: KafkaSasl = None,
+    kafka_username: KafkaUsername = None,
+    kafka_password_file: KafkaPasswordFile = None,
     topic: Topic = None,
     reason: Reason = None,
     since: Since = None,
@@ -118,13 +110,13 @@ def list_letters(
 def replay(
     *,
     kafka: Kafka = None,
-    kafka_tls: Tls = False,
-    kafka_ca: Authority = None,
-    kafka_cert: Certificate = None,
-    kafka_key: Key = None,
-    kafka_sasl: Sasl = None,
-    kafka_username: Username = None,
-    kafka_password_file: Password = None,
+    kafka_tls: KafkaTls = False,
+    kafka_ca: KafkaCa = None,
+    kafka_cert: KafkaCert = None,
+    kafka_key: KafkaKey = None,
+    kafka_sasl: KafkaSasl = None,
+    kafka_username: KafkaUsername = None,
+    kafka_password_file: KafkaPasswordFile = None,
     key: Annotated[
         Path | None,
         typer.Option(
