@@ -92,6 +92,7 @@ def list_letters(
     """Shows the letters: where each record lay, why it could not be read, and whether its bytes are there.
 
     Bytes are kept (sealed to the key shown), or not: no_key (serving was given none) or too_large.
+    Without --kafka the local stack is asked.
 
     Example: hybrid dead-letters list --reason unreadable --since 2026-03-01
     """
@@ -138,7 +139,8 @@ def replay(
     already_replayed. Request ids are the original ones: whoever waits for an
     answer gets one, repeats are dropped, and rows whose callers gave up are
     answered with unavailable. A record that still cannot be read comes back as a
-    new letter. Exit status 1 if a letter could not be opened.
+    new letter. Exit status 1 if a letter could not be opened. Without --kafka the
+    local stack's.
 
     Example: hybrid dead-letters replay --reason unreadable --dry-run
     """
