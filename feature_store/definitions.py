@@ -225,6 +225,7 @@ def check_sources(model: HybridModel) -> None:
 
 
 def _view(entity: Entity, server: Server, view: View) -> FeatureView:
+    import_feast()
     from feast import FeatureView, Field, FileSource
 
     schema = _schema(view)
@@ -238,6 +239,7 @@ def _view(entity: Entity, server: Server, view: View) -> FeatureView:
 
 
 def _packed(entity: Entity, server: Server, folder: Path) -> FeatureView:
+    import_feast()
     from feast import FeatureView, Field, FileSource
     from feast.types import Array, Float32, Int64, String
 

@@ -22,6 +22,7 @@ from feature_store.definitions import (
     open_store,
     packed_file,
 )
+from feature_store.light import import_feast
 from feature_store.offline import KEY, TIME, join, read_source, slots_of
 from feature_store.online import PackedReader
 from hybrid.errors import ConfigError, HybridError
@@ -115,6 +116,7 @@ def _prepare_sqlite(store: FeatureStore, definitions: Definitions, file: Path) -
     """Gives SQLite what Feast does not: readers that go on during a write, and rows that give way to none older."""
     import sqlite3
 
+    import_feast()
     from feast.infra.online_stores.helpers import compute_table_id
 
     versioned = store.config.registry.enable_online_feature_view_versioning

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_store.definitions import ENTITY_TIME, open_store
+from feature_store.light import import_feast
 from hybrid.errors import ConfigError, NotFound
 from hybrid.spec import HybridModel, Server, View
 
@@ -124,6 +125,7 @@ def read_source(server: Server, view: View, columns: list[str]) -> pd.DataFrame:
 
 def _historical(model: HybridModel, distinct: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """One row of raw features for each of `distinct`, in its order; empty where Feast has none."""
+    import_feast()
     from feast.errors import FeatureServiceNotFoundException
 
     store = open_store(folder)

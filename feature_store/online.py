@@ -81,6 +81,7 @@ class PackedReader:
         max_age_s: float,
         width: int,
     ) -> None:
+        import_feast()
         from feast.errors import FeatureViewNotFoundException
 
         store = _shared_store(folder)
@@ -127,6 +128,7 @@ class PackedReader:
         return rows
 
     def _fill(self, rows: PackedRows, fetched: Sequence[Row], now_ms: int) -> None:
+        import_feast()
         from feast.protos.feast.types.Value_pb2 import Value
 
         rows.status[[place for place, *_ in fetched]] = SchemaDrift.code
@@ -164,6 +166,7 @@ class _Layout:
 
     @classmethod
     def of(cls, schema_hash: str, width: int) -> _Layout:
+        import_feast()
         from feast.protos.feast.types.Value_pb2 import FloatList, Value
 
         example = Value(float_list_val=FloatList(val=[0.0] * width)).SerializeToString()
@@ -183,6 +186,7 @@ class _Layout:
 
 def _from_sqlite(store: FeatureStore, view: FeatureView, join_key: str, *, integer: bool) -> Fetch:
     """Reads rows, not Feast's objects: `online_read` costs four times as much."""
+    import_feast()
     from feast.infra.online_stores.helpers import compute_table_id
 
     connection = store._get_provider().online_store._get_conn(store.config)
@@ -241,6 +245,7 @@ def key_encoder(join_key: str, version: int, *, integer: bool) -> Callable[[str]
 
 def _key(join_key: str, entity: str, *, integer: bool) -> Any:
     """Feast's EntityKey, or None where the text is no key of the type."""
+    import_feast()
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
 
