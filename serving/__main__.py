@@ -72,8 +72,6 @@ def gateway(arguments: argparse.Namespace) -> None:
 
     if arguments.processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
-    if arguments.kafka_partitions is not None and arguments.kafka_partitions < 1:
-        raise ConfigError(f"--kafka-partitions must be at least 1, got {arguments.kafka_partitions}")
     hostname = os.environ.get("HOSTNAME", "")
     first = arguments.reply_partition = _first_partition(arguments.reply_partition, arguments.processes, hostname)
     broker, triton = kafka_of(arguments), triton_of(arguments)
@@ -459,7 +457,7 @@ def _parser() -> argparse.ArgumentParser:
     add_kafka(common)
     common.add_argument(
         "--kafka-partitions",
-        type=int,
+        type=_partitions,
         metavar="N",
         help="of the topic of requests, if it is created now: at most so many workers share it. The topic of answers "
         "gets as many, and 8 at least",
@@ -568,6 +566,12 @@ def _deadline(text: str) -> float:
     if not 0 < seconds <= 3_600:
         raise argparse.ArgumentTypeError(f"must be seconds above 0, at most 3600, got {text!r}")
     return seconds
+
+
+def _partitions(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _key(arguments: argparse.Namespace) -> SealingKey | None:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import kafka
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaError
+from kafka.errors import AuthorizationError, KafkaError
 
-from hybrid.errors import Unavailable
+from hybrid.errors import ConfigError, Unavailable
 from hybrid.messages import BadMessage, DeadLetter, DeviceEmbeddings, Predictions
 from hybrid.tracing import MAX_TRACES, TRACEPARENT
 from serving.connection import Broker
@@ -184,9 +184,19 @@ class GroupInbox:
         return self._lag
 
     def poll(self, timeout_s: float, most: int) -> list[Record]:
-        """See `Inbox`."""
+        """See `Inbox`.
+
+        Raises:
+            ConfigError: the group or the topic may not be read.
+        """
         self._commit_some()
-        found = _records(self._consumer, timeout_s, most)
+        try:
+            found = _records(self._consumer, timeout_s, most)
+        except AuthorizationError as error:
+            raise ConfigError(
+                f"Kafka's user must have the rights of a worker ({type(error).__name__}): read {self._topic} and the "
+                f"group {GROUP}"
+            ) from None
         self._lag = self._behind(found)
         return found
 

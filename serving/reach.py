@@ -60,7 +60,11 @@ def check_triton(triton: TritonAddress) -> None:
     context.set_alpn_protocols(["h2"])
     try:
         with ExitStack() as stack:
-            _received(_connected(stack, "--triton", *triton.place, context), 1, "--triton")  # a server speaks first
+            connection = _connected(stack, "--triton", *triton.place, context)
+            try:
+                _received(connection, 1, "--triton")  # a server speaks first
+            except ConnectionError:  # gRPC says no more to whose certificate it does not take
+                raise _other_certificate("--triton", "it ends the connection") from None
     except OSError as error:
         log.warning("Triton does not answer at %s yet: %s", triton.address, _why(error))
 
@@ -85,9 +89,12 @@ def _refused(option: str, error: ssl.SSLError) -> Exception:
     """The error to raise for one of TLS: ours, where the peer wants another certificate of us."""
     alert = (error.reason or "").rpartition("ALERT_")[2]
     if any(word in alert for word in ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE")):  # the last with TLS 1.2
-        why = alert.lower().replace("_", " ")
-        return ConfigError(f"{option}-cert and {option}-key must be a certificate that the other side takes: {why}")
+        return _other_certificate(option, alert.lower().replace("_", " "))
     return error
+
+
+def _other_certificate(option: str, why: str) -> ConfigError:
+    return ConfigError(f"{option}-cert and {option}-key must be a certificate that the other side takes: {why}")
 
 
 def _received(connection: socket.socket, size: int, option: str) -> bytes:

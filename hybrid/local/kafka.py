@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hybrid.errors import StackError
@@ -67,7 +67,9 @@ def install(cache: Path, say: Callable[[str], None] = print) -> Path:
     return folder
 
 
-def service(cache: Path, data: Path, *, port: int, controller_port: int) -> Service:
+def service(
+    cache: Path, data: Path, *, port: int, controller_port: int, properties: Mapping[str, str] | None = None
+) -> Service:
     """One node, broker and controller, that listens on 127.0.0.1 only, in plaintext, for anybody.
 
     Args:
@@ -77,21 +79,23 @@ def service(cache: Path, data: Path, *, port: int, controller_port: int) -> Serv
             and embeddings of devices are not kept longer than needed.
         port: for clients.
         controller_port: for the node itself.
+        properties: more of Kafka's, or others than ours: listeners with TLS and passwords, say.
     """
-    properties = data / "server.properties"
+    file = data / "server.properties"
 
     def prepare() -> None:
         shutil.rmtree(data, ignore_errors=True)
         data.mkdir(parents=True)
-        properties.write_text(_properties(data, port, controller_port))
-        tool = command(cache, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(properties))
+        settings = _properties(data, port, controller_port) | dict(properties or {})
+        file.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        tool = command(cache, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(file))
         done = subprocess.run(tool, capture_output=True, text=True, check=False)
         if done.returncode:
             raise StackError(f"kafka's storage in {data} could not be formatted: {done.stdout}{done.stderr}")
 
     return Service(
         name="kafka",
-        command=command(cache, "kafka.Kafka", str(properties), options=[f"-Djava.io.tmpdir={data}"]),
+        command=command(cache, "kafka.Kafka", str(file), options=[f"-Djava.io.tmpdir={data}"]),
         ready=log_has(".* Kafka Server started"),
         ports={"kafka": port, "kafka-controller": controller_port},
         prepare=prepare,
@@ -122,9 +126,9 @@ def _jars(cache: Path) -> Path:
     return cache / f"kafka-{VERSION}"
 
 
-def _properties(data: Path, port: int, controller_port: int) -> str:
+def _properties(data: Path, port: int, controller_port: int) -> dict[str, str]:
     one_node = ("offsets.topic", "transaction.state.log", "share.coordinator.state.topic")
-    settings = {
+    return {
         "process.roles": "broker,controller",
         "node.id": "1",
         "controller.quorum.voters": f"1@127.0.0.1:{controller_port}",
@@ -142,4 +146,3 @@ def _properties(data: Path, port: int, controller_port: int) -> str:
         "log.roll.ms": "600000",
         "log.retention.check.interval.ms": "60000",
     }
-    return "".join(f"{key}={value}\n" for key, value in settings.items())

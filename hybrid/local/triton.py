@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hybrid.errors import StackError
@@ -62,7 +62,14 @@ def install(cache: Path, say: Callable[[str], None] = print) -> Path:
 
 
 def service(
-    cache: Path, repository: Path, *, http_port: int, grpc_port: int, metrics_port: int, shared_memory: str
+    cache: Path,
+    repository: Path,
+    *,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    shared_memory: str,
+    options: Sequence[str] = (),
 ) -> Service:
     """The server over one model repository, on 127.0.0.1 only, in plaintext, for anybody.
 
@@ -77,6 +84,7 @@ def service(
         metrics_port: of metrics in Prometheus's format.
         shared_memory: prefix of its files in /dev/shm, for this server alone: they
             are removed before it starts and after its end, since a killed one leaves them.
+        options: more of Triton's: TLS, say.
 
     Raises:
         StackError: Triton is not installed there.
@@ -108,6 +116,7 @@ def service(
             f"--metrics-port={metrics_port}",
             "--exit-timeout-secs=3",
             "--log-format=ISO8601",
+            *options,
         ],
         ready=http_ok(f"http://127.0.0.1:{http_port}/v2/health/ready"),
         ports={"triton-http": http_port, "triton-grpc": grpc_port, "triton-metrics": metrics_port},

@@ -59,6 +59,15 @@ def test_a_deadline_that_is_none_is_refused(given, capsys):
     assert [parse("--deadline-s", text).deadline_s for text in ("2.5", "3600")] == [2.5, 3600]
 
 
+@pytest.mark.parametrize("given", ["0", "-1", "4.5", "many"])
+def test_partitions_that_are_none_are_refused(given, capsys):
+    """By name; 1 is the least."""
+    with pytest.raises(SystemExit):
+        parse("--kafka-partitions", given)
+    assert f"--kafka-partitions: must be a whole number from 1 on, got '{given}'" in capsys.readouterr().err
+    assert parse("--kafka-partitions", "1").kafka_partitions == 1
+
+
 def test_the_flags_say_who_may_ask(keys, jwk_set):
     """API keys, or JWT with its three parts, never both; rates with a burst of a second, at least one full request."""
     assert command_line._access(parse()).credentials is None
@@ -93,7 +102,6 @@ def test_a_certificate_needs_its_key_and_both_must_be_there(wrong):
         (["--reply-partition", "-1"], "--reply-partition must be a number from 0 on, or from-hostname, got '-1'"),
         (["--kafka-ca", "ca"], "--kafka-ca needs --kafka-tls"),
         (["--triton-ca", "ca"], "--triton-ca needs --triton HOST:PORT"),
-        (["--kafka-partitions", "0"], "--kafka-partitions must be at least 1, got 0"),
         (["--host", "0.0.0.0"], "clients must be known"),
         (["--bundles", "/nowhere"], "bundles' folder must be one that is there, got '/nowhere'"),
         (["--results", "/dev/null/nowhere"], "results' folder must be one that can be written"),

@@ -3,7 +3,9 @@ import socket
 import ssl
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from hybrid.errors import ConfigError, Unavailable
@@ -155,13 +157,19 @@ def test_a_triton_whose_certificate_is_not_accepted_ends_it_and_one_that_is_away
     assert "Triton does not answer at 127.0.0.1:1 yet: Connection refused" in caplog.text
 
 
-def test_a_triton_that_wants_our_certificate_ends_it_unless_it_is_shown(peer, server, tmp_path):
-    """TLS 1.3: it is said after the handshake."""
-    certificate, context = server
-    ours = Certificate.write(tmp_path, "ours")
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(ours.chain)
-    address = peer(b"\0", context, first=True)
-    check_triton(TritonAddress(address, tls=True, ca=certificate.chain, certificate=ours.chain, key=ours.key))
-    with pytest.raises(ConfigError, match="--triton-cert and --triton-key must be a certificate that the other side"):
-        check_triton(TritonAddress(address, tls=True, ca=certificate.chain))
+def test_a_triton_that_wants_our_certificate_ends_it_unless_it_is_shown(server, tmp_path):
+    """gRPC ends the connection after the handshake, and says nothing."""
+    certificate, _ = server
+    ours, other = Certificate.write(tmp_path, "ours"), Certificate.write(tmp_path, "other")
+    pair = certificate.key.read_bytes(), certificate.chain.read_bytes()
+    asking = grpc.server(ThreadPoolExecutor(1))
+    credentials = grpc.ssl_server_credentials([pair], ours.chain.read_bytes(), require_client_auth=True)
+    address = f"127.0.0.1:{asking.add_secure_port('127.0.0.1:0', credentials)}"
+    asking.start()
+    try:
+        check_triton(TritonAddress(address, tls=True, ca=certificate.chain, certificate=ours.chain, key=ours.key))
+        for shown in ({}, {"certificate": other.chain, "key": other.key}):
+            with pytest.raises(ConfigError, match="--triton-cert and --triton-key must be a certificate"):
+                check_triton(TritonAddress(address, tls=True, ca=certificate.chain, **shown))
+    finally:
+        asking.stop(0).wait()
