@@ -280,7 +280,7 @@ class Container:
         """As process 1 of its own."""
         self.log.parent.mkdir(exist_ok=True)
         script = "\n".join(["set -e", "mount --make-rprivate /", *_reachable(self.pod.cluster.folder), *self._binds()])
-        privileges = f"setpriv --reuid={USER} --regid={USER} --clear-groups --no-new-privs --bounding-set=-all"
+        privileges = f"setpriv --reuid={USER} --regid={USER} --clear-groups --no-new-privs --bounding-set=-all --pdeathsig=KILL"
         script += f'\ncd {shlex.quote(str(self._path("/tmp")))}\nexec {privileges} -- "$@"'
         self._began, self._told = time.monotonic(), 0.0
         self.pod.cluster.started.append(self)
@@ -338,8 +338,11 @@ class Container:
     def kill(self) -> None:
         """With all that it started."""
         if self._popen is not None and self._popen.poll() is None:
-            self._popen.kill()
-            self._popen.wait()
+            inside = psutil.Process(self._popen.pid).children(recursive=True)
+            for each in inside:
+                each.kill()
+            self._popen.wait(30)
+            psutil.wait_procs(inside, timeout=30)
 
     def told(self) -> str:
         """What it printed, in all of its lives."""
