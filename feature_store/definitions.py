@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from feature_store.light import import_feast
 from hybrid.errors import ConfigError
 from hybrid.features import Transform
 from hybrid.spec import HybridModel, Server, View
@@ -147,6 +148,7 @@ def open_store(folder: Path) -> FeatureStore:
     Raises:
         ConfigError: the online store's configuration is wrong, or its client is not installed.
     """
+    import_feast()
     from feast import FeatureStore, RepoConfig
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +192,7 @@ def build(model: HybridModel, folder: Path) -> Definitions:
     Raises:
         ConfigError: a source is not what the declaration says; see `check_sources`.
     """
+    import_feast()
     from feast import Entity, FeatureService
     from feast.value_type import ValueType
 
@@ -314,6 +317,7 @@ def _is(kind: str, dtype: pa.DataType) -> bool:
 
 def _dtype(dtype: pa.DataType) -> Any:
     """Feast's type for a column: its converters take a value only as that very type."""
+    import_feast()
     from feast.types import Bool, Float32, Float64, Int32, Int64, String
     from pyarrow import types
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_store.definitions import OLDEST_MS, SCHEMA_HASH, SLOTS, open_store
+from feature_store.light import import_feast
 from hybrid.errors import ConfigError, SchemaDrift, StaleFeatures, UnknownEntity
 from hybrid.protocol import OK
 
@@ -222,6 +223,7 @@ def key_encoder(join_key: str, version: int, *, integer: bool) -> Callable[[str]
 
     All keys of one view begin alike, so only the value is encoded: a tenth of the cost.
     """
+    import_feast()
     from feast.infra.key_encoding_utils import serialize_entity_key
 
     zero: bytes = serialize_entity_key(_key(join_key, "0", integer=integer), version)

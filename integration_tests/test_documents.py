@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hybrid.bundle import signing_key, trusted_key
 from hybrid.local.process import free_ports
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CHART = ROOT / "helm" / "hybrid" / "README.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), CHART]
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 OPERATING = ROOT / "docs" / "operating.md"
 FLEET = ROOT / "docs" / "fleet.md"
@@ -24,7 +26,22 @@ ANALYTICS = ROOT / "docs" / "analytics.md"
 BALANCE = ROOT / "docs" / "balance.md"
 DRIFT = ROOT / "docs" / "drift.md"
 REPORT = ROOT / "docs" / "report.md"
-RUN = (WALKTHROUGH, OPERATING, FLEET, FLOWER, ROLLOUT, STUDY_COACH, AUDIT, LEAKAGE, ANALYTICS, BALANCE, DRIFT, REPORT)
+INSTALL = ROOT / "docs" / "operations" / "install.md"
+RUN = (
+    WALKTHROUGH,
+    OPERATING,
+    FLEET,
+    FLOWER,
+    ROLLOUT,
+    STUDY_COACH,
+    AUDIT,
+    LEAKAGE,
+    ANALYTICS,
+    BALANCE,
+    DRIFT,
+    REPORT,
+    INSTALL,
+)
 
 
 def commands(document: Path) -> list[str]:
@@ -126,6 +143,21 @@ def test_the_report_is_written_and_costs_nothing(type_commands, tmp_path):
     page = (tmp_path / "coupon.html").read_text()
     for said in ("<bdi>temperature</bdi>", "ROC", "analyze: ", "evaluate: ", "train: "):
         assert said in page, said
+
+
+def test_the_keys_of_an_installation_are_made_as_it_says(type_commands, tmp_path):
+    """All that the chart's Secrets hold: the bundle key is one that devices read, certificates are of the authority."""
+    printed = type_commands("\n".join(commands(INSTALL)))
+    made = {"ca.crt", "tls.crt", "tls.key", "runtime.crt", "runtime.key", "superlink", "superexec"}
+    made |= {f"{name}-{index}" for name in ("node", "token") for index in (0, 1)} | {"node-0.pub", "node-1.pub"}
+    assert made <= set(printed.split())
+    keys = tmp_path / "secrets/keys"
+    trusted_key(keys / "bundle-signing.pub").verify(signing_key(keys).sign(b"a bundle"), b"a bundle")
+    fleet = tmp_path / "secrets/fleet"
+    for name in ("tls", "runtime"):
+        verified = ["openssl", "verify", "-CAfile", fleet / "ca.crt", fleet / f"{name}.crt"]
+        subprocess.run(verified, check=True, capture_output=True)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in fleet.iterdir()), "nobody else reads them"
 
 
 def on_free_ports(blocks: list[str]) -> str:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,7 +19,12 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = {f"{p['title']} {t['refId']}": t["expr"] for p in PANELS for t in p["targets"]}
 EXPRESSIONS["variable model"] = next(v for v in DASHBOARD["templating"]["list"] if v["name"] == "model")["query"]
 FUNCTIONS = {"sum", "rate", "histogram_quantile", "count", "by", "on", "group_left", "label_values"}
-TARGET = {"instance", "job"}  # labels that Prometheus adds
+FUNCTIONS |= {"absent", "increase", "ignoring"}
+TARGET = {"instance", "job", "namespace"}  # labels that Prometheus adds
+ROOT = Path(serving.__file__).parents[1]
+CHART = ROOT / "helm" / "hybrid"
+ALERTS = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["alerts"]
+OURS = [alert for alert in ALERTS if "nv_" not in alert["expr"]]  # the other metrics are Triton's
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +138,24 @@ def test_every_panel_says_what_it_shows():
         assert panel["title"]
         assert panel["description"].endswith(".")
         assert panel["fieldConfig"]["defaults"]["unit"]
+
+
+@pytest.mark.parametrize("alert", OURS, ids=lambda alert: alert["name"])
+def test_an_alert_of_the_chart_reads_metrics_and_labels_that_there_are(alert, exposed):
+    """What its text names is a label that its expression leaves."""
+    for metric, labels in metrics_of(alert["expr"]).items():
+        assert labels <= exposed[metric] | TARGET | {"le"}, (metric, labels)
+    named = set(re.findall(r"\$labels\.(\w+)", alert["summary"] + alert["description"]))
+    assert named <= set().union(*metrics_of(alert["expr"]).values())
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["name"])
+def test_each_alert_says_what_to_do(alert):
+    """Its runbook is a section of its name."""
+    runbooks = (ROOT / "docs" / "operations" / "alerts.md").read_text()
+    assert f"\n## {alert['name']}\n" in runbooks
+
+
+def test_the_chart_has_the_dashboard_as_it_is():
+    """Helm reads nothing beside a chart, so it is there twice."""
+    assert json.loads((CHART / "dashboards" / "hybrid-serving.json").read_text()) == DASHBOARD
