@@ -280,7 +280,9 @@ class Container:
         """As process 1 of its own."""
         self.log.parent.mkdir(exist_ok=True)
         script = "\n".join(["set -e", "mount --make-rprivate /", *_reachable(self.pod.cluster.folder), *self._binds()])
-        privileges = f"setpriv --reuid={USER} --regid={USER} --clear-groups --no-new-privs --bounding-set=-all --pdeathsig=KILL"
+        privileges = (
+            f"setpriv --reuid={USER} --regid={USER} --clear-groups --no-new-privs --bounding-set=-all --pdeathsig=KILL"
+        )
         script += f'\ncd {shlex.quote(str(self._path("/tmp")))}\nexec {privileges} -- "$@"'
         self._began, self._told = time.monotonic(), 0.0
         self.pod.cluster.started.append(self)

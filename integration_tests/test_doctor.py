@@ -23,8 +23,11 @@ from feature_store.materialize import apply, materialize
 from hybrid.bundle import Manifest, signing_key, write_bundle
 from hybrid.cli import app
 from hybrid.deployment import Deployment, Window
+from hybrid.doctor.servers import superlink
 from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
+from hybrid.local.flower import _write_certificates
+from hybrid.local.process import Service, free_ports, log_has, running
 from hybrid.messages import Predictions
 from hybrid.network import Network
 from hybrid.registry import Registry
@@ -191,3 +194,26 @@ def test_a_gateway_that_hangs_fails_and_the_others_are_looked_at(stack: Stack):
     assert (code, found["triton"][0][0]) == (1, "ok")
     ((status, text),) = found["gateway"]
     assert (status, "does not answer" in text) == ("fail", True)
+
+
+def test_a_superlink_is_well_by_tls(tmp_path: Path):
+    """Flower's own, at the port that SuperNodes know, and at its health server's; not without its authority."""
+    _write_certificates(tmp_path)
+    port, health = free_ports(2)
+    certificates = {"ca-certfile": "ca.pem", "certfile": "server.pem", "keyfile": "server.key"}
+    command = [
+        *(str(Path(sys.executable).with_name("flower-superlink")), "--host", "127.0.0.1", "--port", str(port)),
+        *(word for option, file in certificates.items() for word in (f"--ssl-{option}", str(tmp_path / file))),
+        *("--health-server-address", f"127.0.0.1:{health}", "--isolation", "process"),
+        "--disable-runtime-dependency-installation",
+    ]
+    environment = {"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    ready = log_has(".*Uvicorn running on .*")
+    with running(Service("superlink", command, ready, environment=environment), tmp_path / "logs"):
+
+        def looked(port: int, ca: Path | None) -> list[str]:
+            return [finding.status for finding in superlink("superlink", f"127.0.0.1:{port}", ca)]
+
+        assert looked(port, tmp_path / "ca.pem") == ["ok", "ok"]
+        assert looked(port, None) == ["fail"]
+        assert looked(health, None) == ["ok", "ok"]

@@ -27,8 +27,10 @@ from kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
+from typer.testing import CliRunner
 
 from feature_store.materialize import apply, materialize
+from hybrid.cli import app
 from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local import kafka as local_kafka
@@ -335,7 +337,7 @@ REFUSED = {
     ),
     "a gateway's rights for a worker": (
         lambda s: [*s.by_password("gateway"), *s.to_triton()],
-        "Kafka's user must have the rights of a worker (GroupAuthorizationFailedError): read hybrid.device-embeddings.v1",
+        f"Kafka's user must have the rights of a worker (GroupAuthorizationFailedError): read {ASKED} and the group",
     ),
     "another authority of Triton": (
         lambda s: [*s.by_certificate(), *s.to_triton(authority="other")],
@@ -355,3 +357,34 @@ def test_what_is_refused_ends_the_process_with_a_sentence_that_names_the_setting
     assert sentence in said
     assert PASSWORD not in said
     assert WRONG not in said
+
+
+def test_the_doctor_looks_with_what_is_shown_and_says_which_of_it_is_refused(secured, worker, monkeypatch) -> None:
+    """By a certificate at Triton, and as users of Kafka with the rights of an operator: nothing fails.
+
+    A wrong password and a wrong authority do, each by its option; no secret is in what is said.
+    """
+    monkeypatch.setenv("HYBRID_HOME", str(secured.folder / ".hybrid"))
+    worker()
+
+    def doctor(*words: str) -> tuple[int, dict[str, list[tuple[str, str]]]]:
+        only = ("--only", "kafka", "--only", "triton")
+        done = CliRunner().invoke(app, ["doctor", "--json", *only, *words], catch_exceptions=False)
+        assert PASSWORD not in done.stdout
+        by_check: dict[str, list[tuple[str, str]]] = {"kafka": [], "triton": []}
+        for finding in json.loads(done.stdout)["findings"]:
+            by_check[finding["check"]].append((finding["status"], finding["found"]))
+        return done.exit_code, by_check
+
+    code, found = doctor(*secured.by_password("operator"), *secured.to_triton())
+    assert code == 0, found
+    assert found["triton"] == [("ok", f"{secured.triton} is ready, with 2 models of 1 versions")]
+    assert found["kafka"][-1][0] == "warn", "it may not make a topic for the doctor"
+    code, found = doctor(*secured.by_password("operator", WRONG), *secured.to_triton(authority="other"))
+    assert code == 1
+    ((status, text),) = found["kafka"]
+    assert (status, text[:50]) == ("fail", "--kafka-username and --kafka-password-file must be")
+    ((status, text),) = found["triton"]
+    assert (status, "--triton-ca must hold its authority" in text) == ("fail", True)
+    code, found = doctor("--kafka", secured.plain)
+    assert [status for status, _ in found["kafka"]] == ["ok", "ok"], "who may do all sends a record, too"

@@ -68,6 +68,7 @@ def _log() -> None:
 
 def gateway(arguments: argparse.Namespace) -> None:
     """Serves HTTP, and gRPC, until a signal; then finishes what waits and exits with 0, or with 1 if Kafka was lost."""
+    from serving.reach import check_triton
     from serving.topics import create_topics
 
     if arguments.processes < 1:
@@ -89,6 +90,8 @@ def gateway(arguments: argparse.Namespace) -> None:
     _warn_of_plaintext(broker, triton)
     partitions = create_topics(broker, arguments.kafka_partitions)
     _check_partitions(first, arguments.processes, partitions.get(Predictions.TOPIC))
+    if triton is not None:
+        check_triton(triton)
     if arguments.processes == 1:
         serve(arguments, first)
     else:
@@ -182,7 +185,6 @@ def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry)
     """The direct transport, where the gateway is told of a feature store and of Triton."""
     from serving.cache import CachedModels
     from serving.direct import Direct
-    from serving.reach import check_triton
     from serving.readers import Readers
     from serving.triton import Triton
 
@@ -191,7 +193,6 @@ def _direct(arguments: argparse.Namespace, limits: Limits, telemetry: Telemetry)
         raise ConfigError("--feast and --triton must be given both or neither: the direct transport needs both")
     if address is None:
         return None
-    check_triton(address)
     models = CachedModels(Triton(address), arguments.cache_mb << 20)
     telemetry.watch_cache("embeddings", models)
     return Direct(Readers(_reader_in(arguments, telemetry)), models, _now_ms, limits, telemetry)

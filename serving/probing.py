@@ -12,13 +12,13 @@ from typing import Any
 import kafka
 import tritonclient.grpc as triton
 from kafka.admin import ConfigResource
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import BrokerResponseError, KafkaError, TopicAlreadyExistsError
 
-from hybrid.errors import Unavailable
+from hybrid.errors import ConfigError, Unavailable
 from serving.connection import Broker, Token, TritonAddress
 from serving.kafka import GROUP
 from serving.reach import check_triton
-from serving.topics import DEAD_CONFIG, PARTITIONS, REPLAYS, TOPIC_CONFIG, admin_of
+from serving.topics import ABSENT, DEAD_CONFIG, FORBIDDEN, PARTITIONS, REPLAYS, TOPIC_CONFIG, admin_of
 
 DOCTOR = "hybrid.doctor.v1"  # for `round_trip` alone; the broker's clock is in its records
 DOCTOR_CONFIG = {"retention.ms": "3600000", "message.timestamp.type": "LogAppendTime"}
@@ -31,7 +31,7 @@ class Topic:
     """A topic as it is.
 
     Attributes:
-        partitions: how many it has.
+        partitions: how many it has; 0: this client may not look at it.
         replicas: of its partition that has the fewest.
         behind: partitions some of whose replicas are not in sync.
         settings: those that serving cares for; empty where the broker lets nobody ask.
@@ -74,10 +74,7 @@ def topics(broker: Broker) -> dict[str, Topic | None]:
         ConfigError: what is shown to the broker is not right.
     """
     with _admin(broker) as admin:
-        there = sorted(set(PARTITIONS) & set(admin.list_topics()))
-        described = {each["name"]: each["partitions"] for each in admin.describe_topics(there)} if there else {}
-        settings = {topic: _settings(admin, topic) for topic in there}
-    return {topic: _topic(described[topic], settings[topic]) if topic in there else None for topic in PARTITIONS}
+        return {each["name"]: _topic(admin, each) for each in admin.describe_topics(sorted(PARTITIONS))}
 
 
 def workers(broker: Broker) -> int | None:
@@ -100,7 +97,8 @@ def round_trip(broker: Broker) -> RoundTrip:
     """Sends a record to `hybrid.doctor.v1`, which is made where it is absent, and reads it again.
 
     Raises:
-        Unavailable: it cannot be made, written to or read, or the record does not come within some seconds.
+        ConfigError: it is not there, and this client may not make it; or what is shown to the broker is not right.
+        Unavailable: it cannot be written to or read, or the record does not come within some seconds.
     """
     _make(broker)
     value = uuid.uuid4().bytes
@@ -148,10 +146,12 @@ def _told() -> Iterator[None]:
         raise Unavailable(f"Kafka does not do what it is asked: {type(error).__name__}") from None
 
 
-def _topic(partitions: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> Topic:
-    replicas = [len(partition["replica_nodes"]) for partition in partitions]
-    behind = sum(len(partition["isr_nodes"]) < count for partition, count in zip(partitions, replicas, strict=True))
-    return Topic(len(partitions), min(replicas, default=0), behind, settings)
+def _topic(admin: Any, described: Mapping[str, Any]) -> Topic | None:
+    if described["error_code"] in (ABSENT, FORBIDDEN):
+        return None if described["error_code"] == ABSENT else Topic(0, 0, 0, {})
+    replicas = [(len(partition["replica_nodes"]), len(partition["isr_nodes"])) for partition in described["partitions"]]
+    fewest, behind = min(replicas)[0], sum(in_sync < count for count, in_sync in replicas)
+    return Topic(len(replicas), fewest, behind, _settings(admin, described["name"]))
 
 
 def _settings(admin: Any, topic: str) -> dict[str, str]:
@@ -164,19 +164,16 @@ def _settings(admin: Any, topic: str) -> dict[str, str]:
 
 def _make(broker: Broker) -> None:
     with _admin(broker) as admin:
-        if DOCTOR in admin.list_topics():
+        (code,) = [each["error_code"] for each in admin.describe_topics([DOCTOR])]
+        if code not in (ABSENT, FORBIDDEN):
             return
         try:
             settings = {"num_partitions": 1, "configs": DOCTOR_CONFIG}
             admin.create_topics({DOCTOR: settings}, wait_for_metadata=True)
         except TopicAlreadyExistsError:
             return
-        except KafkaError as error:
-            configs = ", ".join(f"{name}={value}" for name, value in DOCTOR_CONFIG.items())
-            raise Unavailable(
-                f"{DOCTOR} is absent and this client may not create it ({type(error).__name__}): "
-                f"create it with 1 partition and {configs}"
-            ) from None
+        except BrokerResponseError as error:
+            raise ConfigError(f"{DOCTOR} is not there for this client to use ({type(error).__name__})") from None
 
 
 def _producer(broker: Broker) -> Any:

@@ -151,6 +151,7 @@ def _checks(workspace: Workspace, servers: Servers, state: State | None) -> list
     bases = {"gateway": servers.gateway, "issuer": servers.issuer}
     healths = {name: [base] if base else [] for name, base in bases.items()} | {"aggregators": [*servers.aggregators]}
     urls = [_endpoint(name, base) for name, found in healths.items() for base in found]
+    urls += [f"https://{servers.superlink}/health"] if servers.superlink else []
     tell_time = [_kafka_clock(servers.kafka)] if servers.kafka else []
     mlflow = os.environ.get("MLFLOW_TRACKING_URI", "")
     look: dict[str, tuple[Callable[[], Iterable[Finding]], str]] = {
@@ -321,7 +322,7 @@ def _kafka(broker: Broker | None) -> Iterator[Finding]:
     if broker is None:
         yield _finding("kafka", "skipped", "--kafka says where it is; the local stack is down")
         return
-    from serving.probing import round_trip, topics, workers
+    from serving.probing import topics, workers
 
     if not broker.private:
         text = f"{broker.bootstrap} is spoken to in plaintext: device embeddings can be read on the way"
@@ -334,14 +335,27 @@ def _kafka(broker: Broker | None) -> Iterator[Finding]:
         else:
             yield from _topic(name, topic)
     yield from _workers(found, workers(broker))
-    trip = round_trip(broker)
-    yield _finding("kafka", "ok", f"a record went to {broker.bootstrap} and back in {trip.took_ms:.0f} ms")
+    yield _round_trip(broker)
+
+
+def _round_trip(broker: Broker) -> Finding:
+    from serving.probing import DOCTOR, DOCTOR_CONFIG, round_trip
+
+    try:
+        trip = round_trip(broker)
+    except ConfigError as error:  # else the topics could not have been asked for
+        configs = ", ".join(f"{name}={value}" for name, value in DOCTOR_CONFIG.items())
+        fix = f"create {DOCTOR} with 1 partition and {configs}, and let this client write and read it"
+        return _finding("kafka", "warn", f"no record was sent: {error}", fix)
+    return _finding("kafka", "ok", f"a record went to {broker.bootstrap} and back in {trip.took_ms:.0f} ms")
 
 
 def _topic(name: str, topic: Topic) -> Iterator[Finding]:
     from serving.topics import PARTITIONS
 
-    if topic.partitions < PARTITIONS[name]:
+    if topic.partitions == 0:
+        yield _finding("kafka", "skipped", f"{name}: this client may not look at it")
+    elif topic.partitions < PARTITIONS[name]:
         text = f"{name} has {topic.partitions} partitions, at least {PARTITIONS[name]} are counted on"
         yield _finding("kafka", "fail", text, f"kafka-topics --alter --topic {name} --partitions {PARTITIONS[name]}")
     if topic.behind:
@@ -356,7 +370,7 @@ def _workers(found: Mapping[str, Topic | None], count: int | None) -> Iterator[F
     from hybrid.messages import DeviceEmbeddings
 
     requests = found[DeviceEmbeddings.TOPIC]
-    if count is None or requests is None:
+    if count is None or requests is None or requests.partitions == 0:
         return
     if count == 0:
         text = "no merge worker is in the group: nobody answers requests that go through Kafka"

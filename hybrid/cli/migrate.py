@@ -49,6 +49,9 @@ def migrate(
     kafka_sasl: c.KafkaSasl = None,
     kafka_username: c.KafkaUsername = None,
     kafka_password_file: c.KafkaPasswordFile = None,
+    kafka_partitions: Annotated[
+        int | None, typer.Option(min=1, help="Of the topic of requests, if it is made now: at most so many workers.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; show what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -75,7 +78,7 @@ def migrate(
         "folders": lambda: _folders(workspace, dry_run),
         "registry": lambda: _registry(workspace, dry_run),
         "features": lambda: _features(workspace, dry_run),
-        "topics": lambda: _topics(broker, dry_run),
+        "topics": lambda: _topics(broker, kafka_partitions, dry_run),
     }
     steps = [step for name, task in tasks.items() for step in _told(name, task)]
     failed = any(step.outcome == "failed" for step in steps)
@@ -165,7 +168,7 @@ def _applied(workspace: Workspace, name: str, dry_run: bool) -> Iterator[Step]:
         yield Step(what, "done", f"applied {', '.join(missing)}; {after}")
 
 
-def _topics(broker: Broker | None, dry_run: bool) -> Iterator[Step]:
+def _topics(broker: Broker | None, partitions: int | None, dry_run: bool) -> Iterator[Step]:
     if broker is None:
         yield Step("topics", "skipped", "--kafka says where they are to be made")
         return
@@ -178,7 +181,7 @@ def _topics(broker: Broker | None, dry_run: bool) -> Iterator[Step]:
     elif dry_run:
         yield Step("topics", "would", f"create {', '.join(absent)} in {broker.bootstrap}")
     else:
-        create_topics(broker)
+        create_topics(broker, partitions)
         yield Step("topics", "done", f"created {', '.join(absent)} in {broker.bootstrap}")
 
 

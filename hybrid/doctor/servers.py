@@ -17,13 +17,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hybrid.doctor.findings import Finding
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, HybridError
 
 CALL_S = 5.0
 MOST_BYTES = 1 << 16  # that are read of an answer
 RENEW_S = 14 * 86_400.0  # a certificate that ends sooner is told
 APART_S, TOO_FAR_S = 2.0, 30.0  # of two clocks
 CLOCKS = "clocks"
+TRUST = "give --ca the PEM file of who signed it, and ask by a name that it is for"
+LOG, CORRECT = "look into SuperLink's log", "open the port for this machine, or correct --superlink"
 SYNC = "run chrony or systemd-timesyncd on both machines, against the same servers"
 SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse, status SERVING
 
@@ -117,7 +119,7 @@ def health(name: str, url: str, fix: str, ca: Path | None = None) -> Iterator[Fi
         answer = ask(url, ca)
     except ssl.SSLCertVerificationError as error:
         found = f"{url}: its certificate is not trusted: {error.verify_message}"
-        yield Finding(name, "fail", found, "give --ca the PEM file of who signed it, and ask by a name that it is for")
+        yield Finding(name, "fail", found, TRUST)
         return
     except OSError as error:
         yield Finding(name, "fail", f"{url} does not answer: {_why(error)}", fix)
@@ -136,7 +138,7 @@ def clocks(
 
     Args:
         urls: asked for the `Date` of their answer; those without one, and those that are away, are passed over.
-        others: each gives a server's name and its clock less ours, in seconds.
+        others: each gives a server's name and its clock less ours, in seconds; a HybridError passes it over.
         ca: see `ask`.
     """
     seen: dict[str, float] = {}
@@ -146,8 +148,9 @@ def clocks(
             if skew is not None:
                 seen[f"the Date of {urlsplit(url).netloc}"] = skew
     for other in others:
-        name, skew = other()
-        seen[name] = skew
+        with suppress(HybridError):
+            name, skew = other()
+            seen[name] = skew
     if not seen:
         yield Finding(CLOCKS, "skipped", "nothing that was asked tells the time (a gateway, MLflow's server, Kafka do)")
     for name, skew in seen.items():
@@ -164,7 +167,7 @@ def _clock(name: str, skew: float) -> Finding:
 
 
 def superlink(name: str, address: str, ca: Path | None) -> Iterator[Finding]:
-    """Reaches Flower's SuperLink: TCP, TLS where it speaks it, and gRPC's health service where it has one there.
+    """Reaches Flower's SuperLink by TCP and TLS, and asks how it is: by HTTP, or gRPC at its health server's port.
 
     Args:
         name: of the check.
@@ -175,39 +178,41 @@ def superlink(name: str, address: str, ca: Path | None) -> Iterator[Finding]:
         ConfigError: the address or the file is none.
     """
     host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdecimal():
         raise ConfigError(f"--superlink must be HOST:PORT, got {address!r}")
-    host = host.strip("[]")
+    context = trusting(ca)
+    context.set_alpn_protocols(["h2", "http/1.1"])
     try:
-        socket.create_connection((host, int(port)), CALL_S).close()
+        plain = socket.create_connection((host, int(port)), CALL_S)
     except OSError as error:
-        fix = "start it, open the port for this machine, or correct --superlink"
-        yield Finding(name, "fail", f"{address} does not answer: {_why(error)}", fix)
+        yield Finding(name, "fail", f"{address} does not answer: {_why(error)}", f"start it; or {CORRECT}")
         return
     try:
-        with (
-            socket.create_connection((host, int(port)), CALL_S) as plain,
-            trusting_h2(ca).wrap_socket(plain, server_hostname=host) as wrapped,
-        ):
-            expires_s = _expires_s(wrapped)
+        with plain, context.wrap_socket(plain, server_hostname=host) as wrapped:
+            expires_s, spoken = _expires_s(wrapped), wrapped.selected_alpn_protocol()
     except ssl.SSLCertVerificationError as error:
-        found = f"{address}: its certificate is not trusted: {error.verify_message}"
-        yield Finding(name, "fail", found, "give --ca the PEM file of who signed it, and ask by a name that it is for")
-        return
+        yield Finding(name, "fail", f"{address}: its certificate is not trusted: {error.verify_message}", TRUST)
     except OSError:
         yield _plaintext(name, address, host)
+        yield from _health_in_plaintext(name, address)
+    else:
+        yield Finding(name, "ok", f"{address} speaks TLS")
+        if spoken == "h2":
+            yield from certificate(name, address, expires_s)
+            yield from _grpc_health(name, address, b"" if ca is None else ca.read_bytes())
+        else:
+            yield from health(name, f"https://{address}/health", LOG, ca)
+
+
+def _health_in_plaintext(name: str, address: str) -> Iterator[Finding]:
+    url = f"http://{address}/health"
+    try:
+        ask(url)
+    except OSError:  # so speaks what has gRPC alone
         yield from _grpc_health(name, address, None)
-        return
-    yield Finding(name, "ok", f"{address} speaks TLS")
-    yield from certificate(name, address, expires_s)
-    yield from _grpc_health(name, address, b"" if ca is None else ca.read_bytes())
-
-
-def trusting_h2(ca: Path | None) -> ssl.SSLContext:
-    """As `trusting`, for gRPC."""
-    context = trusting(ca)
-    context.set_alpn_protocols(["h2"])
-    return context
+    else:
+        yield from health(name, url, LOG)
 
 
 def certificate(name: str, where: str, expires_s: float | None) -> Iterator[Finding]:
@@ -229,27 +234,22 @@ def _grpc_health(name: str, address: str, roots: bytes | None) -> Iterator[Findi
     """Asks `grpc.health.v1.Health/Check` of the whole server. `roots` is None without TLS, empty for the machine's."""
     import grpc
 
-    secure = roots is not None
-    channel = (
-        grpc.secure_channel(address, grpc.ssl_channel_credentials(roots or None))
-        if secure
-        else grpc.insecure_channel(address)
-    )
+    credentials = None if roots is None else grpc.ssl_channel_credentials(roots or None)
+    channel = grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
     with channel:
         try:
             answer = channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=CALL_S)
         except grpc.RpcError as error:
             code = error.code().name
-            if code in ("UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"):
-                found = f"{address} does not say how it is ({code}); SuperLink does at its --health-server-address"
-                yield Finding(name, "skipped", found)
+            if code == "UNIMPLEMENTED":
+                yield Finding(name, "skipped", f"{address} has no health service")
             else:
-                yield Finding(name, "fail", f"{address} does not answer gRPC: {code}", "look into SuperLink's log")
+                yield Finding(name, "fail", f"{address} does not answer gRPC: {code}", LOG)
             return
     if answer == SERVING:
         yield Finding(name, "ok", f"{address} says that it serves")
     else:
-        yield Finding(name, "fail", f"{address} says that it does not serve", "look into SuperLink's log")
+        yield Finding(name, "fail", f"{address} says that it does not serve", LOG)
 
 
 def _expires_s(connection: object) -> float | None:

@@ -169,6 +169,18 @@ def test_a_superlink_that_serves_is_well(keys: Path):
         assert [status for status, _ in linked(address, keys / "ca.pem")] == ["ok", "skipped"]
 
 
+def test_a_superlink_that_speaks_http_is_asked_by_it(keys: Path):
+    """As Flower's does, by TLS and in plaintext; 503 fails."""
+    certified = keys / "server.pem", keys / "server.key"
+    with listening(app(), "127.0.0.1", 0, name="test", certificate=certified) as port:
+        assert linked(f"127.0.0.1:{port}", keys / "ca.pem") == [
+            ("ok", f"127.0.0.1:{port} speaks TLS"),
+            ("ok", f"https://127.0.0.1:{port}/health answers 200"),
+        ]
+    with listening(app(503), "127.0.0.1", 0, name="test") as port:
+        assert [status for status, _ in linked(f"127.0.0.1:{port}")] == ["ok", "fail"]
+
+
 def test_a_superlink_that_is_away_not_trusted_or_unwell_fails(keys: Path):
     """Each with its own sentence."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
