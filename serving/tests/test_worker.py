@@ -7,6 +7,7 @@ from hybrid.errors import ConfigError, Unavailable
 from hybrid.messages import DeadLetter, DeviceEmbeddings, Predictions
 from serving import worker as worker_module
 from serving.deployments import Deployments
+from serving.health import Health
 from serving.telemetry import Telemetry
 from serving.testing import MemoryReader, MemoryTopic, SumModels, deployment
 from serving.worker import REFRESH_MS, Pace, Worker
@@ -453,3 +454,23 @@ def test_a_poll_that_brings_nothing_is_not_counted(setup):
     """Else an idle worker's waiting would be all that its durations say."""
     setup.worker.step()
     assert setup.count("merge_poll_records_count") == 0
+
+
+def test_a_worker_that_waits_for_kafka_goes_round_and_is_alive(setup, monkeypatch):
+    """Each poll fails; after the third round it is told to end, and each round was said."""
+    stopping, rounds = threading.Event(), []
+
+    class Counted(Health):
+        def beat(self):
+            rounds.append(self.live())
+            if len(rounds) == 3:
+                stopping.set()
+
+    def away(*_):
+        raise Unavailable("Kafka is away")
+
+    setup.telemetry.health = Counted()
+    monkeypatch.setattr(worker_module, "PAUSE_S", 0)
+    monkeypatch.setattr(setup.inbox, "poll", away)
+    setup.worker.run(stopping, lambda: False, lambda: None)
+    assert rounds == [None] * 3
