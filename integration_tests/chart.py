@@ -303,11 +303,12 @@ class Container:
         return self.wait_ended(), self.told()
 
     def wait_ready(self) -> None:
-        """By its probes: the first within its time, then the others."""
-        first = self.spec.get("startupProbe") or self.spec.get("readinessProbe")
+        """By its probes; each within the time that the manifest gives to the start."""
+        first = self.spec.get("startupProbe") or self.spec["readinessProbe"]
+        within_s = first.get("failureThreshold", 3) * first.get("periodSeconds", 10)
         for probe in (first, self.spec.get("readinessProbe"), self.spec.get("livenessProbe")):
             if probe is not None:
-                self._await(probe, probe.get("failureThreshold", 3) * probe.get("periodSeconds", 10))
+                self._await(probe, within_s)
         self._tell("ready", self._began)
 
     def pre_stop(self) -> None:
