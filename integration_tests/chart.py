@@ -30,6 +30,7 @@ from hybrid.local.process import die_with, free_ports
 
 USER = 10001
 POLL_S = 0.2
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _OWN = {"0.0.0.0": "127.0.0.1", "127.0.0.1": "127.0.0.1", "localhost": "localhost"}
 _ADDRESS = re.compile(r"(?P<host>[a-z0-9][a-z0-9.-]*):(?P<port>[0-9]{2,5})\b")
@@ -303,21 +304,19 @@ class Container:
         return self.wait_ended(), self.told()
 
     def wait_ready(self) -> None:
-        """By its probes; each within the time that the manifest gives to the start."""
-        first = self.spec.get("startupProbe") or self.spec["readinessProbe"]
-        within_s = first.get("failureThreshold", 3) * first.get("periodSeconds", 10)
-        for probe in (first, self.spec.get("readinessProbe"), self.spec.get("livenessProbe")):
-            if probe is not None:
-                self._await(probe, within_s)
+        """By its probes, if it has any; each within the time that the manifest gives to the start."""
+        probes = [self.spec[kind] for kind in PROBES if kind in self.spec]
+        for probe in probes:
+            self._await(probe, probes[0].get("failureThreshold", 3) * probes[0].get("periodSeconds", 10))
         self._tell("ready", self._began)
 
     def pre_stop(self) -> None:
         """What a kubelet has it do before it is told to end."""
         subprocess.run(["sleep", f"{self.pre_stop_s}"], check=True)
 
-    def answers(self, kind: str) -> bool:
-        """Whether a probe does, now."""
-        return self._asked(self.spec[kind]) is None
+    def wrong(self) -> list[str]:
+        """What its probes say is, now."""
+        return [why for kind in PROBES if kind in self.spec and (why := self._asked(self.spec[kind])) is not None]
 
     def terminate(self) -> None:
         """As a kubelet does once `preStop` is over."""

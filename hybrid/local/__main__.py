@@ -1,7 +1,7 @@
 """`python -m hybrid.local install` downloads what the local stack runs.
 
 `supervise` is the stack's own process; `aggregate` that of one aggregator of a local federation, `superexec` of what
-starts Flower's apps there.
+starts Flower's apps there, and in a cluster; `supernode` that of a SuperNode in a cluster.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def main(arguments: list[str]) -> int:
 
                 superexec(words)
                 return 0
+            case ["supernode", *words]:
+                from hybrid.local.supernode import supernode
+
+                return supernode(words)
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
