@@ -29,7 +29,7 @@ import hybrid
 from hybrid.local.process import die_with, free_ports
 
 USER = 10001
-POLL_S = 0.2
+POLL_S = 0.5
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _OWN = {"0.0.0.0": "127.0.0.1", "127.0.0.1": "127.0.0.1", "localhost": "localhost"}
