@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from hybrid.local.process import die_with, free_ports
 
 USER = 10001
 POLL_S = 0.5
+UNCHECKED = ssl._create_unverified_context()  # as a kubelet has it
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _OWN = {"0.0.0.0": "127.0.0.1", "127.0.0.1": "127.0.0.1", "localhost": "localhost"}
@@ -373,7 +375,7 @@ class Container:
                 asked = probe["httpGet"]
                 headers = {each["name"]: self._local(each["value"]) for each in asked.get("httpHeaders", ())}
                 url = self.url(asked["port"], asked.get("scheme", "HTTP").lower()) + asked["path"]
-                answer = httpx.get(url, headers=headers, timeout=timeout_s, verify=False, trust_env=False)
+                answer = httpx.get(url, headers=headers, timeout=timeout_s, verify=UNCHECKED, trust_env=False)
                 return None if 200 <= answer.status_code < 400 else f"status {answer.status_code}"
             if "grpc" in probe:
                 return _health(self.pod.cluster.port(self.pod.name, probe["grpc"]["port"]), timeout_s)
