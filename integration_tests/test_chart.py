@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,14 @@ class Release:
     def authority(self) -> Path:
         return self.cluster.folder / "certificates" / "ca.pem"
 
+    @cached_property
+    def trust(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.authority)
+
     def client(self, component: str, port: str, **more: Any) -> httpx.Client:
         """Of the first pod of a component."""
         url = self.pod(component).containers[0].url(port)
-        return httpx.Client(base_url=url, verify=str(self.authority), trust_env=False, timeout=20, **more)
+        return httpx.Client(base_url=url, verify=self.trust, trust_env=False, timeout=20, **more)
 
 
 def kafka_properties(folder: Path, plain: int, secured: int, controller: int) -> dict[str, str]:
@@ -373,9 +377,9 @@ class Traffic:
 
 def test_no_request_is_lost_while_a_worker_or_a_gateway_ends(release: Release) -> None:
     """Some hundred before, during and after each; a gateway that will end is asked no more, as Services have it."""
-    trust, (first, second) = ssl.create_default_context(cafile=release.authority), release.pods["gateway"]
+    first, second = release.pods["gateway"]
     urls, worker = [pod["gateway"].url("http") for pod in (first, second)], release.pods["worker"][1]
-    asking = partial(ask, key=release.key, trust=trust)
+    asking = partial(ask, key=release.key, trust=release.trust)
     with Traffic(urls, asking) as before:
         before.until(ASKED)
         assert worker.stop() == {"worker": 0}
@@ -438,6 +442,7 @@ def test_the_doctor_is_well_and_says_what_is_not(release: Release) -> None:
     status, findings = examined(release)
     assert (status, [each for each in findings if each["status"] == "fail"]) == (0, [])
     assert {each["check"] for each in findings if each["status"] == "skipped"} == {"stack"}
+    assert "2 merge workers for 5 partitions of requests" in {each["found"] for each in findings}
     release.cluster.secrets["kafka"]["password"] = b"wrong-horse"
     assert release.pods.pop("triton")[0].stop() == {"triton": 0}
     status, findings = examined(release)
