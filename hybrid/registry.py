@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from hybrid.errors import ConfigError, NotFound, RegistryError
 from hybrid.spec import HybridModel, definition_hash, load_model
-from hybrid.tracking import TRACKING_URI, check_uri, connect, is_server, without_credentials
+from hybrid.tracking import TRACKING_URI, check_uri, connect, is_plaintext, is_server, without_credentials
 from hybrid.version import TrainingRecord, Version
 from hybrid.workspace import Workspace
 
@@ -108,6 +108,11 @@ class Registry:
     def is_own_file(self) -> bool:
         """Whether versions are kept in the workspace's own file, as they are unless told otherwise."""
         return self._uri is None
+
+    @property
+    def is_plaintext(self) -> bool:
+        """Whether versions travel to another machine without TLS, and so does what is shown for them."""
+        return self._uri is not None and is_plaintext(self._uri)
 
     def check(self) -> None:
         """Asks for one thing that every MLflow has.

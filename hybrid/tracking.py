@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from hybrid.errors import ConfigError, RegistryError
+from hybrid.protocol import is_loopback
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 SERVERS = {"http": 80, "https": 443}
@@ -46,6 +47,11 @@ def check_uri(uri: str) -> None:
 def is_server(uri: str) -> bool:
     """Whether an MLflow server is meant, which knows where its artifacts go, and not a database."""
     return _scheme(uri) in SERVERS
+
+
+def is_plaintext(uri: str) -> bool:
+    """Whether what is sent to a server, a password too, can be read and changed on the way to another machine."""
+    return urlsplit(uri).scheme == "http" and not is_loopback(urlsplit(uri).hostname or "")
 
 
 def without_credentials(uri: str) -> str:

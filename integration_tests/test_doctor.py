@@ -28,13 +28,13 @@ from hybrid.export.promote import deployment_of
 from hybrid.export.triton import export
 from hybrid.local.flower import _write_certificates
 from hybrid.local.process import Service, free_ports, log_has, running
-from hybrid.messages import Predictions
+from hybrid.messages import DeviceEmbeddings, Predictions
 from hybrid.network import Network
 from hybrid.registry import Registry
 from hybrid.spec import Training, load_model
 from hybrid.version import TrainingRecord
 from hybrid.workspace import Workspace
-from serving.topics import REPLAYS
+from serving.topics import PARTITIONS, REPLAYS
 
 COUPON = Path(__file__).parents[1] / "examples" / "coupon" / "model.py"
 TRAINED = TrainingRecord(
@@ -217,3 +217,21 @@ def test_a_superlink_is_well_by_tls(tmp_path: Path):
         assert looked(port, tmp_path / "ca.pem") == ["ok", "ok"]
         assert looked(port, None) == ["fail"]
         assert looked(health, None) == ["ok", "ok"]
+
+
+def test_an_empty_kafka_is_given_all_topics_with_the_partitions_asked_for(
+    kafka: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Six of requests, so that six workers can share them, and the eight of answers that gateways count on."""
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path / ".hybrid"))
+    with closing(kafka_python.KafkaAdminClient(bootstrap_servers=kafka)) as admin:
+        if there := set(admin.list_topics()) & set(PARTITIONS):  # of tests before, whose servers are down
+            admin.delete_topics(sorted(there))
+            while there & set(admin.list_topics()):
+                time.sleep(0.1)  # Kafka tells nobody
+        words = ["migrate", "--kafka", kafka, "--kafka-partitions", "6", "--json"]
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert done.exit_code == 0, done.stdout
+        found = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
+    assert (found[DeviceEmbeddings.TOPIC], found[Predictions.TOPIC]) == (6, 8)
+    assert found.keys() >= set(PARTITIONS)

@@ -255,6 +255,14 @@ def test_the_lag_is_what_was_not_polled_yet(kafka, monkeypatch):
         assert inbox.lag == 0
 
 
+def test_probes_of_both_say_that_they_live_and_are_ready(serving):
+    """Beside their metrics; the Triton that the worker asks is there."""
+    for url in serving.metrics.values():
+        for probe in ("live", "ready"):
+            answer = httpx.get(url.replace("/metrics", f"/health/{probe}"), timeout=10)
+            assert (answer.status_code, answer.text) == (200, "ok\n")
+
+
 def test_one_trace_leads_from_the_device_to_its_answer(serving):
     """ask (device) -> infer (gateway) -> process (worker), with the stages of both; times lie within their parents'."""
     serving.devices(1)

@@ -42,6 +42,7 @@ _UNREPEATABLE = re.compile(
 )
 _ACTION = re.compile(r"\{\{.*?\}\}", re.DOTALL)
 _QUOTED_OR_COMMENT = re.compile(r'/\*.*?\*/|"(?:\\.|[^"\\])*"|`[^`]*`|\.\w+|\$\w+', re.DOTALL)
+_BARE_ROW = re.compile(r"^\| ([\w.\[\]-]+) \| .* \|\s*\|$", re.MULTILINE)  # of helm-docs' table of values
 _WARNING = 5  # as kube-score grades: 10 is right, 7 almost, 5 a warning, 1 critical
 _IMMUTABLE = {  # kind -> paths that an upgrade may not change
     "Deployment": ("spec.selector",),
@@ -181,7 +182,7 @@ def check_lint(chart: Chart) -> tuple[str, list[Finding]]:
 
 
 def check_readme(chart: Chart) -> tuple[str, list[Finding]]:
-    """README.md is what helm-docs makes of README.md.gotmpl and the comments of values.yaml, and each value has one."""
+    """README.md is what helm-docs makes of README.md.gotmpl and values.yaml; each value or its map has a comment."""
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / chart.folder.name
         copy.mkdir()
@@ -190,17 +191,17 @@ def check_readme(chart: Chart) -> tuple[str, list[Finding]]:
                 shutil.copy(chart.folder / name, copy)
         done = chart.run(install.DOCS, f"--chart-search-root={work}", "--sort-values-order=file")
         if done.returncode or not (copy / "README.md").is_file():
-            return "", [Finding("values.yaml", _last(done.stderr), "mend what helm-docs could not read")]
+            return "", [Finding("README.md.gotmpl", _last(done.stderr), "mend it, or values.yaml")]
         made = (copy / "README.md").read_text()
-    # helm-docs' own strict mode (1.14.2) finds no comment at all in a file whose keys all have one.
-    silent = re.findall(r"^\| (\S+) \|.*\|  \|$", made, re.M)
-    if silent:
-        return "", [Finding("values.yaml", each, "give it a comment `# -- what it does`") for each in silent]
     readme = chart.folder / "README.md"
     if chart.write:
         readme.write_text(made)
-    found = _drift("README.md", readme.read_text() if readme.is_file() else "", made)
-    return "", found
+    bare = _BARE_ROW.findall(made)
+    found = [
+        Finding("values.yaml", f"{each} has no comment", "say above it, or its map: `# -- what it does`")
+        for each in bare
+    ]
+    return "", found + _drift("README.md", readme.read_text() if readme.is_file() else "", made)
 
 
 def check_unittest(chart: Chart) -> tuple[str, list[Finding]]:
@@ -265,15 +266,15 @@ def check_score(chart: Chart) -> tuple[str, list[Finding]]:
     found, used = [], set()
     for values in chart.values_files:
         text = chart.render(values, install.KUBERNETES[-1])
-        for name, check, comment in _scores(chart, text):
-            excluded = [each for each in exclusions if each[0] == check and fnmatch.fnmatch(name, each[1])]
+        for name, check, comment in sorted(_scores(chart, text)):  # it has no order of its own
+            excluded = [each for each in exclusions if each.covers(name, check, comment)]
             used.update(excluded)
             if not excluded:
                 found.append(
                     Finding(f"{_name(values)} {name}", f"{check}: {comment}", "mend it, or say why not in lint.toml")
                 )
-    for check, pattern in sorted(set(exclusions) - used):
-        found.append(Finding("lint.toml", f"nothing needs the exclusion of {check} for {pattern}", "remove it"))
+    idle = [each for each in exclusions if each not in used]
+    found += [Finding("lint.toml", f"nothing needs {each.check} of {each.object}", "remove it") for each in idle]
     return _count(exclusions, "exclusion"), found
 
 
@@ -406,21 +407,35 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _exclusions(file: Path) -> list[tuple[str, str]]:
-    """Check and pattern of objects, of each exclusion.
+@dataclass(frozen=True)
+class _Exclusion:
+    """What kube-score may say: of which objects, and, where it says several things of one check, which of them."""
+
+    check: str
+    reason: str
+    object: str = "*"
+    says: str = ""
+
+    def covers(self, name: str, check: str, comment: str) -> bool:
+        return check == self.check and fnmatch.fnmatch(name, self.object) and self.says in comment
+
+
+def _exclusions(file: Path) -> list[_Exclusion]:
+    """What `lint.toml` excludes.
 
     Raises:
-        ConfigError: one has no reason, or a key that is not known.
+        ConfigError: an exclusion has no reason, or a key that is not known.
     """
     if not file.is_file():
         return []
     entries = tomllib.loads(file.read_text()).get("exclude", [])
     for entry in entries:
-        if not entry.keys() <= {"check", "object", "reason"} or not {"check", "reason"} <= entry.keys():
-            raise ConfigError(f"{file.name}: an exclusion must have check and reason, and may have object, got {entry}")
+        if not entry.keys() <= {"check", "object", "says", "reason"} or not {"check", "reason"} <= entry.keys():
+            must = "an exclusion must have check and reason, and may have object and says"
+            raise ConfigError(f"{file.name}: {must}, got {entry}")
         if len(entry["reason"]) < 20:
             raise ConfigError(f"{file.name}: the reason of {entry['check']} must say why, got {entry['reason']!r}")
-    return [(entry["check"], entry.get("object", "*")) for entry in entries]
+    return [_Exclusion(**entry) for entry in entries]
 
 
 def _scores(chart: Chart, rendered: str) -> Iterator[tuple[str, str, str]]:

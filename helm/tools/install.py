@@ -22,6 +22,7 @@ from pathlib import Path
 from hybrid.errors import HybridError, StackError
 from hybrid.local.process import default_cache
 
+_GO = "/usr/local/go/bin"  # where Go's own packages put it, also where PATH does not say so
 GO = "1.26"  # the oldest that these versions ask for
 SCHEMAS = "1.37.0"  # of the package kubernetes-validate, which ships Kubernetes' JSON schemas
 KUBERNETES = ("1.29", "1.34", "1.37")  # the oldest that the chart takes, the API server's, the newest
@@ -149,7 +150,7 @@ def _build(tool: Tool, cache: Path, say: Callable[[str], None]) -> None:
     if (folder / tool.name).is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    go = shutil.which("go", path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/go/bin")
+    go = shutil.which("go", path=f"{os.environ.get('PATH', os.defpath)}:{_GO}")
     if go is None:
         raise StackError(
             f"{tool.name} {tool.version} is built by Go {GO} or later, and there is no `go`: install it from go.dev or "

@@ -50,7 +50,7 @@ def migrate(
     kafka_username: c.KafkaUsername = None,
     kafka_password_file: c.KafkaPasswordFile = None,
     kafka_partitions: Annotated[
-        int | None, typer.Option(min=1, help="Of the topic of requests, if it is made now: at most so many workers.")
+        int | None, typer.Option(min=1, help="Of the topic of requests, if it is created now; 4 by default.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; show what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

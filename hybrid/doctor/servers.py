@@ -12,12 +12,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from hybrid.doctor.findings import Finding
 from hybrid.errors import ConfigError, HybridError
+from hybrid.protocol import is_loopback
+from hybrid.tracking import without_credentials
 
 CALL_S = 5.0
 MOST_BYTES = 1 << 16  # that are read of an answer
@@ -60,8 +61,9 @@ def ask(url: str, ca: Path | None = None, timeout_s: float = CALL_S) -> Answer:
         OSError: it does not answer; ssl's errors are.
     """
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"a server's address must be http://HOST:PORT or https://HOST:PORT, got {url!r}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
+        shown = without_credentials(url)
+        raise ConfigError(f"a server's address must be http://HOST:PORT or https://HOST:PORT, got {shown!r}")
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
         connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=trusting(ca))
@@ -115,20 +117,20 @@ def health(name: str, url: str, fix: str, ca: Path | None = None) -> Iterator[Fi
         fix: what to do where it does not answer.
         ca: see `ask`.
     """
+    shown = without_credentials(url)
     try:
         answer = ask(url, ca)
     except ssl.SSLCertVerificationError as error:
-        found = f"{url}: its certificate is not trusted: {error.verify_message}"
-        yield Finding(name, "fail", found, TRUST)
+        yield Finding(name, "fail", f"{shown}: its certificate is not trusted: {error.verify_message}", TRUST)
         return
     except OSError as error:
-        yield Finding(name, "fail", f"{url} does not answer: {_why(error)}", fix)
+        yield Finding(name, "fail", f"{shown} does not answer: {_why(error)}", fix)
         return
     if answer.status != 200:
-        yield Finding(name, "fail", f"{url} answers {answer.status}{_reason(answer.body)}", fix)
+        yield Finding(name, "fail", f"{shown} answers {answer.status}{_reason(answer.body)}", fix)
     else:
-        yield Finding(name, "ok", f"{url} answers 200")
-    yield from certificate(name, url, answer.expires_s)
+        yield Finding(name, "ok", f"{shown} answers 200")
+    yield from certificate(name, shown, answer.expires_s)
 
 
 def clocks(
@@ -146,7 +148,7 @@ def clocks(
         with suppress(OSError):
             skew = ask(url, ca).skew_s
             if skew is not None:
-                seen[f"the Date of {urlsplit(url).netloc}"] = skew
+                seen[f"the Date of {urlsplit(without_credentials(url)).netloc}"] = skew
     for other in others:
         with suppress(HybridError):
             name, skew = other()
@@ -223,9 +225,8 @@ def certificate(name: str, where: str, expires_s: float | None) -> Iterator[Find
 
 
 def _plaintext(name: str, address: str, host: str) -> Finding:
-    with suppress(ValueError):
-        if ip_address(host).is_loopback:
-            return Finding(name, "ok", f"{address} answers, in plaintext, on this machine alone")
+    if is_loopback(host):
+        return Finding(name, "ok", f"{address} answers, in plaintext, on this machine alone")
     fix = "start it with --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile: weights and sums travel there"
     return Finding(name, "warn", f"{address} answers, but not by TLS", fix)
 
@@ -250,6 +251,14 @@ def _grpc_health(name: str, address: str, roots: bytes | None) -> Iterator[Findi
         yield Finding(name, "ok", f"{address} says that it serves")
     else:
         yield Finding(name, "fail", f"{address} says that it does not serve", LOG)
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether its port, if it has one, is one."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _expires_s(connection: object) -> float | None:

@@ -105,6 +105,23 @@ def test_without_the_variable_versions_are_kept_in_the_workspace(tmp_path: Path,
     assert not Registry(Workspace(tmp_path)).is_own_file
 
 
+@pytest.mark.parametrize(
+    ("uri", "plaintext"),
+    [
+        ("http://mlflow:5000", True),
+        ("https://mlflow:5000", False),
+        ("http://127.0.0.1:5000", False),
+        ("postgresql://mlflow@db/mlflow", False),  # what its `sslmode` says
+        (None, False),
+    ],
+)
+def test_a_server_of_another_machine_that_is_spoken_to_without_tls_is_known(
+    tmp_path: Path, uri: str | None, plaintext: bool
+):
+    """A mesh may encrypt all the same, which cannot be seen from here."""
+    assert Registry(Workspace(tmp_path), uri).is_plaintext == plaintext
+
+
 def test_tables_of_an_older_mlflow_are_brought_up_to_date_and_kept_as_they_were(tmp_path: Path):
     """One upgrade is enough; the copy has the older tables."""
     file = tmp_path / "mlflow/mlflow.db"

@@ -63,10 +63,12 @@ def test_a_readme_that_drifted_is_found(chart: Chart, folder: Path, plant):
 
 
 def test_a_value_without_a_comment_is_found(chart: Chart, plant):
-    """By `readme`, by name."""
+    """By `readme`, by name. A comment on a map is one for all that is in it."""
+    chart.write = True
     plant("values.yaml", "  # -- Its version.\n", "")
-    (found,) = findings(chart, "readme")
-    assert "image.tag" in found.what
+    assert [each.what for each in findings(chart, "readme")] == ["image.tag has no comment"]
+    plant("values.yaml", "image:", "# -- The image of the pods.\nimage:")
+    assert findings(chart, "readme") == []
 
 
 def test_a_suite_that_fails_is_found(chart: Chart, plant):
@@ -130,10 +132,13 @@ def test_what_kube_score_says_is_found_unless_it_is_excluded_with_a_reason(chart
     """An exclusion for other objects does not help, and one that nothing needs is an error."""
     plant("templates/deployment.yaml", "imagePullPolicy: Always", "imagePullPolicy: IfNotPresent")
     assert {each.what.split(":")[0] for each in findings(chart, "score")} == {"container-image-pull-policy"}
-    exclusion = f'[[exclude]]\ncheck = "container-image-pull-policy"\nreason = "{REASON}"\nobject = '
-    (chart.beside / "lint.toml").write_text(f'{exclusion}"Deployment/*"\n')
+    lint, others = chart.beside / "lint.toml", (chart.beside / "lint.toml").read_text()
+    exclusion = f'{others}[[exclude]]\ncheck = "container-image-pull-policy"\nreason = "{REASON}"\nobject = '
+    lint.write_text(f'{exclusion}"Deployment/*"\n')
     assert findings(chart, "score") == []
-    (chart.beside / "lint.toml").write_text(f'{exclusion}"StatefulSet/*"\n')
+    lint.write_text(f'{exclusion}"Deployment/*"\nsays = "not set to Always"\n')
+    assert findings(chart, "score") == []
+    lint.write_text(f'{exclusion}"StatefulSet/*"\n')
     assert len(findings(chart, "score")) == 3  # one for each file of values, and the exclusion
 
 

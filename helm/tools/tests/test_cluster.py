@@ -1,6 +1,7 @@
 """On a real API server: `make chart-cluster` builds it."""
 
 import itertools
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def test_an_object_that_outlives_its_release_is_found(live, plant):
     assert live("default") == [
         "ci/default.yaml PodDisruptionBudget/hybrid: is still there after the release was removed"
     ]
+
+
+def test_a_release_of_the_previous_version_is_upgraded_to_the_chart(
+    api: Api, chart: Chart, plant, tmp_path: Path, changed, namespace: str
+):
+    """Each of its files of values, to the chart's of the same name."""
+    (tmp_path / "previous").mkdir()
+    with tarfile.open(tmp_path / "previous/small-0.0.9.tgz", "w:gz") as package:
+        package.add(chart.folder, arcname="small")
+    plant("values.yaml", "replicas: 2", "replicas: 4")
+    named = {each.name: each for each in lives(chart, tmp_path / "old")}
+    assert list(named)[2:] == ["small-0.0.9 ci/default.yaml", "small-0.0.9 ci/everything.yaml"]
+    assert Cluster(api, chart, tmp_path / "helm").live(named["small-0.0.9 ci/default.yaml"], namespace) == []
 
 
 def test_a_chart_without_values_that_an_upgrade_changes_is_refused(chart: Chart, tmp_path: Path):

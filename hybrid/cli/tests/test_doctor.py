@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from hybrid.cli import app, doctor
+from hybrid.cli import app, checks
 from hybrid.errors import ConfigError
 from hybrid.local.process import free_ports, started
 from hybrid.local.supervisor import Server, State
@@ -95,6 +95,14 @@ def test_versions_that_another_registry_hides_are_told(project, monkeypatch):
     assert "hunter2" not in str(found)
 
 
+def test_a_registry_in_plaintext_is_told(project, monkeypatch):
+    """Of another machine, whose name nobody knows here: that it is away is what fails."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.invalid:5000")
+    code, found = only("registry")
+    assert (code, [status for status, _ in found]) == (1, ["warn", "fail"])
+    assert found[0][1].startswith("http://mlflow.invalid:5000 is spoken to in plaintext")
+
+
 def test_a_registry_that_is_no_database_fails(project):
     """Half a copy of it, say."""
     database = Workspace.current().mlflow / "mlflow.db"
@@ -160,7 +168,7 @@ REQUESTS, ANSWERS = DeviceEmbeddings.TOPIC, Predictions.TOPIC
 )
 def test_a_topic_that_is_not_as_serving_needs_it_is_told(topic, expected):
     """Too few partitions fail: gateways wait at those that are not there; the rest is to watch, with a command."""
-    found = list(doctor._topic(ANSWERS, topic))
+    found = list(checks._topic(ANSWERS, topic))
     assert [(finding.status, finding.found) for finding in found] == expected
     assert all(finding.fix for finding in found if finding.status != "skipped")
 
@@ -176,7 +184,7 @@ def test_a_topic_that_is_not_as_serving_needs_it_is_told(topic, expected):
 )
 def test_workers_are_held_against_the_partitions_that_they_share(workers, expected):
     """One partition is read by one of them."""
-    found = doctor._workers({REQUESTS: Topic(4, 1, 0, {})}, workers)
+    found = checks._workers({REQUESTS: Topic(4, 1, 0, {})}, workers)
     assert [(finding.status, finding.found) for finding in found] == expected
 
 

@@ -111,6 +111,9 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path):
     """And a file without certificates."""
     with pytest.raises(ConfigError, match=r"must be http://HOST:PORT or https://HOST:PORT, got 'gateway:8080'"):
         ask("gateway:8080")
+    for wrong in ("http://team:hunter2@gateway:many", "http://gateway:0"):
+        with pytest.raises(ConfigError, match=r"got 'http://gateway:(many|0)'$"):
+            ask(wrong)
     (tmp_path / "ca.pem").write_text("none")
     with pytest.raises(ConfigError, match="--ca must be a PEM file with certificates"):
         ask("https://127.0.0.1:1", tmp_path / "ca.pem")
@@ -130,6 +133,11 @@ def test_clocks_that_are_off_are_told_by_how_much(keys: Path):
     assert "s behind this machine" in found[2].found
     assert [finding.fix for finding in found] == ["", SYNC, SYNC]
     assert [finding.status for finding in clocks([away], [], None)] == ["skipped"]
+    with listening(app(), "127.0.0.1", 0, name="right") as port:
+        (found,) = clocks([f"http://team:hunter2@127.0.0.1:{port}/"], [], None)
+        assert found.found == f"the Date of 127.0.0.1:{port} and this machine's clock are within 2 s"
+        (found,) = health("issuer", f"http://team:hunter2@127.0.0.1:{port}/", FIX)
+        assert found.found == f"http://127.0.0.1:{port}/ answers 200"
     (broker,) = clocks([], [lambda: ("Kafka's broker", -31.0)], None)
     assert (broker.status, broker.found[:34]) == ("fail", "Kafka's broker is 31.0 s behind th")
 
