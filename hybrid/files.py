@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from hybrid.errors import ConfigError
@@ -47,6 +48,16 @@ def check_private(status: os.stat_result, name: str) -> None:
     others = 0o037 if given else 0o077
     if status.st_mode & others:
         raise ConfigError(f"{name} must be readable by its owner only (chmod 600)")
+
+
+def take_from_group(path: Path) -> None:
+    """Takes from our own group what it may do with a file or folder of ours; other groups, and others, keep it.
+
+    A kubelet gives all of a volume to the group of the pod that mounts it (`fsGroup`), also what was its owner's alone.
+    """
+    status = path.stat()
+    if (status.st_uid, status.st_gid) == (os.geteuid(), os.getegid()) and status.st_mode & 0o070:
+        path.chmod(stat.S_IMODE(status.st_mode) & ~0o070)
 
 
 def read_private(file: Path, what: str, longest: int) -> str:

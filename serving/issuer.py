@@ -47,6 +47,7 @@ from hybrid import http
 from hybrid.bearer import check_token, read_token, shown
 from hybrid.blind_rsa import blind_sign
 from hybrid.errors import ConfigError, HybridError, ServingError, TokenError, Unauthenticated
+from hybrid.files import take_from_group
 from hybrid.http import Certificate, TimedHttp, read_body
 from hybrid.protocol import is_loopback
 from hybrid.tokens import (
@@ -165,6 +166,7 @@ class Issuer(AbstractContextManager["Issuer"]):
         self._file, self._now_ms, self._alone = folder / FILE, now_ms, threading.Lock()
         try:
             os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
+            take_from_group(self._file)
             if self._file.stat().st_mode & 0o077:
                 raise ConfigError(f"{self._file.name} must be readable by its owner only (chmod 600)")
             self._db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False)

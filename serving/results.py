@@ -28,6 +28,7 @@ import orjson
 from starlette.responses import Response
 
 from hybrid.errors import ConfigError, Overloaded, ServingError, Unavailable, UnknownTicket
+from hybrid.files import take_from_group
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ class ResultFiles:
         self._max_results, self._max_bytes = max_results, max_bytes
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            take_from_group(folder)
             if folder.stat().st_mode & 0o022:
                 raise ConfigError(f"the results' folder {str(folder)!r} must be writable by its owner only (chmod 700)")
             with self._locked():

@@ -12,7 +12,7 @@ from hybrid.errors import ConfigError
 from hybrid.files import check_private
 from hybrid.workspace import Workspace
 
-NAME = "permissions"
+NAME, SIGNING_KEY = "permissions", "bundle-signing.pem"
 
 
 def permissions(workspace: Workspace) -> Iterator[Finding]:
@@ -58,6 +58,8 @@ def _unwritable(workspace: Workspace) -> Iterator[Finding]:
         workspace.deployments: "promote",
         workspace.keys: "promote",
     }
+    if (workspace.keys / SIGNING_KEY).exists():  # it is made once; a Secret that is mounted there is never written
+        del written[workspace.keys]
     for folder, command in written.items():
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             found = f"{folder} cannot be written by this account (uid {os.geteuid()}), so `hybrid {command}` will fail"

@@ -1,7 +1,7 @@
 """`python -m hybrid.local install` downloads what the local stack runs.
 
 `supervise` is the stack's own process; `aggregate` that of one aggregator of a local federation, `superexec` of what
-starts Flower's apps there.
+starts Flower's apps there, and in a cluster; `supernode` that of a SuperNode in a cluster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ def main(arguments: list[str]) -> int:
             case ["install"]:
                 kafka.install(default_cache())
                 triton.install(default_cache())
-                return 0
             case ["supervise", settings]:
                 from hybrid.local.stack import Settings, supervise
 
@@ -31,17 +30,21 @@ def main(arguments: list[str]) -> int:
                 from hybrid.federation.parts import Part, aggregate
 
                 aggregate(Part.read(Path(settings)))
-                return 0
             case ["superexec", *words]:
                 from hybrid.local.superexec import superexec
 
                 superexec(words)
-                return 0
+            case ["supernode", *words]:
+                from hybrid.local.supernode import supernode
+
+                return supernode(words)
+            case _:
+                print("usage: python -m hybrid.local install", file=sys.stderr)
+                return 2
     except HybridError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("usage: python -m hybrid.local install", file=sys.stderr)
-    return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from hybrid.errors import ConfigError
-from hybrid.files import check_private, write_whole
+from hybrid.files import check_private, take_from_group, write_whole
 
 
 def test_what_is_private_is_read_by_its_owner_alone_whatever_was_there(tmp_path):
@@ -42,3 +42,17 @@ def test_a_secret_is_its_owners_alone_or_a_mounted_one_its_groups(monkeypatch, o
         return
     with pytest.raises(ConfigError, match="token must be readable by its owner only"):
         check_private(status, "token")
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "left"), [(0o2770, 0, 0o2700), (0o660, 0, 0o600), (0o664, 0, 0o604), (0o660, 1, 0o660)]
+)
+def test_what_our_group_may_do_is_taken_from_it_and_what_others_may_stays(tmp_path, monkeypatch, mode, group, left):
+    """Of a file of ours whose group is ours; another group (here: ours plus 1) was given it by somebody."""
+    file = tmp_path / "file"
+    file.touch()
+    file.chmod(mode)
+    mine = file.stat().st_gid
+    monkeypatch.setattr(os, "getegid", lambda: mine + group)
+    take_from_group(file)
+    assert file.stat().st_mode & 0o7777 == left

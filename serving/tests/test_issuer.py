@@ -260,10 +260,14 @@ def test_a_transaction_that_cannot_be_finished_is_none(tmp_path):
 
 
 def test_its_file_is_its_owners_alone(tmp_path):
+    """What our own group may do with it, as a volume in Kubernetes has it, is taken back; others may nothing."""
+    file = tmp_path / "own" / "issuer.db"
     with Issuer(tmp_path / "own"):
-        file = tmp_path / "own" / "issuer.db"
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    file.chmod(0o640)
+    file.chmod(0o660)
+    with Issuer(tmp_path / "own"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o604)
     with pytest.raises(ConfigError, match="readable by its owner only"):
         Issuer(tmp_path / "own")
 

@@ -163,7 +163,7 @@ lifecycle:
 {{- $top := index . 0 -}}
 - name: folders
   {{- include "hybrid.container" (dict "top" $top "values" (dict "resources" (dict "requests" (dict "cpu" "10m" "memory" "16Mi") "limits" (dict "memory" "64Mi"))) "role" "serving" "mounts" "- {name: workspace, mountPath: /workspace}") | nindent 2 }}
-  command: [mkdir, --parents]
+  command: [sh, -c, 'umask 0007 && exec mkdir --parents "$@"', folders]
   args:
     {{- range slice . 1 }}
     - /workspace/{{ . }}

@@ -58,6 +58,13 @@ def test_a_folder_that_cannot_be_written_names_the_command_that_will_fail(
     assert "securityContext.fsGroup" in found.fix
 
 
+def test_a_folder_of_keys_that_has_one_need_not_be_written(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """So a Secret is mounted in its place."""
+    signing_key(workspace.keys)
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != workspace.keys)
+    assert [found.status for found in permissions(workspace)] == ["ok"]
+
+
 def test_a_workspace_that_is_not_there_fails(tmp_path: Path):
     """The wrong folder, or HYBRID_HOME."""
     (found,) = permissions(Workspace(tmp_path / ".hybrid"))

@@ -114,7 +114,7 @@
     failureThreshold: 6
 - name: supernode
   {{- include "hybrid.container" (dict "top" . "values" $aggregator "resources" $aggregator.supernode.resources "role" "training" "env" (include "hybrid.index" .) "mounts" (include "hybrid.supernode.mounts" .)) | nindent 2 }}
-  command: [flower-supernode]
+  command: [python, -m, hybrid.local, supernode]
   args:
     - "--superlink={{ $aggregator.superlink | default (printf "%s:8095" (include "hybrid.at" (list . "superlink"))) }}"
     - --root-certificates=/etc/hybrid/superlink-ca/ca.crt

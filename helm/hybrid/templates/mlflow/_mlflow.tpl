@@ -8,6 +8,7 @@
     - "--host={{ .Values.listen }}"
     - --port=5000
     - "--workers={{ $mlflow.workers }}"
+    - --uvicorn-opts=--timeout-worker-healthcheck=120 # each imports for seconds, in which it would be taken for dead after five
     - "--allowed-hosts={{ $at }}:5000,{{ $at }}.{{ .Release.Namespace }}:5000,localhost:5000"
     - --serve-artifacts
     - "--artifacts-destination={{ $mlflow.artifacts | default "/workspace/.hybrid/mlflow/artifacts" }}"
@@ -41,4 +42,6 @@
   {{- end }}
 - name: MLFLOW_DISABLE_TELEMETRY
   value: "true"
+- name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION # evaluations that it would run itself
+  value: "false"
 {{- end }}
