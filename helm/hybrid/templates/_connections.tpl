@@ -108,21 +108,26 @@
 {{- end }}
 {{- end }}
 
+{{/* (list $ "console"): the signing key is for what signs, and for the doctor, who looks at it. */}}
+{{- define "hybrid.signs" -}}
+{{- if and (index . 0).Values.keys.existingSecret (has (index . 1) (list "console" "training" "doctor")) }}yes{{ end -}}
+{{- end }}
+
 {{- define "hybrid.controlMounts" -}}
 - name: workspace
   mountPath: /workspace
-{{- if .Values.keys.existingSecret }}
+{{- if include "hybrid.signs" . }}
 - name: keys
   mountPath: /workspace/.hybrid/keys
   readOnly: true
 {{- end }}
-{{ include "hybrid.connectionMounts" . | trim }}
+{{ include "hybrid.connectionMounts" (index . 0) | trim }}
 {{- end }}
 
 {{- define "hybrid.controlVolumes" -}}
-{{ include "hybrid.workspaceVolume" . }}
-{{- with .Values.keys.existingSecret }}
-{{ include "hybrid.secretVolume" (dict "name" "keys" "secret" .) }}
+{{ include "hybrid.workspaceVolume" (index . 0) }}
+{{- if include "hybrid.signs" . }}
+{{ include "hybrid.secretVolume" (dict "name" "keys" "secret" (index . 0).Values.keys.existingSecret) }}
 {{- end }}
-{{ include "hybrid.connectionVolumes" . | trim }}
+{{ include "hybrid.connectionVolumes" (index . 0) | trim }}
 {{- end }}

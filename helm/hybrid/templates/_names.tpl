@@ -101,7 +101,13 @@ labels:
 {{- if .Values.trial.redis.enabled }}{{ include "hybrid.at" (list . "redis") }}:6379{{ else }}{{ .Values.redis.address }}{{ end -}}
 {{- end }}
 
-{{/* The port at the end of HOST:PORT, of the first of several. */}}
+{{/* The port at the end of HOST:PORT. */}}
 {{- define "hybrid.port" -}}
-{{ . | splitList "," | first | splitList ":" | last }}
+{{ . | splitList ":" | last }}
+{{- end }}
+
+{{/* Of a URL. */}}
+{{- define "hybrid.urlPort" -}}
+{{- $host := (urlParse .).host -}}
+{{- if contains ":" $host }}{{ $host | splitList ":" | last }}{{ else }}{{ hasPrefix "https:" . | ternary "443" "80" }}{{ end -}}
 {{- end }}

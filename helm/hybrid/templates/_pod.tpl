@@ -77,7 +77,7 @@ spec:
     {{- end }}
   volumes:
     - name: tmp
-      emptyDir: {sizeLimit: 1Gi}
+      emptyDir: {sizeLimit: {{ .top.Values.tmpSize }}}
     {{- with .volumes }}
     {{- . | nindent 4 }}
     {{- end }}

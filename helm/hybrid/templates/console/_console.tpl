@@ -37,13 +37,13 @@
 {{- end }}
 
 {{- define "hybrid.console.mounts" -}}
-{{ include "hybrid.controlMounts" . | trim }}
+{{ include "hybrid.controlMounts" (list . "console") | trim }}
 - {name: tls, mountPath: /etc/hybrid/tls, readOnly: true}
 - {name: console, mountPath: /etc/hybrid/console, readOnly: true}
 {{- end }}
 
 {{- define "hybrid.console.volumes" -}}
-{{ include "hybrid.controlVolumes" . | trim }}
+{{ include "hybrid.controlVolumes" (list . "console") | trim }}
 {{- with .Values.console }}
 {{ include "hybrid.secretVolume" (dict "name" "tls" "secret" .tls.existingSecret) }}
 {{ include "hybrid.secretVolume" (dict "name" "console" "secret" .password.existingSecret "items" (dict .password.key "password")) }}

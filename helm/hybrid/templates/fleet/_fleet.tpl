@@ -45,25 +45,33 @@
     periodSeconds: 10
     timeoutSeconds: 5
     failureThreshold: 6
-- name: apps # starts the ServerApp
-  {{- include "hybrid.container" (dict "top" . "values" $superlink "resources" $superlink.apps.resources "role" "training" "env" (include "hybrid.flower.env" .) "mounts" (include "hybrid.superlink.mounts" .)) | nindent 2 }}
+- name: apps # starts the ServerApp, which needs its job and nothing else
+  {{- include "hybrid.container" (dict "top" . "values" $superlink "resources" $superlink.apps.resources "role" "training" "env" (include "hybrid.flower.env" .) "mounts" (include "hybrid.serverapp.mounts" .)) | nindent 2 }}
   command: [python, -m, hybrid.local, superexec]
   args:
     - "--runtime-api-address={{ include "hybrid.at" (list . "superlink") }}:8095"
-    - --root-certificates=/etc/hybrid/superlink-tls/ca.crt
+    - --root-certificates=/etc/hybrid/superlink-ca/ca.crt
     - --superexec-auth-secret-file=/etc/hybrid/superexec/superlink
 {{- end }}
 
 {{- define "hybrid.superlink.mounts" -}}
 - {name: data, mountPath: /data}
-{{ include "hybrid.folder" (list "fleets" "rw") }}
 - {name: superlink-tls, mountPath: /etc/hybrid/superlink-tls, readOnly: true}
+- {name: superexec, mountPath: /etc/hybrid/superexec, readOnly: true}
+{{- end }}
+
+{{- define "hybrid.serverapp.mounts" -}}
+{{- with .Values.aggregator.fleet }}
+{{ include "hybrid.folder" (list (printf "fleets/%s/job" .) "rw") }}
+{{- end }}
+- {name: superlink-ca, mountPath: /etc/hybrid/superlink-ca, readOnly: true}
 - {name: superexec, mountPath: /etc/hybrid/superexec, readOnly: true}
 {{- end }}
 
 {{- define "hybrid.superlink.volumes" -}}
 {{ include "hybrid.workspaceVolume" . }}
 {{ include "hybrid.secretVolume" (dict "name" "superlink-tls" "secret" .Values.superlink.tls.existingSecret) }}
+{{ include "hybrid.secretVolume" (dict "name" "superlink-ca" "secret" .Values.superlink.tls.existingSecret "items" (dict "ca.crt" "ca.crt")) }}
 {{ include "hybrid.secretVolume" (dict "name" "superexec" "secret" .Values.superlink.superexec.existingSecret "items" (dict "superlink" "superlink")) }}
 {{- end }}
 

@@ -1,7 +1,11 @@
 {{- define "hybrid.doctor.args" -}}
+{{- if include "hybrid.kafka" . }}
 {{ include "hybrid.kafkaArgs" . | trim }}
+{{- end }}
+{{- if or .Values.triton.enabled .Values.triton.address }}
 {{ include "hybrid.tritonArgs" . | trim }}
-{{- if .Values.gateway.enabled }}
+{{- end }}
+{{- if and .Values.gateway.enabled (not .Values.gateway.tls.clientCa) }}
 - "--gateway={{ .Values.gateway.tls.existingSecret | empty | ternary "http" "https" }}://{{ include "hybrid.at" (list . "gateway") }}:{{ .Values.gateway.service.port }}"
 {{- end }}
 {{- if .Values.superlink.enabled }}

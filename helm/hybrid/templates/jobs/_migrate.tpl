@@ -1,6 +1,8 @@
 {{- define "hybrid.migrate.args" -}}
+{{- if include "hybrid.kafka" . }}
 {{ include "hybrid.kafkaArgs" . | trim }}
 - "--kafka-partitions={{ .Values.kafka.partitions }}"
+{{- end }}
 {{- end }}
 
 {{/* Says where the features that serving reads lie, before anything is applied to them. */}}
@@ -13,5 +15,5 @@
 {{- with $redis.username }}{{ $args = append $args (printf "--username=%s" .) }}{{ end -}}
 {{- if $redis.existingSecret }}{{ $args = append $args "--password-file=/etc/hybrid/redis/password" }}{{ end -}}
 {{- end -}}
-{{ include "hybrid.job.container" (dict "top" . "name" "store" "command" (list "hybrid" "features" "store") "args" $args "values" .Values.migrate) }}
+{{ include "hybrid.job.container" (dict "top" . "component" "migrate" "name" "store" "command" (list "hybrid" "features" "store") "args" $args "values" .Values.migrate) }}
 {{- end }}

@@ -38,7 +38,7 @@
   {{- if $mlflow.database.existingSecret }}
   valueFrom: {secretKeyRef: {name: {{ $mlflow.database.existingSecret }}, key: {{ $mlflow.database.key }}}}
   {{- else }}
-  value: sqlite:////workspace/.hybrid/mlflow/mlflow.db
+  value: sqlite:////workspace/.hybrid/mlflow/server.db
   {{- end }}
 - name: MLFLOW_DISABLE_TELEMETRY
   value: "true"

@@ -11,8 +11,11 @@
     - --model-control-mode=poll # what is promoted is served without a restart
     - "--repository-poll-secs={{ $triton.repository.pollSeconds }}"
     - --disable-auto-complete-config
+    - "--http-address={{ .Values.listen }}"
     - --http-port=8000
+    - "--grpc-address={{ .Values.listen }}"
     - --grpc-port=8001
+    - "--metrics-address={{ .Values.listen }}"
     - --metrics-port=8002
     - --exit-timeout-secs=30
     - --log-format=ISO8601
