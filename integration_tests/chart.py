@@ -220,7 +220,9 @@ class Pod:
     def mounts(self, container: Manifest) -> Iterator[tuple[Path, Path, bool]]:
         """What lies where, and whether it may be written; outer ones first."""
         for mount in sorted(container["volumeMounts"], key=lambda mount: len(mount["mountPath"])):
-            source = self._volume(mount["name"]) / mount.get("subPath", "")
+            index = self.labels["apps.kubernetes.io/pod-index"]
+            below = mount.get("subPath", mount.get("subPathExpr", "").replace("$(INDEX)", index))
+            source = self._volume(mount["name"]) / below
             assert source.is_dir(), f"{self.name}: {mount} is not there: a kubelet would make it as root's"
             yield (
                 source,
@@ -255,13 +257,14 @@ class Pod:
         data.mkdir(exist_ok=True)
         os.chown(path, 0, USER)
         for key, name in items.items():
-            file = data / name
+            file, top = data / name, Path(name).parts[0]
+            file.parent.mkdir(exist_ok=True)
             file.unlink(missing_ok=True)
             file.write_bytes(content[key])
             file.chmod(secret["defaultMode"])
             os.chown(file, 0, USER)
-            if not (path / name).is_symlink():
-                (path / name).symlink_to(f"..data/{name}")
+            if not (path / top).is_symlink():
+                (path / top).symlink_to(f"..data/{top}")
         if not (path / "..data").is_symlink():
             (path / "..data").symlink_to(data.name)
 

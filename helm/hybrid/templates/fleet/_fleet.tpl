@@ -91,7 +91,7 @@
     - "--settings={{ $fleet }}/aggregator.json"
     - "--folder=/data/{{ .Values.aggregator.fleet }}"
     - --keys=/etc/hybrid/keys
-    - --token=/etc/hybrid/aggregators/token-$(INDEX)
+    - --token=/etc/hybrid/own/token
     {{- if $aggregator.issuerToken.existingSecret }}
     - --issuer-token=/etc/hybrid/issuer/token
     {{- end }}
@@ -126,15 +126,15 @@
   args:
     - "--superlink={{ $aggregator.superlink | default (printf "%s:8095" (include "hybrid.at" (list . "superlink"))) }}"
     - --root-certificates=/etc/hybrid/superlink-ca/ca.crt
-    - --auth-supernode-private-key=/etc/hybrid/aggregators/node-$(INDEX)
+    - --auth-supernode-private-key=/etc/hybrid/own/node
     - --host=127.0.0.1
     - --port=8097
-    - --ssl-certfile=/etc/hybrid/aggregators/runtime.crt
-    - --ssl-keyfile=/etc/hybrid/aggregators/runtime.key
+    - --ssl-certfile=/etc/hybrid/runtime/runtime.crt
+    - --ssl-keyfile=/etc/hybrid/runtime/runtime.key
     - --ssl-ca-certfile=/etc/hybrid/superlink-ca/ca.crt
     - --isolation=process
-    - --superexec-auth-secret-file=/etc/hybrid/aggregators/superexec
-    - --node-config=aggregator="http://127.0.0.1:8091" token="/etc/hybrid/aggregators/token-$(INDEX)"
+    - --superexec-auth-secret-file=/etc/hybrid/runtime/superexec
+    - --node-config=aggregator="http://127.0.0.1:8091" token="/etc/hybrid/own/token"
     - "--health-server-address={{ include "hybrid.listen" . }}:8098"
   ports:
     - {name: health, containerPort: 8098}
@@ -153,14 +153,14 @@
   args:
     - --runtime-api-address=127.0.0.1:8097
     - --root-certificates=/etc/hybrid/superlink-ca/ca.crt
-    - --superexec-auth-secret-file=/etc/hybrid/aggregators/superexec
+    - --superexec-auth-secret-file=/etc/hybrid/runtime/superexec
 {{- end }}
 
 {{- define "hybrid.aggregator.mounts" -}}
 - {name: data, mountPath: /data}
 {{ include "hybrid.folder" (list "fleets" "ro") }}
 - {name: keys, mountPath: /etc/hybrid/keys, readOnly: true}
-- {name: aggregators, mountPath: /etc/hybrid/aggregators, readOnly: true}
+- {name: own, mountPath: /etc/hybrid/own, subPathExpr: $(INDEX), readOnly: true}
 {{- if .Values.aggregator.tls.existingSecret }}
 - {name: tls, mountPath: /etc/hybrid/tls, readOnly: true}
 {{- end }}
@@ -171,14 +171,21 @@
 
 {{/* Of what speaks to Flower: neither the signing key nor a ledger. */}}
 {{- define "hybrid.supernode.mounts" -}}
-- {name: aggregators, mountPath: /etc/hybrid/aggregators, readOnly: true}
+- {name: own, mountPath: /etc/hybrid/own, subPathExpr: $(INDEX), readOnly: true}
+- {name: runtime, mountPath: /etc/hybrid/runtime, readOnly: true}
 - {name: superlink-ca, mountPath: /etc/hybrid/superlink-ca, readOnly: true}
 {{- end }}
 
 {{- define "hybrid.aggregator.volumes" -}}
 {{ include "hybrid.workspaceVolume" . }}
 {{ include "hybrid.secretVolume" (dict "name" "keys" "secret" .Values.keys.existingSecret) }}
-{{ include "hybrid.secretVolume" (dict "name" "aggregators" "secret" .Values.aggregator.existingSecret) }}
+{{- /* Of each aggregator a folder, of which its pod sees its own alone. */ -}}
+{{- $own := dict }}
+{{- range $index := until (int .Values.aggregator.replicas) }}
+{{- range list "node" "token" }}{{ $_ := set $own (printf "%s-%d" . $index) (printf "%d/%s" $index .) }}{{ end }}
+{{- end }}
+{{ include "hybrid.secretVolume" (dict "name" "own" "secret" .Values.aggregator.existingSecret "items" $own) }}
+{{ include "hybrid.secretVolume" (dict "name" "runtime" "secret" .Values.aggregator.existingSecret "items" (dict "superexec" "superexec" "runtime.crt" "runtime.crt" "runtime.key" "runtime.key")) }}
 {{ include "hybrid.secretVolume" (dict "name" "superlink-ca" "secret" .Values.superlink.tls.existingSecret "items" (dict "ca.crt" "ca.crt")) }}
 {{- with .Values.aggregator.tls.existingSecret }}
 {{ include "hybrid.secretVolume" (dict "name" "tls" "secret" .) }}
