@@ -1,18 +1,15 @@
 """What the documents tell a reader to type is typed here."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from hybrid.bundle import signing_key, trusted_key
 from hybrid.local.process import free_ports
+from integration_tests.documents import ROOT, clone, commands, typed
 
-ROOT = Path(__file__).parents[1]
 CHART = ROOT / "helm" / "hybrid" / "README.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), CHART]
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
@@ -47,11 +44,6 @@ RUN = (
 )
 
 
-def commands(document: Path) -> list[str]:
-    """The fenced `sh` blocks of a document."""
-    return re.findall(r"^```sh\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize(
     "document",
     [d for d in DOCUMENTS if d not in RUN],
@@ -75,18 +67,8 @@ def test_links_between_documents_lead_somewhere(document):
 @pytest.fixture
 def type_commands(tmp_path):
     """(script) -> what typing it in one shell printed, in a folder like a fresh clone's."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.parquet", "__pycache__"))
-    for part in (".venv", ".cache"):
-        (tmp_path / part).symlink_to(ROOT / part)
-    environment = {name: value for name, value in os.environ.items() if name != "HYBRID_HOME"}
-
-    def typed(script):
-        words = ["bash", "-euo", "pipefail", "-c", script]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    yield typed
+    clone(tmp_path)
+    yield lambda script: typed(tmp_path, script)
     subprocess.run([ROOT / ".venv/bin/hybrid", "down"], cwd=tmp_path, check=True, capture_output=True)
 
 
@@ -104,33 +86,6 @@ def test_the_study_coach_trains_on_a_label_that_only_devices_know(type_commands)
     assert re.search(
         r'^hybrid_drift_psi_low{column="course_earlier",model="study_coach",version="1"} 0\.[12]', printed, re.M
     )
-
-
-def once(*documents: Path) -> str:
-    """A script of their commands, each line once: they begin alike, and what is there need not be made again."""
-    lines = "\n".join(block for document in documents for block in commands(document)).splitlines()
-    return "\n".join(dict.fromkeys(lines))
-
-
-def test_audit_leakage_and_report_do_what_they_say(type_commands, tmp_path):
-    """At a claimed epsilon of 1 the bounds of six mechanisms lie in [0.4, 1), those of three bugs above it.
-
-    All 16 features are recovered from a clear embedding; where none is, AUC is far below what it is with nothing of the
-    device. The report costs nothing, and its page has the question, the evaluation, and what both cost by purpose.
-    """
-    printed = type_commands(once(AUDIT, LEAKAGE, REPORT))
-    rows = re.findall(r"│ (.+?) +│ +\d+ │ +(\d\.\d{3}) │.*│ +(no bug seen|seen) │", printed)
-    assert [verdict for _, _, verdict in rows] == ["no bug seen"] * 6 + ["seen"] * 3, printed
-    assert all(0.4 <= float(bound) < 1 for _, bound, _ in rows[:6]), printed
-    assert all(float(bound) > 1 for _, bound, _ in rows[6:]), printed
-    assert "From a clear embedding 16 of 16 features are recovered better than by guessing" in printed, printed
-    (left,) = re.findall(r"over guessing; there noise costs .* of which (\d\.\d+) is left", printed)
-    (without,) = re.findall(r"With nothing of the device AUC is (\d\.\d+)", printed)
-    assert float(left) < float(without) - 0.05
-    assert "Nothing was spent." in printed
-    page = (tmp_path / "coupon.html").read_text()
-    for said in ("<bdi>temperature</bdi>", "ROC", "analyze: ", "evaluate: ", "train: "):
-        assert said in page, said
 
 
 def test_analytics_answer_and_their_ledger_says_so(type_commands):
