@@ -1,6 +1,7 @@
 # make demo    the whole product on real data with real servers, in a few minutes
 # make page    a person's device in a browser, with the demo's model: what it predicts, and every byte that leaves it
 # make test    unit tests, then integration tests against real Kafka, Triton, Feast and Flower
+# make documents what the walkthroughs tell you to type, typed: another quarter of an hour
 # make check   format, lint, types, import rules, unit tests and doctests
 # make images   the images of the chart (Docker): REGISTRY=... VERSION=...
 # make chart   what the Helm chart promises, without a cluster; builds Helm and what looks at charts the first time (needs Go)
@@ -20,7 +21,7 @@ PACKAGES := hybrid feature_store serving device_runtime
 # Without cached byte code every command would compile its libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo page test check static unit integration servers images chart chart-cluster benchmarks clean
+.PHONY: demo page test check static unit integration documents servers images chart chart-cluster benchmarks clean
 .DEFAULT_GOAL := demo
 
 demo: servers
@@ -44,7 +45,10 @@ unit: .venv/installed
 	$(RUN)pytest --doctest-modules --ignore-glob='*/tests/*' --ignore=hybrid/export/triton_onnx_model.py $(PACKAGES) -p no:cacheprovider
 
 integration: servers
-	$(RUN)pytest -n 2 --dist loadfile integration_tests
+	$(RUN)pytest -n 2 --dist loadfile --ignore=integration_tests/test_walkthroughs.py integration_tests
+
+documents: servers
+	$(RUN)pytest -n 2 integration_tests/test_walkthroughs.py
 
 # Torch's CPU build unless TORCH_BACKEND says otherwise; BASE is the Python image. Scan before you push.
 images:

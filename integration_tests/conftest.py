@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from hybrid.local import kafka as local_kafka
 from hybrid.local import triton as local_triton
 from hybrid.local import web
 from hybrid.local.process import default_cache, free_ports, running
+from integration_tests.documents import ROOT, clone, typed
 
 
 @dataclass(frozen=True)
@@ -174,3 +176,11 @@ def tab(browser: Browser) -> Callable[..., AbstractContextManager[BrowserContext
         assert [error for error in errors if expected is None or expected not in error] == []
 
     return opened
+
+
+@pytest.fixture
+def type_commands(tmp_path):
+    """(script) -> what typing it in one shell printed, in a folder like a fresh clone's."""
+    clone(tmp_path)
+    yield lambda script: typed(tmp_path, script)
+    subprocess.run([ROOT / ".venv/bin/hybrid", "down"], cwd=tmp_path, check=True, capture_output=True)
