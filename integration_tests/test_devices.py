@@ -554,8 +554,9 @@ def test_a_good_canary_passes_every_gate_and_is_promoted(trial: Trial, people: s
         ("metrics", "passes"),
     ]
     assert shown["outcome"] == "went on", "AUC is not known"
+    # The noise of so few people has a standard deviation of 0.02: at 0.05 a version as good as the default can fail.
     shown = trial.watched(
-        good, "--least", "100", "--promote", "--for", "20s", "--auc", "0.05", plant=lambda _: trial.evaluated()
+        good, "--least", "100", "--promote", "--for", "20s", "--auc", "0.1", plant=lambda _: trial.evaluated()
     )
     assert (shown["outcome"], shown["exit"]) == ("promoted", 0), json.dumps(shown["gates"])
     assert set(shown["told"]) == {(200, None, good)}, "no request is lost"

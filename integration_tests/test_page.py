@@ -188,6 +188,8 @@ class Visit:
             self.wait()
 
     def probability(self) -> float:
+        """Once there is one: an answer comes before what is shown of it."""
+        self.page.wait_for_function("document.querySelector('#probability').textContent !== '–'")
         return float(self.page.locator("#probability").inner_text().removesuffix(" %")) / 100
 
 
