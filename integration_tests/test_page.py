@@ -188,15 +188,22 @@ class Visit:
             self.wait()
 
     def probability(self) -> float:
-        """Asked again where a busy machine let a deadline pass, which the page says in a sentence."""
-        for _ in range(3):
-            shown = self.page.locator("#probability").inner_text()
-            if shown != "–":
-                break
-            self.page.reload()
-            self.wait()
+        shown = self.page.locator("#probability").inner_text()
         assert shown != "–", self.page.locator("#outcome").inner_text()
         return float(shown.removesuffix(" %")) / 100
+
+    def told(self, model: str, canary: bool) -> dict:
+        """What the gateway tells devices to fetch, once that has a canary or has none."""
+        # A loop, since Playwright's `wait_for_function` takes a promise itself for a yes.
+        return self.page.evaluate(
+            """async ([model, canary]) => {
+                for (;;) {
+                    const told = await (await fetch(`gateway/v2/models/${model}/rollout`)).json();
+                    if ((told.canary !== null) === canary) return told;
+                }
+            }""",
+            [model, canary],
+        )
 
 
 @pytest.mark.parametrize("model", ["giving", "stall"])
@@ -433,10 +440,7 @@ def test_a_browser_takes_a_canary_and_leaves_it_at_a_signed_word(world: World, t
         visit = Visit(context, world.pages["giving"])
         assert version(visit) == "1"
         rolled("rollout", "giving", "2", "--canary", "100%")
-        document = visit.page.evaluate(
-            "async () => { for (;;) { const r = await (await fetch('gateway/v2/models/giving/rollout')).json();"
-            " if (r.canary) return r; } }"
-        )
+        document = visit.told("giving", canary=True)
         visit.page.reload()
         visit.wait()
         assert (version(visit), visit.probability() > 0) == ("2", True)
@@ -447,9 +451,7 @@ def test_a_browser_takes_a_canary_and_leaves_it_at_a_signed_word(world: World, t
         assert version(visit) == "2", "an older default is refused, and what nobody signed counts for nothing"
         visit.page.unroute("**/rollout")
         rolled("rollback", "giving", "--reason", "recall fell")
-        visit.page.wait_for_function(
-            "async () => (await (await fetch('gateway/v2/models/giving/rollout')).json()).canary === null"
-        )
+        visit.told("giving", canary=False)
         visit.page.reload()
         visit.wait()
         assert (version(visit), visit.probability() > 0) == ("1", True)

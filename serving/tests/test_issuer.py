@@ -101,7 +101,7 @@ def test_a_wiped_device_waits_until_its_window_is_over(tmp_path):
         assert windows[6].verify(take(issuer, "ann", windows[6]))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(separation=st.integers(1, 4), asked=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 8)), max_size=25))
 def test_whatever_is_asked_the_tokens_of_an_account_are_a_separation_apart(tmp_path_factory, separation, asked):
     with Issuer(tmp_path_factory.mktemp("issuer")) as issuer:

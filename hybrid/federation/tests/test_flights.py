@@ -91,7 +91,7 @@ def test_a_device_that_is_slower_than_the_deadline_sends_nothing_and_frees_its_p
     dropout=st.floats(0, 0.5),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 def test_nobody_is_in_two_flushes_that_are_closer_than_the_separation(
     users, updates, separation, at_once, oldest, spread, dropout, seed
 ):
