@@ -336,6 +336,7 @@ class Change(BaseModel):
             default; "halt": it was taken back.
         version: which.
         share: of devices, of a canary; of batches, of a shadow.
+        devices: true: so large a share of devices compute the shadow too, where their host apps let them.
         reason: why it was taken back.
         default, canary, shadow: version of each, after it.
     """
@@ -346,6 +347,7 @@ class Change(BaseModel):
     action: Action
     version: int
     share: float | None = None
+    devices: bool | None = None
     reason: str | None = None
     default: int
     canary: int | None = None
@@ -360,6 +362,7 @@ def change(
     action: Action,
     version: int,
     share: float | None = None,
+    devices: bool = False,
     reason: str | None = None,
 ) -> Window:
     """Changes a model's window in one step, while nobody else does, and notes it in its history first.
@@ -371,6 +374,7 @@ def change(
         action: for the history, as the rest; see `Change`.
         version: which is changed.
         share: of a canary or shadow.
+        devices: of a shadow.
         reason: of a halt.
 
     Returns:
@@ -385,7 +389,7 @@ def change(
         fcntl.flock(lock, fcntl.LOCK_EX)
         window = to(Window.read(target) if target.exists() else None)
         beside = {name: one.version for name in BESIDE if (one := getattr(window, name)) is not None}
-        about = {"action": action, "version": version, "share": share, "reason": reason}
+        about = {"action": action, "version": version, "share": share, "devices": devices or None, "reason": reason}
         done = Change(at=datetime.now(UTC), default=window.default.version, **beside, **about)
         with (folder / f"{model}.history").open("a") as history:
             history.write(done.model_dump_json(exclude_none=True) + "\n")

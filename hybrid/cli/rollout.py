@@ -167,6 +167,7 @@ def try_out(
         action=what,
         version=found.number,
         share=share,
+        devices=devices,
     )
     registry.set_alias(model, found.number, what)
     if what == CANARY and window.shadow is not None and window.shadow.version == found.number:
@@ -285,7 +286,8 @@ def history(
     table = Table("when (UTC)", "what", "version", "share", "default after it", "why", box=None, pad_edge=False)
     for change in changes:
         share = {"promote": "all", "halt": "none"}.get(change.action) or f"{100 * (change.share or 0):.4g}%"
-        row = (f"{change.at:%Y-%m-%d %H:%M:%S}", change.action, str(change.version), share, str(change.default))
+        what = f"{change.action}, on devices" if change.devices else change.action
+        row = (f"{change.at:%Y-%m-%d %H:%M:%S}", what, str(change.version), share, str(change.default))
         table.add_row(*row, Text(change.reason or ""))
     Console(highlight=False).print(table)
 

@@ -288,7 +288,8 @@ def _stages(window: Window, seen: Seen) -> Iterator[Element]:
     if seen.canary is not None:
         yield _stage("Canary", seen.canary, f"{_percent(seen.share)} of devices fetch it", seen.share, 1)
     if seen.shadow is not None:
-        yield _stage("Shadow", seen.shadow, f"runs on {_percent(seen.batches)} of batches, for nobody", seen.batches, 2)
+        also = "and of devices that let it" if seen.devices else "for nobody"
+        yield _stage("Shadow", seen.shadow, f"runs on {_percent(seen.batches)} of batches, {also}", seen.batches, 2)
     for version in seen.stays:
         yield _stage("Still answered", version, "for devices that have it", 0.0, 2)
 
@@ -405,7 +406,8 @@ def _history(changes: Sequence[Change]) -> Element:
 def _whom(change: Change) -> str:
     """Of devices, that fetch a version after a change of it."""
     if change.action == "shadow":
-        return f"none: {_percent(change.share or 0.0)} of batches"
+        batches = f"{_percent(change.share or 0.0)} of batches"
+        return f"{batches}, and of those that let it" if change.devices else f"none: {batches}"
     return {"promote": "all", "halt": "none"}.get(change.action) or _percent(change.share or 0.0)
 
 

@@ -73,8 +73,9 @@ class Seen:
         default: version; None: nothing is served yet.
         canary: version; None: there is none.
         share: of the canary.
-        shadow: version that runs beside the default, for nobody; None: there is none.
+        shadow: version that runs beside the default; None: there is none.
         batches: share of the default's batches on which it does.
+        devices: whether so large a share of devices computes it too, where their host apps let them.
         served: all versions that are, the default first.
     """
 
@@ -83,6 +84,7 @@ class Seen:
     share: float = 0.0
     shadow: int | None = None
     batches: float = 0.0
+    devices: bool = False
     served: tuple[int, ...] = ()
 
     @classmethod
@@ -97,6 +99,7 @@ class Seen:
             share=canary.share if canary else 0.0,
             shadow=shadow.version if shadow else None,
             batches=shadow.share if shadow else 0.0,
+            devices=bool(shadow and shadow.devices),
             served=tuple(one.version for one in window.versions),
         )
 
@@ -122,7 +125,8 @@ class Seen:
         if self.default is None:
             return "nothing is served"
         canary = "no canary" if self.canary is None else f"canary {self.canary} on {100 * self.share:.4g} % of devices"
-        shadow = [] if self.shadow is None else [f"shadow {self.shadow} on {100 * self.batches:.4g} % of batches"]
+        where = "batches, and of devices" if self.devices else "batches"
+        shadow = [] if self.shadow is None else [f"shadow {self.shadow} on {100 * self.batches:.4g} % of {where}"]
         rest = [f"{one} still answered" for one in self.stays]
         return ", ".join((f"default {self.default}", canary, *shadow, *rest))
 
@@ -212,9 +216,10 @@ def _halt(step: Step, seen: Seen) -> Question:
         raise ConfigError(f"{step.name} is the only version to go back to: promote another first")
     known = {seen.canary: "the canary", seen.shadow: "the shadow", seen.default: "the default"}
     which = known.get(step.version, "an older version that devices may still have")
+    removed = ", and devices that have it remove it" if seen.devices else ""
     will = (
         f"{step.name}, {which}, is served to nobody any more: a request that names it is told to update.",
-        "It is a shadow, which answers nobody: it stops to run beside the default."
+        f"It is a shadow, which answers nobody: it stops to run beside the default{removed}."
         if step.version == seen.shadow
         else f"Devices that have it are told with their next update, and go to {after}.",
         f"The reason goes with it, to the history and to devices: “{step.reason}”.",

@@ -89,10 +89,11 @@ def test_a_shadow_on_devices_is_kept_and_one_that_is_not_is_written_as_ever(tmp_
     deployment(2).write(tmp_path)
     for devices in (False, True):
         to = partial(Window.shade, deployment=deployment(3), share=0.1, devices=devices)
-        change(tmp_path, "shop", to, action="shadow", version=3, share=0.1)
+        change(tmp_path, "shop", to, action="shadow", version=3, share=0.1, devices=devices)
         written = json.loads((tmp_path / "shop.json").read_text())["shadow"]
         assert written == {"version": 3, "share": 0.1} | ({"devices": True} if devices else {})
         assert Window.read(tmp_path / "shop.json").shadow == Shadow(version=3, share=0.1, devices=devices)
+    assert [done.devices for done in history(tmp_path, "shop")[-2:]] == [None, True]
 
 
 def test_a_shadow_reads_what_the_default_reads():

@@ -52,6 +52,13 @@ def test_references_and_what_was_taken_back_cannot_be_launched():
     assert versions(replace(SHOP, window=halted), "canary") == ["5", "1"]
 
 
+@pytest.mark.parametrize(("devices", "said"), [(False, "for nobody"), (True, "and of devices that let it")])
+def test_whom_a_shadow_runs_for_is_said(devices: bool, said: str):
+    """On a tenth of the batches; on as many of the devices only where the rollout says so."""
+    window = TWO.shade(deployment(4), 0.1, devices=devices)
+    assert f"runs on 10 % of batches, {said}" in page(replace(SHOP, window=window))
+
+
 def test_a_version_can_be_taken_back_whatever_cannot_be_read():
     """Without facts the buttons that need none are there, and the page says what is wrong."""
     broken = replace(SHOP, facts=None, why="a ledger is damaged", health=Health(unread=("gateway-1 cannot be read",)))

@@ -27,6 +27,18 @@ def test_no_device_goes_to_a_shadow():
     assert "It is the shadow no longer." in question(Step("canary", "shop", 5, share=0.05), seen).will
 
 
+def test_a_shadow_on_devices_is_told_from_one_that_no_device_has():
+    """With the same version and share they are different rollouts; taken back, devices remove what they have of it."""
+    window = Window(versions=(deployment(2),))
+    seen = Seen.of(window.shade(deployment(5), 0.1, devices=True))
+    assert seen.line() == "default 2, no canary, shadow 5 on 10 % of batches, and of devices"
+    assert (
+        question(Step("halt", "shop", 5, reason="slow"), seen).will[1].endswith("and devices that have it remove it.")
+    )
+    with pytest.raises(Changed):
+        seen.check(window.shade(deployment(5), 0.1))
+
+
 def test_a_rollout_that_was_changed_is_refused_with_what_changed():
     """The canary grew: both are told. The same window passes."""
     SEEN.check(WINDOW)
