@@ -10,6 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import serving
+from hybrid import errors
 from hybrid.messages import Predictions
 from serving.telemetry import LIVE, Step, Telemetry
 from serving.testing import deployment
@@ -19,12 +20,12 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = {f"{p['title']} {t['refId']}": t["expr"] for p in PANELS for t in p["targets"]}
 EXPRESSIONS["variable model"] = next(v for v in DASHBOARD["templating"]["list"] if v["name"] == "model")["query"]
 FUNCTIONS = {"sum", "rate", "histogram_quantile", "count", "by", "on", "group_left", "label_values"}
-FUNCTIONS |= {"absent", "increase", "ignoring"}
+FUNCTIONS |= {"absent", "increase", "ignoring", "or", "unless", "offset"}
 TARGET = {"instance", "job", "namespace"}  # labels that Prometheus adds
 ROOT = Path(serving.__file__).parents[1]
 CHART = ROOT / "helm" / "hybrid"
 ALERTS = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["alerts"]
-OURS = [alert for alert in ALERTS if "nv_" not in alert["expr"]]  # the other metrics are Triton's
+OURS = [alert for alert in ALERTS if "hybrid_" in alert["expr"]]  # the others are of Triton and kube-state-metrics
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,18 @@ def test_an_alert_of_the_chart_reads_metrics_and_labels_that_there_are(alert, ex
         assert labels <= exposed[metric] | TARGET | {"le"}, (metric, labels)
     named = set(re.findall(r"\$labels\.(\w+)", alert["summary"] + alert["description"]))
     assert named <= set().union(*metrics_of(alert["expr"]).values())
+
+
+def test_nobody_is_called_for_a_fault_of_who_asks():
+    """What is left out: codes of status 4xx, of a caller that has gone, and of no error.
+
+    An entity that is not known (404) is counted, since a feature store that was emptied knows none; and so is that
+    there is too much to do (429), which more replicas mend.
+    """
+    expression = next(alert["expr"] for alert in ALERTS if alert["name"] == "HybridErrors")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ServingError)]
+    theirs = {kind.code for kind in kinds if 400 <= kind.status < 500} - {"unknown_entity", "overloaded"}
+    assert set(re.search(r'code!~"([^"]+)"', expression)[1].split("|")) == theirs | {"ok", "cancelled"}
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["name"])
