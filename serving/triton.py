@@ -18,6 +18,16 @@ from serving.connection import Token, TritonAddress
 log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 FIRST_PAUSE_S = 0.02
+_MOST_BYTES = 2**31 - 1  # of a message, as tritonclient says without arguments of ours
+_CHANNEL = [
+    # Calls go in turn to all addresses that the name has, as the pods of a headless Service, and round one that ends.
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.max_send_message_length", _MOST_BYTES),
+    ("grpc.max_receive_message_length", _MOST_BYTES),
+    # Pings only while a call waits: Triton closes connections that ping when idle.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+]
 
 
 class Models(Protocol):
@@ -41,7 +51,9 @@ class Models(Protocol):
 
 
 class Triton:
-    """A Triton server; Kafka's topics are at least once, so a repeated call does no harm.
+    """A Triton server, or several of one name that have the same models.
+
+    Kafka's topics are at least once, so a repeated call does no harm.
 
     Args:
         address: its gRPC endpoint, and what is shown to it.
@@ -52,9 +64,7 @@ class Triton:
         self._timeout_s = timeout_s
         self._token = None if address.token_file is None else Token(address.token_file)
         self._lacking: str | None = None
-        # Pings only while a call waits: Triton closes connections that ping when idle.
-        keepalive = triton.KeepAliveOptions(keepalive_time_ms=30_000, keepalive_timeout_ms=5_000)
-        self._client = triton.InferenceServerClient(keepalive_options=keepalive, **address.settings())
+        self._client = triton.InferenceServerClient(channel_args=_CHANNEL, **address.settings())
 
     def __enter__(self) -> Self:
         return self

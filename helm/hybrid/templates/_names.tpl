@@ -74,9 +74,9 @@ labels:
 {{ .Values.workspace.existingClaim | default (include "hybrid.at" (list . "workspace")) }}
 {{- end }}
 
-{{/* Where Triton answers gRPC, as HOST:PORT. */}}
+{{/* Where Triton answers gRPC, as HOST:PORT: all its pods, over which clients spread their calls. */}}
 {{- define "hybrid.triton" -}}
-{{ .Values.triton.address | default (printf "%s:8001" (include "hybrid.at" (list . "triton"))) }}
+{{ .Values.triton.address | default (printf "%s:8001" (include "hybrid.at" (list . "triton-pods"))) }}
 {{- end }}
 
 {{/* Where MLflow answers; nothing: the registry is a file in the workspace. */}}

@@ -15,6 +15,8 @@
     - --http-port=8000
     - "--grpc-address={{ .Values.listen }}"
     - --grpc-port=8001
+    - --grpc-max-connection-age=300000 # then clients look for pods anew, and find those that came since
+    - --grpc-max-connection-age-grace=30000
     - "--metrics-address={{ .Values.listen }}"
     - --metrics-port=8002
     - --exit-timeout-secs=30
