@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -330,6 +331,19 @@ class Container:
         self._told = time.monotonic()
         (first,) = psutil.Process(self._popen.pid).children()
         first.terminate()
+
+    @contextmanager
+    def halted(self) -> Iterator[None]:
+        """All that it started stands still for the length of a `with` block."""
+        assert self._popen is not None
+        inside = psutil.Process(self._popen.pid).children(recursive=True)
+        for each in inside:
+            each.suspend()
+        try:
+            yield
+        finally:
+            for each in inside:
+                each.resume()
 
     def wait_ended(self, grace_s: float = 300.0) -> int:
         """Its exit status."""

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import ssl
 import sys
 import tempfile
@@ -13,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
@@ -394,6 +396,36 @@ def test_no_request_is_lost_while_a_worker_or_a_gateway_ends(release: Release) -
     with Traffic(urls[1:], asking) as after:
         after.until(ASKED)
     assert Counter(before.statuses + after.statuses).keys() == {200}
+
+
+def test_a_gateway_that_ends_answers_what_waits(release: Release) -> None:
+    """No worker moves, eight requests wait, and the gateway is told to end; once workers go on, all are answered."""
+    pod = release.pods["gateway"][1]
+    gateway, url = pod["gateway"], pod["gateway"].url("http")
+
+    def waiting() -> int:
+        said = httpx.get(gateway.url("metrics", "http") + "/metrics", trust_env=False).text
+        return int(float(re.search(r"^hybrid_gateway_rows_in_flight (\S+)$", said, re.MULTILINE)[1]))
+
+    def refuses() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", httpx.URL(url).port), 1).close()
+        except ConnectionError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        with ExitStack() as still:
+            for worker in release.pods["worker"]:
+                still.enter_context(worker["worker"].halted())
+            asked = [threads.submit(ask, url, release.key, release.trust) for _ in range(8)]
+            until(lambda: waiting() == 8)
+            gateway.terminate()
+            until(refuses)
+        assert [each.result() for each in asked] == [200] * 8
+    assert gateway.wait_ended(pod.grace_s - gateway.pre_stop_s) == 0
+    pod.start()
+    pod.wait_ready()
 
 
 def test_an_account_has_one_token_also_of_an_issuer_that_was_started_anew(release: Release) -> None:
