@@ -3,117 +3,107 @@
 What docs/flower.md does by hand: it waits for the SuperLink, registers the keys
 of its SuperNodes, and has Flower run the job. Run again it registers what is
 missing, and begins again what ended before its last round, which goes on there.
+With --follow it stays, and ends where the run does: who starts it again, as
+Kubernetes does, lets the training go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid.errors import FederationError, HybridError
-from hybrid.federation.flower_app import APP, Progress
+from hybrid.federation.flower_app import Progress
+from hybrid.federation.superlink import SuperLink, environment
 
-CONNECTION = "fleet"  # its name in Flower's own config
-COMMAND_S = 120.0  # of one command of Flower's
 PAUSE_S = 2.0  # between two tries
+LOOK_S = 60.0  # between two looks at a run: each is a process, which takes seconds of a processor
 
 
-@dataclass(frozen=True)
-class SuperLink:
-    """Where it is.
+@dataclass
+class Start:
+    """A prepared training at a SuperLink.
 
     Attributes:
-        address: HOST:PORT.
-        authority: PEM file of who signed its certificate.
-        patience_s: how long it may not answer.
+        superlink: where.
+        keys: files with public keys of SuperNodes.
+        job: the folder that `hybrid fleet prepare` wrote.
+        patience_s: how long the SuperLink may not answer.
     """
 
-    address: str
-    authority: Path
+    superlink: SuperLink
+    keys: Sequence[Path]
+    job: Path
     patience_s: float
+    _registered: dict[Path, bytes] = field(default_factory=dict, init=False, repr=False)
+    _run: str | None = field(default=None, init=False, repr=False)
 
-    def register(self, key: Path) -> str:
-        """Lets the SuperNode with this public key come, and says whether that is new.
+    def begin(self) -> Iterator[str]:
+        """Registers the keys, and runs the job unless it is over; says what was done, a line each.
 
         Raises:
-            FederationError: the SuperLink does not answer, or does not take it.
+            FederationError: the SuperLink does not answer, or takes something not; or there is no job.
         """
+        if not (self.job / "job.json").is_file():
+            raise FederationError(f"{self.job} must hold the job.json of `hybrid fleet prepare`, and there is none")
         deadline = time.monotonic() + self.patience_s
         while True:
-            done, told = self._flwr("supernode", "register", str(key), CONNECTION)
-            if done:
-                return f"registered {key.name}"
-            if re.search("already (in use|registered|exists)", told):
-                return f"{key.name} was registered before"
-            if time.monotonic() > deadline:
-                raise FederationError(f"the SuperLink at {self.address} does not take {key.name}: {told}")
+            try:
+                yield from self._register()
+                break
+            except FederationError:
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(PAUSE_S)
+        if (said := self._over()) is None:
+            self._run = self.superlink.run(self.job)
+            said = f"Flower runs the job as {self._run}"
+        yield said
 
-    def run(self, job: Path) -> str:
-        """Has the ServerApp of a job begin, or go on, and returns the number of Flower's run.
+    def follow(self, look_s: float = LOOK_S) -> Iterator[str]:
+        """As `begin`; then stays, also when the job is over, registers keys that change, and looks after the run.
 
         Args:
-            job: its folder, as the ServerApp sees it.
+            look_s: seconds between two looks.
 
         Raises:
-            FederationError: the SuperLink does not answer, or does not take it.
+            FederationError: as `begin`; or the run ended before the last round: begun again it goes on there.
         """
-        done, told = self._flwr("run", str(APP), CONNECTION, "--run-config", f"job={json.dumps(str(job / 'job.json'))}")
-        run = re.search(r"started run (\d+)", told)
-        if not done or run is None:
-            raise FederationError(f"the SuperLink at {self.address} does not run the job: {told}")
-        return run[1]
-
-    def _flwr(self, *words: str) -> tuple[bool, str]:
-        """Whether a command of Flower's did what it should, and what it printed."""
-        with tempfile.TemporaryDirectory() as home:
-            connection = {"address": self.address, "root-certificates": str(self.authority)}
-            lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in connection.items())
-            config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{lines}\n'
-            (Path(home) / "config.toml").write_text(config)
-            environment = {**os.environ, "FLWR_HOME": home, "FLWR_TELEMETRY_ENABLED": "0"}
+        yield from self.begin()
+        heard = time.monotonic()
+        while True:
+            time.sleep(look_s)
             try:
-                ended = subprocess.run(
-                    [str(Path(sys.executable).with_name("flwr")), *words],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    timeout=COMMAND_S,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                return False, f"no answer within {COMMAND_S:g} s"
-        return ended.returncode == 0, " ".join(ended.stdout.split())
+                yield from self._register()
+                gone = self._run is not None and self.superlink.has_ended(self._run)
+            except FederationError:
+                if time.monotonic() - heard > self.patience_s:
+                    raise
+                continue
+            heard = time.monotonic()
+            if gone:
+                if (said := self._over()) is None:
+                    raise FederationError(f"run {self._run} ended before the last round; begun again it goes on there")
+                yield said
+                self._run = None
 
+    def _register(self) -> Iterator[str]:
+        for key in self.keys:
+            content = key.read_bytes()
+            if self._registered.get(key) != content:
+                new = self.superlink.register(key)
+                self._registered[key] = content
+                yield f"registered {key.name}" if new else f"{key.name} was registered before"
 
-def start(superlink: SuperLink, keys: Sequence[Path], job: Path) -> list[str]:
-    """Registers the keys, and runs the job unless it is over; returns what was done, a line each.
-
-    Args:
-        superlink: where.
-        keys: public keys of SuperNodes.
-        job: the folder that `hybrid fleet prepare` wrote.
-
-    Raises:
-        FederationError: see `SuperLink`; or there is no job.
-    """
-    if not (job / "job.json").is_file():
-        raise FederationError(f"{job} must hold the job.json of `hybrid fleet prepare`, and there is none")
-    lines = [superlink.register(key) for key in keys]
-    if (failed := Progress(job).failed_rounds()) is not None:
-        return [*lines, f"the job is over: {failed} rounds without an answer"]
-    return [*lines, f"Flower runs the job as {superlink.run(job)}"]
+    def _over(self) -> str | None:
+        failed = Progress(self.job).failed_rounds()
+        return None if failed is None else f"the job is over: {failed} rounds without an answer"
 
 
 def main() -> None:
@@ -124,15 +114,23 @@ def main() -> None:
     parser.add_argument(
         "--node", type=Path, action="append", default=[], metavar="FILE", help="a SuperNode's public key"
     )
-    parser.add_argument("--job", type=Path, required=True, help="folder, where the ServerApp runs")
+    parser.add_argument("--job", type=Path, required=True, help="folder, as the ServerApp sees it")
     parser.add_argument("--patience-s", type=float, default=300.0, help="for the SuperLink (default %(default)g)")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="stay until SIGTERM; exit with status 1 where the run ends before its last round, to be started again",
+    )
     arguments = parser.parse_args()
-    superlink = SuperLink(arguments.superlink, arguments.authority, arguments.patience_s)
-    try:
-        for line in start(superlink, arguments.node, arguments.job):
-            print(line, flush=True)
-    except HybridError as error:
-        raise SystemExit(f"start: {error}") from None
+    with tempfile.TemporaryDirectory() as home:
+        superlink = SuperLink(arguments.superlink, arguments.authority, environment(Path(home)))
+        start = Start(superlink, arguments.node, arguments.job, arguments.patience_s)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            for line in start.follow() if arguments.follow else start.begin():
+                print(line, flush=True)
+        except HybridError as error:
+            raise SystemExit(f"start: {error}") from None
 
 
 if __name__ == "__main__":

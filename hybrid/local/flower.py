@@ -10,12 +10,10 @@ Nothing of it outlives the training, or us.
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import re
 import secrets
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +28,14 @@ import numpy as np
 from hybrid.bearer import new_token
 from hybrid.errors import FederationError, NotFound, StackError
 from hybrid.features import Float32
-from hybrid.federation.flower_app import APP, DONE, Job, Progress
+from hybrid.federation.flower_app import DONE, Job, Progress
 from hybrid.federation.parts import RELEASE, Budget, Part, write_rows
+from hybrid.federation.superlink import SuperLink, environment
 from hybrid.federation.training import Outcome, Rounds
 from hybrid.local.process import Process, Service, free_ports, http_ok, is_running, log_has
 from hybrid.privacy.ledger import FILE as LEDGER
 from hybrid.privacy.ledger import Ledger
 
-CONNECTION = "local"  # its name in Flower's own config
 RESTARTS = 9  # of a server that does not live for long
 APP_RESTARTS = 5  # of a ServerApp, without a round in between
 SETTLED_S = 10.0  # after which it did
@@ -45,7 +43,6 @@ LONGEST_WAIT_S = 15.0  # before a restart
 START_TIMEOUT_S = 120.0
 APP_TIMEOUT_S = 60.0  # of a ServerApp's start
 ROUND_TIMEOUT_S = 180.0
-_COMMAND_TIMEOUT_S = 60.0
 _POLL_S = 0.2
 
 
@@ -243,6 +240,11 @@ class _Servers:
         """Flower's own folder."""
         return self.folder / "flwr"
 
+    @property
+    def control(self) -> SuperLink:
+        """What registers SuperNodes and begins runs."""
+        return SuperLink(f"127.0.0.1:{self.superlink}", self.keys / "ca.pem", self.environment())
+
     def aggregator(self, index: int) -> Path:
         return self.folder / f"aggregator-{index + 1}"
 
@@ -253,9 +255,7 @@ class _Servers:
     def environment(self) -> dict[str, str]:
         """Of Flower's processes: no telemetry, no look for updates, no proxy in front of this machine."""
         return {
-            "FLWR_HOME": str(self.home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            **environment(self.home),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             "PYTHONUNBUFFERED": "1",
@@ -287,10 +287,6 @@ def _prepare(servers: _Servers, job: Job, initial: Float32, aggregators: Aggrega
     if not done:  # else they are not the initial ones
         np.save(servers.job / "initial.npy", initial)
     (servers.job / "job.json").write_text(job.model_dump_json(indent=2))
-    connection = {"address": f"127.0.0.1:{servers.superlink}", "root-certificates": str(servers.keys / "ca.pem")}
-    lines = [f"{name} = {json.dumps(value)}\n" for name, value in connection.items()]
-    text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{"".join(lines)}'
-    (servers.home / "config.toml").write_text(text)
 
 
 def _check_kept(servers: _Servers, done: int) -> None:
@@ -377,10 +373,10 @@ def _register(servers: _Servers, name: str) -> None:
     """
     for log in servers.logs.glob(f"{name}.*.log"):
         for node in re.findall(r"SuperNode ID: (\d+)", log.read_text(errors="replace")):
-            _flwr(servers, "supernode", "unregister", node, CONNECTION)
+            servers.control.unregister(node)
         log.rename(log.with_suffix(".old"))
     _write_node_key(servers.keys / name)
-    _flwr(servers, "supernode", "register", str(servers.keys / f"{name}.pub"), CONNECTION)
+    servers.control.register(servers.keys / f"{name}.pub")
 
 
 def _superexec(servers: _Servers, whose: str, port: int) -> Service:
@@ -451,7 +447,7 @@ class _Keeper:
             log.rename(log.with_name(f"{name}.{len(list(self._servers.logs.glob(f'{name}.*')))}.log"))
         try:
             self._start(service)
-        except StackError as error:  # what it needs may itself be down for a moment
+        except (StackError, FederationError) as error:  # what it needs may itself be down for a moment
             self._put_off(name, str(error))
         else:
             del self._due[name]
@@ -486,15 +482,10 @@ class _App:
         """Begins a Flower run.
 
         Raises:
-            StackError: the SuperLink does not take it.
+            FederationError: the SuperLink does not take it.
         """
         self._progress.expect()
-        job = f"job={json.dumps(str(self._servers.job / 'job.json'))}"
-        told = _flwr(self._servers, "run", str(APP), CONNECTION, "--run-config", job)
-        run = re.search(r"started run (\d+)", told)
-        if run is None:
-            raise StackError(f"`flwr run` did not say which run it started: {told.strip()}")
-        self._run, self._since = run[1], time.monotonic()
+        self._run, self._since = self._servers.control.run(self._servers.job), time.monotonic()
 
     def check(self, done: int) -> None:
         """Starts it again where it died.
@@ -511,7 +502,7 @@ class _App:
             self._due = None
             try:
                 self.start()
-            except StackError as error:  # the SuperLink may itself be down for a moment
+            except FederationError as error:  # the SuperLink may itself be down for a moment
                 self._put_off(str(error), done)
         elif (process := self._progress.process()) is not None:
             if not is_running(*process):
@@ -583,34 +574,10 @@ def _follow(follower: _Follower, keeper: _Keeper, app: _App) -> int:
 def _told(servers: _Servers, run: str) -> str:
     """The end of what the ServerApp logged."""
     try:
-        lines = _flwr(servers, "log", run, CONNECTION, "--show").splitlines()[-15:]
-    except StackError as error:
+        lines = servers.control.log(run).splitlines()[-15:]
+    except FederationError as error:
         return str(error)
     return "\n".join(["its last lines:", *(f"  {line}" for line in lines)])
-
-
-def _flwr(servers: _Servers, *words: str) -> str:
-    """What a `flwr` command prints.
-
-    Raises:
-        StackError: it fails.
-    """
-    environment = {**os.environ, **servers.environment()}
-    try:
-        done = subprocess.run(
-            [_script("flwr"), *words],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise StackError(f"`flwr {words[0]}` did not end within {_COMMAND_TIMEOUT_S:g} s") from None
-    if done.returncode:
-        raise StackError(f"`flwr {words[0]}` failed: {done.stdout.strip()} {done.stderr.strip()}")
-    return done.stdout
 
 
 def _last_clip(rounds: Rounds) -> float:

@@ -2,7 +2,7 @@
 A pod's template, from (dict
   "top" $, "name" component, "values" of the component,
   "containers" text, "volumes" text, "init" text,
-  "grace" seconds, "checksum" what its containers read at their start and the chart writes).
+  "grace" seconds). The chart writes nothing that containers read at their start but their arguments, so no checksum is needed.
 */}}
 {{- define "hybrid.pod" -}}
 {{- $values := .values -}}
@@ -12,14 +12,9 @@ metadata:
     {{- with merge (deepCopy (default dict $values.podLabels)) .top.Values.commonLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- if or $values.podAnnotations .checksum }}
+  {{- with $values.podAnnotations }}
   annotations:
-    {{- with .checksum }}
-    checksum/config: {{ sha256sum . }}
-    {{- end }}
-    {{- with $values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
-    {{- end }}
   {{- end }}
 spec:
   serviceAccountName: {{ include "hybrid.serviceAccount" .top }}

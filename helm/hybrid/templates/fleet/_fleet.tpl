@@ -52,6 +52,23 @@
     - "--runtime-api-address={{ include "hybrid.at" (list . "superlink") }}:8095"
     - --root-certificates=/etc/hybrid/superlink-ca/ca.crt
     - --superexec-auth-secret-file=/etc/hybrid/superexec/superlink
+{{- if include "hybrid.starts" . }}
+- name: start # registers the SuperNodes' keys, begins the training that was prepared; ends where its run does, and then lets it go on
+  {{- include "hybrid.container" (dict "top" . "values" $superlink "resources" $superlink.start.resources "role" "training" "env" (include "hybrid.flower.env" .) "mounts" (include "hybrid.start.mounts" .)) | nindent 2 }}
+  command: [python, -m, hybrid.federation.start, --follow]
+  args:
+    - "--superlink={{ include "hybrid.at" (list . "superlink") }}:8095"
+    - --authority=/etc/hybrid/superlink-ca/ca.crt
+    - "--job=/workspace/fleets/{{ .Values.aggregator.fleet }}/job"
+    {{- range $index := until (int .Values.aggregator.replicas) }}
+    - "--node=/etc/hybrid/nodes/node-{{ $index }}.pub"
+    {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Whether the SuperLink's pod begins a training; else it is begun by hand. */}}
+{{- define "hybrid.starts" -}}
+{{- if and .Values.aggregator.enabled .Values.aggregator.fleet }}yes{{ end -}}
 {{- end }}
 
 {{- define "hybrid.superlink.mounts" -}}
@@ -68,11 +85,24 @@
 - {name: superexec, mountPath: /etc/hybrid/superexec, readOnly: true}
 {{- end }}
 
+{{- define "hybrid.start.mounts" -}}
+{{ include "hybrid.folder" (list (printf "fleets/%s/job" .Values.aggregator.fleet) "ro") }}
+- {name: superlink-ca, mountPath: /etc/hybrid/superlink-ca, readOnly: true}
+- {name: nodes, mountPath: /etc/hybrid/nodes, readOnly: true}
+{{- end }}
+
 {{- define "hybrid.superlink.volumes" -}}
 {{ include "hybrid.workspaceVolume" . }}
 {{ include "hybrid.secretVolume" (dict "name" "superlink-tls" "secret" .Values.superlink.tls.existingSecret) }}
 {{ include "hybrid.secretVolume" (dict "name" "superlink-ca" "secret" .Values.superlink.tls.existingSecret "items" (dict "ca.crt" "ca.crt")) }}
 {{ include "hybrid.secretVolume" (dict "name" "superexec" "secret" .Values.superlink.superexec.existingSecret "items" (dict "superlink" "superlink")) }}
+{{- if include "hybrid.starts" . }}
+{{- $public := dict }}
+{{- range $index := until (int .Values.aggregator.replicas) }}
+{{- $_ := set $public (printf "node-%d.pub" $index) (printf "node-%d.pub" $index) }}
+{{- end }}
+{{ include "hybrid.secretVolume" (dict "name" "nodes" "secret" .Values.aggregator.existingSecret "items" $public) }}
+{{- end }}
 {{- end }}
 
 {{- define "hybrid.index" -}}
