@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from hybrid.bundle import trusted_key
 from hybrid.cli import app
 from hybrid.errors import BudgetExceeded, ConfigError, RoundEnded
 from hybrid.federation.aggregator import Round, SimulatedAggregator
-from hybrid.federation.checkin import Service
+from hybrid.federation.checkin import Service, Tokens
 from hybrid.federation.flower_app import Job
 from hybrid.federation.tests.test_checkin import SERVICE, body, checked_in, end, name, process, put, until
 from hybrid.local.fleet import Order, Promoted, train_over_flower
@@ -91,6 +92,22 @@ def test_devices_behind_flower_come_when_they_like(world, tmp_path, processes_na
     assert [entry.step for entry in Ledger.read(tmp_path / "run").entries] == [1, 2, 3, 4]
     assert paid == pytest.approx(6.0, abs=1e-2)
     assert processes_naming(str(tmp_path)) == []
+
+
+def test_a_training_that_is_prepared_with_an_issuer_counts_accounts(world, tmp_path):
+    """Its aggregator is told which, and its record says `user`; of two aggregators each would count an account."""
+    tokens = Tokens(name="issuer.example", url="https://issuer:8093", scope="kiosk", authority=Path("ca.crt"))
+    about = {"round_s": 30, "devices": 200, "population": "people", "run": "spring"}
+    going_on = promoted(world, 2)
+    with going_on.paid(6.0, 200, tmp_path / "run") as (settings, ledger):
+        with pytest.raises(ConfigError, match="aggregators must be 1 with tokens"):
+            prepare(tmp_path / "two", going_on, settings, ledger, **about, aggregators=2, tokens=tokens)
+        assert not (tmp_path / "two").exists()
+        assert ledger.entries == []
+        prepared = prepare(tmp_path / "one", going_on, settings, ledger, **about, aggregators=1, tokens=tokens)
+    assert Service.read(tmp_path / "one" / "aggregator.json").tokens == tokens
+    assert prepared.record.unit == "user"
+    assert any("whatever devices it has" in line for line in prepared.record.privacy_lines())
 
 
 TURNS = {"separation": 2, "noise": "banded"}

@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -16,6 +17,7 @@ from hybrid.workspace import Workspace
 
 if TYPE_CHECKING:
     from hybrid.federation.aggregator import Round
+    from hybrid.federation.checkin import Tokens
     from hybrid.federation.remote import RemoteAggregator
     from hybrid.local.devices import People
     from hybrid.local.fleet import Outcome, Promoted
@@ -204,6 +206,20 @@ def prepare(
         str | None,
         typer.Option(metavar="NAME", help="Folder under runs/ whose ledger pays; by default a new one."),
     ] = None,
+    issuer: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of the control side of an issuer, whose tokens updates then need."),
+    ] = None,
+    issuer_name: Annotated[
+        str | None, typer.Option(metavar="HOST", help="With --issuer: by which devices know it.")
+    ] = None,
+    issuer_authority: Annotated[
+        Path | None,
+        typer.Option(help="With --issuer: PEM file of who signed its certificate, where the aggregator runs."),
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="With --issuer: its windows are numbered in; by default the model's name.")
+    ] = None,
 ) -> None:
     """Prepares a training on devices for servers that you start yourself, on several machines.
 
@@ -211,13 +227,19 @@ def prepare(
     charges the run for all rounds: from then on no process can spend more.
     docs/flower.md says how to start them; then `hybrid fleet finish`.
 
+    With --issuer an account is in a sum at most once, whatever devices it has
+    (docs/tokens.md), and the version's record says so; of one aggregator.
+
     Example: hybrid fleet prepare coupon --devices 20000 --aggregators 2 --folder spring
+
+    Example: hybrid fleet prepare coupon --devices 9000 --folder may --issuer https://issuer:8093 --issuer-name a.b
     """
     from hybrid.local.fleet import Promoted
     from hybrid.local.prepared import prepare as write
 
     workspace = Workspace.current()
     changed = _asked(sampling, separation, buffer, max_staleness, noise)
+    tokens = _tokens(issuer, issuer_name, issuer_authority, scope, model)
     promoted = Promoted.open(model, version, workspace, rounds=rounds, **changed)
     budget = promoted.budget(epsilon, devices)
     runs = run_folder(workspace.runs, run, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}-fleet")
@@ -233,10 +255,27 @@ def prepare(
             aggregators=aggregators,
             population=population,
             run=run_dir.name,
+            tokens=tokens,
         )
     print("privacy: " + "\n  ".join(prepared.record.privacy_lines()))
     print(f"run: {run_dir}")
     print(f"Next: start the servers on {folder} (docs/flower.md), then `hybrid fleet finish {folder}`.")
+
+
+def _tokens(url: str | None, name: str | None, authority: Path | None, scope: str | None, model: str) -> Tokens | None:
+    """The issuer, where one was given; refuses what would do nothing."""
+    from hybrid.federation.checkin import Tokens
+
+    given = {"--issuer-name": name, "--issuer-authority": authority, "--scope": scope}
+    if url is None:
+        if more := [option for option, value in given.items() if value is not None]:
+            raise ConfigError(f"{more[0]} must be left out without --issuer")
+        return None
+    if name is None:
+        raise ConfigError("--issuer needs --issuer-name: devices are told it in plans, and hold it against their app's")
+    if urlsplit(url).scheme != "https" or not urlsplit(url).hostname:
+        raise ConfigError(f"--issuer must be https://HOST:PORT of its control side, got {url!r}")
+    return Tokens(name=name, url=url, scope=scope or model, authority=authority)
 
 
 @group.command()

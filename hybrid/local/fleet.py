@@ -24,7 +24,7 @@ from hybrid.features import Float32
 from hybrid.federation.aggregator import PURPOSE, Round
 from hybrid.federation.buffer import Buffer
 from hybrid.federation.checkin import Service as CheckInService
-from hybrid.federation.checkin import Turns, listening
+from hybrid.federation.checkin import Tokens, Turns, listening
 from hybrid.federation.client_app import client_app
 from hybrid.federation.engine import DeviceSide
 from hybrid.federation.fleet_aggregator import Audience, FleetAggregator, Task
@@ -357,7 +357,13 @@ def device_side(network: Network, settings: Training) -> DeviceSide:
 
 
 def service(
-    task: Task, settings: Round, rounds: int, delta: float | None, *, buffer: Buffer | None = None
+    task: Task,
+    settings: Round,
+    rounds: int,
+    delta: float | None,
+    *,
+    buffer: Buffer | None = None,
+    tokens: Tokens | None = None,
 ) -> CheckInService:
     """What the process of an aggregator is told: a budget of exactly so many rounds.
 
@@ -367,6 +373,7 @@ def service(
         rounds: how many.
         delta: None: without noise.
         buffer: of an asynchronous training.
+        tokens: the issuer whose tokens updates need.
     """
     turns, spent = None, None
     if settings.matrix is not None:
@@ -386,6 +393,7 @@ def service(
         rounds=rounds,
         epsilon=spent,
         delta=delta,
+        tokens=tokens,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from hybrid.errors import ConfigError, FederationError
 from hybrid.federation.aggregator import Round
+from hybrid.federation.checkin import Tokens
 from hybrid.federation.flower_app import Job, Progress
 from hybrid.local.fleet import Promoted, device_side, pay_ahead, service
 from hybrid.network import Network
@@ -57,6 +58,7 @@ def prepare(
     aggregators: int,
     population: str,
     run: str,
+    tokens: Tokens | None = None,
 ) -> Prepared:
     """Writes all that the processes read; the run is charged for all rounds.
 
@@ -70,20 +72,25 @@ def prepare(
         aggregators: how many, each with devices of its own.
         population: what the record names as the people.
         run: folder name under `runs/`.
+        tokens: the issuer whose tokens updates need: then an account is in a sum at most once, whatever devices it has.
 
     Raises:
-        ConfigError: the folder is there.
+        ConfigError: the folder is there; or there are tokens and several aggregators, each of which would take one.
         BudgetExceeded: the run has not enough left.
     """
+    if tokens is not None and aggregators > 1:
+        raise ConfigError(
+            f"aggregators must be 1 with tokens, each would take an update of an account, got {aggregators}"
+        )
     rounds, (file, job) = promoted.settings.rounds, (folder / PREPARED, folder / JOB)
     task = promoted.task(round_s, devices=-(-devices // aggregators), policy=Policy())
-    told = service(task, settings, rounds, ledger.delta, buffer=promoted.buffer)
+    told = service(task, settings, rounds, ledger.delta, buffer=promoted.buffer, tokens=tokens)
     try:
         job.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(f"folder must be a new one, got {str(folder)!r}") from None
     pay_ahead(ledger, settings, rounds)
-    about = {"users": devices, "examples": None, "aggregators": aggregators}
+    about = {"users": devices, "examples": None, "aggregators": aggregators, "tokens": tokens is not None}
     version = promoted.version
     prepared = Prepared(
         model=version.model,

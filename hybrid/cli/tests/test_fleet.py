@@ -84,3 +84,20 @@ def test_options_that_do_not_go_together_are_refused(words, message):
     """Before anything is opened."""
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, ["fleet", "run", "coupon", *words], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--scope", "spring"), "--scope must be left out without --issuer"),
+        (("--issuer-authority", "ca.crt"), "--issuer-authority must be left out without --issuer"),
+        (("--issuer", "https://issuer:8093"), "--issuer needs --issuer-name"),
+        (("--issuer", "http://issuer:8093", "--issuer-name", "a.example"), "--issuer must be https://HOST:PORT .*got"),
+        (("--issuer", "https://issuer:8093", "--issuer-name", "A B"), "name"),
+    ],
+)
+def test_an_issuer_that_cannot_be_is_refused(words, message):
+    """Before a run is charged."""
+    prepare = ["fleet", "prepare", "coupon", "--devices", "40", "--folder", "spring", *words]
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, prepare, catch_exceptions=False)

@@ -196,6 +196,9 @@
 {{- end }}
 {{- if .Values.aggregator.issuerToken.existingSecret }}
 - {name: issuer, mountPath: /etc/hybrid/issuer, readOnly: true}
+{{- if .Values.issuer.enabled }}
+- {name: issuer-ca, mountPath: /etc/hybrid/issuer-ca, readOnly: true}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -222,6 +225,15 @@
 {{- end }}
 {{- with .Values.aggregator.issuerToken.existingSecret }}
 {{ include "hybrid.secretVolume" (dict "name" "issuer" "secret" . "items" (dict "token" "token")) }}
+{{- if $.Values.issuer.enabled }}
+- name: issuer-ca
+  secret:
+    secretName: {{ $.Values.issuer.tls.existingSecret }}
+    defaultMode: 0440
+    optional: true # without its ca.crt a public authority has signed it
+    items:
+      - {key: ca.crt, path: ca.crt}
+{{- end }}
 {{- end }}
 {{- end }}
 
