@@ -37,50 +37,60 @@
 {{- end }}
 {{- end }}
 
+{{/* (list $ "worker"): whom a component shows credentials; those of others it does not have. Training opens the feature store, and reads no row of it. */}}
+{{- define "hybrid.shows" -}}
+{{- $all := "kafka triton redis" -}}
+{{- get (dict "gateway" ((index . 0).Values.gateway.direct | ternary $all "kafka") "console" "kafka redis" "migrate" "kafka redis" "materialize" "redis" "training" "redis") (index . 1) | default $all -}}
+{{- end }}
+
 {{- define "hybrid.connectionMounts" -}}
-{{- if and .Values.kafka.tls.enabled .Values.kafka.tls.existingSecret }}
+{{- $shows := include "hybrid.shows" . | splitList " " -}}
+{{- with index . 0 }}
+{{- if and (has "kafka" $shows) .Values.kafka.tls.enabled .Values.kafka.tls.existingSecret }}
 - name: kafka-tls
   mountPath: /etc/hybrid/kafka-tls
   readOnly: true
 {{- end }}
-{{- if .Values.kafka.sasl.mechanism }}
+{{- if and (has "kafka" $shows) .Values.kafka.sasl.mechanism }}
 - name: kafka-sasl
   mountPath: /etc/hybrid/kafka-sasl
   readOnly: true
 {{- end }}
-{{- if and .Values.triton.tls.enabled .Values.triton.tls.caKey }}
+{{- if and (has "triton" $shows) .Values.triton.tls.enabled .Values.triton.tls.caKey }}
 - name: triton-tls
   mountPath: /etc/hybrid/triton-tls
   readOnly: true
 {{- end }}
-{{- if .Values.redis.existingSecret }}
+{{- if and (has "redis" $shows) .Values.redis.existingSecret }}
 - name: redis
   mountPath: /etc/hybrid/redis
   readOnly: true
 {{- end }}
 {{- end }}
+{{- end }}
 
 {{- define "hybrid.connectionVolumes" -}}
-{{- with .Values.kafka.tls }}
-{{- if and .enabled .existingSecret }}
+{{- $shows := include "hybrid.shows" . | splitList " " -}}
+{{- with (index . 0).Values.kafka.tls }}
+{{- if and (has "kafka" $shows) .enabled .existingSecret }}
 {{- $items := dict }}
 {{- if .caKey }}{{ $_ := set $items .caKey "ca.crt" }}{{ end }}
 {{- if .certKey }}{{ $_ := set $items .certKey "tls.crt" }}{{ $_ := set $items .keyKey "tls.key" }}{{ end }}
 {{ include "hybrid.secretVolume" (dict "name" "kafka-tls" "secret" .existingSecret "items" $items) }}
 {{- end }}
 {{- end }}
-{{- with .Values.kafka.sasl }}
-{{- if .mechanism }}
+{{- with (index . 0).Values.kafka.sasl }}
+{{- if and (has "kafka" $shows) .mechanism }}
 {{ include "hybrid.secretVolume" (dict "name" "kafka-sasl" "secret" .existingSecret "items" (dict .passwordKey "password")) }}
 {{- end }}
 {{- end }}
-{{- with .Values.triton.tls }}
-{{- if and .enabled .caKey }}
+{{- with (index . 0).Values.triton.tls }}
+{{- if and (has "triton" $shows) .enabled .caKey }}
 {{ include "hybrid.secretVolume" (dict "name" "triton-tls" "secret" .existingSecret "items" (dict .caKey "ca.crt")) }}
 {{- end }}
 {{- end }}
-{{- with .Values.redis }}
-{{- if .existingSecret }}
+{{- with (index . 0).Values.redis }}
+{{- if and (has "redis" $shows) .existingSecret }}
 {{ include "hybrid.secretVolume" (dict "name" "redis" "secret" .existingSecret "items" (dict .passwordKey "password")) }}
 {{- end }}
 {{- end }}
@@ -121,7 +131,7 @@
   mountPath: /workspace/.hybrid/keys
   readOnly: true
 {{- end }}
-{{ include "hybrid.connectionMounts" (index . 0) | trim }}
+{{ include "hybrid.connectionMounts" . | trim }}
 {{- end }}
 
 {{- define "hybrid.controlVolumes" -}}
@@ -129,5 +139,5 @@
 {{- if include "hybrid.signs" . }}
 {{ include "hybrid.secretVolume" (dict "name" "keys" "secret" (index . 0).Values.keys.existingSecret) }}
 {{- end }}
-{{ include "hybrid.connectionVolumes" (index . 0) | trim }}
+{{ include "hybrid.connectionVolumes" . | trim }}
 {{- end }}

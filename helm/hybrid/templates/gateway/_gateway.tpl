@@ -36,7 +36,7 @@ httpGet: {path: /v2/health/{{ .path }}, port: http{{ if .gateway.tls.existingSec
   mountPath: /etc/hybrid/dead-letters
   readOnly: true
 {{- end }}
-{{ include "hybrid.connectionMounts" . | trim }}
+{{ include "hybrid.connectionMounts" (list . "gateway") | trim }}
 {{- end }}
 
 {{- define "hybrid.gateway.volumes" -}}
@@ -54,7 +54,7 @@ httpGet: {path: /v2/health/{{ .path }}, port: http{{ if .gateway.tls.existingSec
 {{ include "hybrid.secretVolume" (dict "name" "dead-letters" "secret" .existingSecret "items" (dict .key "dead-letters.pub")) }}
 {{- end }}
 {{- end }}
-{{ include "hybrid.connectionVolumes" . | trim }}
+{{ include "hybrid.connectionVolumes" (list . "gateway") | trim }}
 {{- end }}
 
 {{- define "hybrid.gateway.container" -}}

@@ -9,7 +9,7 @@
   mountPath: /etc/hybrid/dead-letters
   readOnly: true
 {{- end }}
-{{ include "hybrid.connectionMounts" . | trim }}
+{{ include "hybrid.connectionMounts" (list . "worker") | trim }}
 {{- end }}
 
 {{- define "hybrid.worker.volumes" -}}
@@ -19,7 +19,7 @@
 {{ include "hybrid.secretVolume" (dict "name" "dead-letters" "secret" .existingSecret "items" (dict .key "dead-letters.pub")) }}
 {{- end }}
 {{- end }}
-{{ include "hybrid.connectionVolumes" . | trim }}
+{{ include "hybrid.connectionVolumes" (list . "worker") | trim }}
 {{- end }}
 
 {{- define "hybrid.worker.container" -}}
