@@ -8,6 +8,7 @@ import pytest
 
 from hybrid.errors import FederationError, StackError
 from hybrid.federation.checkpoint import Checkpoint
+from hybrid.federation.superlink import SuperLink
 from hybrid.local import flower
 from hybrid.local.process import Service
 
@@ -153,11 +154,11 @@ def app(tmp_path, monkeypatch):
     servers, ran, said = flower._Servers(tmp_path, 2), [], []
     servers.job.mkdir()
 
-    def flwr(_servers, *words):
+    def flwr(_superlink, *words):
         ran.append(words)
-        return "started run 12" if words[0] == "run" else "its log"
+        return True, "started run 12" if words[0] == "run" else "its log"
 
-    monkeypatch.setattr(flower, "_flwr", flwr)
+    monkeypatch.setattr(SuperLink, "_flwr", flwr)
     return flower._App(servers, said.append), ran, said
 
 
