@@ -110,10 +110,10 @@ def test_calls_go_in_turn_to_all_tritons_of_a_name(
 def test_no_call_is_lost_while_one_of_two_tritons_ends(
     one: TritonServer, triton: Callable[[Path], TritonServer], models: Path, ending: signal.Signals
 ):
-    """What went to it is asked of the other one."""
-    other = triton(models)
+    """What went to it is asked of the other one, which answers half of the first hundred and nearly all of the rest."""
+    other, before = triton(models), answered(one)
     with Calls(one, other) as calls:
         calls.more(100)
         os.kill(other.pid, ending)
         calls.more(300)
-    assert answered(one) > 300
+    assert answered(one) - before >= 0.75 * calls.count

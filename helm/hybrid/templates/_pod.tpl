@@ -133,12 +133,15 @@ lifecycle:
       command: [sleep, {{ . | quote }}]
 {{- end }}
 
-{{/* (dict "name" volume "secret" name "items" {key: file}): a secret that root's group may read. */}}
+{{/* (dict "name" volume "secret" name "items" {key: file} "optional" whether it may lack them): a secret that root's group may read. */}}
 {{- define "hybrid.secretVolume" -}}
 - name: {{ .name }}
   secret:
     secretName: {{ .secret }}
     defaultMode: 0440
+    {{- with .optional }}
+    optional: true
+    {{- end }}
     {{- with .items }}
     items:
       {{- range $key, $path := . }}

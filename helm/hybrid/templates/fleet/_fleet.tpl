@@ -226,13 +226,8 @@
 {{- with .Values.aggregator.issuerToken.existingSecret }}
 {{ include "hybrid.secretVolume" (dict "name" "issuer" "secret" . "items" (dict "token" "token")) }}
 {{- if $.Values.issuer.enabled }}
-- name: issuer-ca
-  secret:
-    secretName: {{ $.Values.issuer.tls.existingSecret }}
-    defaultMode: 0440
-    optional: true # without its ca.crt a public authority has signed it
-    items:
-      - {key: ca.crt, path: ca.crt}
+{{- /* Without its ca.crt a public authority has signed it. */}}
+{{ include "hybrid.secretVolume" (dict "name" "issuer-ca" "secret" $.Values.issuer.tls.existingSecret "items" (dict "ca.crt" "ca.crt") "optional" true) }}
 {{- end }}
 {{- end }}
 {{- end }}
