@@ -119,6 +119,7 @@ class BoundedHttp(HttpToolsProtocol):
         if longest is not None:
             longest._heard()
             longest.transport.abort()
+            self.connections.discard(longest)  # uvloop may read a request before it tells that this one is lost
 
     def _heard(self) -> None:
         """The peer is not waited for any more."""
@@ -207,7 +208,7 @@ def listening(
         port: 0: a free one.
         name: of the thread.
         certificate: None: without TLS.
-        options: of `uvicorn.Config`; heads are bounded, see `BoundedHttp`, unless `http` says otherwise.
+        options: of `uvicorn.Config`; without others heads are bounded, see `BoundedHttp`, and the loop is asyncio's.
 
     Yields:
         The port.
@@ -221,9 +222,9 @@ def listening(
     except (OSError, OverflowError) as error:
         raise ConfigError(f"port {port} of {host} cannot be listened on: {error}") from None
     cert, key = certificate or (None, None)
+    usual: dict[str, Any] = {"http": BoundedHttp, "loop": "asyncio"}
     config = uvicorn.Config(
         app,
-        loop="asyncio",
         ws="none",
         backlog=BACKLOG,
         proxy_headers=False,  # nothing here asks for a caller's address
@@ -235,7 +236,7 @@ def listening(
         timeout_graceful_shutdown=DRAIN_S,
         ssl_certfile=cert,
         ssl_keyfile=key,
-        **{"http": BoundedHttp} | options,
+        **usual | options,
     )
     try:
         config.load()

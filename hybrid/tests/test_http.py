@@ -25,13 +25,12 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": b""})
 
 
-@pytest.fixture
-def connecting():
-    """Makes connections to a server with nothing behind it, which takes two at once."""
+@pytest.fixture(params=["asyncio", "uvloop"])
+def connecting(request):
+    """Makes connections to a server with nothing behind it, which takes two at once; on the loops that we run on."""
+    options = {"loop": request.param, "lifespan": "off", "timeout_keep_alive": 1, "limit_concurrency": 3}
     with (
-        http.listening(
-            app, "127.0.0.1", 0, name="test", lifespan="off", timeout_keep_alive=1, limit_concurrency=3
-        ) as port,
+        http.listening(app, "127.0.0.1", 0, name="test", **options) as port,
         contextlib.ExitStack() as opened,
     ):
         connect = partial(socket.create_connection, ("127.0.0.1", port), timeout=10)
