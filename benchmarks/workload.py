@@ -86,12 +86,14 @@ class Contest:
     Attributes:
         engine: ours, with local steps of `batch` rows.
         one_step: ours, with one step over all rows.
-        side: for the other loops, with the engine's weights, where the engine trains.
+        start: (p,) the engine's weights.
+        side: for the other loops, with the same weights, where the engine trains.
         server, device, labels: (users, 32, ...) the same examples, the server's side as its embedding; there too.
     """
 
     engine: Engine
     one_step: Engine
+    start: NDArray[np.float32] = field(repr=False)
     side: DeviceSide
     server: Tensor = field(repr=False)
     device: Tensor = field(repr=False)
@@ -105,7 +107,7 @@ class Contest:
         tensors = [tensor.to(device) for tensor in (engine.embeddings, *_tensors(rows))]
         shaped = [tensor.view(users, EXAMPLES, *tensor.shape[1:]) for tensor in tensors]
         one_step = Engine.build(built, rows, LocalTraining(steps=1, lr=LR), device=device)
-        return cls(engine, one_step, deepcopy(engine.side).to(device), *shaped)
+        return cls(engine, one_step, engine.side.flat(), deepcopy(engine.side).to(device), *shaped)
 
     @property
     def users(self) -> int:
@@ -114,11 +116,11 @@ class Contest:
 
     def ours(self) -> NDArray[np.float64]:
         """A cohort's clipped sum; noise and server step are the same few vectors for everyone."""
-        return self.engine.clipped_sum(self.side.flat(), np.arange(self.users), CLIP).total
+        return self.engine.clipped_sum(self.start, np.arange(self.users), CLIP).total
 
     def ours_one_step(self) -> NDArray[np.float64]:
         """The same with one step over all rows."""
-        return self.one_step.clipped_sum(self.side.flat(), np.arange(self.users), CLIP).total
+        return self.one_step.clipped_sum(self.start, np.arange(self.users), CLIP).total
 
     def central(self, batch: int = BATCH) -> None:
         """Plain mini-batches of the same examples, `batch` of each user, without privacy; the rate is 0, to repeat."""

@@ -223,15 +223,11 @@ class Engine:
             stream: seeds which rows are kept, their order, the tower dropout and the rounding of this round.
         """
         sums = [self._sum(clip, stream) for clip in clips]
-        for first, starts, moves in self._moves(flats, users, lrs, stream):
-            parts, square = [], torch.zeros((), device=self.device)
-            for begin, columns in moves:  # each is made when it is asked for, and still in the cache
-                part = self._in_float64(begin, columns)
-                parts.append((slice(begin, begin + part.shape[1]), part))
-                square = square + torch.linalg.vector_norm(part, dim=1).square()
-            for place, norm in enumerate(square.sqrt().view(starts, -1)):
-                here = slice(place * len(norm), (place + 1) * len(norm))
-                sums[first + place].add(norm, [(where, part[here]) for where, part in parts])
+        for first, shape, moves in self._moves(flats, users, lrs, stream):
+            moved = self._in_float64(shape, moves)
+            norms = torch.linalg.vector_norm(moved, dim=2)
+            for place, (norm, part) in enumerate(zip(norms, moved, strict=True)):
+                sums[first + place].add(norm, part)
         return [ClippedSum(one.total.cpu().numpy(), len(users), one.below, one.above) for one in sums]
 
     def _sum(self, clip: float, stream: tuple[int, ...]) -> _Sum:
@@ -239,14 +235,15 @@ class Engine:
         rounding = None if self.upload == "float32" else np.random.default_rng((*stream, ROUNDING))
         return _Sum(torch.zeros(self.size, dtype=torch.float64, device=self.device), clip, rounding)
 
-    def _in_float64(self, begin: int, columns: Sequence[Tensor]) -> Tensor:
-        """Side by side."""
-        width = sum(column.shape[1] for column in columns)
-        whole = self.scratch.take(("float64", begin), (len(columns[0]), width), columns[0], torch.float64)
-        place = 0
-        for column in columns:
-            whole[:, place : place + column.shape[1]].copy_(column)
-            place += column.shape[1]
+    def _in_float64(self, shape: tuple[int, int], moves: Moves) -> Tensor:
+        """(starts, users, p): each part is copied when it is made, and still in the cache."""
+        whole = self.scratch.take("float64", (*shape, self.size), self.device, torch.float64)
+        rows = whole.view(-1, self.size)
+        for begin, columns in moves:
+            end = begin
+            for column in columns:
+                end += column.shape[1]
+                rows[:, end - column.shape[1] : end].copy_(column)
         return whole
 
     def updates(self, flat: Float32, users: NDArray[np.int64], *, stream: tuple[int, ...] = (0,)) -> Iterator[Float32]:
@@ -284,8 +281,8 @@ class Engine:
 
     def _moves(
         self, flats: Float32, users: NDArray[np.int64], lrs: Sequence[float], stream: tuple[int, ...]
-    ) -> Iterator[tuple[int, int, Moves]]:
-        """Yields the first of some starts, how many they are, and how far the users of a chunk moved from each.
+    ) -> Iterator[tuple[int, tuple[int, int], Moves]]:
+        """Yields the first of some starts, how many they and a chunk's users are, and how far those moved from each.
 
         Chunks, and what is drawn for them, are those of one start alone. Where a
         chunk leaves room, as that of a small cohort does, several starts are trained as one batch.
@@ -305,7 +302,7 @@ class Engine:
             for first in range(0, len(flats), at_once):
                 here = slice(first, first + at_once)
                 moves = self.trainer(weights[here], replace(batches, lrs=rates[here]), self.local.proximal)
-                yield first, len(rates[here]), moves
+                yield first, (len(rates[here]), end), moves
             begin += end
 
     def _bytes(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -373,32 +370,29 @@ class _Sum:
     below: int = 0
     above: int = 0
 
-    def add(self, norm: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> None:
-        """Some users' moves in float64, which it may change, with their places, and the norm of each user's."""
+    def add(self, norm: Tensor, moved: Tensor) -> None:
+        """Some users' moves in float64, (users, p), which it may change, and the norm of each."""
         norms = norm.cpu().numpy()  # of few numbers, where numpy's operations start sooner than torch's
         unusable = ~np.isfinite(norms)
         if unusable.any():
             norms[unusable] = 0.0
-            for _, part in parts:
-                part[torch.from_numpy(unusable).to(part.device)] = 0.0
+            moved[torch.from_numpy(unusable).to(moved.device)] = 0.0
         above = int(np.count_nonzero(norms > self.clip))
         self.below += int(np.count_nonzero(norms)) - above
         self.above += above
-        scale = torch.from_numpy(self.clip / np.maximum(norms, self.clip)).to(norm.device)
-        if self.rounding is not None:
-            self._add_rounded(scale, parts, self.rounding)
-            return
-        for where, part in parts:
-            self.total[where] += torch.mv(part.T, scale)
+        scale = torch.from_numpy(self.clip / np.maximum(norms, self.clip)).to(moved.device)
+        if self.rounding is None:
+            self.total.addmv_(moved.T, scale)
+        else:
+            self._add_rounded(scale, moved, self.rounding)
 
-    def _add_rounded(self, scale: Tensor, parts: Sequence[tuple[slice, Tensor]], rng: np.random.Generator) -> None:
+    def _add_rounded(self, scale: Tensor, moved: Tensor, rng: np.random.Generator) -> None:
         """What an aggregator makes of clipped updates that were quantised on their devices."""
         at_once = max(1, ROUNDED // len(self.total))
         clipped = np.empty((at_once, len(self.total)), np.float32)
         for begin in range(0, len(scale), at_once):
             here = scale[begin : begin + at_once, None]
-            for where, part in parts:
-                clipped[: len(here), where] = part[begin : begin + at_once].mul_(here).cpu().numpy()
+            clipped[: len(here)] = moved[begin : begin + at_once].mul_(here).cpu().numpy()
             arrived = dequantise(*quantise(clipped[: len(here)], rng))
             self.total += torch.from_numpy(clip_and_sum([arrived], len(self.total), self.clip).total).to(scale.device)
 

@@ -27,13 +27,13 @@ class Scratch:
         self._held: dict[Any, Tensor] = {}
         self._taken: dict[Any, Tensor] = {}
 
-    def take(self, name: Any, shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def take(self, name: Any, shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised; valid until the same name is taken again.
 
         Args:
             name: of the piece.
             shape: of the tensor.
-            like: on whose device it lies.
+            device: where it lies.
             dtype: of its numbers.
         """
         taken = self._taken.get(name)
@@ -41,7 +41,7 @@ class Scratch:
             return taken
         size = prod(shape)
         if name not in self._held or self._held[name].numel() < size:
-            self._held[name] = torch.empty(size, dtype=dtype, device=like.device)
+            self._held[name] = torch.empty(size, dtype=dtype, device=device)
         self._taken[name] = self._held[name][:size].view(*shape)
         return self._taken[name]
 
@@ -132,6 +132,9 @@ class Whole(Shared):
         """See `Shared`."""
         if self.chunk.step == 0:
             return super().outputs(rows)
+        if self.shape[0] == 1:  # backward, torch's product of a column and a row takes ten times as long as this one's
+            out = (rows * self.weight).sum(2, keepdim=True)
+            return out if self.first_bias is None else out + self.bias.unsqueeze(1)
         if self.first_bias is None:
             return torch.bmm(rows, self.weight.mT)
         return torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.mT)
@@ -148,7 +151,10 @@ class Whole(Shared):
             weight.lerp_(self.first.unsqueeze(1), pull.unsqueeze(3))
             if self.first_bias is not None:
                 bias.lerp_(self.first_bias.unsqueeze(1), pull)
-        self.weight.baddbmm_(changes.mT, rows)
+        if self.shape[0] == 1:
+            self.weight.add_((changes * rows).sum(1, keepdim=True))
+        else:
+            self.weight.baddbmm_(changes.mT, rows)
         if self.first_bias is not None:
             self.bias.add_(changes.sum(1))
 
@@ -241,7 +247,7 @@ class UserLinear(nn.Module):
         kind = Whole if rank * sum(self._shape) >= prod(self._shape) else Factored
         self._now[:] = [
             (Shared if chunk.steps == 1 else kind)(
-                chunk, first, bias, lambda name, shape: self._scratch.take((self, name), shape, chunk.flats)
+                chunk, first, bias, lambda name, shape: self._scratch.take((self, name), shape, chunk.flats.device)
             )
         ]
 

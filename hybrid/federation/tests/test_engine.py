@@ -224,10 +224,10 @@ def test_on_another_device_nothing_stays_on_the_cpu(tiny_model, tiny_examples, l
     here = Engine.build(network, examples, local, federate_server_tower=federated, tower_dropout=dropout)
     assert type(engine.trainer) is type(here.trainer)
     flats = np.zeros((1, engine.size), np.float32)
-    for _, _, moves in engine._moves(flats, np.arange(20), [0.1], (0,)):
-        parts = [engine._in_float64(begin, columns) for begin, columns in moves]
-        assert {part.device.type for part in parts} == {"meta"}
-        assert sum(part.shape[1] for part in parts) == engine.size
+    for _, shape, moves in engine._moves(flats, np.arange(20), [0.1], (0,)):
+        moved = engine._in_float64(shape, moves)
+        assert moved.device.type == "meta"
+        assert moved.shape == (*shape, engine.size)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
