@@ -76,12 +76,17 @@ def _wide():
     return nn.Sequential(nn.LazyLinear(60), nn.Tanh(), nn.Linear(60, 40, bias=False), nn.Tanh(), nn.Linear(40, 3))
 
 
+def _narrow():
+    """A tower with a layer of one output and no bias, which multiplies by elements from its second step on."""
+    return nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 1, bias=False), nn.Tanh(), nn.Linear(1, 3))
+
+
 def _normed():
     return nn.Sequential(nn.LazyLinear(5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
 
 
 @pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
-@pytest.mark.parametrize("tower", [None, _wide, _normed], ids=["small", "wide", "layer norm"])
+@pytest.mark.parametrize("tower", [None, _wide, _narrow, _normed], ids=["small", "wide", "narrow", "layer norm"])
 @pytest.mark.parametrize("federated", [False, True], ids=["server frozen", "server federated"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["whole", "tower dropout"])
 def test_the_batched_cohort_does_what_each_user_would_do_alone(
